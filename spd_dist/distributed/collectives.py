@@ -1,0 +1,105 @@
+"""What ranks say to each other beside DeepSpeed's own traffic: small decisions, and failures that are shared.
+
+Every function here is a collective: all ranks call it, in the same order.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from spd_dist.errors import UserError
+
+
+def collective_device() -> torch.device:
+    """Where tensors must lie for the process group: the accelerator under NCCL, else the CPU."""
+    return torch.device("cpu" if dist.get_backend() == "gloo" else get_accelerator().current_device_name())
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` is true on at least one rank."""
+    return max_over_ranks(float(flag)) > 0
+
+
+def all_ranks(flag: bool) -> bool:
+    """Whether `flag` is true on every rank."""
+    return not any_rank(not flag)
+
+
+def max_over_ranks(value: float) -> float:
+    """The largest value of all ranks."""
+    return _reduced(value, dist.ReduceOp.MAX)
+
+
+def sum_over_ranks(value: float) -> float:
+    """The sum of all ranks' values, in float64."""
+    return _reduced(value, dist.ReduceOp.SUM)
+
+
+def _reduced(value: float, operation: Any) -> float:
+    total = torch.tensor(value, dtype=torch.float64, device=collective_device())
+    dist.all_reduce(total, operation)
+    return total.item()
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's `value`, in rank order: for small Python values."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_object(value: Any, source: int = 0) -> Any:
+    """The `value` of rank `source`, on every rank."""
+    values = [value]
+    dist.broadcast_object_list(values, source)
+    return values[0]
+
+
+def broadcast_(tensors: Iterable[Tensor], source: int = 0) -> None:
+    """Overwrite `tensors` by those of rank `source`; shapes and dtypes must agree."""
+    for tensor in tensors:
+        moved = tensor.to(collective_device(), copy=True).contiguous()
+        dist.broadcast(moved, source)
+        tensor.copy_(moved)
+
+
+def all_equal(text: str) -> bool:
+    """Whether every rank holds the same `text`: the check after a broadcast."""
+    return len(set(gather_objects(text))) == 1
+
+
+class together:  # noqa: N801 - reads as a statement: `with together("reading the prompts"): ...`
+    """Local work that every rank does at once: if it fails on one, all raise that rank's error and none hangs.
+
+    The body must hold no collective, since a rank that fails in the body skips the rest of it. An exception on a single
+    rank inside collective code ends that process instead, and the others fail on the closed connection.
+    """
+
+    def __init__(self, doing: str) -> None:
+        self.doing = doing
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not any_rank(error is not None):
+            return
+        reports = gather_objects(None if error is None else _report(error))
+        if error is None:
+            rank, (error_type, message) = next((rank, report) for rank, report in enumerate(reports) if report)
+            raise error_type(f"{message} (on rank {rank}, while {self.doing})")
+
+
+def _report(error: BaseException) -> tuple[type[BaseException], str]:
+    """What travels: a user's error as it is, any other as a RuntimeError with its traceback."""
+    if isinstance(error, UserError):
+        return type(error), str(error)
+    return RuntimeError, "".join(traceback.format_exception(error))

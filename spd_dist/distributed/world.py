@@ -1,0 +1,114 @@
+"""The processes that share a run: who they are, and how they meet."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from spd_dist.config import Distributed
+from spd_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of the run."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes what is written once."""
+        return self.rank == 0
+
+
+def join_world(config: Distributed) -> World:
+    """Start or adopt the process group, and take this rank's device and threads.
+
+    Rank and address come from `deepspeed`, `torchrun`, or SLURM under `srun`; without any, the world is this process.
+
+    Raises:
+        ConfigError: a RANK without the other variables that a launcher sets.
+    """
+    if config.interface is not None:
+        os.environ |= {"NCCL_SOCKET_IFNAME": config.interface, "GLOO_SOCKET_IFNAME": config.interface}
+    if not dist.is_initialized():
+        os.environ |= rendezvous(os.environ)
+        # On CPU DeepSpeed would compile this op for minutes, and a killed build hangs every later run on its lock.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        _take_device(int(os.environ["LOCAL_RANK"]))
+        timeout = timedelta(seconds=config.timeout_seconds)
+        deepspeed.init_distributed(verbose=False, timeout=timeout)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size())
+    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local_size))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    dist.barrier()  # a rank that is done must not close its sockets while another still connects
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, _take_device(local_rank))
+
+
+def leave_world() -> None:
+    """Wait for every rank, then close the process group."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
+    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, from whichever launcher set what.
+
+    Raises:
+        ConfigError: RANK is set and another of them is not.
+    """
+    needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    if "RANK" in environment:
+        missing = [name for name in needed if name not in environment]
+        if missing:
+            raise ConfigError(f"RANK={environment['RANK']} is set and {', '.join(missing)} not; start with deepspeed, torchrun or srun")
+        return {name: environment[name] for name in needed}
+    if "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
+        return _slurm_rendezvous(environment)
+    return dict(zip(needed, ("0", "1", "0", "127.0.0.1", str(_free_port())), strict=True))
+
+
+def _slurm_rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
+    address = environment.get("MASTER_ADDR") or _first_host(environment["SLURM_STEP_NODELIST"])
+    port = environment.get("MASTER_PORT") or str(10000 + int(environment["SLURM_JOB_ID"]) % 20000)
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "MASTER_ADDR": address,
+        "MASTER_PORT": port,
+    }
+
+
+def _first_host(nodelist: str) -> str:
+    """`node[3-5,9],other` -> `node3`."""
+    head, bracket, rest = nodelist.partition("[")
+    if not bracket or "," in head:
+        return nodelist.split(",")[0]
+    return head + rest.split("]")[0].replace(",", "-").split("-")[0]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _take_device(local_rank: int) -> torch.device:
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        return torch.device("cpu")
+    accelerator.set_device(local_rank)
+    return torch.device(accelerator.device_name(local_rank))

@@ -1,0 +1,27 @@
+"""What a user can put right, as exceptions that carry the exit code of the launcher (`design.md`, exit codes)."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """A fault outside our code; its message names the key or file, the value, the rule and the remedy."""
+
+    exit_code = 1
+
+
+class ConfigError(UserError):
+    """The config is wrong: do not retry."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """The data, the model or an artifact is wrong: do not retry."""
+
+    exit_code = 3
+
+
+class StopRequested(UserError):
+    """The run was asked to stop and did, at the same unit on all ranks: requeue it."""
+
+    exit_code = 75

@@ -1,0 +1,186 @@
+"""From YAML files and `key=value` words to a `Config`: merged left to right by OmegaConf, then checked field by field.
+
+Every fault names the dotted key, its value, the rule and the remedy, before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, Union
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from spd_dist.config import Config
+from spd_dist.errors import ConfigError
+
+
+def load_config(paths: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Config:
+    """The config of YAML files, later ones over earlier ones, and `section.key=value` words over all of them.
+
+    Raises:
+        ConfigError: an unreadable file, an unknown key, a wrong type, or a value out of bounds.
+    """
+    merged = OmegaConf.create()
+    for source, values in [*map(_read_file, paths), *map(_read_override, overrides)]:
+        try:
+            merged = OmegaConf.merge(merged, values)
+        except (OmegaConfBaseException, TypeError, ValueError) as error:
+            raise ConfigError(f"{source} does not merge with what stands before it: {error}") from error
+    try:
+        plain = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: an interpolation does not resolve: {error}") from error
+    config = _build(Config, plain, "")
+    _check_across_fields(config)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """Every field of `config`, as YAML that `load_config` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.create(_plain(dataclasses.asdict(config))))
+
+
+def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The dotted keys at which two plain configs differ, with both values."""
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            yield from differing_keys(before, after, f"{prefix}{key}.")
+        elif _plain(before) != _plain(after):
+            yield f"{prefix}{key}: {before!r} -> {after!r}"
+
+
+def _read_file(path: str | Path) -> tuple[str, Any]:
+    try:
+        values = OmegaConf.load(path)
+    except (OSError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"--config {path}: cannot be read as YAML: {error}") from error
+    if not OmegaConf.is_dict(values):
+        raise ConfigError(f"--config {path}: must be a mapping of sections, as in configs/quickstart.yaml")
+    return f"--config {path}", values
+
+
+def _read_override(word: str) -> tuple[str, Any]:
+    if "=" not in word or word.startswith("="):
+        raise ConfigError(f"{word!r} is not an override: write section.key=value, as in finetune.num_epochs=3")
+    try:
+        return word, OmegaConf.from_dotlist([word])
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        raise ConfigError(f"{word!r} is not an override: {error}") from error
+
+
+def _build(section: type, values: Any, prefix: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{prefix.rstrip('.')}: {values!r} is not a section; its keys are {_names(section)}")
+    hints = typing.get_type_hints(section)
+    fields = {item.name: item for item in dataclasses.fields(section)}
+    for name in values:
+        if name not in fields:
+            raise ConfigError(f"{prefix}{name}: unknown key (value {values[name]!r}); {_nearest(prefix, str(name), section)}")
+    built = {}
+    for name, value in values.items():
+        hint, key = hints[name], f"{prefix}{name}"
+        if dataclasses.is_dataclass(hint):
+            built[name] = _build(hint, value, f"{key}.")
+        else:
+            built[name] = _convert(value, hint, key)
+            _check_bounds(built[name], fields[name].metadata, key)
+    return section(**built)
+
+
+def _nearest(prefix: str, name: str, section: type) -> str:
+    known = [f"{prefix}{item.name}" for item in dataclasses.fields(section)]
+    anywhere = known + [
+        f"{outer.name}.{item.name}"
+        for outer in dataclasses.fields(Config)
+        if dataclasses.is_dataclass(hint := typing.get_type_hints(Config)[outer.name])
+        for item in dataclasses.fields(hint)
+    ]
+    same_name = [key for key in anywhere if key.rpartition(".")[2] == name]
+    close = same_name or difflib.get_close_matches(prefix + name, known, 1) or difflib.get_close_matches(prefix + name, anywhere, 1, 0)
+    return f"the nearest valid key is {close[0]}"
+
+
+def _names(section: type) -> str:
+    return ", ".join(item.name for item in dataclasses.fields(section))
+
+
+def _convert(value: Any, hint: Any, key: str) -> Any:
+    """`value` as the type that the field declares; only an int becomes a float and a list a tuple."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, Union):
+        return _convert_to_one_of(value, arguments, hint, key)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_convert(item, arguments[0], f"{key}[{index}]") for index, item in enumerate(value))
+    if hint is float and type(value) is int:
+        return float(value)
+    if origin is Literal:
+        fits = any(value == choice and type(value) is type(choice) for choice in arguments)
+    elif origin is dict:
+        fits = isinstance(value, dict)
+    else:
+        fits = origin is None and type(value) is hint
+    if fits:
+        return value
+    raise ConfigError(f"{key}: {value!r} is not valid; it must be {_describe(hint)}")
+
+
+def _convert_to_one_of(value: Any, choices: tuple[Any, ...], hint: Any, key: str) -> Any:
+    for choice in choices:
+        try:
+            return _convert(value, choice, key)
+        except ConfigError:
+            continue
+    raise ConfigError(f"{key}: {value!r} is not valid; it must be {_describe(hint)}")
+
+
+def _describe(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments)) if len(arguments) > 1 else str(arguments[0])
+    if origin in (types.UnionType, Union):
+        return " or ".join(map(_describe, arguments))
+    if origin is tuple:
+        return f"a list, each {_describe(arguments[0])}"
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
+    return names.get(hint, "a mapping")
+
+
+def _check_bounds(value: Any, metadata: Mapping[str, Any], key: str) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return
+    rules = {"at_least": lambda bound: value >= bound, "at_most": lambda bound: value <= bound, "above": lambda bound: value > bound}
+    for rule, holds in rules.items():
+        if rule in metadata and not holds(metadata[rule]):
+            raise ConfigError(f"{key}: {value!r} is out of bounds; it must be {rule.replace('_', ' ')} {metadata[rule]}")
+
+
+def _check_across_fields(config: Config) -> None:
+    """Rules that tie two fields together."""
+    if config.project.rank_rule == "fixed" and config.project.rank is None:
+        raise ConfigError("project.rank: None is not valid with project.rank_rule=fixed; set project.rank=N")
+    if config.generate.task_index >= config.generate.num_tasks:
+        raise ConfigError(
+            f"generate.task_index: {config.generate.task_index} must be below generate.num_tasks={config.generate.num_tasks}"
+        )
+    if not config.calibrate.layers:
+        raise ConfigError("calibrate.layers: an empty list is not valid; name at least one layer, as in [middle,last]")
+    for section, needs in {"vllm": "vllm_python", "command": "command"}.items():
+        if config.generate.engine == section and config.section("generate")[needs] is None:
+            raise ConfigError(f"generate.{needs}: None is not valid with generate.engine={section}; set generate.{needs}")
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, so that YAML and JSON hold the same."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

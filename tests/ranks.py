@@ -1,0 +1,43 @@
+"""Run a function on several CPU ranks."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+# One server imports these and forks every rank from that clean state, where spawn would import them in each rank.
+# (torch.testing imports dynamo, and so sympy, at its first use.)
+PRELOADED = ["pytest", "torch.distributed", "torch._dynamo", "torch._inductor.compile_fx", "deepspeed", "deepspeed.runtime.engine",
+             "deepspeed.runtime.zero.stage3", "transformers.models.llama.modeling_llama", "peft", "tiny"]  # fmt: skip
+multiprocessing.set_forkserver_preload(PRELOADED)
+
+
+def run_on_ranks(world_size: int, store: Path, fn: Callable[..., None], *args: object) -> None:
+    """Call `fn(*args)` on `world_size` gloo ranks; any rank's failure fails the test.
+
+    Ranks meet through a file, so tests need no port and can run side by side.
+    """
+    mp.start_processes(_rank, (world_size, store, fn, args), nprocs=world_size, start_method="forkserver")
+
+
+def _rank(rank: int, world_size: int, store: Path, fn: Callable[..., None], args: tuple) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), "LOCAL_SIZE": str(world_size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # DeepSpeed wants them set; the file store is what is used
+    torch.set_num_threads(1)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it is compiled, for minutes
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    dist.barrier()  # a rank that is done must not close its sockets while another still connects
+    try:
+        fn(*args)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
