@@ -83,7 +83,9 @@ def _build(section: type, values: Any, prefix: str) -> Any:
     fields = {item.name: item for item in dataclasses.fields(section)}
     for name in values:
         if name not in fields:
-            raise ConfigError(f"{prefix}{name}: unknown key (value {values[name]!r}); {_nearest(prefix, str(name), section)}")
+            raise ConfigError(
+                f"{prefix}{name}: unknown key (value {values[name]!r}); {_nearest(prefix, str(name), section)}"
+            )
     built = {}
     for name, value in values.items():
         hint, key = hints[name], f"{prefix}{name}"
@@ -104,7 +106,11 @@ def _nearest(prefix: str, name: str, section: type) -> str:
         for item in dataclasses.fields(hint)
     ]
     same_name = [key for key in anywhere if key.rpartition(".")[2] == name]
-    close = same_name or difflib.get_close_matches(prefix + name, known, 1) or difflib.get_close_matches(prefix + name, anywhere, 1, 0)
+    close = (
+        same_name
+        or difflib.get_close_matches(prefix + name, known, 1)
+        or difflib.get_close_matches(prefix + name, anywhere, 1, 0)
+    )
     return f"the nearest valid key is {close[0]}"
 
 
@@ -156,10 +162,16 @@ def _describe(hint: Any) -> str:
 def _check_bounds(value: Any, metadata: Mapping[str, Any], key: str) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return
-    rules = {"at_least": lambda bound: value >= bound, "at_most": lambda bound: value <= bound, "above": lambda bound: value > bound}
+    rules = {
+        "at_least": lambda bound: value >= bound,
+        "at_most": lambda bound: value <= bound,
+        "above": lambda bound: value > bound,
+    }
     for rule, holds in rules.items():
         if rule in metadata and not holds(metadata[rule]):
-            raise ConfigError(f"{key}: {value!r} is out of bounds; it must be {rule.replace('_', ' ')} {metadata[rule]}")
+            raise ConfigError(
+                f"{key}: {value!r} is out of bounds; it must be {rule.replace('_', ' ')} {metadata[rule]}"
+            )
 
 
 def _check_across_fields(config: Config) -> None:
@@ -174,7 +186,9 @@ def _check_across_fields(config: Config) -> None:
         raise ConfigError("calibrate.layers: an empty list is not valid; name at least one layer, as in [middle,last]")
     for section, needs in {"vllm": "vllm_python", "command": "command"}.items():
         if config.generate.engine == section and config.section("generate")[needs] is None:
-            raise ConfigError(f"generate.{needs}: None is not valid with generate.engine={section}; set generate.{needs}")
+            raise ConfigError(
+                f"generate.{needs}: None is not valid with generate.engine={section}; set generate.{needs}"
+            )
 
 
 def _plain(value: Any) -> Any:

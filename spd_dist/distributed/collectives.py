@@ -89,7 +89,9 @@ class together:  # noqa: N801 - reads as a statement: `with together("reading th
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if not any_rank(error is not None):
             return
         reports = gather_objects(None if error is None else _report(error))

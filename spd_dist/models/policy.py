@@ -1,1 +1,119 @@
 """Load a policy: any Hugging Face causal LM by hub name, local folder or GGUF file; under ZeRO-3 its weights load sharded."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import HfDeepSpeedConfig
+
+from spd_dist.config import Distributed, Model
+from spd_dist.distributed.collectives import together
+from spd_dist.distributed.world import World
+from spd_dist.distributed.zero import DeepSpeedEngine, frozen_engine, sharding_settings, weights_fingerprint
+from spd_dist.errors import DataError
+from spd_dist.models.gguf import converted, find_gguf
+
+
+@dataclass
+class Policy:
+    """A model that answers, and what its tokens mean."""
+
+    model: PreTrainedModel
+    """The module to call. Where it is sharded, every rank calls it the same number of times, in the same order."""
+    tokenizer: PreTrainedTokenizerBase
+    engine: DeepSpeedEngine | None
+    """Holds the shards of `model`; None if every rank has all of it."""
+    name: str
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    fingerprint: str
+    """Of the weights as they were loaded: the same at every world size and sharding."""
+
+    def release(self) -> None:
+        """Take ZeRO's hooks off the module; its parameters stay sharded, ready for another engine."""
+        if self.engine is not None:
+            self.engine.destroy()
+            self.engine = None
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on an accelerator and float32 on the CPU."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def load_policy(config: Model, distributed: Distributed, world: World) -> Policy:
+    """The policy of `config`, frozen and in eval mode: sharded by ZeRO-3 if `distributed.zero_stage` is 3, else whole.
+
+    Raises:
+        DataError: no such model, or one whose files can't be read.
+    """
+    with together("reading the model's configuration"):
+        source = _local_source(config)
+        settings = _read(AutoConfig, source, config)
+        tokenizer = _read(AutoTokenizer, source, config)
+    dtype = resolve_dtype(config.dtype, world.device)
+    sharded = distributed.zero_stage == 3
+    # transformers keeps a weak reference: while this object lives, from_pretrained loads into ZeRO-3 shards.
+    sharding = HfDeepSpeedConfig(sharding_settings(distributed, dtype)) if sharded else None
+    attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
+    model = _read(AutoModelForCausalLM, source, config, config=settings, dtype=dtype, **attention)
+    del sharding
+    if not sharded:
+        model.to(world.device)
+    model.eval().requires_grad_(False)
+    engine = frozen_engine(model, distributed, dtype) if sharded else None
+    eos = _eos_token_ids(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
+    return Policy(model, tokenizer, engine, config.name, eos, pad, weights_fingerprint(model))
+
+
+def load_replica(config: Model, distributed: Distributed, world: World, *, adapter: Path | None = None) -> Policy:
+    """The policy of `config` whole on every rank, with a LoRA adapter merged into it if one is given.
+
+    Raises:
+        DataError: no such model or adapter.
+    """
+    policy = load_policy(config, dataclasses.replace(distributed, zero_stage=0), world)
+    if adapter is not None:
+        with together("loading the adapter"):
+            if not (adapter / "adapter_config.json").is_file():
+                raise DataError(
+                    f"{adapter} holds no adapter_config.json; run the finetune stage again with --from finetune"
+                )
+            merged = PeftModel.from_pretrained(policy.model, adapter).merge_and_unload()
+        policy.model = merged.eval().requires_grad_(False)
+    return policy
+
+
+def _local_source(config: Model) -> str:
+    gguf = find_gguf(config.name)
+    return config.name if gguf is None else str(converted(gguf, config.cache_dir))
+
+
+def _read(reader: type, source: str, model: Model, **settings: object) -> object:
+    options = {"trust_remote_code": model.trust_remote_code} | settings
+    if model.revision is not None:
+        options["revision"] = model.revision
+    try:
+        return reader.from_pretrained(source, **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise DataError(f"model.name: {model.name} can't be loaded by {reader.__name__}: {error}") from error
+
+
+def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every token that ends a sequence, by the model's generation config and by the tokenizer."""
+    declared = model.generation_config.eos_token_id if model.generation_config is not None else None
+    from_model = declared if isinstance(declared, list) else [declared]
+    found = sorted({token for token in [*from_model, tokenizer.eos_token_id] if token is not None})
+    if not found:
+        raise DataError(
+            "model.name: neither the model nor its tokenizer names an end-of-sequence token; set one in tokenizer_config.json"
+        )
+    return tuple(found)

@@ -1,0 +1,141 @@
+"""ZeRO-3 for stages without an optimizer: sharded modules, whole replicas, and a fingerprint of the weights.
+
+A module is sharded if its parameters carry DeepSpeed's `ds_tensor`: the flat slice that this rank holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor, nn
+
+from spd_dist.config import Distributed
+from spd_dist.distributed.collectives import collective_device
+from spd_dist.errors import ConfigError
+
+CHUNK = 1 << 20  # words mixed at once: a few temporaries of 8 MiB
+GOLDEN, MIX = 0x9E3779B97F4A7C15 - (1 << 64), 0xBF58476D1CE4E5B9 - (1 << 64)  # of splitmix64, as int64
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether ZeRO-3 holds the parameters of `module`."""
+    return any(hasattr(parameter, "ds_tensor") for parameter in module.parameters())
+
+
+def merge_settings(
+    ours: Mapping[str, Any], users: Mapping[str, Any], prefix: str = "distributed.deepspeed"
+) -> dict[str, Any]:
+    """`ours` with what the user adds.
+
+    Raises:
+        ConfigError: a key to which both give a value, and not the same.
+    """
+    merged = dict(ours)
+    for key, value in users.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key, {}), Mapping):
+            merged[key] = merge_settings(merged.get(key, {}), value, f"{prefix}.{key}")
+        elif key in merged and merged[key] != value:
+            raise ConfigError(
+                f"{prefix}.{key}: {value!r} conflicts with {merged[key]!r}, which spd_dist sets; remove the key"
+            )
+        else:
+            merged[key] = value
+    return merged
+
+
+def sharding_settings(config: Distributed, dtype: torch.dtype) -> dict[str, Any]:
+    """DeepSpeed's configuration of a sharded module that is not trained."""
+    ours = {
+        "train_micro_batch_size_per_gpu": 1,
+        "steps_per_print": 1 << 30,
+        "zero_optimization": {"stage": 3},
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+    }
+    users = {key: value for key, value in config.deepspeed.items() if key == "zero_optimization"}
+    return merge_settings(ours, users)
+
+
+def frozen_engine(module: nn.Module, config: Distributed, dtype: torch.dtype) -> DeepSpeedEngine:
+    """Shard `module` over all ranks, without an optimizer.
+
+    Call `engine.module(...)`: outputs of the engine itself refuse to be differentiated. `engine.destroy()` frees the
+    module for the next engine.
+    """
+    engine, *_ = deepspeed.initialize(model=module, config=sharding_settings(config, dtype))
+    return engine
+
+
+@contextmanager
+def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Whole parameters on every rank within this context, to be read and not written; a no-op unless they are sharded."""
+    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_tensor")]
+    with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
+        yield
+
+
+@contextmanager
+def full_replica(engine: DeepSpeedEngine | None, module: nn.Module) -> Iterator[nn.Module]:
+    """`module` with whole weights and without ZeRO's hooks: each rank calls it as often as it likes, with no collective.
+
+    The gather and the return to shards are collectives. The hooks come back also when the body fails: DeepSpeed's own
+    `unwrap_model_for_generation` has no `finally`.
+    """
+    if engine is None:
+        yield module
+        return
+    offload = engine.optimizer if hasattr(engine.optimizer, "forward_hooks") else engine.optimizer.parameter_offload
+    with deepspeed.zero.GatheredParameters(list(module.parameters())):
+        for hook in [*offload.forward_hooks, *offload.backward_hooks]:
+            hook.remove()
+        offload.forward_hooks, offload.backward_hooks = [], []
+        try:
+            yield module
+        finally:
+            offload._register_deepspeed_module(offload.module)  # also invalidates the recorded order of modules
+
+
+@torch.no_grad()
+def weights_fingerprint(module: nn.Module) -> str:
+    """A hash of names, shapes, dtypes and every bit of the weights, that does not depend on how they are sharded.
+
+    Each rank mixes the words that it holds with their positions and sums them modulo 2**64; the sums of all ranks add
+    up, so that no parameter is gathered.
+    """
+    named = list(module.named_parameters())
+    sums = torch.stack([_mixed_sum(*_held_words(parameter)) for _, parameter in named])
+    if is_sharded(module):
+        sums = sums.to(collective_device())
+        dist.all_reduce(sums)
+    digest = hashlib.blake2b(digest_size=16)
+    for (name, parameter), total in zip(named, sums.tolist(), strict=True):
+        shape = tuple(parameter.ds_shape) if hasattr(parameter, "ds_shape") else tuple(parameter.shape)
+        digest.update(f"{name} {shape} {parameter.dtype} {total}\n".encode())
+    return digest.hexdigest()
+
+
+def _held_words(parameter: nn.Parameter) -> tuple[Tensor, int]:
+    """The words of `parameter` that this rank holds, as integers, and the position of the first."""
+    flat, start = parameter.detach().reshape(-1), 0
+    if hasattr(parameter, "ds_tensor"):
+        flat, start = parameter.ds_tensor.detach().reshape(-1), dist.get_rank() * parameter.ds_tensor.numel()
+        flat = flat[: max(0, parameter.ds_numel - start)]  # the last shards are padded
+    words = {2: torch.int16, 4: torch.int32, 8: torch.int64, 1: torch.int8}[flat.element_size()]
+    return flat.view(words), start
+
+
+def _mixed_sum(words: Tensor, start: int) -> Tensor:
+    total = torch.zeros((), dtype=torch.int64, device=words.device)
+    for offset in range(0, len(words), CHUNK):
+        chunk = words[offset : offset + CHUNK].long()
+        position = torch.arange(start + offset + 1, start + offset + 1 + len(chunk), device=words.device) * GOLDEN
+        position ^= position >> 31
+        total += ((chunk ^ position) * MIX ^ position).sum()
+    return total
