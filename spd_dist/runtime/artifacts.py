@@ -1,0 +1,153 @@
+"""Files that appear whole: written beside, synced, renamed. Missing, corrupt or unwritable ones are a `DataError`."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from spd_dist.errors import DataError
+
+PARTIAL = ".partial"
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
+
+
+class TensorFile(NamedTuple):
+    """What a safetensors file holds."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A path beside `path` to write to: it takes the place of `path` when the body is done, and is removed if it fails.
+
+    Raises:
+        DataError: the disk is full or may not be written.
+    """
+    path = Path(path)
+    partial = partial_path(path)
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            _sync(partial)
+            os.replace(partial, path)
+            _sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def partial_path(path: Path) -> Path:
+    """Where `path` is written before it is renamed: a name of this process, since array jobs share run folders."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}{PARTIAL}")
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Turn a full or forbidden disk, met in the body, into a `DataError` that names `path` and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        raise DataError(f"{path} cannot be written: {error.strerror}; {_MAKE_ROOM}") from error
+
+
+_MAKE_ROOM = "make room or fix the permissions, and start the same command again: what was finished is kept"
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` whole."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write plain data as indented JSON; NaN and infinities are refused, since other readers do."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """The data of a JSON file.
+
+    Raises:
+        DataError: the file is missing or not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise missing(path) from error
+    except ValueError as error:
+        raise corrupt(path, error) from error
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors and string metadata as safetensors, from whatever device they are on.
+
+    Raises:
+        DataError: the disk is full or may not be written.
+    """
+    with replacing(path) as partial:
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, dict(metadata or {}))
+        except SafetensorError as error:
+            raise DataError(f"{path} cannot be written: {error}; {_MAKE_ROOM}") from error
+
+
+def read_tensors(path: str | Path) -> TensorFile:
+    """The tensors, on the CPU, and the metadata of a safetensors file.
+
+    Raises:
+        DataError: the file is missing or not safetensors.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return TensorFile({name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {})  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise missing(path) from error
+    except SafetensorError as error:
+        raise corrupt(path, error) from error
+
+
+def sha256_of(path: str | Path) -> str:
+    """The hash of a file's bytes."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError as error:
+        raise missing(path) from error
+
+
+def content_hash(value: Any) -> str:
+    """The hash of plain data (numbers, strings, lists, mappings), whatever the order of keys; a tuple is a list."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def missing(path: str | Path) -> DataError:
+    """The error for an artifact that is not there."""
+    return DataError(f"{path} is missing; start the run again without --from, so that the stage that writes it is done")
+
+
+def corrupt(path: str | Path, error: Exception) -> DataError:
+    """The error for an artifact that cannot be read."""
+    return DataError(f"{path} is corrupt ({error}); delete it and start the same command again: its stage is redone")
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,123 @@
+import errno
+import json
+import os
+import resource
+import signal
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from spd_dist.errors import DataError
+from spd_dist.runtime.artifacts import (
+    content_hash,
+    partial_path,
+    read_json,
+    read_tensors,
+    replacing,
+    sha256_of,
+    write_json,
+    write_tensors,
+    write_text,
+)
+
+WRITERS = [
+    lambda path: write_json(path, {"a": 1}),
+    lambda path: write_text(path, "a text"),
+    lambda path: write_tensors(path, {"x": torch.ones(3)}),
+]
+
+
+def test_json_and_tensors_come_back_as_they_were_written(tmp_path):
+    value = {"name": "caf\u00e9", "numbers": [1, 2.5, None, True]}
+    write_json(tmp_path / "deep" / "a.json", value)
+    assert read_json(tmp_path / "deep" / "a.json") == value
+    basis_DR = torch.randn(6, 4, dtype=torch.float64).T
+    write_tensors(tmp_path / "a.safetensors", {"basis": basis_DR, "empty": torch.empty(0)}, {"rank": "4"})
+    tensors, metadata = read_tensors(tmp_path / "a.safetensors")
+    assert torch.equal(tensors["basis"], basis_DR)
+    assert tensors["empty"].shape == (0,)
+    assert metadata == {"rank": "4"}
+
+
+def test_equal_tensors_make_equal_files(tmp_path):
+    for name in ("a", "b"):
+        write_tensors(tmp_path / name, {"x": torch.arange(5.0), "y": torch.ones(2)}, {"k": "v"})
+    assert sha256_of(tmp_path / "a") == sha256_of(tmp_path / "b")
+
+
+def write_half(path):
+    path.write_text("half")
+    json.dumps(object())
+
+
+def test_a_writer_that_fails_leaves_the_old_file_and_no_half_file(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, "old")
+    with pytest.raises(TypeError, match="not JSON serializable"), replacing(path) as partial:
+        write_half(partial)
+    assert read_json(path) == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+
+
+@contextmanager
+def no_file_may_grow_beyond(num_bytes):
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then the kernel answers EFBIG
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_a_disk_that_takes_no_more_is_named_with_the_remedy_and_keeps_what_was_there(tmp_path, write):
+    path = tmp_path / "artifact"
+    path.write_text("old")
+    with no_file_may_grow_beyond(3), pytest.raises(DataError, match=r"artifact cannot be written: .*make room"):
+        write(path)
+    assert path.read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["artifact"]
+
+
+def test_a_full_disk_is_named_as_such(tmp_path):
+    path = tmp_path / "artifact"
+    partial_path(path).symlink_to("/dev/full")  # the kernel answers ENOSPC to every write
+    with pytest.raises(DataError, match=r"artifact cannot be written: No space left on device; make room"):
+        write_text(path, "text")
+    assert not list(tmp_path.iterdir())
+
+
+def test_errors_that_are_not_the_disks_stay_what_they_are(tmp_path):
+    with pytest.raises(OSError, match="broken") as caught, replacing(tmp_path / "a"):
+        raise OSError(errno.EIO, "broken")
+    assert not isinstance(caught.value, DataError)
+
+
+def test_a_missing_artifact_is_named_with_what_to_do(tmp_path):
+    for read in (read_json, read_tensors, sha256_of):
+        with pytest.raises(DataError, match=r"gone is missing; start the run again without --from"):
+            read(tmp_path / "gone")
+
+
+def test_a_corrupt_artifact_is_named_with_what_to_do(tmp_path):
+    path = tmp_path / "torn"
+    write_tensors(path, {"x": torch.arange(100.0)})
+    os.truncate(path, 200)
+    for read in (read_json, read_tensors):
+        with pytest.raises(DataError, match=r"torn is corrupt .*; delete it and start the same command again"):
+            read(path)
+
+
+def test_json_that_other_readers_refuse_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "a.json", float("nan"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_content_hashes_see_values_and_not_the_order_of_keys():
+    assert content_hash({"a": 1, "b": (1, 2)}) == content_hash({"b": [1, 2], "a": 1})
+    assert content_hash({"a": 1}) != content_hash({"a": 1.5})
+    assert content_hash([1, 2]) != content_hash([2, 1])
