@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+Bound = float | None
 
-def setting(
-    default: Any, sentence: str, *, at_least: float | None = None, at_most: float | None = None, above: float | None = None
-) -> Any:
+
+def setting(default: Any, sentence: str, *, at_least: Bound = None, at_most: Bound = None, above: Bound = None) -> Any:
     """A field with its meaning and its bounds; `spd_dist.overrides` enforces them."""
     bounds = {"at_least": at_least, "at_most": at_most, "above": above}
     metadata = {"sentence": sentence} | {rule: bound for rule, bound in bounds.items() if bound is not None}
@@ -27,10 +27,10 @@ def setting(
 class Model:
     """The policy that learns from itself."""
 
-    name: str = setting("HuggingFaceTB/SmolLM2-135M-Instruct", "hub name, local folder, GGUF file, or package:NAME for a GGUF in an installed package")
+    name: str = setting("HuggingFaceTB/SmolLM2-135M-Instruct", "hub name, folder, GGUF file, or package:NAME")
     revision: str | None = setting(None, "branch, tag or commit on the hub")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "auto: bfloat16 on an accelerator, float32 on CPU")
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = setting("auto", "auto: sdpa, or what the model supports")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "auto: bfloat16, float32 on CPU")
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = setting("auto", "auto: what the model prefers")
     cache_dir: str | None = setting(None, "where converted GGUF weights are kept; ~/.cache/spd_dist if not given")
     trust_remote_code: bool = setting(False, "run the model's own Python code")
 
@@ -40,7 +40,7 @@ class Data:
     """The task, and where its rows come from."""
 
     task: str = setting("arithmetic", "a registered task: its prompts, target spans and scoring")
-    train: str | None = setting(None, "training prompts: hub name or .jsonl/.parquet path; the task's own source if not given")
+    train: str | None = setting(None, "training prompts: hub name or file; the task's own if not given")
     calibration: str | None = setting(None, "calibration examples; the task's own split, else the first training rows")
     test: str | None = setting(None, "held-out examples; the task's own test split if not given")
     num_train: int | None = setting(None, "use only the first N training prompts", at_least=1)
@@ -54,13 +54,13 @@ class Calibrate:
     """The gradient of the masked loss at the KV sites (paper, Eq. 6)."""
 
     num_examples: int = setting(50, "calibration examples, the first of their split", at_least=1)
-    layers: tuple[int | Literal["middle", "last"], ...] = setting(("middle", "last"), "zero-based layers, among those that make keys and values")
+    layers: tuple[int | Literal["middle", "last"], ...] = setting(("middle", "last"), "of those with K and V")
     mask: str = setting("task", "supervised characters: task | full | regex:PATTERN | entry point name")
-    span_policy: Literal["inside", "overlap"] = setting("inside", "a token counts if its characters lie inside a span, or overlap one")
+    span_policy: Literal["inside", "overlap"] = setting("inside", "how a token must meet a span")
     allow_empty: bool = setting(False, "skip and count examples whose span is missing or truncated, instead of failing")
     max_tokens: int = setting(1024, "longer examples are cut", at_least=2)
     batch_size: int = setting(8, "examples a micro-batch; the rows do not depend on it", at_least=1)
-    num_shards: int = setting(8, "logical shards of the examples: results are the same at every world size", at_least=1)
+    num_shards: int = setting(8, "logical shards of the examples, whatever the world size", at_least=1)
     checkpointing: bool = setting(False, "recompute activations in the backward pass (non-reentrant)")
 
 
@@ -68,8 +68,8 @@ class Calibrate:
 class Sketch:
     """The streaming form of the second moment of the gradient rows."""
 
-    method: Literal["auto", "frequent_directions", "gram"] = setting("auto", "auto: the exact Gram matrix where it fits the memory budget")
-    size: int | None = setting(None, "rows a Frequent Directions sketch keeps; min(width, max(2 rank, rank + 32)) if not given", at_least=1)
+    method: Literal["auto", "frequent_directions", "gram"] = setting("auto", "auto: gram if it fits memory_gib")
+    size: int | None = setting(None, "rows kept; min(width, max(2 rank, rank + 32)) if not given", at_least=1)
     alpha: float = setting(1.0, "share of the directions that a shrink touches", above=0, at_most=1)
     memory_gib: float = setting(2.0, "budget of all sketches of a rank, for auto", above=0)
     non_finite: Literal["raise", "skip"] = setting("raise", "a row with NaN or Inf: an error, or dropped and counted")
@@ -91,7 +91,7 @@ class Project:
     fraction: float = setting(0.5, "share of the width, for rank_rule=fraction", above=0, at_most=1)
     energy: float = setting(0.95, "share of the energy to keep, for rank_rule=energy", above=0, at_most=1)
     centered: bool = setting(False, "take the rows about their mean")
-    mode: Literal["hard", "blend", "soft", "random", "isotropic", "identity"] = setting("hard", "what happens to the part outside the subspace")
+    mode: Literal["hard", "blend", "soft", "random", "isotropic", "identity"] = setting("hard", "the fate of the rest")
     rho: float = setting(0.0, "share of the outside part that blend and isotropic keep", at_least=0, at_most=1)
     kinds: Literal["both", "key", "value"] = setting("both", "project keys and values, or one of them")
     insertion: Literal["linear", "rope", "head"] = setting("linear", "linear output; after RoPE (keys); or per KV head")
@@ -101,8 +101,8 @@ class Project:
 class Generate:
     """The policy's own training data: raw completions, nothing filtered."""
 
-    engine: Literal["auto", "hf", "hf_cb", "vllm", "command"] = setting("auto", "what decodes; auto chooses and logs why")
-    placement: Literal["auto", "replica", "layerwise"] = setting("auto", "a full replica a rank, or ZeRO-3 shards in lock-step")
+    engine: Literal["auto", "hf", "hf_cb", "vllm", "command"] = setting("auto", "auto chooses, and logs why")
+    placement: Literal["auto", "replica", "layerwise"] = setting("auto", "whole on each rank, or sharded in lock-step")
     apply_as: Literal["hook", "fold"] = setting("hook", "project by forward hooks, or by folding into the weights")
     temperature: float = setting(0.7, "0 is greedy", at_least=0)
     top_p: float = setting(0.9, "nucleus sampling", above=0, at_most=1)
@@ -112,12 +112,12 @@ class Generate:
     num_samples: int = setting(1, "completions a prompt", at_least=1)
     max_new_tokens: int = setting(256, "a completion is cut there", at_least=1)
     batch_size: int = setting(32, "rows decoded together; samples do not depend on it", at_least=1)
-    batch_invariant: bool = setting(False, "fixed shapes, so that bf16 samples do not depend on the batch either; slower")
+    batch_invariant: bool = setting(False, "fixed shapes: bf16 samples do not depend on the batch either; slower")
     num_tasks: int = setting(1, "jobs that share one corpus, as a SLURM array", at_least=1)
     task_index: int = setting(0, "which of them this one is", at_least=0)
     vllm_python: str | None = setting(None, "interpreter that has vllm, for engine=vllm")
     command: str | None = setting(None, "template with {model}, {prompts} and {output}, for engine=command")
-    max_repetition_rate: float = setting(1.0, "largest share of completions that repeat themselves", at_least=0, at_most=1)
+    max_repetition_rate: float = setting(1.0, "largest share of repetitive completions", at_least=0, at_most=1)
     max_empty_rate: float = setting(0.5, "largest share of empty completions", at_least=0, at_most=1)
 
 
@@ -129,11 +129,11 @@ class Finetune:
     lora_rank: int = setting(8, "rank of the adapters", at_least=1)
     lora_alpha: float = setting(8.0, "scale of the adapters, over the rank", above=0)
     lora_dropout: float = setting(0.05, "dropout in front of the adapters", at_least=0, at_most=1)
-    lora_targets: tuple[str, ...] = setting(("q_proj", "k_proj", "v_proj", "o_proj"), "names of the linear modules that get one")
+    lora_targets: tuple[str, ...] = setting(("q_proj", "k_proj", "v_proj", "o_proj"), "modules that get an adapter")
     lora_variant: Literal["lora", "rslora", "dora"] = setting("lora", "plain, rank-stabilised, or weight-decomposed")
-    loss_on: Literal["prompt_and_completion", "completion"] = setting("prompt_and_completion", "supervised tokens; Eq. 14 takes both")
+    loss_on: Literal["prompt_and_completion", "completion"] = setting("prompt_and_completion", "Eq. 14 takes both")
     pads_in_loss: bool = setting(False, "prototype: pad to max_tokens, and train on the pads too")
-    stop_on_train_loss: bool = setting(False, "prototype: stop when an epoch's training loss no longer falls, keep the best epoch")
+    stop_on_train_loss: bool = setting(False, "prototype: stop when the training loss no longer falls, keep the best")
     learning_rate: float = setting(1e-5, "peak", above=0)
     weight_decay: float = setting(0.01, "of AdamW, decoupled", at_least=0)
     warmup_epochs: float = setting(0.5, "linear warm-up, then cosine to zero", at_least=0)
@@ -152,7 +152,7 @@ class Finetune:
 class Evaluate:
     """Greedy answers of every arm to the held-out examples."""
 
-    arms: tuple[str, ...] = setting(("base", "psr", "spd", "projected"), "what is compared: base, psr, ssd, spd, projected")
+    arms: tuple[str, ...] = setting(("base", "psr", "spd", "projected"), "of base, psr, ssd, spd, projected")
     max_new_tokens: int = setting(256, "an answer is cut there", at_least=1)
     batch_size: int = setting(32, "examples answered together", at_least=1)
     allow_code_execution: bool = setting(False, "run model-written code, in the sandbox")
@@ -162,18 +162,18 @@ class Evaluate:
 class Distributed:
     """The processes that share the run."""
 
-    zero_stage: Literal[0, 1, 2, 3] = setting(3, "3: parameters are sharded in every stage; 0 to 2: in none, in fine-tuning only gradients or optimizer states")
+    zero_stage: Literal[0, 1, 2, 3] = setting(3, "3 shards parameters in every stage; 0 to 2 in none")
     timeout_seconds: float = setting(1800.0, "a collective that takes longer fails the run", above=0)
     threads: int | None = setting(None, "CPU threads a rank; cores over local ranks if not given", at_least=1)
     interface: str | None = setting(None, "network interface for NCCL and gloo")
-    deepspeed: dict[str, Any] = setting({}, "DeepSpeed settings, merged under ours; a conflict is an error")
+    deepspeed: dict[str, Any] = setting({}, "DeepSpeed settings beside ours; a conflict is an error")
 
 
 @dataclass(frozen=True)
 class Metrics:
     """Where numbers go: JSONL always, Weights & Biases from rank 0."""
 
-    wandb: Literal["auto", "online", "offline", "disabled"] = setting("auto", "auto: online where a key is set and the server answers, else offline")
+    wandb: Literal["auto", "online", "offline", "disabled"] = setting("auto", "auto: online if it can be, else offline")
     project: str = setting("spd", "W&B project")
     entity: str | None = setting(None, "W&B entity")
     experiment: str | None = setting(None, "name in front of the config hash; the run folder's if not given")

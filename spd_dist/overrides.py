@@ -180,7 +180,8 @@ def _check_across_fields(config: Config) -> None:
         raise ConfigError("project.rank: None is not valid with project.rank_rule=fixed; set project.rank=N")
     if config.generate.task_index >= config.generate.num_tasks:
         raise ConfigError(
-            f"generate.task_index: {config.generate.task_index} must be below generate.num_tasks={config.generate.num_tasks}"
+            f"generate.task_index: {config.generate.task_index} is out of bounds; "
+            f"it must be below generate.num_tasks={config.generate.num_tasks}"
         )
     if not config.calibrate.layers:
         raise ConfigError("calibrate.layers: an empty list is not valid; name at least one layer, as in [middle,last]")

@@ -23,7 +23,7 @@ class KVSite:
     module: str
     """Dotted name of the linear module, as in `model.get_submodule`."""
     columns: tuple[tuple[int, int], ...]
-    """Half-open ranges of the module's output features, KV head after KV head: ((0, width),) unless the module is fused."""
+    """Half-open ranges of the module's output features, head after head: ((0, width),) unless the module is fused."""
     num_heads: int = 1
     """KV heads, that the width is divided into."""
 
@@ -134,7 +134,11 @@ class Projection:
 
     operators: Mapping[KVSite, SiteOperator]
     insertion: Literal["linear", "rope", "head"] = "linear"
-    """`linear`: the linear module's output. `rope`: keys after RoPE. `head`: the linear output, KV head by KV head."""
+    """Where z is taken; factors are of the site's whole width, KV head after KV head, in every case.
+
+    `linear`: the linear module's output. `rope`: keys after RoPE, values as `linear`. `head`: as `linear`, by an operator
+    that mixes no two KV heads: each column of its factor is zero outside one head's rows (the operator is block diagonal).
+    """
 
 
 @dataclass(frozen=True)

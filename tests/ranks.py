@@ -16,7 +16,7 @@ os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARA
 
 # One server imports these and forks every rank from that clean state, where spawn would import them in each rank.
 # (torch.testing imports dynamo, and so sympy, at its first use.)
-PRELOADED = ["pytest", "torch.distributed", "torch._dynamo", "torch._inductor.compile_fx", "deepspeed", "deepspeed.runtime.engine",
+PRELOADED = ["pytest", "torch.distributed", "torch._dynamo", "torch._inductor.compile_fx", "deepspeed",
              "deepspeed.runtime.zero.stage3", "transformers.models.llama.modeling_llama", "peft", "tiny"]  # fmt: skip
 multiprocessing.set_forkserver_preload(PRELOADED)
 
@@ -30,8 +30,9 @@ def run_on_ranks(world_size: int, store: Path, fn: Callable[..., None], *args: o
 
 
 def _rank(rank: int, world_size: int, store: Path, fn: Callable[..., None], args: tuple) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), "LOCAL_SIZE": str(world_size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # DeepSpeed wants them set; the file store is what is used
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_SIZE": world_size}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # DeepSpeed wants one; the file store is what is used
+    os.environ |= {name: str(value) for name, value in ranks.items()} | address
     torch.set_num_threads(1)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it is compiled, for minutes
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)

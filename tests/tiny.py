@@ -1,4 +1,4 @@
-"""A tokenizer and models small enough for every test, and real: built by transformers, saved and loaded as any other."""
+"""A tokenizer and models small enough for every test, and real: built, saved and loaded by transformers."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def all_equal(text: str) -> bool:
     return len(set(gather_objects(text))) == 1
 
 
-class together:  # noqa: N801 - reads as a statement: `with together("reading the prompts"): ...`
+class together:
     """Local work that every rank does at once: if it fails on one, all raise that rank's error and none hangs.
 
     The body must hold no collective, since a rank that fails in the body skips the rest of it. An exception on a single

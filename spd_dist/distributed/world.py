@@ -74,7 +74,7 @@ def rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
         missing = [name for name in needed if name not in environment]
         if missing:
             raise ConfigError(
-                f"RANK={environment['RANK']} is set and {', '.join(missing)} not; start with deepspeed, torchrun or srun"
+                f"RANK={environment['RANK']} is set and {', '.join(missing)} not; use deepspeed, torchrun or srun"
             )
         return {name: environment[name] for name in needed}
     if "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:

@@ -75,7 +75,7 @@ def frozen_engine(module: nn.Module, config: Distributed, dtype: torch.dtype) ->
 
 @contextmanager
 def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Whole parameters on every rank within this context, to be read and not written; a no-op unless they are sharded."""
+    """Whole parameters on every rank within this context, to be read, not written; a no-op unless they are sharded."""
     sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_tensor")]
     with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
         yield
@@ -83,7 +83,7 @@ def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 @contextmanager
 def full_replica(engine: DeepSpeedEngine | None, module: nn.Module) -> Iterator[nn.Module]:
-    """`module` with whole weights and without ZeRO's hooks: each rank calls it as often as it likes, with no collective.
+    """`module` with whole weights and without ZeRO's hooks: each rank calls it as often as it likes, alone.
 
     The gather and the return to shards are collectives. The hooks come back also when the body fails: DeepSpeed's own
     `unwrap_model_for_generation` has no `finally`.

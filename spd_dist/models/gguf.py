@@ -1,4 +1,4 @@
-"""GGUF files: converted once into a cached folder of safetensors, which then loads as any other checkpoint."""
+"""GGUF files: converted once into a cached folder of safetensors, which then loads as any checkpoint does."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ PACKAGE = "package:"
 
 
 def find_gguf(name: str) -> Path | None:
-    """The GGUF file that `name` means: a path that ends in .gguf, or `package:NAME` for the one in an installed package.
-
-    None if `name` is neither.
+    """The GGUF file that `name` means, or None: a path that ends in .gguf, or `package:NAME` for an installed package's.
 
     Raises:
         DataError: the package is not installed or holds no GGUF file, or the file is missing.
@@ -39,9 +37,7 @@ def find_gguf(name: str) -> Path | None:
 def _in_package(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise DataError(
-            f"model.name: package:{package} is not installed; pip install {package.replace('_', '-')}, or pip install -e '.[quickstart]'"
-        )
+        raise DataError(f"model.name: package:{package} is not installed; pip install -e '.[quickstart]'")
     found = sorted(path for folder in spec.submodule_search_locations for path in Path(folder).rglob("*.gguf"))
     if not found:
         raise DataError(f"model.name: package:{package} holds no .gguf file; name a package that does, or a path")

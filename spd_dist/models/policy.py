@@ -1,4 +1,4 @@
-"""Load a policy: any Hugging Face causal LM by hub name, local folder or GGUF file; under ZeRO-3 its weights load sharded."""
+"""Load a policy: any Hugging Face causal LM by hub name, folder or GGUF file; under ZeRO-3 its weights load sharded."""
 
 from __future__ import annotations
 
@@ -114,6 +114,6 @@ def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     found = sorted({token for token in [*from_model, tokenizer.eos_token_id] if token is not None})
     if not found:
         raise DataError(
-            "model.name: neither the model nor its tokenizer names an end-of-sequence token; set one in tokenizer_config.json"
+            "model.name: neither the model nor its tokenizer names an end-of-sequence token; set tokenizer.eos_token"
         )
     return tuple(found)
