@@ -19,7 +19,7 @@ PACKAGE = "package:"
 
 
 def find_gguf(name: str) -> Path | None:
-    """The GGUF file that `name` means, or None: a path that ends in .gguf, or `package:NAME` for an installed package's.
+    """The GGUF file that `name` means, or None: a path that ends in .gguf, or `package:NAME` for one in a package.
 
     Raises:
         DataError: the package is not installed or holds no GGUF file, or the file is missing.

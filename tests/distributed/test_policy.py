@@ -1,0 +1,85 @@
+"""A policy loads the same whole and sharded, at every world size, and a replica comes and goes without a trace."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from ranks import run_on_ranks
+from tiny import save_tiny_model, tiny_model
+
+from spd_dist.config import Distributed, Model
+from spd_dist.distributed.collectives import any_rank, gather_objects
+from spd_dist.distributed.world import join_world
+from spd_dist.distributed.zero import full_replica, gathered, is_sharded, weights_fingerprint
+from spd_dist.errors import DataError
+from spd_dist.models.policy import load_policy, load_replica
+
+TOKENS = torch.arange(3, 40)[None]
+SMALL_SHARDS = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+
+
+@torch.no_grad()
+def check_sharded_equals_whole(folder: Path) -> None:
+    world = join_world(Distributed())
+    expected = tiny_model()(TOKENS).logits
+    whole = load_policy(Model(name=str(folder)), Distributed(zero_stage=0), world)
+    sharded = load_policy(Model(name=str(folder)), Distributed(deepspeed=SMALL_SHARDS), world)
+    assert is_sharded(sharded.model) and not is_sharded(whole.model)
+    assert sharded.fingerprint == whole.fingerprint == weights_fingerprint(tiny_model())
+    assert len(set(gather_objects(sharded.fingerprint))) == 1
+    torch.testing.assert_close(whole.model(TOKENS).logits, expected)
+    torch.testing.assert_close(sharded.model(TOKENS).logits, expected)
+    with gathered(sharded.model.lm_head.parameters()):
+        assert torch.equal(sharded.model.lm_head.weight, whole.model.lm_head.weight)
+    check_replica(sharded, expected, world.rank)
+    assert weights_fingerprint(sharded.model) == whole.fingerprint
+    sharded.release()
+    assert sharded.engine is None
+
+
+def check_replica(sharded, expected, rank) -> None:
+    for _ in range(2):
+        with full_replica(sharded.engine, sharded.model) as replica:
+            for _ in range(1 + 2 * rank):  # ranks may call it a different number of times
+                torch.testing.assert_close(replica(TOKENS).logits, expected)
+        torch.testing.assert_close(sharded.model(TOKENS).logits, expected)
+    with pytest.raises(KeyError), full_replica(sharded.engine, sharded.model):
+        raise KeyError
+    torch.testing.assert_close(sharded.model(TOKENS).logits, expected)
+    assert all(parameter.numel() == 0 for parameter in sharded.model.parameters()), "nothing stays gathered"
+
+
+def check_a_missing_model_fails_on_every_rank(folder: Path) -> None:
+    world = join_world(Distributed())
+    with pytest.raises(DataError, match=r"model\.name: .*nowhere can't be loaded by AutoConfig"):
+        load_policy(Model(name=str(folder / "nowhere")), Distributed(), world)
+    assert not any_rank(False)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_sharded_policy_equals_a_whole_one(world_size, tmp_path):
+    save_tiny_model(tmp_path / "model")
+    run_on_ranks(world_size, tmp_path / "store", check_sharded_equals_whole, tmp_path / "model")
+
+
+def test_a_missing_model_fails_on_every_rank(tmp_path):
+    run_on_ranks(2, tmp_path / "store", check_a_missing_model_fails_on_every_rank, tmp_path)
+
+
+@torch.no_grad()
+def check_adapter_is_merged(folder: Path) -> None:
+    world = join_world(Distributed())
+    adapted = get_peft_model(
+        tiny_model(), LoraConfig(target_modules=["k_proj", "v_proj"], init_lora_weights=False)
+    ).eval()
+    adapted.save_pretrained(folder / "adapter")
+    policy = load_replica(Model(name=str(folder / "model")), Distributed(), world, adapter=folder / "adapter")
+    torch.testing.assert_close(policy.model(TOKENS).logits, adapted(TOKENS).logits, rtol=1e-4, atol=1e-5)
+    with pytest.raises(DataError, match="holds no adapter_config.json; run the finetune stage again"):
+        load_replica(Model(name=str(folder / "model")), Distributed(), world, adapter=folder)
+
+
+def test_a_replica_carries_its_adapter(tmp_path):
+    save_tiny_model(tmp_path / "model")
+    run_on_ranks(1, tmp_path / "store", check_adapter_is_merged, tmp_path)

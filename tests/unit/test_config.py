@@ -1,0 +1,105 @@
+"""Every fault names the dotted key, its value, the rule and the nearest valid key."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from spd_dist.config import Config
+from spd_dist.errors import ConfigError
+from spd_dist.overrides import differing_keys, load_config, to_yaml
+
+FAULTS = {
+    "finetune.num_epoch=3": r"finetune\.num_epoch: unknown key \(value 3\); the nearest valid key is finetune\.num_epochs",
+    "num_epochs=3": r"num_epochs: unknown key .* nearest valid key is finetune\.num_epochs",
+    "fintune.num_epochs=2": r"fintune: unknown key .* nearest valid key is finetune",
+    "finetune.num_epochs=many": r"finetune\.num_epochs: 'many' is not valid; it must be an integer",
+    "finetune.num_epochs=0": r"finetune\.num_epochs: 0 is out of bounds; it must be at least 1",
+    "generate.top_p=1.5": r"generate\.top_p: 1\.5 is out of bounds; it must be at most 1",
+    "finetune.learning_rate=0": r"finetune\.learning_rate: 0\.0 is out of bounds; it must be above 0",
+    "finetune=3": r"finetune: 3 is not a section",
+    "seed=1.5": r"seed: 1\.5 is not valid; it must be an integer",
+    "distributed.zero_stage=4": r"distributed\.zero_stage: 4 is not valid; it must be one of 0, 1, 2, 3",
+    "distributed.zero_stage=true": r"distributed\.zero_stage: True is not valid",
+    "calibrate.layers=[1.5]": r"calibrate\.layers\[0\]: 1\.5 is not valid; it must be an integer or one of middle, last",
+    "calibrate.layers=[]": r"calibrate\.layers: an empty list is not valid",
+    "calibrate.layers=last": r"calibrate\.layers: 'last' is not valid; it must be a list, each an integer or one of",
+    "metrics.wandb=false": r"metrics\.wandb: False is not valid; it must be one of auto, online, offline, disabled",
+    "distributed.deepspeed=3": r"distributed\.deepspeed: 3 is not valid; it must be a mapping",
+    "project.rank_rule=fixed": r"project\.rank: None is not valid with project\.rank_rule=fixed; set project\.rank=N",
+    "generate.task_index=1": r"generate\.task_index: 1 is out of bounds; it must be below generate\.num_tasks=1",
+    "generate.engine=vllm": r"generate\.vllm_python: None is not valid with generate\.engine=vllm",
+    "run_dir=${nowhere}": r"run_dir: an interpolation does not resolve",
+    "seed": r"'seed' is not an override: write section\.key=value",
+    "seed=[1": r"'seed=\[1' is not an override",
+}
+
+
+@pytest.mark.parametrize(("override", "message"), FAULTS.items(), ids=FAULTS)
+def test_a_wrong_override_names_key_value_and_rule(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(overrides=[override])
+
+
+def test_later_files_and_overrides_win(tmp_path):
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("seed: 1\nfinetune: {num_epochs: 2, lora_rank: 4}\n")
+    second.write_text("finetune: {num_epochs: 3}\n")
+    config = load_config([first, second], ["finetune.learning_rate=1"])
+    assert (config.seed, config.finetune.num_epochs, config.finetune.lora_rank) == (1, 3, 4)
+    assert config.finetune.learning_rate == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [", "cannot be read as YAML"), ("- 1\n", "must be a mapping of sections")]
+)
+def test_an_unreadable_file_is_named(tmp_path, text, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=f"{re.escape(str(path))}.*{message}"):
+        load_config([path])
+    with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read"):
+        load_config([tmp_path / "none.yaml"])
+
+
+def test_a_file_that_does_not_merge_is_named(tmp_path):
+    path = tmp_path / "section.yaml"
+    path.write_text("seed: 1\n")
+    with pytest.raises(ConfigError, match="seed: .* is not valid|does not merge"):
+        load_config([path], ["seed.deep=1"])
+
+
+def test_the_resolved_config_reads_back_the_same(tmp_path):
+    config = load_config(
+        overrides=["calibrate.layers=[1,last]", "distributed.deepspeed={zero_optimization: {sub_group_size: 7}}"]
+    )
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    assert load_config([path]) == config
+
+
+def test_differing_keys_are_dotted_and_show_both_values():
+    old, new = load_config(), load_config(overrides=["seed=1", "project.rank_rule=energy"])
+    keys = list(differing_keys(dataclasses.asdict(old), dataclasses.asdict(new)))
+    assert keys == ["project.rank_rule: 'half' -> 'energy'", "seed: 42 -> 1"]
+
+
+@pytest.mark.parametrize(
+    "path", sorted(path for path in Path("configs").rglob("*.yaml") if "experiments" not in path.parts), ids=str
+)
+def test_every_shipped_config_loads_and_says_how_it_is_run(path):
+    load_config([path])
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("# ") and str(path) in first, "the first line is the command that runs it"
+
+
+def test_every_field_has_a_sentence():
+    for section in dataclasses.fields(Config):
+        fields = (
+            dataclasses.fields(section.default_factory)
+            if dataclasses.is_dataclass(section.default_factory)
+            else [section]
+        )
+        for item in fields:
+            assert item.metadata.get("sentence"), item.name

@@ -1,0 +1,42 @@
+"""Which launcher set what: the variables of each, as they were seen, must end in the same rendezvous."""
+
+import pytest
+
+from spd_dist.distributed.world import rendezvous
+from spd_dist.errors import ConfigError
+
+DEEPSPEED = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+SRUN = {
+    "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "778800", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8",
+    "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NODELIST": "gpu-a[03-05,9],gpu-b1",
+}  # fmt: skip
+
+
+def test_a_launcher_that_sets_the_rank_is_taken_at_its_word():
+    assert rendezvous(DEEPSPEED | SRUN) == DEEPSPEED
+
+
+def test_srun_ranks_meet_on_the_first_node_of_the_step_and_a_port_of_the_job():
+    assert rendezvous(SRUN) == {
+        "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "gpu-a03", "MASTER_PORT": str(10000 + 778800 % 20000)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "first"), [("node0", "node0"), ("n1,n2", "n1"), ("n[2,4]", "n2"), ("a,b[1-2]", "a")]
+)
+def test_the_first_host_of_a_node_list(nodelist, first):
+    assert rendezvous(SRUN | {"SLURM_STEP_NODELIST": nodelist})["MASTER_ADDR"] == first
+
+
+def test_a_plain_process_is_a_world_of_one_also_inside_a_batch_script():
+    batch_script = {name: value for name, value in SRUN.items() if "STEP" not in name}
+    alone = rendezvous(batch_script)
+    assert (alone["RANK"], alone["WORLD_SIZE"], alone["MASTER_ADDR"]) == ("0", "1", "127.0.0.1")
+
+
+def test_a_rank_without_an_address_is_refused():
+    with pytest.raises(
+        ConfigError, match="RANK=3 is set and MASTER_ADDR, MASTER_PORT not; use deepspeed, torchrun or srun"
+    ):
+        rendezvous({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"})
