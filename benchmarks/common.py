@@ -1,0 +1,110 @@
+"""What the benchmarks share: the machine on top, both sides of a ratio interleaved, one table, one JSON layout.
+
+A benchmark file measures, then calls `publish`. Start it with `python benchmarks/NAME.py [--json FILE]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The options that every benchmark takes: `--json FILE`, `--repeats N`, `--threads N`."""
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument("--json", type=Path, help="write machine, ratios and rows to this file")
+    options.add_argument("--repeats", type=int, default=5, help="timed runs of each side; the median counts")
+    options.add_argument("--threads", type=int, default=1, help="CPU threads of this process")
+    return options
+
+
+def pin_threads(num_threads: int) -> None:
+    """Hold torch, and the BLAS libraries under numpy and scipy, to `num_threads`."""
+    from threadpoolctl import threadpool_limits
+
+    torch.set_num_threads(num_threads)
+    threadpool_limits(num_threads)
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def interleaved_seconds(
+    sides: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
+    """The median seconds of each side: one warm-up, then `repeats` rounds of A, B, ..., A, B, ...
+
+    A machine that slows down meets all sides alike. On a shared machine `time.process_time` as the clock leaves out what
+    others use; it counts the threads of this process together, so pin them to one.
+    """
+    for run in sides.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, run in sides.items():
+            start = clock()
+            run()
+            synchronize()
+            seconds[name].append(clock() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def synchronize() -> None:
+    """Wait for the accelerator, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def publish(
+    title: str, *, ratios: Mapping[str, float], rows: Sequence[Mapping[str, Any]], json_path: Path | None
+) -> None:
+    """Print the machine, the rows and the ratios; write them to `json_path` if given. All rows have the same keys."""
+    described = machine()
+    console = Console(width=max(160, Console().width))
+    console.print(f"{title}: " + ", ".join(f"{key} {value}" for key, value in described.items() if value is not None))
+    table = Table(*(rows[0] if rows else ()))
+    for row in rows:
+        table.add_row(*(_shown(value) for value in row.values()))
+    console.print(table)
+    for name, ratio in ratios.items():
+        console.print(f"{name} = {ratio:.3f}")
+    if json_path is not None:
+        text = json.dumps({"machine": described, "ratios": dict(ratios), "rows": [dict(row) for row in rows]}, indent=2)
+        json_path.write_text(text + "\n", encoding="utf-8")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else str(value)
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
