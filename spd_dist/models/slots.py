@@ -1,0 +1,128 @@
+"""A KV cache whose rows come and go: the token at position p of a row lies in column p of its slot.
+
+Shapes: B slots, N rows in use, H KV heads, C columns, D head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PretrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+GROWTH_COLUMNS = 64
+
+
+class Window:
+    """The part of the slots that the next forward pass reads: rows 0 to N - 1 and a number of columns."""
+
+    def __init__(self) -> None:
+        self.num_rows = 0
+        self.num_columns = 0
+        self.row_N = torch.empty(0, dtype=torch.long)
+        self.column_N = torch.empty(0, dtype=torch.long)
+        """Where each row's new token goes."""
+
+
+class SlotLayer(CacheLayerMixin):
+    """One layer's keys and values, with room for every slot."""
+
+    is_sliding = False
+
+    def __init__(self, window: Window) -> None:
+        super().__init__()
+        self.window = window
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Zeros of the same width, type and device: what is masked out must at least be finite."""
+        self.keys, self.values = torch.zeros_like(key_states), torch.zeros_like(value_states)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write one new token a row; give all that the rows may attend to."""
+        window = self.window
+        self.keys[window.row_N, :, window.column_N] = key_states[:, :, 0]
+        self.values[window.row_N, :, window.column_N] = value_states[:, :, 0]
+        part = (slice(window.num_rows), slice(None), slice(window.num_columns))
+        return self.keys[part], self.values[part]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the attention mask."""
+        return self.window.num_columns, 0
+
+    def get_seq_length(self) -> int:
+        """The columns before the newest: nothing in the window lies in any row's future."""
+        return self.window.num_columns - 1
+
+    def get_max_length(self) -> int:
+        """No bound: columns are added as they are needed."""
+        return -1
+
+
+class SlotCache(Cache):
+    """The slots of all layers: `admit` a prefilled row, `drop` a finished one, `open` the window for the next token."""
+
+    def __init__(self, num_layers: int, num_slots: int) -> None:
+        self.window = Window()
+        self.num_slots = num_slots
+        super().__init__(layers=[SlotLayer(self.window) for _ in range(num_layers)])
+
+    def reserve(self, num_columns: int, like: Cache | None = None) -> None:
+        """Make room for `num_columns`, layer by layer; `like` gives heads and widths the first time."""
+        for index, layer in enumerate(self.layers):
+            source = layer if layer.is_initialized else like.layers[index]
+            if layer.is_initialized and layer.keys.shape[2] >= num_columns:
+                continue
+            kept = (layer.keys, layer.values) if layer.is_initialized else (None, None)
+            layer.keys, layer.values = (
+                _widened(shape, old, self.num_slots, num_columns + GROWTH_COLUMNS)
+                for shape, old in zip((source.keys, source.values), kept, strict=True)
+            )
+            layer.is_initialized = True
+
+    def admit(self, prefilled: Cache, row: int, slot: int, num_columns: int) -> None:
+        """Copy the last `num_columns` columns of a prefilled row (it is left-padded) to the front of a slot."""
+        self.reserve(num_columns, like=prefilled)
+        for layer, source in zip(self.layers, prefilled.layers, strict=True):
+            layer.keys[slot, :, :num_columns] = source.keys[row, :, source.keys.shape[2] - num_columns :]
+            layer.values[slot, :, :num_columns] = source.values[row, :, source.values.shape[2] - num_columns :]
+
+    def move(self, source: int, target: int, num_columns: int) -> None:
+        """Copy slot `source` over slot `target`."""
+        for layer in self.layers:
+            layer.keys[target, :, :num_columns] = layer.keys[source, :, :num_columns]
+            layer.values[target, :, :num_columns] = layer.values[source, :, :num_columns]
+
+    def open(self, column_N: Tensor, num_columns: int) -> None:
+        """Set the window for a pass that adds one token a row, in the columns `column_N`."""
+        self.reserve(num_columns)
+        self.window.num_rows, self.window.num_columns = len(column_N), num_columns
+        self.window.row_N, self.window.column_N = torch.arange(len(column_N), device=column_N.device), column_N
+
+
+def _widened(shape: Tensor, old: Tensor | None, num_slots: int, num_columns: int) -> Tensor:
+    wide = shape.new_zeros(num_slots, shape.shape[1], num_columns, shape.shape[3])
+    if old is not None:
+        wide[:, :, : old.shape[2]] = old
+    return wide
+
+
+def prefill_cache(num_layers: int) -> Cache:
+    """An empty cache that keeps everything, also in layers that attend to a window only."""
+    return Cache(layers=[DynamicLayer() for _ in range(num_layers)])
+
+
+def num_slot_layers(config: PretrainedConfig, max_length: int) -> int:
+    """Layers of plain keys and values, if slots can hold this model's cache; 0 if they cannot.
+
+    They can where every layer keeps all keys and values, or a sliding window that no row outgrows. States of linear
+    attention, indexers and shared layers stay with the model's own cache class.
+    """
+    layers = DynamicCache(config=config).layers
+    is_plain = [
+        type(layer) is DynamicLayer or (type(layer) is DynamicSlidingWindowLayer and layer.sliding_window >= max_length)
+        for layer in layers
+    ]
+    return len(layers) if all(is_plain) else 0
