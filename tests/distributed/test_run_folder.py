@@ -1,0 +1,43 @@
+"""Four ranks see the run folder that one rank sees."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_on_ranks
+
+from spd_dist.distributed.world import World
+from spd_dist.errors import ConfigError, DataError
+from spd_dist.runtime.run_folder import RunFolder
+
+
+def use_the_folder(path: Path) -> None:
+    world = World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), torch.device("cpu"))
+    folder = RunFolder(path, {"seed": 1}, world)
+    assert not folder.is_complete("generate", {"config": "c"})
+    stage = folder.start("generate", {"config": "c"})
+    (stage / f"rank_{world.rank}.txt").write_text(f"{world.rank}")  # the folder is there on every rank
+    manifest = folder.finish(
+        "generate", {"config": "c"}, [f"rank_{rank}.txt" for rank in range(world.size)], seconds=1.0
+    )
+    assert manifest["world_size"] == world.size
+    assert set(manifest["outputs"]) == {f"rank_{rank}.txt" for rank in range(world.size)}
+    assert folder.is_complete("generate", {"config": "c"})
+    assert folder.output_hash("generate") == RunFolder(path, {"seed": 1}, world).output_hash("generate")
+    with pytest.raises(ConfigError, match="seed: 1 -> 2"):  # found by rank 0, raised by all
+        RunFolder(path, {"seed": 2}, world)
+    with pytest.raises(DataError, match=r"gone.json is missing"):
+        folder.finish("generate", {}, ["gone.json"], seconds=1.0)
+    dist.barrier()
+    if world.rank == world.size - 1:
+        os.remove(stage / "rank_0.txt")
+    dist.barrier()
+    assert not folder.is_complete("generate", {"config": "c"})
+
+
+def test_every_rank_hears_what_rank_zero_finds(tmp_path):
+    run_on_ranks(4, tmp_path / "store", use_the_folder, tmp_path / "run")
+    alone = RunFolder(tmp_path / "run", {"seed": 1}, World(0, 1, 0, torch.device("cpu")))
+    assert alone.manifest("generate")["world_size"] == 4

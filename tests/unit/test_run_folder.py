@@ -1,0 +1,195 @@
+import dataclasses
+import json
+import logging
+
+import pytest
+import torch
+
+from spd_dist.config import Config
+from spd_dist.distributed.world import World
+from spd_dist.errors import ConfigError, DataError
+from spd_dist.runtime.run_folder import MAY_CHANGE, RunFolder, result_settings, settings_hash
+
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+
+
+def plain(**changes):
+    config = dataclasses.asdict(Config())
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        if name:
+            config[section][name] = value
+        else:
+            config[section] = value
+    return config
+
+
+def opened(path, **changes):
+    return RunFolder(path, plain(**changes), ALONE)
+
+
+def finished(folder, stage="generate", inputs=None):
+    inputs = inputs or {"config": "c1", "project": "p1"}
+    (folder.start(stage, inputs) / "completions").mkdir()
+    (folder.folder(stage) / "completions" / "a.jsonl").write_text("a\n")
+    (folder.folder(stage) / "summary.json").write_text("{}")
+    folder.finish(stage, inputs, ["completions", "summary.json"], seconds=1.5, extra={"tokens": 7})
+    return inputs
+
+
+def test_opening_writes_the_config_and_the_environment(tmp_path):
+    opened(tmp_path / "run", finetune__num_epochs=3)
+    assert "num_epochs: 3" in (tmp_path / "run" / "config.yaml").read_text()
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["world_size"] == 1
+    assert environment["versions"]["torch"] == torch.__version__.partition("+")[0] or torch.__version__
+    assert len(environment["git_commit"]) == 40
+    assert environment["earlier"] == []
+
+
+def test_the_environment_keeps_what_earlier_attempts_ran_on(tmp_path):
+    for _ in range(3):
+        opened(tmp_path)
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert [sorted(attempt) for attempt in environment["earlier"]] == [sorted(environment.keys() - {"earlier"})] * 2
+
+
+def test_a_folder_of_another_config_is_refused_with_the_keys_that_differ(tmp_path):
+    opened(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"another config \(finetune.num_epochs: 5 -> 3; seed: 42 -> 1\); give this run"
+    ):
+        opened(tmp_path, finetune__num_epochs=3, seed=1)
+    assert "num_epochs: 5" in (tmp_path / "config.yaml").read_text()
+
+
+def test_a_key_that_the_older_config_lacks_counts_as_a_difference(tmp_path):
+    RunFolder(tmp_path, {"seed": 1}, ALONE)
+    with pytest.raises(ConfigError, match="extra: None -> True"):
+        RunFolder(tmp_path, {"seed": 1, "extra": True}, ALONE)
+
+
+def test_keys_that_do_not_change_results_may_change(tmp_path):
+    opened(tmp_path, metrics__wandb="disabled")
+    opened(tmp_path, metrics__wandb="offline", generate__batch_size=3, distributed__threads=1, run_dir=str(tmp_path))
+    assert "wandb: offline" in (tmp_path / "config.yaml").read_text()
+
+
+def test_every_key_that_may_change_is_a_key_of_the_config():
+    for key in MAY_CHANGE:
+        value = plain()
+        for name in key.split("."):
+            value = value[name]
+
+
+def test_settings_hashes_see_their_sections_and_only_what_changes_results():
+    assert settings_hash(plain(), "generate", "seed") == settings_hash(
+        plain(generate__batch_size=1, seed=42), "generate", "seed"
+    )
+    assert settings_hash(plain(), "generate") == settings_hash(plain(seed=1), "generate")
+    assert settings_hash(plain(), "generate", "seed") != settings_hash(plain(seed=1), "generate", "seed")
+    assert settings_hash(plain(), "generate") != settings_hash(plain(generate__top_p=0.5), "generate")
+    assert "generate.batch_size" not in result_settings(plain())
+    assert "run_dir" not in result_settings(plain())
+
+
+def test_a_run_folder_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ConfigError, match=r"run_dir: .*run is a file; name a folder"):
+        opened(tmp_path / "run")
+
+
+def test_a_config_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "config.yaml").write_text("a: [")
+    with pytest.raises(DataError, match=r"config.yaml is corrupt"):
+        opened(tmp_path)
+
+
+def test_a_finished_stage_is_complete_and_its_manifest_says_from_what(tmp_path):
+    folder = opened(tmp_path)
+    inputs = finished(folder)
+    assert folder.is_complete("generate", inputs)
+    manifest = folder.manifest("generate")
+    assert manifest["inputs"] == inputs
+    assert set(manifest["outputs"]) == {"completions/a.jsonl", "summary.json"}
+    assert (manifest["seconds"], manifest["world_size"], manifest["extra"]) == (1.5, 1, {"tokens": 7})
+
+
+def test_a_stage_of_another_arm_lives_beside(tmp_path):
+    folder = opened(tmp_path)
+    inputs = finished(folder, "arms/psr/generate")
+    assert folder.is_complete("arms/psr/generate", inputs)
+    assert not folder.is_complete("generate", inputs)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda stage: (stage / "summary.json").unlink(), "its output summary.json is gone"),
+        (lambda stage: (stage / "summary.json").write_text("{ }"), "its output summary.json was changed"),
+        (
+            lambda stage: (stage / "completions" / "a.jsonl").write_text("b\n"),
+            "its output completions/a.jsonl was changed",
+        ),
+        (lambda stage: (stage / "manifest.json").unlink(), None),
+    ],
+)
+def test_a_stage_whose_outputs_are_not_as_they_were_is_done_again_and_the_log_says_why(
+    tmp_path, caplog, damage, reason
+):
+    caplog.set_level(logging.INFO, "spd_dist")
+    folder = opened(tmp_path)
+    inputs = finished(folder)
+    damage(folder.folder("generate"))
+    assert not folder.is_complete("generate", inputs)
+    assert reason is None or f"generate: done again, since {reason}" in caplog.text
+
+
+def test_a_stage_whose_inputs_changed_is_done_again_from_nothing(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "spd_dist")
+    folder = opened(tmp_path)
+    inputs = finished(folder)
+    changed = {**inputs, "project": "p2", "new": "n"}
+    assert not folder.is_complete("generate", changed)
+    assert "generate: done again, since its input new, project changed" in caplog.text
+    folder.start("generate", changed)
+    assert [file.name for file in folder.folder("generate").iterdir()] == ["started.json"]
+    assert not folder.is_complete("generate", inputs)
+
+
+def test_unfinished_work_is_kept_for_the_same_inputs_and_removed_for_others(tmp_path):
+    folder = opened(tmp_path)
+    part = folder.start("generate", {"config": "c1"}) / "part.jsonl"
+    part.write_text("a\n")
+    folder.start("generate", {"config": "c1"})
+    assert part.read_text() == "a\n"
+    folder.start("generate", {"config": "c2"})
+    assert not part.exists()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.yaml", "environment.json", "generate"]
+
+
+def test_damaged_work_is_never_resumed_from(tmp_path):
+    folder = opened(tmp_path)
+    inputs = finished(folder)
+    (folder.folder("generate") / "completions" / "a.jsonl").write_text("spoilt\n")
+    folder.start("generate", inputs)
+    assert not (folder.folder("generate") / "completions").exists()
+
+
+def test_a_stage_is_not_finished_without_its_outputs(tmp_path):
+    folder = opened(tmp_path)
+    folder.start("generate", {})
+    with pytest.raises(DataError, match=r"summary.json is missing; start the run again"):
+        folder.finish("generate", {}, ["summary.json"], seconds=1.0)
+    with pytest.raises(DataError, match=r"manifest.json is missing"):
+        folder.manifest("generate")
+
+
+def test_the_output_hash_follows_the_bytes_and_not_the_time(tmp_path):
+    first, second, third = (opened(tmp_path / name) for name in "abc")
+    finished(first)
+    finished(second, inputs={"config": "other"})
+    assert first.output_hash("generate") == second.output_hash("generate")
+    (third.start("generate", {}) / "summary.json").write_text("{ }")
+    third.finish("generate", {}, ["summary.json"], seconds=1.0)
+    assert first.output_hash("generate") != third.output_hash("generate")
