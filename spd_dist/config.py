@@ -46,6 +46,8 @@ class Data:
     num_train: int | None = setting(None, "use only the first N training prompts", at_least=1)
     num_test: int | None = setting(None, "use only the first N test examples", at_least=1)
     template: Literal["chat", "plain"] = setting("chat", "chat: the tokenizer's chat template; plain: the bare prompt")
+    template_options: dict[str, Any] = setting({}, "variables for the chat template, as {enable_thinking: false}")
+    system: str | None = setting(None, "system prompt of the chat; the template's own if not given")
     max_prompt_tokens: int = setting(1024, "a longer prompt is an error", at_least=1)
 
 
@@ -142,10 +144,15 @@ class Finetune:
     global_batch_size: int = setting(4, "sequences an optimizer step, over all ranks and accumulation", at_least=1)
     micro_batch_size: int = setting(4, "largest number of sequences a rank runs at once", at_least=1)
     packing: bool = setting(False, "several sequences a row, with block-diagonal attention")
+    length_grouping: bool = setting(True, "global batches of sequences of similar length")
     max_tokens: int = setting(1024, "longer sequences are cut", at_least=2)
     checkpointing: bool = setting(False, "recompute activations in the backward pass (non-reentrant)")
     checkpoint_every: int = setting(50, "optimizer steps between checkpoints", at_least=1)
     keep_checkpoints: int = setting(2, "newest checkpoints that are kept", at_least=1)
+    keep_every: int | None = setting(None, "and one of every N steps for good; a multiple of checkpoint_every", at_least=1)
+    validation_fraction: float = setting(0.0, "share of the corpus that is held out", at_least=0, at_most=0.5)
+    keep_best: bool = setting(False, "save the weights of the epoch with the lowest validation loss, not the last ones")
+    patience: int | None = setting(None, "stop after N epochs without a lower validation loss", at_least=1)
 
 
 @dataclass(frozen=True)

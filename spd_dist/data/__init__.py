@@ -1,0 +1,1 @@
+"""Tasks and their rows, the characters that define correctness, and how both become tokens."""

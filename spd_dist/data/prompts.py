@@ -1,0 +1,112 @@
+"""Rows as token ids: prompts to generate from, and supervised examples to calibrate on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from spd_dist.config import Calibrate, Data
+from spd_dist.data.masking import RULE, MaskAudit, MaskedText, ShownExample, mask_row
+from spd_dist.data.tasks.protocol import Row, Task
+from spd_dist.data.templates import Tokenizer, adds_special_tokens, render_prompt
+from spd_dist.errors import DataError
+from spd_dist.types import Prompt, SupervisedExample
+
+NUM_SHOWN = 5
+"""Examples whose kept text the audit holds."""
+
+_log = logging.getLogger(__name__)
+
+
+def make_prompts(rows: Sequence[Row], task: Task, tokenizer: Tokenizer, config: Data) -> list[Prompt]:
+    """What the policy is asked, row by row, as text and as tokens.
+
+    Raises:
+        ConfigError: data.template=chat, and the tokenizer has no chat template.
+        DataError: a prompt is longer than data.max_prompt_tokens.
+    """
+    texts = [render_prompt(task.prompt(row), tokenizer, config) for row in rows]
+    encoded = tokenizer(texts, add_special_tokens=adds_special_tokens(config))["input_ids"] if texts else []
+    prompts = [Prompt(row["id"], text, tuple(ids)) for row, text, ids in zip(rows, texts, encoded, strict=True)]
+    too_long = [prompt for prompt in prompts if len(prompt.tokens) > config.max_prompt_tokens]
+    if too_long:
+        longest = max(too_long, key=lambda prompt: len(prompt.tokens))
+        raise DataError(
+            f"data.max_prompt_tokens: {len(too_long)} of {len(prompts)} prompts are longer than "
+            f"{config.max_prompt_tokens} tokens, row {longest.id!r} has {len(longest.tokens)}; "
+            "raise data.max_prompt_tokens, or drop the rows"
+        )
+    return prompts
+
+
+def make_examples(
+    rows: Sequence[Row], task: Task, tokenizer: Tokenizer, config: Data, calibrate: Calibrate
+) -> tuple[list[SupervisedExample], MaskAudit]:
+    """The first `calibrate.num_examples` rows with their reference answers, the supervised tokens found.
+
+    Raises:
+        ConfigError: an unknown mask, or no chat template.
+        DataError: an example without a supervised token, or with one behind calibrate.max_tokens, unless
+            calibrate.allow_empty; and no example at all.
+    """
+    masked = [mask_row(row, task, tokenizer, config, calibrate) for row in rows[: calibrate.num_examples]]
+    if not calibrate.allow_empty:
+        for text in masked:
+            _require_targets(text, calibrate)
+    examples = [_example(text, calibrate.max_tokens) for text in masked if _targets(text, calibrate.max_tokens)]
+    if not examples:
+        raise DataError(
+            f"calibrate.mask: {calibrate.mask!r} keeps no token in any of {len(masked)} examples; look at them with "
+            "--preview-masks 5, and choose another mask or raise calibrate.max_tokens"
+        )
+    audit = _audit(masked, examples, calibrate)
+    _log.info("mask %s keeps %d tokens of %d examples", audit.mask, audit.num_targets, audit.num_examples)
+    return examples, audit
+
+
+def _targets(text: MaskedText, max_tokens: int) -> tuple[int, ...]:
+    return tuple(target for target in text.targets if target < max_tokens)
+
+
+def _example(text: MaskedText, max_tokens: int) -> SupervisedExample:
+    targets = _targets(text, max_tokens)
+    stop = targets[-1] + 1
+    return SupervisedExample(text.id, text.tokens[:stop], targets, min(len(text.tokens), max_tokens) - stop)
+
+
+def _require_targets(text: MaskedText, calibrate: Calibrate) -> None:
+    where = f"row {text.id!r}: the mask {calibrate.mask!r}"
+    skip = "or set calibrate.allow_empty=true to skip and count such rows"
+    if not text.spans:
+        raise DataError(f"{where} finds no target span in it; correct the row, choose another calibrate.mask, {skip}")
+    if not text.targets:
+        kept = [text.text[start:stop] for start, stop in text.spans]
+        raise DataError(f"{where} marks {kept}, but no token lies inside; set calibrate.span_policy=overlap, {skip}")
+    lost = len(text.targets) - len(_targets(text, calibrate.max_tokens))
+    if lost:
+        raise DataError(
+            f"{where} has {lost} of {len(text.targets)} tokens behind calibrate.max_tokens={calibrate.max_tokens}; "
+            f"raise calibrate.max_tokens to {text.targets[-1] + 1}, {skip}"
+        )
+
+
+def _audit(masked: Sequence[MaskedText], examples: Sequence[SupervisedExample], calibrate: Calibrate) -> MaskAudit:
+    counts = [len(example.targets) for example in examples]
+    cut = [(len(text.targets), len(_targets(text, calibrate.max_tokens))) for text in masked]
+    return MaskAudit(
+        mask=calibrate.mask,
+        rule=RULE.format(policy="inside" if calibrate.span_policy == "inside" else "partly inside"),
+        num_examples=len(examples),
+        num_skipped_empty=sum(found == 0 for found, _ in cut),
+        num_skipped_truncated=sum(found > 0 and left == 0 for found, left in cut),
+        num_truncated=sum(found > left > 0 for found, left in cut),
+        num_tokens=sum(len(example.tokens) + example.num_tokens_after for example in examples),
+        num_targets=sum(counts),
+        min_targets=min(counts),
+        mean_targets=sum(counts) / len(counts),
+        max_targets=max(counts),
+        shown=tuple(
+            ShownExample(text.id, tuple(text.text[start:stop] for start, stop in text.kept()))
+            for text in masked[:NUM_SHOWN]
+        ),
+    )

@@ -1,0 +1,107 @@
+"""Prompts and examples as the text that the model reads: by the tokenizer's chat template, or plain."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from spd_dist.config import Data
+from spd_dist.data.spans import Span, merged
+from spd_dist.errors import ConfigError, DataError
+
+_PROMPT, _ANSWER = "<<the prompt>>", "<<the answer>>"
+
+
+class Tokenizer(Protocol):
+    """The part of a transformers fast tokenizer that this package uses."""
+
+    chat_template: Any
+    is_fast: bool
+
+    def __call__(
+        self, text: Any, *, add_special_tokens: bool, return_offsets_mapping: bool = False
+    ) -> Mapping[str, Any]:
+        """`input_ids`, and `offset_mapping` if asked for."""
+
+    def apply_chat_template(self, conversation: Sequence[Mapping[str, str]], **options: Any) -> Any:
+        """The conversation as text."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """An example as text, and where the characters of prompt + answer went."""
+
+    text: str
+    pieces: tuple[tuple[Span, int], ...]
+    """A span of prompt + answer, and how far it moved; what the template dropped is in none."""
+
+    def spans(self, spans: Sequence[Span]) -> list[Span]:
+        """Spans of prompt + answer as spans of `text`."""
+        return merged(
+            [
+                (max(start, first) + shift, min(stop, last) + shift)
+                for (first, last), shift in self.pieces
+                for start, stop in spans
+                if max(start, first) < min(stop, last)
+            ]
+        )
+
+
+def adds_special_tokens(config: Data) -> bool:
+    """Whether the tokenizer adds the tokens that open a text; a chat template has them already."""
+    return config.template == "plain"
+
+
+def render_prompt(prompt: str, tokenizer: Tokenizer, config: Data) -> str:
+    """The text after which the policy answers."""
+    if config.template == "plain":
+        return prompt
+    return _chat(tokenizer, config, prompt, None)
+
+
+def render_example(prompt: str, answer: str, tokenizer: Tokenizer, config: Data) -> Rendered:
+    """The text of a prompt and its reference answer (an answer of "" leaves the prompt alone).
+
+    Raises:
+        ConfigError: data.template=chat, and the tokenizer has no chat template.
+        DataError: the chat template changes the texts themselves, so that spans cannot be followed.
+    """
+    whole = (0, len(prompt)), (len(prompt), len(prompt) + len(answer))
+    if config.template == "plain":
+        return Rendered(prompt + answer, tuple((span, 0) for span in whole))
+    content = answer.strip()
+    text = _chat(tokenizer, config, prompt, content or None)
+    frame = _chat(tokenizer, config, _PROMPT, _ANSWER if content else None)
+    before, _, rest = frame.partition(_PROMPT)
+    between, _, after = rest.partition(_ANSWER)
+    for shown in (prompt, prompt.strip(), prompt.rstrip(), prompt.lstrip()):
+        if text == before + shown + between + content + after:
+            first = prompt.index(shown)
+            first_of_answer = len(prompt) + answer.index(content)
+            start_of_answer = len(before) + len(shown) + len(between)
+            return Rendered(
+                text,
+                (
+                    ((first, first + len(shown)), len(before) - first),
+                    ((first_of_answer, first_of_answer + len(content)), start_of_answer - first_of_answer),
+                ),
+            )
+    raise DataError(
+        f"data.template=chat: the chat template changes the text of {prompt[:60]!r} or of its answer, so target spans "
+        "cannot be found in it; set data.template=plain"
+    )
+
+
+def _chat(tokenizer: Tokenizer, config: Data, prompt: str, answer: str | None) -> str:
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            "data.template: 'chat' is not valid, as this tokenizer has no chat template; set data.template=plain"
+        )
+    system = [] if config.system is None else [{"role": "system", "content": config.system}]
+    turns = [*system, {"role": "user", "content": prompt}]
+    if answer is not None:
+        turns.append({"role": "assistant", "content": answer})
+    return tokenizer.apply_chat_template(
+        turns, tokenize=False, add_generation_prompt=answer is None, **config.template_options
+    )
