@@ -1,0 +1,84 @@
+"""Every number of a run: `metrics/rank_00000.jsonl` always, and its mirror on Weights & Biases from rank 0."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from spd_dist.runtime.jsonl import JsonlWriter, read_jsonl
+
+Value = float | int | str | bool
+
+
+class Mirror(Protocol):
+    """Where rank 0's metrics are shown, too; nothing it does may fail the run."""
+
+    def log(self, row: Mapping[str, Value]) -> None:
+        """Show one row of metrics; it holds its own `STAGE/step`."""
+
+    def table(self, key: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        """Show a table."""
+
+    def finish(self, exit_code: int) -> None:
+        """Close the run."""
+
+
+class MetricLogger:
+    """Writes one line a call, flushed; keys are `STAGE/NAME_UNIT`, and each stage counts its own steps."""
+
+    def __init__(self, folder: str | Path, rank: int = 0, mirror: Mirror | None = None, *, prefix: str = "") -> None:
+        """Open this rank's file to append.
+
+        Args:
+            folder: The run's `metrics/`.
+            rank: Of this process.
+            mirror: Given on rank 0 only.
+            prefix: In front of the file's name, for jobs that share a run folder, such as `task_00003_`.
+        """
+        self.path = Path(folder) / f"{prefix}rank_{rank:05d}.jsonl"
+        self._writer = JsonlWriter(self.path)
+        self._mirror = mirror
+
+    def log(self, stage: str, values: Mapping[str, Value], step: int) -> None:
+        """Write `values` as they were at a stage's `step`."""
+        named = {f"{stage}/{name}": value for name, value in values.items()}
+        row = {name: _as_json(value) for name, value in named.items()}
+        self._writer.write({"time": round(time.time(), 6), "stage": stage, "step": step, **row})
+        if self._mirror is not None:
+            self._mirror.log({f"{stage}/step": step, **named})
+
+    def table(self, stage: str, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        """Show rows that artifacts already hold, such as completions: on the mirror only."""
+        if self._mirror is not None:
+            self._mirror.table(f"{stage}/{name}", columns, rows)
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Close the file and the mirror; the mirror shows `exit_code`."""
+        self._writer.close()
+        if self._mirror is not None:
+            self._mirror.finish(exit_code)
+
+    def __enter__(self) -> MetricLogger:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.finish(0 if error is None else 1)
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """All ranks' rows of a run's `metrics/`, in the order of their times."""
+    rows = [row for path in sorted(Path(folder).glob("*.jsonl")) for row in read_jsonl(path)]
+    return sorted(rows, key=lambda row: row["time"])
+
+
+def _as_json(value: Value) -> Value:
+    """JSON has no NaN and no infinity, and a metric that became one must be seen: they are written as strings."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

@@ -1,0 +1,105 @@
+"""A stage's progress, for people and for metrics: units done, tokens/s, time left."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from spd_dist.runtime.metrics import MetricLogger
+
+log = logging.getLogger(__name__)
+
+
+class Progress:
+    """Counts a stage's units, and says every few seconds how far it is: `with Progress(...) as progress: ...`."""
+
+    def __init__(
+        self,
+        stage: str,
+        total: int | None,
+        unit: str,
+        metrics: MetricLogger | None = None,
+        *,
+        every_seconds: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Start the clock.
+
+        Args:
+            stage: In front of each line and metric.
+            total: Units that this rank will do, if it is known.
+            unit: What is counted, in the plural: `examples`.
+            metrics: Where the counts go, beside the log.
+            every_seconds: Time between two lines.
+            clock: Seconds.
+        """
+        self.stage, self.total, self.unit = stage, total, unit
+        self.done, self.tokens, self.skipped = 0, 0, 0
+        self._metrics, self._every_seconds, self._clock = metrics, every_seconds, clock
+        self._started = self._said = clock()
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return self._clock() - self._started
+
+    def advance(self, units: int = 1, tokens: int = 0) -> None:
+        """Count what was just done."""
+        self.done += units
+        self.tokens += tokens
+        if self._clock() - self._said >= self._every_seconds:
+            self._say()
+
+    def skip(self, units: int) -> None:
+        """Count what an earlier attempt did: it is done, and it took no time."""
+        self.done += units
+        self.skipped += units
+
+    def _say(self) -> None:
+        self._said = self._clock()
+        log.info("%s: %s", self.stage, ", ".join([self._counted(), *self._speed(), *self._time_left()]))
+        self._log_metrics()
+
+    def _counted(self) -> str:
+        return f"{self.done}{'' if self.total is None else f'/{self.total}'} {self.unit}"
+
+    def _speed(self) -> list[str]:
+        if self.tokens:
+            return [f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s"]
+        return [f"{(self.done - self.skipped) / max(self.seconds, 1e-9):,.2f} {self.unit}/s"]
+
+    def _time_left(self) -> list[str]:
+        fresh = self.done - self.skipped
+        if self.total is None or fresh == 0:
+            return []
+        return [f"ETA {clock_time(self.seconds / fresh * max(0, self.total - self.done))}"]
+
+    def _log_metrics(self) -> None:
+        if self._metrics is None:
+            return
+        values = {"done_count": self.done, "elapsed_seconds": round(self.seconds, 3)}
+        if self.tokens:
+            values["tokens_per_second"] = round(self.tokens / max(self.seconds, 1e-9), 1)
+        self._metrics.log(self.stage, values, self.done)
+
+    def __enter__(self) -> Progress:
+        if self.skipped < (self.total or 1):
+            log.info("%s: starts%s", self.stage, "" if self.total is None else f", {self.total} {self.unit}")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        word = "done" if error is None else "stopped"
+        parts = [self._counted(), *(self._speed() if self.tokens else []), f"{self.seconds:.1f} s"]
+        log.info("%s: %s, %s", self.stage, word, ", ".join(parts))
+        self._log_metrics()
+
+
+def clock_time(seconds: float) -> str:
+    """Seconds as 0:42, 12:05 or 3:00:00."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

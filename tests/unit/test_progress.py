@@ -1,0 +1,80 @@
+import logging
+
+import pytest
+
+from spd_dist.runtime.metrics import MetricLogger, read_metrics
+from spd_dist.runtime.progress import Progress, clock_time
+
+
+class Clock:
+    seconds = 0.0
+
+    def __call__(self):
+        return self.seconds
+
+
+@pytest.fixture
+def lines(caplog):
+    caplog.set_level(logging.INFO, "spd_dist")
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+def test_a_line_every_few_seconds_with_units_speed_and_time_left(lines):
+    clock = Clock()
+    with Progress("generate", 100, "prompts", every_seconds=5, clock=clock) as progress:
+        for _ in range(10):
+            clock.seconds += 1
+            progress.advance(5, tokens=50)
+    assert lines() == [
+        "generate: starts, 100 prompts",
+        "generate: 25/100 prompts, 50 tokens/s, ETA 0:15",
+        "generate: 50/100 prompts, 50 tokens/s, ETA 0:10",
+        "generate: done, 50/100 prompts, 50 tokens/s, 10.0 s",
+    ]
+
+
+def test_it_works_without_a_total_and_without_tokens(lines):
+    clock = Clock()
+    with Progress("calibrate", None, "batches", every_seconds=2, clock=clock) as progress:
+        clock.seconds += 4
+        progress.advance(2)
+    assert lines() == ["calibrate: starts", "calibrate: 2 batches, 0.50 batches/s", "calibrate: done, 2 batches, 4.0 s"]
+
+
+def test_what_an_earlier_attempt_did_counts_as_done_and_not_as_speed(lines):
+    clock = Clock()
+    with Progress("generate", 100, "prompts", every_seconds=1, clock=clock) as progress:
+        progress.skip(90)
+        clock.seconds += 2
+        progress.advance(1)
+    assert "generate: 91/100 prompts, 0.50 prompts/s, ETA 0:18" in lines()
+
+
+def test_a_stage_that_fails_says_where_it_stopped(lines):
+    with pytest.raises(KeyError), Progress("sketch", 3, "shards", clock=Clock()):
+        raise KeyError
+    assert lines()[-1] == "sketch: stopped, 0/3 shards, 0.0 s"
+
+
+def test_progress_is_in_the_metrics_too(tmp_path):
+    clock = Clock()
+    with (
+        MetricLogger(tmp_path) as metrics,
+        Progress("generate", 2, "prompts", metrics, every_seconds=1, clock=clock) as progress,
+    ):
+        clock.seconds += 2
+        progress.advance(1, tokens=30)
+        progress.advance(1, tokens=10)
+    first, last = read_metrics(tmp_path)
+    assert (first["step"], first["generate/done_count"], first["generate/tokens_per_second"]) == (1, 1, 15.0)
+    assert (last["step"], last["generate/tokens_per_second"], last["generate/elapsed_seconds"]) == (2, 20.0, 2.0)
+
+
+def test_times_are_written_as_clocks():
+    assert [clock_time(seconds) for seconds in (0, 59.6, 61, 3600, 100_000)] == [
+        "0:00",
+        "1:00",
+        "1:01",
+        "1:00:00",
+        "27:46:40",
+    ]
