@@ -62,8 +62,8 @@ class Applied:
         idle = [str(site) for site, calls in self.calls.items() if calls == 0]
         if self._observe and idle and (self.model_calls or any(self.calls.values())):
             raise DataError(
-                f"the model ran and the projection never reached {', '.join(idle)}: a compiled model ignores hooks that "
-                "are added later, and an engine may not call the module; set generate.apply_as=fold"
+                f"the model ran and the projection never reached {', '.join(idle)}: a compiled model ignores hooks "
+                "that are added later, and an engine may not call the module; set generate.apply_as=fold"
             )
 
 
