@@ -11,6 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+STAGES = ("calibrate", "sketch", "reduce", "project", "generate", "finetune", "evaluate")
+"""The method's verbs, in their order: modules, config sections, metric prefixes, and words after --from and --until."""
+
+ArmName = Literal["base", "psr", "ssd", "spd", "projected"]
 Bound = float | None
 
 
@@ -98,6 +102,12 @@ class Project:
     kinds: Literal["both", "key", "value"] = setting("both", "project keys and values, or one of them")
     insertion: Literal["linear", "rope", "head"] = setting("linear", "linear output; after RoPE (keys); or per KV head")
 
+    def planned_rank(self, width: int) -> int:
+        """The rank at a site of this width; half of it under `energy`, which only the spectrum decides."""
+        if self.rank_rule == "fixed":
+            return self.rank or 0
+        return max(1, int(width * self.fraction) if self.rank_rule == "fraction" else width // 2)
+
 
 @dataclass(frozen=True)
 class Generate:
@@ -159,7 +169,7 @@ class Finetune:
 class Evaluate:
     """Greedy answers of every arm to the held-out examples."""
 
-    arms: tuple[str, ...] = setting(("base", "psr", "spd", "projected"), "of base, psr, ssd, spd, projected")
+    arms: tuple[ArmName, ...] = setting(("base", "psr", "spd", "projected"), "what is compared: spd_dist.arms says what each is")
     max_new_tokens: int = setting(256, "an answer is cut there", at_least=1)
     batch_size: int = setting(32, "examples answered together", at_least=1)
     allow_code_execution: bool = setting(False, "run model-written code, in the sandbox")

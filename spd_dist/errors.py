@@ -7,6 +7,8 @@ class UserError(ValueError):
     """A fault outside our code; its message names the key or file, the value, the rule and the remedy."""
 
     exit_code = 1
+    is_shared = False
+    """Whether every rank raises it (`spd_dist.distributed.collectives.together`)."""
 
 
 class ConfigError(UserError):

@@ -80,7 +80,8 @@ class together:
     """Local work that every rank does at once: if it fails on one, all raise that rank's error and none hangs.
 
     The body must hold no collective, since a rank that fails in the body skips the rest of it. An exception on a single
-    rank inside collective code ends that process instead, and the others fail on the closed connection.
+    rank inside collective code ends that process instead, and the others fail on the closed connection. Without a
+    process group there is nobody to tell.
     """
 
     def __init__(self, doing: str) -> None:
@@ -92,12 +93,16 @@ class together:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not any_rank(error is not None):
+        if not dist.is_initialized() or not any_rank(error is not None):
             return
         reports = gather_objects(None if error is None else _report(error))
+        if isinstance(error, UserError):
+            error.is_shared = True
         if error is None:
             rank, (error_type, message) = next((rank, report) for rank, report in enumerate(reports) if report)
-            raise error_type(f"{message} (on rank {rank}, while {self.doing})")
+            shared = error_type(f"{message} (on rank {rank}, while {self.doing})")
+            shared.is_shared = True
+            raise shared
 
 
 def _report(error: BaseException) -> tuple[type[BaseException], str]:

@@ -1,0 +1,107 @@
+"""Run Self-Policy Distillation: `deepspeed launchers/spd.py --config configs/NAME.yaml [section.key=value ...]`.
+
+Also by torchrun, by srun (one task a rank), or alone. Start the same command again to go on where a run stopped.
+Exit codes: 0 done, 2 the config is wrong, 3 the data or the model is wrong, 75 stopped on request, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+
+from spd_dist.config import STAGES, Config
+from spd_dist.errors import UserError
+from spd_dist.overrides import load_config, to_yaml
+from spd_dist.signals import StopSignals
+
+SECONDS_FOR_THE_CAUSE = 5
+"""A rank that fails since another one did ends this much later: the launcher takes the exit code of the first."""
+
+
+def main() -> int:
+    """Parse, check the config, run, and turn the outcome into an exit code."""
+    signals = StopSignals()
+    signals.install()
+    arguments = parse_arguments()
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+    except UserError as error:
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    if arguments.show_config:
+        print(to_yaml(config), end="")
+        return 0
+    if arguments.preview_masks:
+        return preview(config, arguments.preview_masks)
+    return run(config, arguments, signals)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; `--local_rank` is what the deepspeed launcher adds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", nargs="+", action="extend", default=[], metavar="YAML", help="later files win")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="win over every file")
+    parser.add_argument("--from", dest="first", choices=STAGES, default=STAGES[0], help="earlier stages must be complete")
+    parser.add_argument("--until", dest="last", choices=STAGES, default=STAGES[-1], help="stop after this stage")
+    parser.add_argument("--show-config", action="store_true", help="print the resolved config and exit")
+    parser.add_argument("--preview-masks", type=int, metavar="N", help="print N calibration examples, kept tokens marked")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_intermixed_args()
+
+
+def preview(config: Config, num_examples: int) -> int:
+    """Show which tokens the mask keeps, on a terminal in colour."""
+    from rich.console import Console
+
+    from spd_dist.pipeline import previewed_masks
+
+    console = Console()
+    try:
+        for text in previewed_masks(config, num_examples, colour=console.is_terminal):
+            console.print(text, soft_wrap=True)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    return 0
+
+
+def run(config: Config, arguments: argparse.Namespace, signals: StopSignals) -> int:
+    """Join the other ranks and run the stages; every failure ends all ranks, and none waits for another for ever."""
+    from spd_dist.distributed.world import join_world, leave_world
+    from spd_dist.pipeline import run_stages
+    from spd_dist.runtime.log import set_up_logging
+
+    set_up_logging(int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))))
+    world = join_world(config.distributed)
+    try:
+        summary = run_stages(config, world, signals, first=arguments.first, last=arguments.last)
+    except UserError as error:
+        if world.is_main or not error.is_shared:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        if not error.is_shared:
+            end_now(error.exit_code)  # the others are inside a collective: only a closed connection reaches them
+        code = error.exit_code
+    except BaseException:  # noqa: BLE001 - printed, and no rank may be left waiting for this one
+        sys.excepthook(*sys.exc_info())
+        time.sleep(SECONDS_FOR_THE_CAUSE if world.size > 1 else 0)
+        end_now(1)
+    else:
+        if world.is_main:
+            print(summary, flush=True)
+        code = 0
+    leave_world()
+    return code
+
+
+def end_now(code: int) -> None:
+    """Leave without a word to the other ranks: closing the process group could wait for them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
