@@ -62,7 +62,6 @@ def boxed(text: str) -> str | None:
     return text[span[0] : span[1]] if span else None
 
 
-def code_of(text: str) -> str:
-    """The program in a model's answer: its first fenced block that is not empty, else the whole text."""
-    blocks = [block for block in _FENCE.findall(text) if block.strip()]
-    return blocks[0] if blocks else text
+def fenced(text: str) -> str | None:
+    """The first fenced block that is not empty; one that was never closed counts."""
+    return next((block for block in _FENCE.findall(text) if block.strip()), None)

@@ -2,31 +2,49 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 
+from spd_dist.data.tasks.bbh import BBH
+from spd_dist.data.tasks.codealpaca import CODEALPACA
+from spd_dist.data.tasks.competition_math import MATH
+from spd_dist.data.tasks.described import read_task
+from spd_dist.data.tasks.mbpp import MBPP, MBPP_SANITIZED, Execute, Mbpp
+from spd_dist.data.tasks.mmlu import MMLU
 from spd_dist.data.tasks.protocol import Row, Score, Split, Task
 from spd_dist.data.tasks.word_problems import ARITHMETIC, GSM8K, SVAMP
 from spd_dist.errors import ConfigError
 
-__all__ = ["TASKS", "Row", "Score", "Split", "Task", "find_task"]
+__all__ = ["TASKS", "Execute", "Row", "Score", "Split", "Task", "find_task", "with_execution"]
 
 ENTRY_POINTS = "spd_dist.tasks"
-TASKS: Mapping[str, Task] = {task.name: task for task in (ARITHMETIC, GSM8K, SVAMP)}
+_BUILT_IN: tuple[Task, ...] = (ARITHMETIC, GSM8K, SVAMP, MATH, MBPP, MBPP_SANITIZED, CODEALPACA, MMLU, BBH)
+TASKS: Mapping[str, Task] = {task.name: task for task in _BUILT_IN}
 """Built-in tasks; a package adds its own as entry points of group `spd_dist.tasks`."""
 
 
 def find_task(name: str) -> Task:
-    """The task that `data.task` names.
+    """The task that `data.task` names: built in, an entry point, or the path of a YAML file.
 
     Raises:
-        ConfigError: no built-in task and no entry point has that name.
+        ConfigError: no task has that name, or its file does not describe one.
     """
     if name in TASKS:
         return TASKS[name]
+    if name.endswith((".yaml", ".yml")):
+        return read_task(name)
     for point in entry_points(group=ENTRY_POINTS, name=name):
         return point.load()
     known = [*TASKS, *(point.name for point in entry_points(group=ENTRY_POINTS))]
     nearest = difflib.get_close_matches(name, known, 1, 0)[0]
-    raise ConfigError(f"data.task: {name!r} is not a task; the nearest is {nearest}; known are {', '.join(known)}")
+    raise ConfigError(
+        f"data.task: {name!r} is not a task; the nearest is {nearest}; "
+        f"known are {', '.join(known)}, and paths of .yaml files"
+    )
+
+
+def with_execution(task: Task, execute: Execute) -> Task:
+    """The task, able to run the programs that it is scored by; other tasks as they are."""
+    return dataclasses.replace(task, execute=execute) if isinstance(task, Mbpp) else task
