@@ -67,6 +67,7 @@ def decode(
     pad_token_id: int,
     batch_size: int = 32,
     batch_invariant: bool = False,
+    halve: bool = True,
 ) -> Iterator[Decoded]:
     """Completions in the order in which they finish, of at most `batch_size` rows at a time.
 
@@ -85,7 +86,7 @@ def decode(
             yield from loop.run(ordered)
             return
         except RuntimeError as error:
-            if not is_out_of_memory(error):
+            if not halve or not is_out_of_memory(error):
                 raise
             if batch_size == 1:
                 raise DataError(

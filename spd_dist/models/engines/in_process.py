@@ -1,0 +1,50 @@
+"""Engines that call the policy itself, with the projection at its hooks or in its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+from spd_dist.config import Generate
+from spd_dist.distributed.world import World
+from spd_dist.models.applied import Applied
+from spd_dist.models.decoding import Decoded, Request, decode
+from spd_dist.models.engines.placement import Placement, placed
+from spd_dist.models.policy import Policy
+from spd_dist.models.projection import projected
+from spd_dist.models.sampling import Sampling
+from spd_dist.types import Projection
+
+
+@dataclass
+class HFEngine:
+    """Our decode loop on the Hugging Face model."""
+
+    policy: Policy
+    config: Generate
+    applied: Applied | None
+    placement: Placement
+
+    def complete(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Decoded]:
+        """Completions as they finish."""
+        return decode(
+            self.policy.model,
+            requests,
+            sampling,
+            eos_token_ids=self.policy.eos_token_ids,
+            pad_token_id=self.policy.pad_token_id,
+            batch_size=self.config.batch_size,
+            batch_invariant=self.config.batch_invariant,
+            halve=self.placement == "replica",
+        )
+
+
+@contextmanager
+def opened(
+    policy: Policy, projection: Projection | None, config: Generate, world: World, placement: Placement
+) -> Iterator[HFEngine]:
+    """The engine, with the policy projected and placed; both undone on every way out."""
+    held = nullcontext() if projection is None else projected(policy.model, projection, config.apply_as)
+    with held as applied, placed(policy, placement, world, "generating completions"):
+        yield HFEngine(policy, config, applied, placement)
