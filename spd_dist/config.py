@@ -53,6 +53,8 @@ class Data:
     template_options: dict[str, Any] = setting({}, "variables for the chat template, as {enable_thinking: false}")
     system: str | None = setting(None, "system prompt of the chat; the template's own if not given")
     max_prompt_tokens: int = setting(1024, "a longer prompt is an error", at_least=1)
+    leaks: Literal["report", "remove"] = setting("report", "training and calibration rows whose problem is in the test split")
+    leak_similarity: float = setting(0.5, "Jaccard similarity of word 5-grams from which on two problems are one", above=0, at_most=1)
 
 
 @dataclass(frozen=True)

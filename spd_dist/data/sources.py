@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from spd_dist.config import Data
-from spd_dist.data.arithmetic import generate_rows
+from spd_dist.data.arithmetic import SPLIT_SIZES, generate_rows
 from spd_dist.data.files import Located, is_file_name, read_rows
+from spd_dist.data.leaks import LeakReport, find_leaks, without_leaks
 from spd_dist.data.tasks.protocol import Row, Split, Task
 from spd_dist.errors import DataError
 
@@ -31,23 +32,51 @@ def load_rows(task: Task, split: Split, config: Data, seed: int) -> list[Row]:
     """The rows of a split, each with an `id` of its own, in the order of their source.
 
     Calibration examples are the task's own split where it has one, else the training rows from the first on, whatever
-    `data.num_train` says. `seed` orders and splits what is built in, and nothing else.
+    `data.num_train` says. `seed` orders and splits what is built in, and nothing else. `data.leaks=remove` drops the
+    training and calibration rows whose problem is in the test split.
 
     Raises:
         DataError: no source; a file or line that cannot be read; a field missing or of another type; an id twice.
     """
-    given = {"train": config.train, "calibration": config.calibration, "test": config.test}
-    sources = given[split] or (None if split == "calibration" and config.train else task.sources.get(split))
-    if sources is None and split == "calibration":
-        return load_rows(task, "train", Data(task=config.task, train=config.train), seed)
+    rows = _load_all(task, split, config, seed)
+    if split != "test" and config.leaks == "remove":
+        test_rows = _load_all(task, "test", config, seed)
+        rows = without_leaks(
+            rows, find_leaks({split: rows, "test": test_rows}, task, similarity=config.leak_similarity)
+        )
+        if not rows:
+            raise DataError(f"data.leaks=remove: every {split} row is also in the test split; correct data.{split}")
+    return rows[: {"train": config.num_train, "calibration": None, "test": config.num_test}[split]]
+
+
+def check_leaks(task: Task, config: Data, seed: int, *, num_calibration: int) -> list[LeakReport]:
+    """What calibration, training and test rows of a run share; a split without a source is skipped."""
+    used: dict[str, list[Row]] = {}
+    for split, limit in (("calibration", num_calibration), ("train", None), ("test", None)):
+        if sources_of(task, split, config):
+            used[split] = load_rows(task, split, config, seed)[:limit]
+    return find_leaks(used, task, similarity=config.leak_similarity)
+
+
+def sources_of(task: Task, split: Split, config: Data) -> str | None:
+    """Where the rows of a split come from: the config's word, else the task's; calibration falls back to training."""
+    given = {"train": config.train, "calibration": config.calibration, "test": config.test}[split]
+    if given or split != "calibration":
+        return given or task.sources.get(split)
+    own = None if config.train else task.sources.get("calibration")
+    return own or sources_of(task, "train", config)
+
+
+def _load_all(task: Task, split: Split, config: Data, seed: int) -> list[Row]:
+    sources = sources_of(task, split, config)
     if sources is None:
         raise DataError(f"data.{split}: the task {task.name!r} has no {split} split of its own; set data.{split}=PATH")
-    located = [item for text in sources.split(",") for item in _read(parse_source(text.strip(), split), seed)]
+    default = "train" if split == "calibration" else split
+    located = [item for text in sources.split(",") for item in _read(parse_source(text.strip(), default), seed)]
     rows = list(_normalised(task, located, f"data.{split}"))
     if not rows:
         raise DataError(f"data.{split}: {sources} holds no rows; name a source that does")
-    limit = {"train": config.num_train, "calibration": None, "test": config.num_test}[split]
-    return rows[:limit]
+    return rows
 
 
 def parse_source(text: str, split: str) -> Source:
@@ -63,6 +92,11 @@ def parse_source(text: str, split: str) -> Source:
 
 def _read(source: Source, seed: int) -> list[Located]:
     if source.name == "builtin":
+        if source.subset != "arithmetic" or source.split not in SPLIT_SIZES:
+            raise DataError(
+                f"source builtin:{source.subset}:{source.split}: not built in; "
+                f"there is builtin:arithmetic:SPLIT, of {', '.join(SPLIT_SIZES)}"
+            )
         rows = [Located("builtin:arithmetic", "", row) for row in generate_rows(source.split, seed)]
     elif is_file_name(source.name):
         rows = read_rows(source.name)

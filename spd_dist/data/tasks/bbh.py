@@ -42,6 +42,10 @@ class Bbh:
         """The hub has a config a task."""
         return {"task": subset, **raw}
 
+    def problem(self, row: Row) -> str:
+        """The input."""
+        return row["input"]
+
     def prompt(self, row: Row) -> str:
         """The input, as it is."""
         return f"{INSTRUCTION}\n{row['input'].strip()}\nAnswer:"

@@ -30,6 +30,10 @@ class CodeAlpaca:
         """Rows with an empty output are dropped: they have nothing to be measured on."""
         return {"input": "", **raw} if raw["output"].strip() else None
 
+    def problem(self, row: Row) -> str:
+        """Instruction and input."""
+        return f"{row['instruction']}\n{row['input']}"
+
     def prompt(self, row: Row) -> str:
         """The instruction, with its input if it has one."""
         given = f"\nInput: {row['input'].strip()}" if row["input"].strip() else ""

@@ -39,6 +39,10 @@ class CompetitionMath:
         answer = boxed(raw["solution"])
         return None if answer is None else {**raw, "answer": answer}
 
+    def problem(self, row: Row) -> str:
+        """The problem."""
+        return row["problem"]
+
     def prompt(self, row: Row) -> str:
         """The problem, and the form that the final answer must have."""
         return f"{row['problem'].strip()}\n{INSTRUCTION}"

@@ -93,6 +93,10 @@ class DescribedTask:
         """The row with its fields renamed."""
         return {**raw, **{ours: raw[theirs] for ours, theirs in self.description.fields.items()}}
 
+    def problem(self, row: Row) -> str:
+        """The filled prompt."""
+        return self.prompt(row)
+
     def prompt(self, row: Row) -> str:
         """The prompt template, filled."""
         return _fill(self.description.prompt, row)

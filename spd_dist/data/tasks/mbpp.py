@@ -41,6 +41,10 @@ class Mbpp:
         tests = list(raw["test_list"])
         return {"id": f"mbpp/{raw['task_id']}", "prompt": prompt, "code": raw["code"], "tests": tests, "setup": setup}
 
+    def problem(self, row: Row) -> str:
+        """The instruction: the tests may differ."""
+        return row["prompt"]
+
     def prompt(self, row: Row) -> str:
         """The instruction and the tests, as the paper's prototype words them."""
         tests = "\n".join(test.strip() for test in row["tests"])

@@ -32,6 +32,10 @@ class Mmlu:
         answer = raw["answer"]
         return {**raw, "answer": string.ascii_uppercase[answer] if isinstance(answer, int) else answer}
 
+    def problem(self, row: Row) -> str:
+        """Question and choices."""
+        return "\n".join([row["question"], *map(str, row["choices"])])
+
     def prompt(self, row: Row) -> str:
         """The question and its lettered choices."""
         choices = "\n".join(f"{letter}. {choice}" for letter, choice in zip(_letters(row), row["choices"], strict=True))

@@ -1,4 +1,4 @@
-"""What a task is: four functions of a row, and where its rows come from."""
+"""What a task is: a few functions of a row, and where its rows come from."""
 
 from __future__ import annotations
 
@@ -52,6 +52,9 @@ class Task(Protocol):
 
     def normalise(self, raw: Mapping[str, Any], subset: str) -> Row | None:
         """A published row with our fields (`subset`: the hub's config name), or None to drop it."""
+
+    def problem(self, row: Row) -> str:
+        """What makes two rows the same problem, without instructions: what leak checks compare."""
 
     def prompt(self, row: Row) -> str:
         """What the policy is asked."""

@@ -39,6 +39,10 @@ class WordProblems:
         solution, _, answer = raw["answer"].rpartition(MARKER)
         return {**raw, "solution": solution.strip(), "answer": answer.strip().replace(",", "")}
 
+    def problem(self, row: Row) -> str:
+        """The question."""
+        return row["question"]
+
     def prompt(self, row: Row) -> str:
         """The question, and the form that the final answer must have."""
         return f"{row['question']}\n{INSTRUCTION}"
