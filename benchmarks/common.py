@@ -58,8 +58,8 @@ def interleaved_seconds(
 ) -> dict[str, float]:
     """The median seconds of each side: one warm-up, then `repeats` rounds of A, B, ..., A, B, ...
 
-    A machine that slows down meets all sides alike. On a shared machine `time.process_time` as the clock leaves out what
-    others use; it counts the threads of this process together, so pin them to one.
+    A machine that slows down meets all sides alike. On a shared machine `time.process_time` as the clock leaves out
+    what others use; it counts the threads of this process together, so pin them to one.
     """
     for run in sides.values():
         run()

@@ -1,0 +1,21 @@
+"""Stage 4, project: cut the strongest directions out of each site's moments, and make of them what generation applies.
+
+subspace.py  moments -> Subspace, the same on every rank
+bounds.py    what its certificate proves of it
+operators.py Subspace -> Projection, by `project.mode`
+summary.py   what `project/summary.json` says of it
+"""
+
+from spd_dist.stages.project.bounds import angle_bound, certified_energy_fraction, certified_energy_share
+from spd_dist.stages.project.operators import projection
+from spd_dist.stages.project.subspace import subspace
+from spd_dist.stages.project.summary import summary
+
+__all__ = [
+    "angle_bound",
+    "certified_energy_fraction",
+    "certified_energy_share",
+    "projection",
+    "subspace",
+    "summary",
+]

@@ -1,0 +1,164 @@
+"""Moments -> Subspace: each owner cuts its sites, then all ranks hold the same directions and compare them by hash.
+
+Shapes: D width of a site, H width of a block of it, R rank of the subspace.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from spd_dist.config import Project
+from spd_dist.distributed.collectives import all_equal, broadcast_, gather_objects, together
+from spd_dist.distributed.world import World
+from spd_dist.errors import ConfigError, DataError
+from spd_dist.runtime.orthonormal import completed, signed
+from spd_dist.runtime.subspace_file import fingerprint
+from spd_dist.types import KVSite, SiteMoments, SiteSubspace, Subspace
+
+logger = logging.getLogger(__name__)
+
+NULL = 1e-12
+"""Eigenvalues below this share of the largest are rounding: float32 rows hold singular values down to about 1e-7."""
+
+
+class Spectrum(NamedTuple):
+    """Eigenvalues, strongest first, and their eigenvectors as columns."""
+
+    eigenvalue_D: Tensor
+    vector_DD: Tensor
+
+
+def subspace(
+    owned: Mapping[KVSite, SiteMoments],
+    sites: Sequence[KVSite],
+    config: Project,
+    world: World,
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> Subspace:
+    """The strongest directions of every site, on every rank. A collective.
+
+    Under `project.insertion=head` the directions are cut from the moments of each KV head alone, the strongest of all
+    heads together: no direction reaches over two heads.
+
+    Args:
+        owned: this rank's part of what `reduce` gave.
+        sites: every site, on every rank.
+        config: rank rule, centring and insertion point.
+        world: this rank.
+        metadata: what else the artifact says of itself: base model, fingerprint, hashes of the inputs.
+
+    Raises:
+        ConfigError: a rank that a site is too narrow for, or none where the rule needs one.
+        DataError: a site that no gradient reached, or ranks that hold different subspaces.
+    """
+    with together("cutting the subspace"):
+        cut = {site: _cut(site, moments, config) for site, moments in owned.items()}
+    shared = cut if world.size == 1 else _shared(cut, sites)
+    rule = {"rank_rule": config.rank_rule, "centered": str(config.centered).lower(), "insertion": config.insertion}
+    whole = Subspace({site: shared[site] for site in sorted(sites)}, rule | dict(metadata or {}))
+    check_same(whole, world)
+    return whole
+
+
+def check_same(whole: Subspace, world: World) -> None:
+    """Compare the subspace on all ranks by hash.
+
+    Raises:
+        DataError: ranks hold different ones.
+    """
+    if world.size > 1 and not all_equal(fingerprint(whole)):
+        raise DataError(
+            "the ranks hold different subspaces after the broadcast; check the network and the hosts' memory"
+        )
+
+
+def _cut(site: KVSite, moments: SiteMoments, config: Project) -> SiteSubspace:
+    eigenvalue_D, vector_DD = _spectrum(_second_moment(moments, config), blocks(site, config.insertion))
+    total, largest = eigenvalue_D.sum(), eigenvalue_D[0]
+    if not largest > 0:
+        raise DataError(
+            f"{site}: the energy of its {moments.certificate.num_rows} gradient rows is {total.item():g}, so there is "
+            "no direction to keep; check that the mask marks tokens (calibrate.mask) and that the layer is used"
+        )
+    num_real = int((eigenvalue_D > NULL * largest).sum())
+    rank = _rank(site, eigenvalue_D[:num_real], config)
+    num_null = max(0, rank - num_real)
+    if num_null:
+        logger.warning(
+            "project: %s: rank %d is above the numerical rank %d of the gradients: %d directions are arbitrary (but "
+            "the same in every run); lower project.rank or calibrate on more tokens",
+            site,
+            rank,
+            num_real,
+            num_null,
+        )
+    basis_DR = completed(vector_DD[:, : rank - num_null], rank)
+    return SiteSubspace(
+        basis_DR=signed(basis_DR).float(),
+        eigenvalue_D=eigenvalue_D,
+        energy_fraction=min(1.0, (eigenvalue_D[:rank].sum() / total).item()),
+        certificate=moments.certificate,
+        num_null_directions=num_null,
+    )
+
+
+def _second_moment(moments: SiteMoments, config: Project) -> Tensor:
+    """About zero, or about the rows' mean: taking the mean off leaves the sketch's error as it is."""
+    if not config.centered or not moments.certificate.num_rows:
+        return moments.gram_DD
+    return moments.gram_DD - moments.sum_D.outer(moments.sum_D) / moments.certificate.num_rows
+
+
+def blocks(site: KVSite, insertion: str) -> list[slice]:
+    """The parts of a site's width that directions stay within: its KV heads under `head`, else all of it."""
+    head = site.width // site.num_heads if insertion == "head" else site.width
+    return [slice(start, start + head) for start in range(0, site.width, head)]
+
+
+def _spectrum(moment_DD: Tensor, parts: Sequence[slice]) -> Spectrum:
+    """Eigenvectors of the diagonal blocks, all blocks sorted together; negative rounding is cut off."""
+    eigenvalue_D, vector_DD = moment_DD.new_empty(len(moment_DD)), torch.zeros_like(moment_DD)
+    for part in parts:
+        eigenvalue_D[part], vector_DD[part, part] = torch.linalg.eigh(moment_DD[part, part])
+    order_D = eigenvalue_D.sort(descending=True, stable=True).indices
+    return Spectrum(eigenvalue_D[order_D].clamp_min(0), vector_DD[:, order_D])
+
+
+def _rank(site: KVSite, real: Tensor, config: Project) -> int:
+    """The rank by `project.rank_rule`; `real` are the eigenvalues that are not rounding."""
+    if config.rank_rule == "energy":
+        share = real.cumsum(0) / real.sum()
+        return min(len(real), int(torch.searchsorted(share, config.energy)) + 1)
+    if config.rank_rule == "fixed" and config.rank is None:
+        raise ConfigError(
+            "project.rank: None is not valid with project.rank_rule=fixed; set project.rank=N, at least 1"
+        )
+    rank = config.planned_rank(site.width)
+    if rank > site.width:
+        raise ConfigError(f"project.rank: {rank} is too large: {site} has width {site.width}; set it to at most that")
+    return rank
+
+
+def _shared(cut: Mapping[KVSite, SiteSubspace], sites: Sequence[KVSite]) -> dict[KVSite, SiteSubspace]:
+    """What each owner cut, on every rank."""
+    outlines = gather_objects({site: _outline(part) for site, part in cut.items()})
+    shared = {}
+    for site in sorted(sites):
+        owner = next(rank for rank, outline in enumerate(outlines) if site in outline)
+        rank, fields = outlines[owner][site]
+        basis_DR = cut[site].basis_DR if site in cut else torch.empty(site.width, rank)
+        eigenvalue_D = cut[site].eigenvalue_D if site in cut else torch.empty(site.width, dtype=torch.float64)
+        broadcast_([basis_DR, eigenvalue_D], owner)
+        shared[site] = SiteSubspace(basis_DR, eigenvalue_D, **fields)
+    return shared
+
+
+def _outline(part: SiteSubspace) -> tuple[int, dict]:
+    """The rank, and all fields that are not tensors."""
+    return part.basis_DR.shape[1], {key: value for key, value in vars(part).items() if not isinstance(value, Tensor)}

@@ -1,0 +1,82 @@
+"""The stage: one sketch a logical shard, fed from the stream of gradient rows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+
+from spd_dist.config import Sketch
+from spd_dist.distributed.collectives import together
+from spd_dist.distributed.world import World
+from spd_dist.errors import DataError
+from spd_dist.stages.sketch.plan import plan_sketches
+from spd_dist.stages.sketch.shard import ShardSketch
+from spd_dist.types import GradientBatch, KVSite
+
+logger = logging.getLogger(__name__)
+
+
+def sketch(
+    gradients: Iterable[GradientBatch],
+    sites: Sequence[KVSite],
+    config: Sketch,
+    *,
+    num_shards: int,
+    planned_rank: Callable[[int], int],
+    world: World,
+    initial: Mapping[int, ShardSketch] | None = None,
+) -> dict[int, ShardSketch]:
+    """The sketches of this rank's logical shards: shards without examples are absent, and count as empty.
+
+    Args:
+        gradients: one micro-batch after another, each of one shard. The stream is always read to its end: under ZeRO-3
+            it takes all ranks to make it, so a rank with a fault goes on and all ranks fail together afterwards.
+        sites: every site of the run, on every rank.
+        config: form and size of the sketches, and what becomes of rows with NaN or Inf.
+        num_shards: logical shards of the whole run.
+        planned_rank: the rank that a width will be cut to (`Project.planned_rank`); the default size follows from it.
+        world: this rank, for messages.
+        initial: states from `load_sketches` to go on from; they are changed in place.
+
+    Raises:
+        DataError: on all ranks at once: a row with NaN or Inf, or rows that do not fit their site.
+    """
+    plans = plan_sketches(sites, config, planned_rank=planned_rank, num_shards=num_shards)
+    for width, plan in plans.items():
+        logger.info("sketch: width %d: %s of %d rows, since %s", width, plan.form, plan.size, plan.reason)
+    shards = dict(initial or {})
+    fault: DataError | None = None
+    for number, batch in enumerate(gradients):
+        try:
+            _take_(shards, batch, number, sites, plans)
+        except DataError as error:
+            fault = fault or error
+    with together("sketching the gradients"):
+        if fault is not None:
+            raise fault
+        _check_finite(shards, config, world)
+    return dict(sorted(shards.items()))
+
+
+def _take_(shards: dict, batch: GradientBatch, number: int, sites: Sequence[KVSite], plans: Mapping) -> None:
+    if batch.shard not in shards:
+        device = next((rows_ND.device for rows_ND in batch.grad_ND.values()), torch.device("cpu"))
+        shards[batch.shard] = ShardSketch(sites, plans, device)
+    shards[batch.shard].add_(batch, number)
+
+
+def _check_finite(shards: Mapping[int, ShardSketch], config: Sketch, world: World) -> None:
+    faults = [(number, shard, site, n) for shard in shards for site, n, number in shards[shard].dropped()]
+    if not faults:
+        return
+    number, shard, site, num_dropped = min(faults)
+    where = f"rank {world.rank}, {site}, shard {shard}, micro-batch {number}"
+    if config.non_finite == "raise":
+        raise DataError(
+            f"{where}: gradient rows hold NaN or Inf ({num_dropped} at this site); look at the examples and the dtype "
+            "(model.dtype), or set sketch.non_finite=skip to drop and count such rows"
+        )
+    total = sum(n for *_, n in faults)
+    logger.warning("sketch: %d gradient rows with NaN or Inf were dropped, the first at %s", total, where)
