@@ -1,0 +1,102 @@
+"""LoRA adapters by peft: put on a policy (whole, or sharded by ZeRO-3), taken off, saved and loaded again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from spd_dist.config import Finetune
+from spd_dist.errors import ConfigError
+from spd_dist.models.dropout import TokenKeys, use_keyed_dropout
+
+ADAPTER = "default"
+
+
+def add_adapters(model: nn.Module, config: Finetune, *, generator: torch.Generator, base_name: str) -> PeftModel:
+    """`model` with trainable adapters at `config.lora_targets`, everything else frozen; `model` itself is changed.
+
+    The weights come from `generator`, so every rank makes the same; peft reads the true shapes of sharded modules.
+
+    Raises:
+        ConfigError: no module of the model has one of the names.
+    """
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    missing = [target for target in config.lora_targets if target not in names]
+    if missing or not config.lora_targets:
+        raise ConfigError(
+            f"finetune.lora_targets: {missing} names no linear module of this model; it has {sorted(names)}"
+        )
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=list(config.lora_targets),
+        use_rslora=config.lora_variant == "rslora",
+        use_dora=config.lora_variant == "dora",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_name,
+    )
+    with torch.random.fork_rng():  # peft initialises from the global generator; ours overwrites it below
+        adapted = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    for _, layer in _layers(adapted):
+        weight_RD = layer.lora_A[ADAPTER].weight
+        bound = weight_RD.shape[1] ** -0.5  # kaiming_uniform_ with a = sqrt(5), as peft
+        with torch.no_grad():
+            weight_RD.copy_(torch.rand(weight_RD.shape, generator=generator).mul_(2 * bound).sub_(bound))
+    return adapted
+
+
+def key_dropout(adapted: PeftModel) -> TokenKeys:
+    """Make the adapters' dropout independent of batches and ranks; returns the keys that the training loop sets."""
+    return use_keyed_dropout((layer.lora_dropout, ADAPTER) for _, layer in _layers(adapted))
+
+
+def remove_adapters(adapted: PeftModel) -> nn.Module:
+    """The base model as it was, without adapters and with `requires_grad` of every parameter restored to false."""
+    return adapted.unload()
+
+
+def adapter_parameters(adapted: PeftModel) -> dict[str, nn.Parameter]:
+    """The trainable parameters by name."""
+    return {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+
+
+def save_adapter(adapted: PeftModel, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write the PEFT format: `adapter_config.json` and `adapter_model.safetensors` with `tensors` (whole, by parameter name)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = get_peft_model_state_dict(adapted, state_dict=dict(tensors), save_embedding_layers=False)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in state.items()},
+        folder / "adapter_model.safetensors",
+        {"format": "pt"},
+    )
+    config = adapted.peft_config[ADAPTER]
+    training, config.inference_mode = config.inference_mode, True
+    config.save_pretrained(str(folder))
+    config.inference_mode = training
+
+
+def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
+    """`model` with the frozen adapter of `folder`, in eval mode; `model` itself is changed."""
+    return PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False).eval()
+
+
+@contextmanager
+def adapted_by(model: nn.Module, folder: Path) -> Iterator[PeftModel]:
+    """`model` with the adapter of `folder` inside the block, and without it after: for weights that are whole."""
+    adapted = load_adapter(model, folder)
+    try:
+        yield adapted
+    finally:
+        remove_adapters(adapted)
+
+
+def _layers(adapted: nn.Module) -> list[tuple[str, LoraLayer]]:
+    return [(name, module) for name, module in adapted.named_modules() if isinstance(module, LoraLayer)]

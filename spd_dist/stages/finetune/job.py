@@ -1,0 +1,32 @@
+"""What the fine-tuning is told about the run that it is part of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from spd_dist.config import Distributed
+from spd_dist.distributed.world import World
+from spd_dist.runtime.metrics import MetricLogger
+
+
+def _never() -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Job:
+    """Where one fine-tuning runs, and whom it tells."""
+
+    folder: Path
+    """Gets `adapter/` or `model/`, and `checkpoints/`."""
+    seed: int
+    world: World
+    distributed: Distributed = field(default_factory=Distributed)
+    should_stop: Callable[[], bool] = _never
+    """Asked before every step; one rank's yes stops all of them, at the same step, after a checkpoint."""
+    metrics: MetricLogger | None = None
+    """Gets the numbers of every step and epoch, on all ranks."""
+    progress_seconds: float = 5.0
+    """Time between two progress lines."""

@@ -1,0 +1,141 @@
+"""Steps and epochs on a DeepSpeed engine.
+
+A step's loss is a sum over the supervised tokens of its global batch, divided by their number. Every rank knows that
+number, so that micro-batches, accumulation and world size are only ways to add the same terms.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spd_dist.config import Finetune
+from spd_dist.distributed.collectives import gather_objects, sum_over_ranks
+from spd_dist.distributed.training import DeepSpeedEngine, accumulate, optimizer_step, set_learning_rate
+from spd_dist.distributed.world import World
+from spd_dist.errors import DataError
+from spd_dist.models.dropout import TokenKeys, token_key
+from spd_dist.runtime.seeding import seed_of
+from spd_dist.stages.finetune.batches import Batch, collate
+from spd_dist.stages.finetune.plan import micro_batches
+from spd_dist.stages.finetune.sequences import TrainingSequence
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did."""
+
+    loss: float
+    """Mean over the supervised tokens of the global batch."""
+    gradient_norm: float
+    learning_rate: float
+    num_targets: int
+    num_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """An engine with what its steps need to know."""
+
+    engine: DeepSpeedEngine
+    keys: TokenKeys
+    sequences: Sequence[TrainingSequence]
+    config: Finetune
+    seed: int
+    world: World
+    pad_token_id: int
+
+    def step(self, batch: Sequence[int], step: int, learning_rate_fraction: float) -> StepResult:
+        """One optimizer step on the sequences of `batch`, at zero-based `step`.
+
+        Raises:
+            DataError: a loss or gradient is not finite, on all ranks; the message names the step and the sequences.
+        """
+        started = time.perf_counter()
+        num_targets = sum(self.sequences[index].num_targets for index in batch)
+        learning_rate = set_learning_rate(self.engine, learning_rate_fraction)
+        self.engine.train()
+        torch.manual_seed(
+            seed_of(self.seed, "finetune", "module", step, self.world.rank)
+        )  # of dropout inside the model
+        rounds = self._rounds(batch, f"step {step}")
+        local_loss, broken = 0.0, set()
+        for number, (micro_batch, weight) in enumerate(rounds):
+            loss, loss_N = self._forward(micro_batch)
+            # DeepSpeed takes the mean over ranks: times their number, it is the sum.
+            accumulate(
+                self.engine, loss * (weight * self.world.size / max(1, num_targets)), is_last=number == len(rounds) - 1
+            )
+            local_loss += weight * loss_N.sum(dtype=torch.float64).item()
+            broken |= set(micro_batch.owner_N[~loss_N.isfinite().cpu()].tolist()) if weight else set()
+        loss = sum_over_ranks(local_loss) / max(1, num_targets)
+        self._check_finite(loss, "the loss", step, broken or set(batch))
+        norm = optimizer_step(self.engine)
+        if not self.engine.fp16_enabled():  # there an overflow only lowers the loss scale
+            self._check_finite(norm, "the gradient", step, set(batch))
+        num_tokens = sum(len(self.sequences[index].tokens) for index in batch)
+        return StepResult(loss, norm, learning_rate, num_targets, num_tokens, time.perf_counter() - started)
+
+    @torch.no_grad()
+    def mean_loss(self, sequences: Sequence[TrainingSequence]) -> float:
+        """The mean loss of other `sequences` over their supervised tokens, without dropout."""
+        self.engine.eval()
+        trainer = Trainer(self.engine, self.keys, sequences, self.config, self.seed, self.world, self.pad_token_id)
+        local = 0.0
+        for batch in range(0, len(sequences), self.config.global_batch_size):
+            indices = list(range(len(sequences)))[batch : batch + self.config.global_batch_size]
+            for micro_batch, weight in trainer._rounds(indices, "validation"):
+                local += weight * trainer._forward(micro_batch)[1].sum(dtype=torch.float64).item()
+        self.engine.train()
+        return sum_over_ranks(local) / max(1, sum(sequence.num_targets for sequence in sequences))
+
+    def _rounds(self, batch: Sequence[int], purpose: str) -> list[tuple[Batch, float]]:
+        """This rank's micro-batches with their weights; where it has none, a stand-in of weight 0 keeps the collectives equal."""
+        lengths = [len(sequence.tokens) for sequence in self.sequences]
+        stand_in = [[min(batch, key=lengths.__getitem__)]]
+        rounds = []
+        for slots in micro_batches(batch, lengths, self.config, self.world.size):
+            mine = slots[self.world.rank]
+            tensors = collate(
+                mine or stand_in,
+                self.sequences,
+                lambda index: seed_of(self.seed, "finetune", "dropout", purpose, self.sequences[index].id),
+                pad_token_id=self.pad_token_id,
+            )
+            rounds.append((tensors, float(bool(mine))))
+        return rounds
+
+    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        on_device = batch.to(self.world.device)
+        self.keys.key_BT = token_key(on_device.seed_BT, on_device.position_BT)
+        return self.engine(on_device.token_BT, on_device.source_N, on_device.label_N, **on_device.context)
+
+    def _check_finite(self, value: float, what: str, step: int, indices: set[int]) -> None:
+        if math.isfinite(value):
+            return
+        names = sorted({self.sequences[index].id for part in gather_objects(indices) for index in part})
+        raise DataError(
+            f"finetune: {what} of step {step} is {value}, with the completions {', '.join(names[:8])}"
+            f"{' and others' if len(names) > 8 else ''}; the last checkpoint is kept. "
+            "Lower finetune.learning_rate, or look at these completions"
+        )
+
+
+@contextlib.contextmanager
+def global_generator_kept(world: World) -> Iterator[None]:
+    """Give the global generators back as they were: a model's own dropout can use no other."""
+    with torch.random.fork_rng(
+        [] if world.device.type == "cpu" else [world.device.index], device_type=_fork_type(world)
+    ):
+        yield
+
+
+def _fork_type(world: World) -> str:
+    return "cuda" if world.device.type == "cpu" else world.device.type
