@@ -1,0 +1,189 @@
+"""The mirror of rank 0's metrics on Weights & Biases. What fails there only warns; the run and its JSONL go on."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import logging
+import netrc
+import os
+import socket
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from spd_dist.config import Metrics
+from spd_dist.runtime.artifacts import content_hash
+from spd_dist.runtime.metrics import Value
+from spd_dist.runtime.run_folder import result_settings
+
+log = logging.getLogger(__name__)
+
+QUIET = {
+    "silent": True,
+    "console": "off",
+    "disable_git": True,
+    "disable_code": True,
+    "disable_job_creation": True,
+    "finish_timeout": 120.0,  # seconds
+    "x_disable_meta": True,
+    "x_transaction_log_flush_interval": 0.5,  # a killed run loses half a second, not 15
+}
+
+
+class WandbMirror:
+    """One W&B run, written by one process."""
+
+    def __init__(self, wandb: Any, run: Any, failures: tuple[type[Exception], ...]) -> None:
+        """Adopt an open run; `failures` are the exceptions that only warn."""
+        self._wandb, self._run, self._failures = wandb, run, failures
+        self._stages: set[str] = set()
+
+    def log(self, row: Mapping[str, Value]) -> None:
+        """Show a row; each stage of it has its own step axis, so that a resumed run's points fall in place."""
+        self._try("logging", lambda: self._log(row))
+
+    def table(self, key: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        """Show a table."""
+        data = [list(row) for row in rows]
+        self._try("logging a table", lambda: self._run.log({key: self._wandb.Table(columns=list(columns), data=data)}))
+
+    def finish(self, exit_code: int) -> None:
+        """Close the run with `exit_code`."""
+        offline = self._run is not None and self._run.settings.mode == "offline"
+        folder = Path(self._run.dir).parent if offline else None
+        self._try("finishing", lambda: self._finish(exit_code))
+        if self._run is not None and folder is not None:
+            log.info("W&B: offline; to upload: wandb sync %s", folder)
+
+    def _finish(self, exit_code: int) -> None:
+        self._run.finish(exit_code=exit_code)
+        self._wandb.teardown(exit_code)  # waits for its service, which may still be writing an offline run
+
+    def _log(self, row: Mapping[str, Value]) -> None:
+        for stage in {key.partition("/")[0] for key in row} - self._stages:
+            self._run.define_metric(f"{stage}/step", hidden=True)
+            self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+            self._stages.add(stage)
+        self._run.log(dict(row))
+
+    def _try(self, doing: str, action: Callable[[], Any]) -> None:
+        if self._run is None:
+            return
+        try:
+            action()
+        except self._failures as error:
+            self._run = None
+            log.warning("W&B: %s failed, no more is sent; metrics go on in the run's folder: %s", doing, error)
+
+
+def open_mirror(
+    config: Metrics,
+    run_folder: str | Path,
+    settings: Mapping[str, Any],
+    *,
+    job: str = "pipeline",
+    init_seconds: float = 60.0,
+) -> WandbMirror | None:
+    """The W&B run of `metrics.wandb`, or None if there is none to have: then a line of the log says why.
+
+    Runs are grouped by experiment and config, seeds of one config together. The id follows from group, folder and job:
+    a run that goes on after a kill has the id that it had.
+
+    Args:
+        config: The metrics section.
+        run_folder: W&B's files go to its `wandb/`.
+        settings: The whole config as plain data, shown with the run.
+        job: `job_type` of the run.
+        init_seconds: How long the server has to answer.
+    """
+    if config.wandb == "disabled":
+        return None
+    try:
+        import wandb  # 0.5 s, and optional
+    except ImportError:
+        log.info("W&B: not installed; metrics are in %s/metrics", run_folder)
+        return None
+    failures = _failures(wandb)
+    server = os.environ.get("WANDB_BASE_URL") or wandb.setup().settings.base_url
+    quiet = {name: value for name, value in QUIET.items() if name in wandb.Settings.model_fields}
+    folder = Path(run_folder).resolve()
+    for mode in _modes(config.wandb, server):
+        try:
+            run = wandb.init(
+                project=config.project,
+                entity=config.entity,
+                dir=folder,
+                config=dict(settings),
+                mode=mode,
+                resume="allow",
+                job_type=job,
+                settings=wandb.Settings(init_timeout=init_seconds, base_url=server, **quiet),
+                **_identity(config, folder, settings, job),
+            )
+        except failures as error:
+            log.warning("W&B: %s does not work: %s", mode, error)
+            wandb.teardown()  # or its service holds the id that the next mode wants
+            continue
+        log.info("W&B: %s, %s", mode, run.url if mode == "online" else f"files in {folder}/wandb")
+        return WandbMirror(wandb, run, failures)
+    return None
+
+
+def _identity(config: Metrics, folder: Path, settings: Mapping[str, Any], job: str) -> dict[str, str]:
+    """Group, id and name of a run, from what it is and never from a clock."""
+    of_all_seeds = {key: value for key, value in result_settings(settings).items() if key != "seed"}
+    group = f"{config.experiment or folder.name}-{content_hash(of_all_seeds)[:8]}"
+    seed, task = settings.get("seed"), settings.get("generate", {}).get("task_index", 0)
+    identity = f"{group}|{folder}|{job}|{seed}|{task}"
+    name = f"{job}-seed{seed}" + (f"-task{task}" if task else "")
+    return {"group": group, "id": hashlib.blake2b(identity.encode(), digest_size=6).hexdigest(), "name": name}
+
+
+def _failures(wandb: Any) -> tuple[type[Exception], ...]:
+    """What W&B raises: its own errors, those of its private plumbing, and bare ones out of settings and asyncio."""
+    plumbing = vars(importlib.import_module("wandb.sdk.mailbox.mailbox_handle")) | vars(wandb.sdk.mailbox)
+    private = [item for item in plumbing.values() if isinstance(item, type) and issubclass(item, Exception)]
+    return (wandb.errors.Error, OSError, TimeoutError, RuntimeError, ValueError, TypeError, *private)
+
+
+def _modes(wanted: str, server: str) -> list[str]:
+    """The modes to try, in order."""
+    if wanted == "auto":
+        wanted = os.environ.get("WANDB_MODE", "auto")
+    if wanted == "disabled":
+        return []
+    if wanted not in ("auto", "online"):
+        return ["offline"]
+    reason = None
+    if not _has_key(server):
+        reason = "no key (WANDB_API_KEY, or `wandb login`)"
+    elif not _answers(server):
+        reason = f"{server} does not answer"
+    if reason is None:
+        return ["online", "offline"]
+    log.log(logging.WARNING if wanted == "online" else logging.INFO, "W&B: offline, since there is %s", reason)
+    return ["offline"]
+
+
+def _has_key(server: str) -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        file = os.environ.get("NETRC") or Path.home() / ".netrc"
+        return netrc.netrc(file).authenticators(urlsplit(server).hostname or "") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _answers(server: str, seconds: float = 5.0) -> bool:
+    """Whether someone listens there: a node without a network is found out at once, and not by a time-out."""
+    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
+        return True
+    address = urlsplit(server)
+    try:
+        socket.create_connection((address.hostname, address.port or 443), seconds).close()
+    except OSError:
+        return False
+    return True
