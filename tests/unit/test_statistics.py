@@ -1,0 +1,149 @@
+"""Known answers: every formula against scipy, statsmodels, a brute force or a simulation."""
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from statsmodels.stats.contingency_tables import mcnemar as reference_mcnemar
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
+from statsmodels.stats.weightstats import DescrStatsW
+
+from spd_dist.errors import DataError
+from spd_dist.runtime.statistics import (
+    between_seeds,
+    detectable_difference,
+    holm,
+    mcnemar,
+    paired_bootstrap,
+    pass_at_k,
+    wilson_interval,
+)
+
+
+def arms(both=0, lost=0, gained=0, neither=0):
+    pairs = [(1, 1)] * both + [(1, 0)] * lost + [(0, 1)] * gained + [(0, 0)] * neither
+    random.Random(0).shuffle(pairs)
+    return {f"p{i}": float(a) for i, (a, _) in enumerate(pairs)}, {f"p{i}": float(b) for i, (_, b) in enumerate(pairs)}
+
+
+@given(
+    st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.sampled_from([0.9, 0.95, 0.99])
+)
+def test_wilson_intervals_are_those_of_statsmodels(counts, confidence):
+    expected = proportion_confint(*counts, alpha=1 - confidence, method="wilson")
+    assert wilson_interval(*counts, confidence) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("counts", [(3, 2), (-1, 2), (0, 0)])
+def test_what_is_not_a_proportion_has_no_interval(counts):
+    with pytest.raises(ValueError, match="is not a proportion"):
+        wilson_interval(*counts)
+
+
+@given(st.integers(0, 30), st.integers(0, 40), st.integers(0, 40), st.integers(1, 30))
+def test_mcnemar_is_that_of_statsmodels(both, lost, gained, neither):
+    test = mcnemar(*arms(both, lost, gained, neither))
+    expected = reference_mcnemar([[both, lost], [gained, neither]], exact=True)
+    assert test.p_value == pytest.approx(min(1.0, expected.pvalue), abs=1e-12)
+    assert (test.num_gained, test.num_lost) == (gained, lost)
+
+
+def test_the_paired_bootstrap_agrees_with_scipys():
+    before, after = arms(both=120, lost=20, gained=45, neither=115)
+    ours = paired_bootstrap(before, after, seed=1)
+    differences = [after[key] - before[key] for key in before]
+    scipys = stats.bootstrap(
+        (differences,), lambda x, axis: x.mean(axis), n_resamples=10_000, method="percentile", random_state=0
+    ).confidence_interval
+    assert ours.difference == pytest.approx(25 / 300)
+    assert ours.num_examples == 300
+    assert ours.interval.low == pytest.approx(scipys.low, abs=0.005)
+    assert ours.interval.high == pytest.approx(scipys.high, abs=0.005)
+
+
+def test_the_paired_bootstrap_is_the_same_for_the_same_seed_whatever_the_order():
+    before, after = arms(both=20, lost=5, gained=9, neither=10)
+    shuffled = dict(reversed(before.items()))
+    assert paired_bootstrap(before, after, seed=3) == paired_bootstrap(shuffled, after, seed=3)
+    uneven = {key: value + 0.01 * index for index, (key, value) in enumerate(after.items())}
+    assert paired_bootstrap(before, uneven, seed=3) != paired_bootstrap(before, uneven, seed=4)
+
+
+def test_pairing_narrows_the_interval_of_arms_that_mostly_agree():
+    paired = paired_bootstrap(*arms(both=45, lost=2, gained=4, neither=49), seed=0).interval
+    alone = wilson_interval(49, 100)
+    assert paired.high - paired.low < (alone.high - alone.low) / 1.5
+
+
+def test_arms_over_different_examples_are_refused():
+    before, after = arms(both=3, neither=2)
+    with pytest.raises(DataError, match=r"5 and 4 examples cannot be compared: 1 ids .*'p4', \.\.\.\); evaluate both"):
+        paired_bootstrap(before, {key: after[key] for key in list(after)[:4]}, seed=0)
+    with pytest.raises(DataError, match="5 and 5 examples cannot be compared: 10 ids"):
+        mcnemar(before, {f"q{key}": value for key, value in after.items()})
+    with pytest.raises(DataError, match="0 and 0 examples cannot be compared"):
+        mcnemar({}, {})
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=9))
+@settings(max_examples=30, deadline=None)
+def test_holms_correction_is_that_of_statsmodels(values):
+    p_values = {f"arm {index}": value for index, value in enumerate(values)}
+    expected = multipletests(values, method="holm")[1]
+    adjusted = holm(p_values)
+    assert list(adjusted) == list(p_values)
+    assert list(adjusted.values()) == pytest.approx(list(expected), abs=1e-12)
+
+
+@given(st.integers(1, 7).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
+@settings(max_examples=50)
+def test_pass_at_k_is_the_share_of_all_choices_of_k_that_hold_a_correct_one(counts):
+    num_samples, num_correct, k = counts
+    samples = [True] * num_correct + [False] * (num_samples - num_correct)
+    choices = [any(choice) for choice in itertools.combinations(samples, k)]
+    assert pass_at_k(num_samples, num_correct, k) == pytest.approx(sum(choices) / len(choices))
+
+
+def test_pass_at_k_needs_k_samples():
+    with pytest.raises(ValueError, match="pass@5 needs at least 5 samples; there are 4"):
+        pass_at_k(4, 1, 5)
+
+
+@pytest.mark.parametrize(("num_examples", "discordant"), [(240, 0.2), (500, 0.1), (1319, 0.3)])
+def test_the_detectable_difference_is_found_in_four_runs_of_five(num_examples, discordant):
+    difference = detectable_difference(num_examples, discordant)
+    draws = torch.Generator().manual_seed(0)
+    chances = torch.tensor([(discordant + difference) / 2, (discordant - difference) / 2, 1 - discordant])
+    outcome_RN = torch.multinomial(chances.expand(2000, 3), num_examples, replacement=True, generator=draws)
+    gained_R, lost_R = (outcome_RN == 0).sum(1), (outcome_RN == 1).sum(1)
+    z_R = (gained_R - lost_R) / (gained_R + lost_R).sqrt()
+    assert (z_R.abs() > 1.96).double().mean() == pytest.approx(0.8, abs=0.04)
+
+
+def test_more_examples_show_smaller_differences_and_too_few_show_none():
+    assert detectable_difference(4000, 0.2) == pytest.approx(detectable_difference(1000, 0.2) / 2, rel=0.02)
+    assert detectable_difference(10, 0.2) == 1.0
+    with pytest.raises(ValueError, match="discordant: 0 must be above 0"):
+        detectable_difference(100, 0)
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=8, unique=True))
+def test_the_spread_between_seeds_is_that_of_statsmodels(values):
+    reference = DescrStatsW(values, ddof=1)
+    spread = between_seeds(values)
+    assert spread.mean == pytest.approx(reference.mean)
+    assert spread.standard_deviation == pytest.approx(reference.std, abs=1e-9)
+    reference = DescrStatsW(values)
+    assert spread.interval == pytest.approx(reference.tconfint_mean(0.05), abs=1e-9)
+
+
+def test_one_seed_has_no_spread():
+    with pytest.raises(ValueError, match="needs at least 2 seeds, not 1"):
+        between_seeds([0.5])
+    assert not math.isnan(between_seeds([0.5, 0.5]).standard_deviation)
