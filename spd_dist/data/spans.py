@@ -69,7 +69,7 @@ def given(prompt: str, answer: str, row: Mapping[str, Any]) -> Sequence[Span]:
             f"row {row.get('id')!r}, field spans: {spans!r} is not a list of [start, stop]; add it to the row, "
             "or choose another calibrate.mask"
         )
-    return merged([(start, stop) for start, stop in spans])
+    return [(start, stop) for start, stop in spans]
 
 
 MASKS: Mapping[str, Mask] = {

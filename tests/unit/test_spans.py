@@ -74,7 +74,7 @@ def test_a_pattern_marks_its_group_or_its_whole_match():
 
 
 def test_given_spans_come_from_the_row():
-    assert marked("spans", "abc", "def", {"spans": [[4, 6], [0, 1]]}) == ["a", "ef"]
+    assert marked("spans", "abc", "def", {"spans": [[4, 6], [0, 1]]}) == ["ef", "a"]
 
 
 @pytest.mark.parametrize("row", [{}, {"spans": 3}, {"spans": [1, 2]}, {"spans": [["0", "1"]]}, {"spans": [[1, 2, 3]]}])

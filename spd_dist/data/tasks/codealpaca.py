@@ -49,12 +49,17 @@ class CodeAlpaca:
 
     def score(self, row: Row, output: str) -> Score:
         """Whether the output is Python that parses: a diagnostic beside the likelihood, which is the metric."""
-        strict, lenient = fenced(output), python_in(output)
+        strict, lenient = fenced(output), python_in(output) or _whole(output)
         in_form, anywhere = strict is not None and parses(strict), lenient is not None and parses(lenient)
         extracted = strict if strict is not None else lenient
         return Score(
             in_form if strict is not None else anywhere, extracted, row["output"], strict, lenient, in_form, anywhere
         )
+
+
+def _whole(output: str) -> str | None:
+    program = output.strip()
+    return program if program and parses(program) else None
 
 
 CODEALPACA = CodeAlpaca()
