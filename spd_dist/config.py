@@ -174,6 +174,7 @@ class Evaluate:
     arms: tuple[ArmName, ...] = setting(("base", "psr", "spd", "projected"), "what is compared: spd_dist.arms says what each is")
     max_new_tokens: int = setting(256, "an answer is cut there", at_least=1)
     batch_size: int = setting(32, "examples answered together", at_least=1)
+    placement: Literal["auto", "replica", "layerwise"] = setting("auto", "as generate.placement")
     allow_code_execution: bool = setting(False, "run model-written code, in the sandbox")
 
 

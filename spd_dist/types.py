@@ -164,3 +164,26 @@ class Completion:
     text: str
     finish_reason: Literal["stop", "length"]
     """`stop`: the policy ended by itself. `length`: it was cut at `max_new_tokens`."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A line of `evaluate/ARM/TASK.jsonl`: what an arm answered to one held-out example, and how it was judged."""
+
+    id: str
+    output: str
+    extracted: str | None
+    """What was taken as the answer: the strict extraction, else the lenient one."""
+    gold: str
+    correct: bool
+    finish_reason: Literal["stop", "length"]
+    num_tokens: int
+    strict: str | None
+    """What the output gives in the form that the prompt asks for."""
+    lenient: str | None
+    """What could be taken from anywhere in the output."""
+    strict_correct: bool
+    lenient_correct: bool
+    is_repetitive: bool
+    nll: float | None = None
+    """Mean negative log-likelihood of the reference answer's tokens, for tasks that are measured by it."""

@@ -43,6 +43,7 @@ MAY_CHANGE = (
     "finetune.checkpoint_every",
     "finetune.keep_checkpoints",
     "evaluate.batch_size",
+    "evaluate.placement",
     "distributed.zero_stage",
     "distributed.timeout_seconds",
     "distributed.threads",

@@ -64,6 +64,16 @@ def wilson_interval(num_correct: int, num_examples: int, confidence: float = 0.9
     return Interval(max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread)))
 
 
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, Interval]:
+    """The mean, and its interval by Student's t; of one value the interval is unbounded."""
+    count, mean = len(values), math.fsum(values) / len(values)
+    if count == 1:
+        return mean, Interval(-math.inf, math.inf)
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
+    half = float(t.ppf(0.5 + confidence / 2, count - 1)) * deviation / math.sqrt(count)
+    return mean, Interval(mean - half, mean + half)
+
+
 def paired(before: Mapping[str, float], after: Mapping[str, float]) -> list[tuple[float, float]]:
     """The scores of two arms, example by example, in the order of the ids.
 
@@ -169,7 +179,6 @@ def between_seeds(values: Sequence[float], confidence: float = 0.95) -> Spread:
     count = len(values)
     if count < 2:
         raise ValueError(f"a spread between seeds needs at least 2 seeds, not {count}; run more seeds")
-    mean = math.fsum(values) / count
+    mean, interval = mean_interval(values, confidence)
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
-    half = float(t.ppf(0.5 + confidence / 2, count - 1)) * deviation / math.sqrt(count)
-    return Spread(mean, deviation, Interval(mean - half, mean + half))
+    return Spread(mean, deviation, interval)

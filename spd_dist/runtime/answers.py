@@ -1,0 +1,108 @@
+"""Answers on disk, and what they say of one arm: `evaluate/ARM/TASK.jsonl`, in the order of the test set.
+
+While an arm is at work each rank appends to a part of its own; the merged file replaces them, and is the same whatever
+the world size was, and however often the run was killed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from spd_dist.errors import DataError
+from spd_dist.runtime.artifacts import write_text
+from spd_dist.runtime.jsonl import read_jsonl
+from spd_dist.runtime.statistics import mean_interval, wilson_interval
+from spd_dist.types import Answer
+
+
+def answers_path(folder: Path, arm: str, task: str) -> Path:
+    """Where an arm's answers end up."""
+    return folder / arm / f"{task}.jsonl"
+
+
+def part_path(merged: Path, rank: int, world_size: int) -> Path:
+    """What one rank appends to."""
+    return merged.with_name(f"{merged.stem}.part-{rank:05d}-of-{world_size:05d}.jsonl")
+
+
+def parts(merged: Path) -> list[Path]:
+    """All parts, of any attempt and world size."""
+    return sorted(merged.parent.glob(f"{merged.stem}.part-*.jsonl"))
+
+
+def read_answers(path: Path) -> list[Answer]:
+    """The answers of a file; a torn last line is none.
+
+    Raises:
+        DataError: the file is missing, or a line is not an answer.
+    """
+    names = {field.name for field in dataclasses.fields(Answer)}
+    answers = []
+    for number, row in enumerate(read_jsonl(path), 1):
+        if row.keys() != names:
+            wrong = ", ".join(sorted(row.keys() ^ names))
+            raise DataError(f"{path}, line {number}: not an answer ({wrong} missing or unknown); delete that file")
+        answers.append(Answer(**row))
+    return answers
+
+
+def read_parts(merged: Path) -> dict[str, Answer]:
+    """Every answer that there is, by id: of the merged file, or of the parts."""
+    files = [merged] if merged.exists() else parts(merged)
+    return {answer.id: answer for file in files for answer in read_answers(file)}
+
+
+def write_merged(merged: Path, answers: Iterable[Answer]) -> None:
+    """Write the answers whole, then remove the parts."""
+    lines = [json.dumps(as_row(answer), ensure_ascii=False) + "\n" for answer in answers]
+    write_text(merged, "".join(lines))
+    for part in parts(merged):
+        part.unlink()
+
+
+def as_row(answer: Answer) -> dict[str, Any]:
+    """The line of an answer, as plain data."""
+    return dataclasses.asdict(answer)
+
+
+def answers_summary(answers: Sequence[Answer], metric: str) -> dict[str, Any]:
+    """One arm on one task: the metric with its 95 % interval, and what else could explain it.
+
+    Args:
+        answers: All of them, at least one.
+        metric: `accuracy`, with Wilson's interval, or `nll`, with Student's t over the examples.
+    """
+    num = len(answers)
+
+    def share(holds: Iterable[bool]) -> float:
+        return sum(holds) / num
+
+    if metric == "nll":
+        value, interval = mean_interval([answer.nll for answer in answers])
+    else:
+        num_correct = sum(answer.correct for answer in answers)
+        value, interval = num_correct / num, wilson_interval(num_correct, num)
+    return {
+        "metric": metric,
+        "num_examples": num,
+        "value": value,
+        "interval": list(interval),
+        "num_correct": sum(answer.correct for answer in answers),
+        "strict_accuracy": share(answer.strict_correct for answer in answers),
+        "lenient_accuracy": share(answer.lenient_correct for answer in answers),
+        "ended_fraction": share(answer.finish_reason == "stop" for answer in answers),
+        "strict_extraction_fraction": share(answer.strict is not None for answer in answers),
+        "lenient_extraction_fraction": share(answer.lenient is not None for answer in answers),
+        "repetition_fraction": share(answer.is_repetitive for answer in answers),
+        "mean_tokens": sum(answer.num_tokens for answer in answers) / num,
+        "num_tokens": sum(answer.num_tokens for answer in answers),
+    }
+
+
+def values_by_id(answers: Sequence[Answer], metric: str) -> Mapping[str, float]:
+    """What the metric is the mean of, example by example."""
+    return {answer.id: answer.nll if metric == "nll" else float(answer.correct) for answer in answers}

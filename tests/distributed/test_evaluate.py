@@ -1,0 +1,162 @@
+"""Ranks that answer together: the answers of one rank, whatever was there before, and no rank left waiting."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_on_ranks
+from tiny import save_tiny_model
+
+from spd_dist.config import Data, Distributed, Evaluate, Model
+from spd_dist.data.prompts import make_prompts
+from spd_dist.data.tasks import find_task
+from spd_dist.data.tasks.protocol import Row, Score
+from spd_dist.distributed.world import World
+from spd_dist.errors import DataError
+from spd_dist.models.policy import Policy, load_policy
+from spd_dist.runtime.answers import answers_path, part_path, parts, read_answers
+from spd_dist.stages.evaluate import TestSet, evaluate_arm, is_answered
+from spd_dist.types import KVSite, Projection, SiteOperator
+
+CONFIG = Evaluate(max_new_tokens=12, batch_size=3)
+TASK = find_task("arithmetic")
+
+
+def rows(count: int = 11) -> list[Row]:
+    """Of unequal lengths."""
+    return [
+        {"id": f"r{index}", "question": "How many? " * (1 + index % 4), "solution": "4", "answer": str(index)}
+        for index in range(count)
+    ]
+
+
+def set_up(model: Path, zero_stage: int = 0) -> tuple[Policy, TestSet]:
+    """The tiny policy, with more tokens that end a sequence: a random model seldom says one."""
+    policy = load_policy(Model(str(model)), Distributed(zero_stage=zero_stage), world_of_this_process())
+    policy.eos_token_ids = tuple(range(2, 259, 17))
+    return policy, TestSet(TASK, rows(), make_prompts(rows(), TASK, policy.tokenizer, Data()))
+
+
+def world_of_this_process() -> World:
+    if not dist.is_initialized():
+        return World(0, 1, 0, torch.device("cpu"))
+    return World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), torch.device("cpu"))
+
+
+def projection() -> Projection:
+    """A quarter of layer 2's values, at random."""
+    basis_DR = torch.linalg.qr(torch.randn(16, 4, generator=torch.Generator().manual_seed(3)))[0]
+    site = KVSite(2, "value", "model.layers.2.self_attn.v_proj", ((0, 16),), 2)
+    return Projection({site: SiteOperator(0.0, basis_DR, torch.ones(4))})
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def expected(model, tmp_path_factory) -> dict[str, bytes]:
+    """The files of one process with the whole model."""
+    folder = tmp_path_factory.mktemp("one")
+    policy, test_set = set_up(model)
+    for arm, held_to in (("base", None), ("projected", projection())):
+        evaluate_arm(
+            policy, test_set, CONFIG, arm=arm, folder=folder, world=world_of_this_process(), projection=held_to
+        )
+    return {arm: answers_path(folder, arm, TASK.name).read_bytes() for arm in ("base", "projected")}
+
+
+class Counter:
+    """What a progress line would have shown."""
+
+    total = skipped = done = tokens = 0
+
+    def begin(self, total: int, skipped: int) -> None:
+        self.total, self.skipped = total, skipped
+
+    def advance(self, units: int, tokens: int = 0) -> None:
+        self.done += units
+        self.tokens += tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class FailingTask:
+    """Cannot judge one row, which one rank alone has."""
+
+    name: str = "failing"
+    metric: str = "accuracy"
+
+    def score(self, row: Row, output: str) -> Score:
+        if row["id"] == "r3":
+            raise DataError("r3 cannot be judged")
+        return TASK.score(row, output)
+
+
+def answers_are_those_of_one_rank(model: Path, folder: Path, expected: dict[str, bytes]) -> None:
+    world = world_of_this_process()
+    policy, test_set = set_up(model, zero_stage=3)
+    for placement in ("replica", "layerwise"):
+        config = dataclasses.replace(CONFIG, placement=placement)
+        shared = {"folder": folder / placement, "world": world}
+        summary = evaluate_arm(policy, test_set, config, arm="base", **shared)
+        assert summary["num_examples"] == 11
+        evaluate_arm(policy, test_set, config, arm="projected", projection=projection(), **shared)
+        for arm in ("base", "projected"):
+            assert answers_path(folder / placement, arm, TASK.name).read_bytes() == expected[arm], (placement, arm)
+
+    resume_from_what_another_world_left(policy, test_set, folder / "resumed", expected["base"])
+    failing = TestSet(FailingTask(), test_set.rows, test_set.prompts)
+    with pytest.raises(DataError, match="r3 cannot be judged"):  # judged by one rank, raised by all
+        evaluate_arm(policy, failing, CONFIG, arm="base", folder=folder / "failing", world=world)
+    assert 0 < sum(len(read_answers(part)) for part in parts(folder / "failing" / "base" / "failing.jsonl")) < 11
+
+
+def resume_from_what_another_world_left(policy: Policy, test_set: TestSet, folder: Path, expected: bytes) -> None:
+    world = world_of_this_process()
+    merged = answers_path(folder, "base", TASK.name)
+    lines = expected.splitlines(keepends=True)
+    if world.is_main:
+        merged.parent.mkdir(parents=True)
+        part_path(merged, 0, 3).write_bytes(lines[4] + lines[2])
+        part_path(merged, 2, 3).write_bytes(lines[7] + lines[9][:40])  # torn by a kill
+    dist.barrier()
+    assert not is_answered(folder, "base", test_set, world)
+    progress = Counter()
+    evaluate_arm(policy, test_set, CONFIG, arm="base", folder=folder, world=world, progress=progress)
+    assert merged.read_bytes() == expected
+    assert parts(merged) == []
+    assert progress.done == progress.total - progress.skipped
+    assert is_answered(folder, "base", test_set, world)
+    again = Counter()
+    evaluate_arm(policy, test_set, CONFIG, arm="base", folder=folder, world=world, progress=again)
+    assert again.done == 0
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_answers_do_not_depend_on_ranks_placement_or_kills(tmp_path, model, expected, world_size):
+    run_on_ranks(world_size, tmp_path / "store", answers_are_those_of_one_rank, model, tmp_path, expected)
+
+
+def test_a_file_holds_one_line_an_example_in_the_order_of_the_test_set(expected):
+    lines = [json.loads(line) for line in expected["base"].splitlines()]
+    assert [line["id"] for line in lines] == [f"r{index}" for index in range(11)]
+    assert {line["finish_reason"] for line in lines} == {"stop", "length"}
+    assert all(line["num_tokens"] <= 12 for line in lines)
+    assert expected["base"] != expected["projected"]
+
+
+def test_an_empty_test_set_and_answers_to_other_examples_are_refused(tmp_path, model):
+    policy, test_set = set_up(model)
+    world = world_of_this_process()
+    with pytest.raises(DataError, match="arithmetic: the test set is empty"):
+        evaluate_arm(policy, TestSet(TASK, [], []), CONFIG, arm="base", folder=tmp_path, world=world)
+    evaluate_arm(policy, test_set, CONFIG, arm="base", folder=tmp_path, world=world)
+    fewer = TestSet(TASK, test_set.rows[:4], test_set.prompts[:4])
+    with pytest.raises(DataError, match="has 11 answers and the test set 4 examples"):
+        evaluate_arm(policy, fewer, CONFIG, arm="base", folder=tmp_path, world=world)

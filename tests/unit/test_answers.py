@@ -1,0 +1,71 @@
+import dataclasses
+
+import pytest
+
+from spd_dist.errors import DataError
+from spd_dist.runtime.answers import (
+    answers_path,
+    answers_summary,
+    as_row,
+    part_path,
+    parts,
+    read_answers,
+    read_parts,
+    values_by_id,
+    write_merged,
+)
+from spd_dist.runtime.jsonl import JsonlWriter
+from spd_dist.runtime.statistics import wilson_interval
+from spd_dist.types import Answer
+
+RIGHT = Answer("a", "#### 4", "4", "4", True, "stop", 10, "4", "4", True, True, False)
+LENIENT = dataclasses.replace(RIGHT, id="b", strict=None, strict_correct=False, num_tokens=20)
+CUT = Answer("c", "4 5 4 5", "5", "4", False, "length", 30, None, "5", False, False, True)
+SILENT = Answer("d", "", None, "4", False, "stop", 0, None, None, False, False, False)
+ANSWERS = [RIGHT, LENIENT, CUT, SILENT]
+
+
+def test_answers_come_back_and_parts_go_when_they_are_merged(tmp_path):
+    merged = answers_path(tmp_path, "base", "arithmetic")
+    for rank, answer in enumerate((LENIENT, RIGHT)):
+        with JsonlWriter(part_path(merged, rank, 2)) as part:
+            part.write(as_row(answer))
+    with open(part_path(merged, 0, 2), "a") as part:
+        part.write('{"id": "torn')
+    assert read_parts(merged) == {"a": RIGHT, "b": LENIENT}
+    write_merged(merged, [RIGHT, LENIENT])
+    assert parts(merged) == []
+    assert read_answers(merged) == [RIGHT, LENIENT]
+    assert read_parts(merged) == {"a": RIGHT, "b": LENIENT}
+
+
+def test_parts_of_one_task_are_not_those_of_another(tmp_path):
+    part = part_path(answers_path(tmp_path, "base", "mmlu"), 0, 1)
+    with JsonlWriter(part) as writer:
+        writer.write(as_row(RIGHT))
+    assert read_parts(answers_path(tmp_path, "base", "mmlu_pro")) == {}
+
+
+def test_a_line_that_is_no_answer_is_named(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"id": "a"}\n')
+    with pytest.raises(DataError, match=r"x.jsonl, line 1: not an answer \(correct, .* missing or unknown\)"):
+        read_answers(tmp_path / "x.jsonl")
+
+
+def test_the_summary_shows_what_else_could_explain_a_gain():
+    summary = answers_summary(ANSWERS, "accuracy")
+    assert summary["value"] == 0.5
+    assert summary["interval"] == list(wilson_interval(2, 4))
+    assert (summary["num_examples"], summary["num_correct"], summary["num_tokens"]) == (4, 2, 60)
+    assert (summary["strict_accuracy"], summary["lenient_accuracy"]) == (0.25, 0.5)
+    assert (summary["strict_extraction_fraction"], summary["lenient_extraction_fraction"]) == (0.25, 0.75)
+    assert (summary["ended_fraction"], summary["repetition_fraction"], summary["mean_tokens"]) == (0.75, 0.25, 15)
+
+
+def test_likelihood_tasks_are_summed_up_by_their_mean():
+    answers = [dataclasses.replace(RIGHT, id=str(index), nll=value) for index, value in enumerate((1.0, 2.0, 3.0))]
+    summary = answers_summary(answers, "nll")
+    assert summary["value"] == 2.0
+    assert summary["interval"] == pytest.approx([-0.4841, 4.4841], abs=1e-4)
+    assert values_by_id(answers, "nll") == {"0": 1.0, "1": 2.0, "2": 3.0}
+    assert values_by_id(ANSWERS, "accuracy") == {"a": 1.0, "b": 1.0, "c": 0.0, "d": 0.0}
