@@ -65,10 +65,15 @@ def wilson_interval(num_correct: int, num_examples: int, confidence: float = 0.9
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, Interval]:
-    """The mean, and its interval by Student's t; of one value the interval is unbounded."""
-    count, mean = len(values), math.fsum(values) / len(values)
-    if count == 1:
-        return mean, Interval(-math.inf, math.inf)
+    """The mean, and its interval by Student's t.
+
+    Raises:
+        DataError: fewer than two values.
+    """
+    count = len(values)
+    if count < 2:
+        raise DataError(f"the mean of {count} values has no interval; raise data.num_test to 2 or more")
+    mean = math.fsum(values) / count
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
     half = float(t.ppf(0.5 + confidence / 2, count - 1)) * deviation / math.sqrt(count)
     return mean, Interval(mean - half, mean + half)

@@ -20,6 +20,7 @@ from spd_dist.runtime.statistics import (
     detectable_difference,
     holm,
     mcnemar,
+    mean_interval,
     paired_bootstrap,
     pass_at_k,
     wilson_interval,
@@ -147,3 +148,8 @@ def test_one_seed_has_no_spread():
     with pytest.raises(ValueError, match="needs at least 2 seeds, not 1"):
         between_seeds([0.5])
     assert not math.isnan(between_seeds([0.5, 0.5]).standard_deviation)
+
+
+def test_the_mean_of_one_value_has_no_interval():
+    with pytest.raises(DataError, match=r"the mean of 1 values has no interval; raise data.num_test"):
+        mean_interval([0.5])

@@ -1,0 +1,129 @@
+"""Arms against each other, example by example, and what may be said of it in a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+from scipy.stats import ttest_rel
+
+from spd_dist.runtime.answers import values_by_id
+from spd_dist.runtime.statistics import detectable_difference, holm, mcnemar, paired, paired_bootstrap
+from spd_dist.types import Answer
+
+SIGNIFICANCE = 0.05
+NOTEWORTHY = 0.1
+"""A shift of a diagnostic by so much could explain a gain, and is put in words."""
+
+
+def comparisons(answers: Mapping[str, Sequence[Answer]], metric: str, seed: int) -> list[dict[str, Any]]:
+    """Paired differences of every arm from the first, and of the method (`spd`) from every other.
+
+    Args:
+        answers: Each arm's, in the order of the arms.
+        metric: `accuracy` or `nll`.
+        seed: Of the bootstrap.
+
+    Raises:
+        DataError: two arms did not answer the same examples.
+    """
+    found = [_compared(before, after, answers, metric, seed) for before, after in _pairs(list(answers))]
+    adjusted = holm({f"{one['before']} {one['after']}": one["p_value"] for one in found})
+    return [{**one, "p_holm": adjusted[f"{one['before']} {one['after']}"]} for one in found]
+
+
+def _pairs(arms: Sequence[str]) -> list[tuple[str, str]]:
+    first, *others = arms
+    controls = [arm for arm in others if arm != "spd"] if "spd" in others else []
+    return list(chain(((first, arm) for arm in others), ((arm, "spd") for arm in controls)))
+
+
+def _compared(
+    before: str, after: str, answers: Mapping[str, Sequence[Answer]], metric: str, seed: int
+) -> dict[str, Any]:
+    values = values_by_id(answers[before], metric), values_by_id(answers[after], metric)
+    outcome = paired_bootstrap(*values, seed)
+    described = {
+        "before": before,
+        "after": after,
+        "difference": outcome.difference,
+        "interval": list(outcome.interval),
+        "num_examples": outcome.num_examples,
+        "identical_fraction": identical_fraction(answers[before], answers[after]),
+    }
+    if metric == "nll":
+        return described | {"test": "paired t", "p_value": _paired_t(*values)}
+    test = mcnemar(*values)
+    discordant = (test.num_gained + test.num_lost) / outcome.num_examples
+    smallest = detectable_difference(outcome.num_examples, discordant) if discordant else None
+    return described | {
+        "test": "exact McNemar",
+        "p_value": test.p_value,
+        "num_gained": test.num_gained,
+        "num_lost": test.num_lost,
+        "detectable_difference": smallest,
+    }
+
+
+def _paired_t(before: Mapping[str, float], after: Mapping[str, float]) -> float:
+    pairs = paired(before, after)
+    if len({b - a for a, b in pairs}) == 1:
+        return 1.0  # a constant difference has no spread to be tested against
+    return float(ttest_rel([b for _, b in pairs], [a for a, _ in pairs]).pvalue)
+
+
+def identical_fraction(before: Sequence[Answer], after: Sequence[Answer]) -> float:
+    """The share of examples to which two arms gave the same output, letter by letter."""
+    outputs = {answer.id: answer.output for answer in before}
+    return sum(outputs.get(answer.id) == answer.output for answer in after) / len(after)
+
+
+def verdict(found: Sequence[Mapping[str, Any]], metric: str) -> str:
+    """One sentence on the method against the untouched model and plain self-retraining: no more than is shown."""
+    if not found:
+        return "One arm alone: there is nothing to compare."
+    last = "spd" if any(one["after"] == "spd" for one in found) else found[-1]["after"]
+    wanted = [one for one in found if one["after"] == last and one["before"] in (found[0]["before"], "psr")]
+    clauses = [_clause(one, metric, len(found)) for one in wanted]
+    return f"{last.upper()} {'; '.join(clauses)}."
+
+
+def _clause(one: Mapping[str, Any], metric: str, num_comparisons: int) -> str:
+    low, high = one["interval"]
+    shown = f"{amount(one['difference'], metric)} (95 % interval {amount(low, metric)} to {amount(high, metric)}, "
+    against = f"against {one['before'].upper()}: {shown}n {one['num_examples']})"
+    if low <= 0 <= high:
+        smallest = one.get("detectable_difference")
+        needs = f"; this test would find about {amount(smallest, metric, signed=False)}" if smallest else ""
+        return f"{against}, so no difference is shown{needs}"
+    if one["p_holm"] >= SIGNIFICANCE:
+        return f"{against}, which does not survive the correction for {num_comparisons} comparisons"
+    is_better = (low > 0) != (metric == "nll")
+    return f"{against}, {'a gain' if is_better else 'a loss'} beyond chance over examples, of one training seed"
+
+
+def amount(value: float, metric: str, *, signed: bool = True) -> str:
+    """A difference in the metric's unit: percentage points, or nats a token."""
+    sign = "+" if signed else ""
+    if metric == "nll":
+        return f"{value:{sign}.3f} nats"
+    return f"{100 * value:{sign}.1f} points"
+
+
+def notes(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What else changed between the first arm and each other, that could be taken for a gain in skill."""
+    first, *others = summaries
+    diagnostics = {
+        "ended_fraction": "ends {after:.0%} of its answers by itself, {first} {before:.0%}: a gain may be of that",
+        "strict_extraction_fraction": "answers in the form that was asked for in {after:.0%}, {first} in {before:.0%}: "
+        "a gain may be of form",
+        "repetition_fraction": "repeats itself in {after:.0%} of its answers, {first} in {before:.0%}",
+    }
+    found = []
+    for arm in others:
+        for name, sentence in diagnostics.items():
+            before, after = summaries[first][name], summaries[arm][name]
+            if abs(after - before) >= NOTEWORTHY:
+                found.append(f"{arm.upper()} {sentence.format(before=before, after=after, first=first.upper())}.")
+    return found

@@ -1,0 +1,158 @@
+"""The comparison of arms: `report.json` with every number, and a table for the terminal."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from spd_dist.runtime.answers import answers_path, answers_summary, read_answers
+from spd_dist.runtime.artifacts import read_json, write_json
+from spd_dist.runtime.comparison import amount, comparisons, notes, verdict
+from spd_dist.runtime.metrics import MetricLogger
+
+NUM_SAMPLES = 32
+"""Answers of each arm in the table that W&B shows."""
+
+
+def write_report(run_folder: Path, arms: Mapping[str, str], *, task: str, metric: str, seed: int) -> dict[str, Any]:
+    """Compare the arms of a finished evaluation, write `report.json`, and give what it holds. On one rank only.
+
+    Args:
+        run_folder: The run's.
+        arms: Name and sentence of each, in their order; differences are taken from the first.
+        task: Whose answers are compared.
+        metric: The task's.
+        seed: The run's, for the bootstrap.
+
+    Raises:
+        DataError: answers are missing, or arms answered different examples.
+    """
+    answers = {arm: read_answers(answers_path(run_folder / "evaluate", arm, task)) for arm in arms}
+    summaries = {arm: answers_summary(answers[arm], metric) for arm in arms}
+    found = comparisons(answers, metric, seed)
+    report = {
+        "task": task,
+        "metric": metric,
+        "seed": seed,
+        "verdict": verdict(found, metric),
+        "notes": notes(summaries),
+        "arms": {arm: {"sentence": sentence, **summaries[arm]} for arm, sentence in arms.items()},
+        "comparisons": found,
+        "cost": cost(run_folder),
+        "stages": _summaries(run_folder),
+        "artifacts": _artifacts(run_folder),
+    }
+    write_json(run_folder / "report.json", report)
+    return report
+
+
+def cost(run_folder: Path) -> dict[str, dict[str, Any]]:
+    """Seconds, ranks and device hours of every finished stage, by its folder; of the attempt that finished it."""
+    found = {}
+    for file in sorted(run_folder.rglob("manifest.json"), key=lambda file: file.stat().st_mtime_ns):
+        manifest = read_json(file)
+        seconds, world_size = manifest["seconds"], manifest["world_size"]
+        found[manifest["stage"]] = {
+            "seconds": seconds,
+            "world_size": world_size,
+            "device_hours": seconds * world_size / 3600,
+            "finished_at": manifest["finished_at"],
+        }
+    return found
+
+
+def log_report(metrics: MetricLogger, run_folder: Path, report: Mapping[str, Any]) -> None:
+    """The arms as metrics, and as tables of the mirror: numbers, and answers side by side."""
+    task, metric = report["task"], report["metric"]
+    values = {f"{arm}_{metric}": summary["value"] for arm, summary in report["arms"].items()}
+    values |= {f"{one['before']}_to_{one['after']}_difference": one["difference"] for one in report["comparisons"]}
+    metrics.log("evaluate", values, next(iter(report["arms"].values()))["num_examples"])
+    columns = [name for name in next(iter(report["arms"].values())) if name not in ("interval", "sentence", "metric")]
+    rows = [[arm, *(summary[name] for name in columns)] for arm, summary in report["arms"].items()]
+    metrics.table("evaluate", "arms", ["arm", *columns], rows)
+    answers = [read_answers(answers_path(run_folder / "evaluate", arm, task)) for arm in report["arms"]]
+    samples = [[row[0].id, row[0].gold, *(one.output for one in row)] for row in zip(*answers, strict=True)]
+    metrics.table("evaluate", "answers", ["id", "gold", *report["arms"]], samples[:NUM_SAMPLES])
+
+
+def report_text(report: Mapping[str, Any], run_folder: str | Path, *, width: int = 100) -> str:
+    """The report as a person reads it in a terminal: table, verdict, notes, seconds, where everything is."""
+    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False)
+    console.print(arms_table(report))
+    console.print(report["verdict"])
+    for note in report["notes"]:
+        console.print(f"Note: {note}")
+    seconds = ", ".join(f"{stage} {entry['seconds']:.0f} s" for stage, entry in report["cost"].items())
+    console.print(f"Time: {seconds}")
+    console.print(f"Files: {run_folder}/")
+    for what, path in report["artifacts"].items():
+        console.print(f"  {path:<38} {what}")
+    return console.file.getvalue().rstrip()
+
+
+def arms_table(report: Mapping[str, Any]) -> Table:
+    """One row an arm."""
+    first = next(iter(report["arms"]))
+    from_first = {one["after"]: one for one in report["comparisons"] if one["before"] == first}
+    unit = "nll" if report["metric"] == "nll" else "correct %"
+    table = Table(title=f"{report['task']}: {len(report['arms'])} arms, greedy, seed {report['seed']}")
+    for name in ("arm", unit, "95 % interval", "n", f"minus {first} (paired 95 %)"):
+        table.add_column(name, justify="left" if name == "arm" else "right")
+    for name in ("ended %", "strict / lenient %", "tokens", "loops %"):
+        table.add_column(name, justify="right")
+    for arm, summary in report["arms"].items():
+        table.add_row(arm, *_cells(summary, from_first.get(arm), report["metric"]))
+    return table
+
+
+def _cells(summary: Mapping[str, Any], compared: Mapping[str, Any] | None, metric: str) -> list[str]:
+    def number(value: float) -> str:
+        return f"{value:.3f}" if metric == "nll" else f"{100 * value:.1f}"
+
+    low, high = summary["interval"]
+    strict, lenient = summary["strict_extraction_fraction"], summary["lenient_extraction_fraction"]
+    difference = ""
+    if compared is not None:
+        bounds = " to ".join(f"{'+' if bound >= 0 else '-'}{number(abs(bound))}" for bound in compared["interval"])
+        difference = f"{amount(compared['difference'], metric).split()[0]} ({bounds})"
+    return [
+        number(summary["value"]),
+        f"{number(low)} to {number(high)}",
+        str(summary["num_examples"]),
+        difference,
+        f"{100 * summary['ended_fraction']:.0f}",
+        f"{100 * strict:.0f} / {100 * lenient:.0f}",
+        f"{summary['mean_tokens']:.0f}",
+        f"{100 * summary['repetition_fraction']:.0f}",
+    ]
+
+
+def _summaries(run_folder: Path) -> dict[str, Any]:
+    """What the stages before summed up, by their folder: the report holds every number."""
+    files: Sequence[Path] = sorted(run_folder.rglob("summary.json"))
+    return {
+        file.parent.relative_to(run_folder).as_posix(): read_json(file)
+        for file in files
+        if file.parent.name in ("project", "generate", "finetune")
+    }
+
+
+def _artifacts(run_folder: Path) -> dict[str, str]:
+    """What there is to open, by what it is."""
+    known = {
+        "the capability subspace": "project/subspace.safetensors",
+        "what the projected policy wrote": "generate/completions/completions.jsonl",
+        "the adapter": "finetune/adapter",
+        "the fine-tuned model": "finetune/model",
+        "every answer of every arm": "evaluate",
+        "this comparison, every number": "report.json",
+        "the same to read in a browser": "report.html",
+        "all metrics": "metrics",
+    }
+    written_after = ("report.json",)
+    return {what: path for what, path in known.items() if path in written_after or (run_folder / path).exists()}

@@ -1,0 +1,93 @@
+import dataclasses
+
+import pytest
+from answering import answers
+
+from spd_dist.errors import DataError
+from spd_dist.runtime.answers import answers_summary
+from spd_dist.runtime.comparison import comparisons, identical_fraction, notes, verdict
+
+
+def sentence(base, spd, psr=None, num=200):
+    arms = {"base": answers(base, num)} | ({} if psr is None else {"psr": answers(psr, num)})
+    return verdict(comparisons(arms | {"spd": answers(spd, num)}, "accuracy", 0), "accuracy")
+
+
+def test_every_arm_is_compared_with_the_first_and_the_method_with_every_arm():
+    arms = {name: answers(100 + index) for index, name in enumerate(("base", "psr", "spd", "projected"))}
+    pairs = [(one["before"], one["after"]) for one in comparisons(arms, "accuracy", 0)]
+    assert pairs == [("base", "psr"), ("base", "spd"), ("base", "projected"), ("psr", "spd"), ("projected", "spd")]
+
+
+def test_a_comparison_holds_difference_interval_test_and_overlap():
+    one = comparisons({"base": answers(100), "spd": answers(130)}, "accuracy", 0)[0]
+    assert one["difference"] == pytest.approx(0.15)
+    assert one["interval"][0] < 0.15 < one["interval"][1]
+    assert (one["num_gained"], one["num_lost"]) == (30, 0)
+    assert one["p_holm"] == one["p_value"] == pytest.approx(2 * 0.5**30)
+    assert one["identical_fraction"] == 0.85
+    assert 0 < one["detectable_difference"] < 0.15
+
+
+def test_the_family_of_comparisons_is_corrected():
+    arms = {"base": answers(100), "psr": answers(106), "spd": answers(106)}
+    found = comparisons(arms, "accuracy", 0)
+    assert found[0]["p_value"] == pytest.approx(2 * 0.5**6)
+    assert found[0]["p_holm"] == pytest.approx(3 * 2 * 0.5**6)
+
+
+def test_arms_over_different_examples_are_refused():
+    with pytest.raises(DataError, match="200 and 150 examples cannot be compared"):
+        comparisons({"base": answers(100), "spd": answers(100, num=150)}, "accuracy", 0)
+
+
+def test_the_verdict_claims_a_gain_only_where_the_interval_shows_it():
+    assert "a gain beyond chance over examples, of one training seed" in sentence(100, 130)
+    assert "a loss beyond chance" in sentence(130, 100)
+    assert "+2.0 points" in sentence(100, 104)
+    assert "no difference is shown" in sentence(100, 102)
+    assert "no difference is shown" in sentence(100, 100)
+
+
+def test_a_difference_that_falls_to_the_correction_is_no_gain():
+    assert sentence(100, 106, psr=100).count("does not survive the correction for 3 comparisons") == 2
+
+
+def test_the_verdict_says_what_this_many_examples_could_have_shown():
+    assert "n 200), so no difference is shown; this test would find about" in sentence(100, 102)
+
+
+def test_the_verdict_speaks_of_base_and_of_plain_retraining_and_of_no_other_arm():
+    text = sentence(100, 130, psr=129)
+    assert text.startswith("SPD against BASE: +15.0 points (95 % interval +")
+    assert "; against PSR: +0.5 points" in text
+
+
+def test_without_the_method_the_last_arm_is_spoken_of_and_one_arm_is_not_compared():
+    found = comparisons({"base": answers(100), "psr": answers(130)}, "accuracy", 0)
+    assert verdict(found, "accuracy").startswith("PSR against BASE")
+    assert verdict(comparisons({"base": answers(3)}, "accuracy", 0), "accuracy").startswith("One arm alone")
+
+
+def test_lower_likelihood_loss_is_a_gain():
+    rows = answers(0)
+    before = [dataclasses.replace(row, nll=1.0 + 0.01 * (i % 7)) for i, row in enumerate(rows)]
+    after = [dataclasses.replace(row, nll=0.9 + 0.01 * (i % 5)) for i, row in enumerate(rows)]
+    found = comparisons({"base": before, "spd": after}, "nll", 0)
+    assert found[0]["difference"] == pytest.approx(-0.11, abs=0.001)
+    assert found[0]["test"] == "paired t"
+    assert "-0.110 nats" in verdict(found, "nll")
+    assert "a gain" in verdict(found, "nll")
+    assert comparisons({"base": before, "spd": before}, "nll", 0)[0]["p_value"] == 1.0
+
+
+def test_identical_outputs_are_counted():
+    assert identical_fraction(answers(100), answers(150)) == 0.75
+
+
+def test_a_model_that_only_learned_to_stop_is_put_in_words():
+    before = answers_summary(answers(100, finish_reason="length"), "accuracy")
+    after = answers_summary(answers(130), "accuracy")
+    found = notes({"base": before, "spd": after})
+    assert found == ["SPD ends 100% of its answers by itself, BASE 0%: a gain may be of that."]
+    assert notes({"base": after, "spd": after}) == []

@@ -1,0 +1,98 @@
+import dataclasses
+import json
+
+import pytest
+from answering import answers
+
+from spd_dist.errors import DataError
+from spd_dist.runtime.answers import answers_path, write_merged
+from spd_dist.runtime.artifacts import read_json, write_json
+from spd_dist.runtime.metrics import MetricLogger, read_metrics
+from spd_dist.runtime.report import log_report, report_text, write_report
+
+ARMS = {"base": "the untouched model", "psr": "plain self-retraining", "spd": "self-policy distillation"}
+
+
+def manifest(stage, seconds):
+    return {"stage": stage, "seconds": seconds, "world_size": 2, "finished_at": "2026-01-01T00:00:00+00:00"}
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    for arm, num_correct in (("base", 60), ("psr", 70), ("spd", 90)):
+        rows = [dataclasses.replace(row, num_tokens=20) for row in answers(num_correct, num=150)]
+        write_merged(answers_path(tmp_path / "evaluate", arm, "arithmetic"), rows)
+    write_json(tmp_path / "project" / "summary.json", {"energy": 0.9})
+    write_json(tmp_path / "project" / "manifest.json", manifest("project", 9.0))
+    write_json(tmp_path / "arms" / "psr" / "generate" / "manifest.json", manifest("arms/psr/generate", 1800.0))
+    (tmp_path / "finetune" / "adapter").mkdir(parents=True)
+    return tmp_path
+
+
+def report_of(folder, arms=ARMS):
+    return write_report(folder, arms, task="arithmetic", metric="accuracy", seed=1)
+
+
+def test_the_report_on_disk_holds_every_number(run_folder):
+    report = report_of(run_folder)
+    assert read_json(run_folder / "report.json") == report
+    assert {arm: entry["value"] for arm, entry in report["arms"].items()} == {"base": 0.4, "psr": 70 / 150, "spd": 0.6}
+    assert [(one["before"], one["after"]) for one in report["comparisons"]] == [
+        ("base", "psr"), ("base", "spd"), ("psr", "spd"),
+    ]  # fmt: skip
+    assert report["cost"]["arms/psr/generate"]["device_hours"] == 1.0
+    assert report["stages"] == {"project": {"energy": 0.9}}
+    assert report["artifacts"]["the adapter"] == "finetune/adapter"
+    assert report["verdict"].startswith("SPD against BASE: +20.0 points")
+
+
+def test_the_same_answers_give_the_same_report(run_folder):
+    first = json.dumps(report_of(run_folder))
+    assert json.dumps(report_of(run_folder)) == first
+
+
+def test_arms_that_answered_other_examples_make_no_report(run_folder):
+    write_merged(answers_path(run_folder / "evaluate", "spd", "arithmetic"), answers(10, num=100))
+    with pytest.raises(DataError, match="150 and 100 examples cannot be compared"):
+        report_of(run_folder)
+    assert not (run_folder / "report.json").exists()
+
+
+def test_the_text_is_a_table_a_verdict_and_where_everything_is(run_folder):
+    text = report_text(report_of(run_folder), run_folder)
+    lines = text.splitlines()
+    (row,) = [line for line in lines if line.startswith(("\u2502 spd", "| spd"))]
+    cells = [cell.strip() for cell in row.replace("\u2502", "|").split("|")[1:-1]]
+    assert cells[:2] == ["spd", "60.0"]
+    assert cells[3] == "150"
+    assert cells[4].startswith("+20.0 (+")
+    assert cells[5:] == ["100", "100 / 100", "20", "0"]
+    assert "SPD against BASE" in text
+    assert "Time: project 9 s" in text
+    assert any(line.startswith("  finetune/adapter ") for line in lines)
+    assert max(map(len, lines)) <= 110
+
+
+def test_the_report_is_in_the_metrics_and_on_the_mirror(run_folder):
+    shown = {}
+
+    class Tables:
+        def log(self, row):
+            pass
+
+        def table(self, key, columns, rows):
+            shown[key] = (list(columns), list(rows))
+
+        def finish(self, exit_code):
+            pass
+
+    report = report_of(run_folder)
+    with MetricLogger(run_folder / "metrics", mirror=Tables()) as metrics:
+        log_report(metrics, run_folder, report)
+    (row,) = read_metrics(run_folder / "metrics")
+    assert row["evaluate/spd_accuracy"] == 0.6
+    assert row["evaluate/base_to_spd_difference"] == pytest.approx(0.2)
+    columns, rows = shown["evaluate/answers"]
+    assert columns == ["id", "gold", "base", "psr", "spd"]
+    assert rows[0] == ["p0", "4", "#### True", "#### True", "#### True"]
+    assert [row[0] for row in shown["evaluate/arms"][1]] == list(ARMS)
