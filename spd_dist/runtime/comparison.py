@@ -56,13 +56,13 @@ def _compared(
         return described | {"test": "paired t", "p_value": _paired_t(*values)}
     test = mcnemar(*values)
     discordant = (test.num_gained + test.num_lost) / outcome.num_examples
-    smallest = detectable_difference(outcome.num_examples, discordant) if discordant else None
+    smallest = detectable_difference(outcome.num_examples, discordant) if discordant else 1.0
     return described | {
         "test": "exact McNemar",
         "p_value": test.p_value,
         "num_gained": test.num_gained,
         "num_lost": test.num_lost,
-        "detectable_difference": smallest,
+        "detectable_difference": smallest if smallest < 1 else None,
     }
 
 
@@ -91,7 +91,8 @@ def verdict(found: Sequence[Mapping[str, Any]], metric: str) -> str:
 
 def _clause(one: Mapping[str, Any], metric: str, num_comparisons: int) -> str:
     low, high = one["interval"]
-    shown = f"{amount(one['difference'], metric)} (95 % interval {amount(low, metric)} to {amount(high, metric)}, "
+    bounds = f"{amount(low, metric).split()[0]} to {amount(high, metric).split()[0]}"
+    shown = f"{amount(one['difference'], metric)} (95 % interval {bounds}, "
     against = f"against {one['before'].upper()}: {shown}n {one['num_examples']})"
     if low <= 0 <= high:
         smallest = one.get("detectable_difference")

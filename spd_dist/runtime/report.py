@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -81,30 +82,36 @@ def log_report(metrics: MetricLogger, run_folder: Path, report: Mapping[str, Any
 
 
 def report_text(report: Mapping[str, Any], run_folder: str | Path, *, width: int = 100) -> str:
-    """The report as a person reads it in a terminal: table, verdict, notes, seconds, where everything is."""
+    """The report as a person reads it in a terminal: table, verdict, notes, seconds, where everything is.
+
+    In the table, `ended` are the answers that the arm ended by itself, `strict` and `lenient` those that a result could
+    be extracted from, and `loops` those that repeat themselves.
+    """
     console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False)
     console.print(arms_table(report))
     console.print(report["verdict"])
     for note in report["notes"]:
         console.print(f"Note: {note}")
-    seconds = ", ".join(f"{stage} {entry['seconds']:.0f} s" for stage, entry in report["cost"].items())
-    console.print(f"Time: {seconds}")
+    seconds = [f"{stage} {entry['seconds']:.0f} s" for stage, entry in report["cost"].items()]
+    console.print(f"Time: {', '.join(seconds) or 'not recorded'}")
     console.print(f"Files: {run_folder}/")
     for what, path in report["artifacts"].items():
         console.print(f"  {path:<38} {what}")
-    return console.file.getvalue().rstrip()
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
 
 def arms_table(report: Mapping[str, Any]) -> Table:
     """One row an arm."""
     first = next(iter(report["arms"]))
     from_first = {one["after"]: one for one in report["comparisons"] if one["before"] == first}
-    unit = "nll" if report["metric"] == "nll" else "correct %"
-    table = Table(title=f"{report['task']}: {len(report['arms'])} arms, greedy, seed {report['seed']}")
-    for name in ("arm", unit, "95 % interval", "n", f"minus {first} (paired 95 %)"):
-        table.add_column(name, justify="left" if name == "arm" else "right")
-    for name in ("ended %", "strict / lenient %", "tokens", "loops %"):
-        table.add_column(name, justify="right")
+    unit = "nll" if report["metric"] == "nll" else "right\n%"
+    title = f"{report['task']}: {len(report['arms'])} arms, greedy, seed {report['seed']}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", collapse_padding=True, pad_edge=False)
+    table.add_column("arm", no_wrap=True)
+    for name in (unit, "95 %\ninterval", "n", f"minus\n{first}", "95 %\npaired"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("ended\n%", "strict\n%", "lenient\n%", "mean\ntokens", "loops\n%"):
+        table.add_column(name, justify="right", no_wrap=True)
     for arm, summary in report["arms"].items():
         table.add_row(arm, *_cells(summary, from_first.get(arm), report["metric"]))
     return table
@@ -116,17 +123,21 @@ def _cells(summary: Mapping[str, Any], compared: Mapping[str, Any] | None, metri
 
     low, high = summary["interval"]
     strict, lenient = summary["strict_extraction_fraction"], summary["lenient_extraction_fraction"]
-    difference = ""
+    difference, bounds = "", ""
     if compared is not None:
-        bounds = " to ".join(f"{'+' if bound >= 0 else '-'}{number(abs(bound))}" for bound in compared["interval"])
-        difference = f"{amount(compared['difference'], metric).split()[0]} ({bounds})"
+        difference, *both = (
+            amount(value, metric).split()[0] for value in (compared["difference"], *compared["interval"])
+        )
+        bounds = " to ".join(both)
     return [
         number(summary["value"]),
         f"{number(low)} to {number(high)}",
         str(summary["num_examples"]),
         difference,
+        bounds,
         f"{100 * summary['ended_fraction']:.0f}",
-        f"{100 * strict:.0f} / {100 * lenient:.0f}",
+        f"{100 * strict:.0f}",
+        f"{100 * lenient:.0f}",
         f"{summary['mean_tokens']:.0f}",
         f"{100 * summary['repetition_fraction']:.0f}",
     ]

@@ -54,7 +54,9 @@ def test_a_difference_that_falls_to_the_correction_is_no_gain():
 
 
 def test_the_verdict_says_what_this_many_examples_could_have_shown():
-    assert "n 200), so no difference is shown; this test would find about" in sentence(100, 102)
+    found = comparisons({"base": answers(100), "spd": answers(100, first=20)}, "accuracy", 0)
+    assert "n 200), so no difference is shown; this test would find about 8.8 points" in verdict(found, "accuracy")
+    assert comparisons({"base": answers(100), "spd": answers(101)}, "accuracy", 0)[0]["detectable_difference"] is None
 
 
 def test_the_verdict_speaks_of_base_and_of_plain_retraining_and_of_no_other_arm():
