@@ -1,6 +1,6 @@
 """The gradient of the masked loss at the KV sites: where correctness is sensitive to keys and values (paper, Eq. 6).
 
-Shapes: B examples, T positions, S supervised tokens, V vocabulary, N token rows.
+Shapes: B examples, N token rows.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from spd_dist.config import Calibrate
-from spd_dist.data.batches import MicroBatch, PaddedBatch, micro_batches, num_micro_batches, pad
+from spd_dist.data.batches import MicroBatch, micro_batches, num_micro_batches, pad
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError
-from spd_dist.models.capture import Capture, capture, supervised_rows
+from spd_dist.models.capture import Capture, capture
+from spd_dist.models.likelihood import example_losses
 from spd_dist.models.policy import Policy
 from spd_dist.types import GradientBatch, KVSite, SupervisedExample
 
@@ -100,7 +99,7 @@ def _filler(examples: Sequence[SupervisedExample]) -> MicroBatch:
 def _gradients(policy: Policy, micro_batch: MicroBatch, caught: Capture, device: torch.device) -> GradientBatch:
     batch = pad(micro_batch.examples, policy.pad_token_id, device)
     with torch.enable_grad():
-        loss_B = example_losses(policy, batch)
+        loss_B = example_losses(policy.model, batch.tokens_BT, batch.attention_BT, batch.target_BT)
         if not torch.isfinite(loss_B).all():
             losses = {example.id: loss for example, loss in zip(micro_batch.examples, loss_B.tolist(), strict=True)}
             logger.error("calibrate: the loss is not finite, so these gradients are useless: %s", losses)
@@ -111,14 +110,3 @@ def _gradients(policy: Policy, micro_batch: MicroBatch, caught: Capture, device:
         num_zero_rows=sum(example.num_tokens_after for example in micro_batch.examples),
         num_tokens=micro_batch.num_tokens,
     )
-
-
-def example_losses(policy: Policy, batch: PaddedBatch) -> Tensor:
-    """Each example's mean negative log-likelihood of its targets, float32, by a forward pass of `policy.model`."""
-    source_BT = batch.target_BT.roll(-1, dims=1)  # no target is at position 0
-    with supervised_rows(policy.model, source_BT):
-        logit_SV = policy.model(batch.tokens_BT, attention_mask=batch.attention_BT, use_cache=False).logits
-    loss_S = cross_entropy(logit_SV.float(), batch.tokens_BT[batch.target_BT], reduction="none")
-    num_targets_B = batch.target_BT.sum(dim=1)
-    owner_S = torch.arange(len(num_targets_B), device=loss_S.device).repeat_interleave(num_targets_B)
-    return loss_S.new_zeros(len(num_targets_B)).index_add(0, owner_S, loss_S) / num_targets_B

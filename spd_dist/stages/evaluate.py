@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,13 +14,15 @@ from typing import Any, Protocol
 import torch
 
 from spd_dist.config import Evaluate, Generate
+from spd_dist.data.batches import micro_batches, pad
 from spd_dist.data.tasks.protocol import Row, Task
-from spd_dist.distributed.collectives import broadcast_object, together
+from spd_dist.distributed.collectives import broadcast_object, gather_objects, together
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError
 from spd_dist.models.decoding import Decoded, Request
-from spd_dist.models.engines.in_process import opened
+from spd_dist.models.engines.in_process import HFEngine, opened
 from spd_dist.models.engines.placement import choose_placement
+from spd_dist.models.likelihood import example_losses
 from spd_dist.models.policy import Policy
 from spd_dist.models.sampling import Sampling
 from spd_dist.runtime.answers import (
@@ -32,7 +35,7 @@ from spd_dist.runtime.answers import (
 )
 from spd_dist.runtime.completions import is_repetitive
 from spd_dist.runtime.jsonl import JsonlWriter
-from spd_dist.types import Answer, Completion, Projection, Prompt
+from spd_dist.types import Answer, Completion, Projection, Prompt, SupervisedExample
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +60,8 @@ class TestSet:
     rows: Sequence[Row]
     prompts: Sequence[Prompt]
     """One a row, in the same order."""
+    examples: Sequence[SupervisedExample] = ()
+    """One a row, in the same order, for a task that is measured by the likelihood of its reference answers."""
 
 
 def is_answered(folder: Path, arm: str, test_set: TestSet, world: World) -> bool:
@@ -95,11 +100,11 @@ def evaluate_arm(
     """
     if not test_set.rows:
         raise DataError(f"{test_set.task.name}: the test set is empty; set data.test, or raise data.num_test")
-    merged = answers_path(folder, arm, test_set.task.name)
-    todo = _todo(test_set, merged, world, progress)
+    answering = _Answering(policy, test_set, config, world, projection, answers_path(folder, arm, test_set.task.name))
+    todo = _todo(answering, progress)
     if todo is not None:
-        _answer(policy, test_set, config, todo, merged, world, projection, progress)
-    return _on_main(world, "merging the answers", lambda: _merge(test_set, merged))
+        _answer(answering, todo, _likelihoods(answering), progress)
+    return _on_main(world, "merging the answers", lambda: _merge(test_set, answering.merged))
 
 
 def summary_of(folder: Path, arm: str, test_set: TestSet, world: World) -> dict[str, Any]:
@@ -108,52 +113,84 @@ def summary_of(folder: Path, arm: str, test_set: TestSet, world: World) -> dict[
     return _on_main(world, "reading the answers", lambda: _merge(test_set, merged))
 
 
-def _todo(test_set: TestSet, merged: Path, world: World, progress: Progress | None) -> list[Request] | None:
+@dataclass(frozen=True)
+class _Answering:
+    """One arm at work on one test set."""
+
+    policy: Policy
+    test_set: TestSet
+    config: Evaluate
+    world: World
+    projection: Projection | None
+    merged: Path
+
+    def opened(self) -> AbstractContextManager[HFEngine]:
+        """The engine, placed: the body holds no collective."""
+        settings = Generate(placement=self.config.placement, batch_size=self.config.batch_size)
+        longest = max(len(prompt.tokens) for prompt in self.test_set.prompts) + self.config.max_new_tokens
+        placement = choose_placement(self.policy, settings, self.world, longest)
+        return opened(self.policy, self.projection, settings, self.world, placement)
+
+
+def _todo(answering: _Answering, progress: Progress | None) -> list[Request] | None:
     """This rank's share of what is not answered yet, longest first; None if nothing is left to do on any rank."""
+    prompts, world = answering.test_set.prompts, answering.world
 
     def missing() -> list[int]:
-        done = read_parts(merged)
-        return [index for index, prompt in enumerate(test_set.prompts) if prompt.id not in done]
+        done = read_parts(answering.merged)
+        return [index for index, prompt in enumerate(prompts) if prompt.id not in done]
 
     indices = _on_main(world, "reading what was answered before", missing)
     if not indices:
         return None
-    ordered = sorted(indices, key=lambda index: (-len(test_set.prompts[index].tokens), index))
-    own = ordered[world.rank :: world.size]
+    ordered = sorted(indices, key=lambda index: (-len(prompts[index].tokens), index))
+    own = [prompts[index] for index in ordered[world.rank :: world.size]]
     if progress is not None:
-        skipped = len(test_set.prompts) - len(indices)
-        progress.begin(len(own) + skipped // world.size, skipped // world.size)
-    return [Request(prompt.id, 0, prompt.tokens, 0) for prompt in (test_set.prompts[index] for index in own)]
+        skipped = (len(prompts) - len(indices)) // world.size
+        progress.begin(len(own) + skipped, skipped)
+    return [Request(prompt.id, 0, prompt.tokens, 0) for prompt in own]
+
+
+@torch.no_grad()
+def _likelihoods(answering: _Answering) -> dict[str, float]:
+    """Mean negative log-likelihood of every reference answer, by id; the batches are the same at every world size."""
+    if answering.test_set.task.metric != "nll":
+        return {}
+    policy, world, found = answering.policy, answering.world, {}
+    device = next(policy.model.parameters()).device
+    whole = micro_batches(answering.test_set.examples, num_shards=1, batch_size=answering.config.batch_size)
+    with answering.opened():
+        for micro_batch in list(whole)[world.rank :: world.size]:
+            batch = pad(micro_batch.examples, policy.pad_token_id, device)
+            loss_B = example_losses(policy.model, batch.tokens_BT, batch.attention_BT, batch.target_BT)
+            found |= {one.id: loss for one, loss in zip(micro_batch.examples, loss_B.tolist(), strict=True)}
+    everyones = [found] if world.size == 1 else gather_objects(found)
+    return {key: loss for ranks in everyones for key, loss in ranks.items()}
 
 
 def _answer(
-    policy: Policy,
-    test_set: TestSet,
-    config: Evaluate,
-    todo: Sequence[Request],
-    merged: Path,
-    world: World,
-    projection: Projection | None,
-    progress: Progress | None,
+    answering: _Answering, todo: Sequence[Request], likelihoods: Mapping[str, float], progress: Progress | None
 ) -> None:
     """Append this rank's answers to its part as they finish."""
-    settings = Generate(placement=config.placement, batch_size=config.batch_size)
-    longest = max(len(prompt.tokens) for prompt in test_set.prompts) + config.max_new_tokens
-    placement = choose_placement(policy, settings, world, longest)
-    sampling = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=config.max_new_tokens)
+    policy, test_set, world = answering.policy, answering.test_set, answering.world
+    sampling = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=answering.config.max_new_tokens)
     rows = {row["id"]: row for row in test_set.rows}
-    with opened(policy, projection, settings, world, placement) as engine:
+
+    def judge(decoded: Decoded) -> Answer:
+        key = decoded.request.id
+        return _judged(decoded, policy, test_set.task, rows[key], likelihoods.get(key))
+
+    with answering.opened() as engine:
         if not todo:
             return
-        decoded = engine.complete(todo, sampling)
-        with JsonlWriter(part_path(merged, world.rank, world.size)) as part:
-            for answer in _judged(decoded, lambda one: _judge(one, policy, test_set.task, rows[one.request.id])):
+        with JsonlWriter(part_path(answering.merged, world.rank, world.size)) as part:
+            for answer in _beside(judge, engine.complete(todo, sampling)):
                 part.write(as_row(answer))
                 if progress is not None:
                     progress.advance(1, answer.num_tokens)
 
 
-def _judged(decoded: Iterator[Decoded], judge: Callable[[Decoded], Answer]) -> Iterator[Answer]:
+def _beside(judge: Callable[[Decoded], Answer], decoded: Iterator[Decoded]) -> Iterator[Answer]:
     """Answers in the order of `decoded`. They are judged beside the decoding: running a program takes seconds."""
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
         waiting: deque[Future[Answer]] = deque()
@@ -165,7 +202,7 @@ def _judged(decoded: Iterator[Decoded], judge: Callable[[Decoded], Answer]) -> I
             yield waiting.popleft().result()
 
 
-def _judge(decoded: Decoded, policy: Policy, task: Task, row: Row) -> Answer:
+def _judged(decoded: Decoded, policy: Policy, task: Task, row: Row, nll: float | None) -> Answer:
     output = policy.tokenizer.decode(decoded.tokens, skip_special_tokens=True)
     request, score = decoded.request, task.score(row, output)
     completion = Completion(request.id, 0, 0, request.tokens, decoded.tokens, output, decoded.finish_reason)
@@ -182,6 +219,7 @@ def _judge(decoded: Decoded, policy: Policy, task: Task, row: Row) -> Answer:
         strict_correct=score.strict_correct,
         lenient_correct=score.lenient_correct,
         is_repetitive=is_repetitive(completion),
+        nll=nll,
     )
 
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_on_ranks
-from tiny import save_tiny_model
+from tiny import save_tiny_model, tiny_model
 
-from spd_dist.config import Data, Distributed, Evaluate, Model
-from spd_dist.data.prompts import make_prompts
+from spd_dist.config import Calibrate, Data, Distributed, Evaluate, Model
+from spd_dist.data.prompts import make_examples, make_prompts
 from spd_dist.data.tasks import find_task
 from spd_dist.data.tasks.protocol import Row, Score
 from spd_dist.distributed.world import World
@@ -98,6 +98,17 @@ class FailingTask:
         return TASK.score(row, output)
 
 
+@dataclasses.dataclass(frozen=True)
+class LikelihoodTask:
+    """Measured by the likelihood of its references."""
+
+    name: str = "likely"
+    metric: str = "nll"
+
+    def score(self, row: Row, output: str) -> Score:
+        return TASK.score(row, output)
+
+
 def answers_are_those_of_one_rank(model: Path, folder: Path, expected: dict[str, bytes]) -> None:
     world = world_of_this_process()
     policy, test_set = set_up(model, zero_stage=3)
@@ -111,10 +122,26 @@ def answers_are_those_of_one_rank(model: Path, folder: Path, expected: dict[str,
             assert answers_path(folder / placement, arm, TASK.name).read_bytes() == expected[arm], (placement, arm)
 
     resume_from_what_another_world_left(policy, test_set, folder / "resumed", expected["base"])
+    likelihoods_are_those_of_one_rank(policy, test_set, folder / "likely")
     failing = TestSet(FailingTask(), test_set.rows, test_set.prompts)
     with pytest.raises(DataError, match="r3 cannot be judged"):  # judged by one rank, raised by all
         evaluate_arm(policy, failing, CONFIG, arm="base", folder=folder / "failing", world=world)
     assert 0 < sum(len(read_answers(part)) for part in parts(folder / "failing" / "base" / "failing.jsonl")) < 11
+
+
+def likelihoods_are_those_of_one_rank(policy: Policy, test_set: TestSet, folder: Path) -> None:
+    task = LikelihoodTask()
+    examples, _ = make_examples(test_set.rows, TASK, policy.tokenizer, Data(), Calibrate(num_examples=11))
+    measured = TestSet(task, test_set.rows, test_set.prompts, examples)
+    world = world_of_this_process()
+    summary = evaluate_arm(policy, measured, CONFIG, arm="base", folder=folder, world=world)
+    reference = tiny_model().double()
+    for answer, example in zip(read_answers(answers_path(folder, "base", task.name)), examples, strict=True):
+        logits_TV = reference(torch.tensor([example.tokens])).logits[0].detach()
+        scores = [logits_TV[at - 1].log_softmax(0)[example.tokens[at]].item() for at in example.targets]
+        assert answer.nll == pytest.approx(-sum(scores) / len(scores), abs=1e-5)
+    assert summary["metric"] == "nll"
+    assert summary["interval"][0] < summary["value"] < summary["interval"][1]
 
 
 def resume_from_what_another_world_left(policy: Policy, test_set: TestSet, folder: Path, expected: bytes) -> None:
