@@ -6,9 +6,9 @@ Every function here is a collective: all ranks call it, in the same order.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,8 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from spd_dist.errors import UserError
+
+T = TypeVar("T")
 
 
 def collective_device() -> torch.device:
@@ -103,6 +105,20 @@ class together:
             shared = error_type(f"{message} (on rank {rank}, while {self.doing})")
             shared.is_shared = True
             raise shared
+
+
+def on_main(doing: str, action: Callable[[], T]) -> T:
+    """Rank 0's result of `action`, or its error, on every rank: for what is read, decided or written once.
+
+    `action` holds no collective. Without a process group it is simply done.
+    """
+    if not dist.is_initialized():
+        return action()
+    result = None
+    with together(doing):
+        if dist.get_rank() == 0:
+            result = action()
+    return broadcast_object(result)
 
 
 def _report(error: BaseException) -> tuple[type[BaseException], str]:

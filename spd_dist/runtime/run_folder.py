@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from spd_dist.distributed.collectives import any_rank, broadcast_object, together
+from spd_dist.distributed.collectives import any_rank, on_main
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError
 from spd_dist.runtime.artifacts import content_hash, corrupt, missing, read_json, sha256_of, write_json, write_text
@@ -52,7 +52,6 @@ MAY_CHANGE = (
 """Config keys, or whole sections, that do not change results: they may differ when a run goes on."""
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 class RunFolder:
@@ -67,7 +66,7 @@ class RunFolder:
         self.path = Path(path)
         self.world = world
         described = environment(world)
-        self._on_main("opening the run folder", lambda: self._open(config, described))
+        on_main("opening the run folder", lambda: self._open(config, described))
 
     def folder(self, stage: str) -> Path:
         """Where a stage's files are."""
@@ -75,7 +74,7 @@ class RunFolder:
 
     def is_complete(self, stage: str, inputs: Mapping[str, str]) -> bool:
         """Whether the stage was finished from these inputs and its outputs are untouched; if not, the log says why."""
-        reason = self._on_main(f"checking {stage}", lambda: self._why_not_complete(stage, inputs))
+        reason = on_main(f"checking {stage}", lambda: self._why_not_complete(stage, inputs))
         if reason is None:
             log.info("%s: complete, skipped", stage)
         elif self._is_known(stage):
@@ -84,7 +83,7 @@ class RunFolder:
 
     def start(self, stage: str, inputs: Mapping[str, str]) -> Path:
         """The stage's folder, ready to work in: unfinished work of the same inputs is kept, other work removed."""
-        self._on_main(f"starting {stage}", lambda: self._start(stage, inputs))
+        on_main(f"starting {stage}", lambda: self._start(stage, inputs))
         return self.folder(stage)
 
     def finish(
@@ -126,7 +125,7 @@ class RunFolder:
             (self.folder(stage) / STARTED).unlink(missing_ok=True)
             return manifest
 
-        return self._on_main(f"finishing {stage}", write)
+        return on_main(f"finishing {stage}", write)
 
     def manifest(self, stage: str) -> dict[str, Any]:
         """What `finish` wrote.
@@ -134,21 +133,11 @@ class RunFolder:
         Raises:
             DataError: the stage is not finished.
         """
-        return self._on_main(f"reading the manifest of {stage}", lambda: read_json(self.folder(stage) / MANIFEST))
+        return on_main(f"reading the manifest of {stage}", lambda: read_json(self.folder(stage) / MANIFEST))
 
     def output_hash(self, stage: str) -> str:
         """One hash of all outputs of a finished stage: the input of the stages after it."""
         return content_hash(self.manifest(stage)["outputs"])
-
-    def _on_main(self, doing: str, action: Callable[[], T]) -> T:
-        """Rank 0's result of `action` on every rank, or its error on every rank."""
-        if self.world.size == 1:
-            return action()
-        result = None
-        with together(doing):
-            if self.world.is_main:
-                result = action()
-        return broadcast_object(result)
 
     def _open(self, config: Mapping[str, Any], described: Mapping[str, Any]) -> None:
         if self.path.exists() and not self.path.is_dir():

@@ -16,7 +16,7 @@ import torch
 from spd_dist.config import Evaluate, Generate
 from spd_dist.data.batches import micro_batches, pad
 from spd_dist.data.tasks.protocol import Row, Task
-from spd_dist.distributed.collectives import broadcast_object, gather_objects, together
+from spd_dist.distributed.collectives import gather_objects, on_main
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError
 from spd_dist.models.decoding import Decoded, Request
@@ -64,9 +64,9 @@ class TestSet:
     """One a row, in the same order, for a task that is measured by the likelihood of its reference answers."""
 
 
-def is_answered(folder: Path, arm: str, test_set: TestSet, world: World) -> bool:
+def is_answered(folder: Path, arm: str, test_set: TestSet) -> bool:
     """Whether an earlier attempt finished this arm, so that its policy need not be loaded. A collective."""
-    return _on_main(world, "looking for answers", answers_path(folder, arm, test_set.task.name).exists)
+    return on_main("looking for answers", answers_path(folder, arm, test_set.task.name).exists)
 
 
 def evaluate_arm(
@@ -104,13 +104,13 @@ def evaluate_arm(
     todo = _todo(answering, progress)
     if todo is not None:
         _answer(answering, todo, _likelihoods(answering), progress)
-    return _on_main(world, "merging the answers", lambda: _merge(test_set, answering.merged))
+    return on_main("merging the answers", lambda: _merge(test_set, answering.merged))
 
 
-def summary_of(folder: Path, arm: str, test_set: TestSet, world: World) -> dict[str, Any]:
+def summary_of(folder: Path, arm: str, test_set: TestSet) -> dict[str, Any]:
     """The summary of an arm that `is_answered`. A collective."""
     merged = answers_path(folder, arm, test_set.task.name)
-    return _on_main(world, "reading the answers", lambda: _merge(test_set, merged))
+    return on_main("reading the answers", lambda: _merge(test_set, merged))
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def _todo(answering: _Answering, progress: Progress | None) -> list[Request] | N
         done = read_parts(answering.merged)
         return [index for index, prompt in enumerate(prompts) if prompt.id not in done]
 
-    indices = _on_main(world, "reading what was answered before", missing)
+    indices = on_main("reading what was answered before", missing)
     if not indices:
         return None
     ordered = sorted(indices, key=lambda index: (-len(prompts[index].tokens), index))
@@ -237,14 +237,3 @@ def _merge(test_set: TestSet, merged: Path) -> dict[str, Any]:
     if not merged.exists():
         write_merged(merged, answers)
     return answers_summary(answers, test_set.task.metric)
-
-
-def _on_main(world: World, doing: str, action: Callable[[], Any]) -> Any:
-    """Rank 0's result on every rank, or its error on every rank."""
-    if world.size == 1:
-        return action()
-    result = None
-    with together(doing):
-        if world.is_main:
-            result = action()
-    return broadcast_object(result)

@@ -153,13 +153,13 @@ def resume_from_what_another_world_left(policy: Policy, test_set: TestSet, folde
         part_path(merged, 0, 3).write_bytes(lines[4] + lines[2])
         part_path(merged, 2, 3).write_bytes(lines[7] + lines[9][:40])  # torn by a kill
     dist.barrier()
-    assert not is_answered(folder, "base", test_set, world)
+    assert not is_answered(folder, "base", test_set)
     progress = Counter()
     evaluate_arm(policy, test_set, CONFIG, arm="base", folder=folder, world=world, progress=progress)
     assert merged.read_bytes() == expected
     assert parts(merged) == []
     assert progress.done == progress.total - progress.skipped
-    assert is_answered(folder, "base", test_set, world)
+    assert is_answered(folder, "base", test_set)
     again = Counter()
     evaluate_arm(policy, test_set, CONFIG, arm="base", folder=folder, world=world, progress=again)
     assert again.done == 0

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from spd_dist.config import Generate
-from spd_dist.distributed.collectives import all_equal, broadcast_object, gather_objects, together
+from spd_dist.distributed.collectives import all_equal, broadcast_object, gather_objects, on_main
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError
 from spd_dist.models.decoding import Decoded, Request
@@ -78,7 +78,7 @@ def generate(
         num_tokens = _write(engine, own, policy, config, folder / "completions", world, progress)
         checks = {"num_tokens": num_tokens, "seconds": time.monotonic() - started, **_projection_checks(engine, policy)}
     everyones = [checks] if world.size == 1 else gather_objects(checks)
-    return _on_main(world, "merging the completions", lambda: _merge(requests, config, folder, everyones, placement))
+    return on_main("merging the completions", lambda: _merge(requests, config, folder, everyones, placement))
 
 
 def same_on_all_ranks(projection: Projection | None, world: World) -> Projection | None:
@@ -114,7 +114,7 @@ def _own_work(requests: Sequence[Request], config: Generate, completions: Path, 
         done = without_repeats(gather_parts(completions))
         return [(request.id, request.sample) for request in remaining(requests, done)]
 
-    todo = set(_on_main(world, "reading what was generated before", keys))
+    todo = set(on_main("reading what was generated before", keys))
     share = share_of(requests, config.task_index, config.num_tasks)
     todays = [request for request in share if (request.id, request.sample) in todo]
     if world.is_main and len(todays) < len(share):
@@ -198,14 +198,3 @@ def _merge(
     summary = {"is_complete": True, **summary, **attempt}
     write_json(folder / "summary.json", summary)
     return summary
-
-
-def _on_main(world: World, doing: str, action: Any) -> Any:
-    """Rank 0's result on every rank, or its error on every rank."""
-    if world.size == 1:
-        return action()
-    result = None
-    with together(doing):
-        if world.is_main:
-            result = action()
-    return broadcast_object(result)
