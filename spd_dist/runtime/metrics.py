@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +19,7 @@ class Mirror(Protocol):
     """Where rank 0's metrics are shown, too; nothing it does may fail the run."""
 
     def log(self, row: Mapping[str, Value]) -> None:
-        """Show one row of metrics; it holds its own `STAGE/step`."""
+        """Show one row of metrics; its first key is the step that the others are drawn over: `STAGE/[LABEL_]step`."""
 
     def table(self, key: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         """Show a table."""
@@ -42,14 +43,24 @@ class MetricLogger:
         self.path = Path(folder) / f"{prefix}rank_{rank:05d}.jsonl"
         self._writer = JsonlWriter(self.path)
         self._mirror = mirror
+        self._label = ""
+
+    def labelled(self, label: str) -> MetricLogger:
+        """The same logger for another arm: its names carry the label, as in `finetune/psr_loss`, with steps of their own.
+
+        Close the logger itself, not this.
+        """
+        other = copy.copy(self)
+        other._label = f"{label}_"
+        return other
 
     def log(self, stage: str, values: Mapping[str, Value], step: int) -> None:
         """Write `values` as they were at a stage's `step`."""
-        named = {f"{stage}/{name}": value for name, value in values.items()}
+        named = {f"{stage}/{self._label}{name}": value for name, value in values.items()}
         row = {name: _as_json(value) for name, value in named.items()}
         self._writer.write({"time": round(time.time(), 6), "stage": stage, "step": step, **row})
         if self._mirror is not None:
-            self._mirror.log({f"{stage}/step": step, **named})
+            self._mirror.log({f"{stage}/{self._label}step": step, **named})
 
     def table(self, stage: str, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         """Show rows that artifacts already hold, such as completions: on the mirror only."""

@@ -52,6 +52,11 @@ class Progress:
         if self._clock() - self._said >= self._every_seconds:
             self._say()
 
+    def begin(self, total: int, skipped: int) -> None:
+        """Learn, once the work is planned, how much there is and how much of it an earlier attempt did."""
+        self.total = total
+        self.skip(skipped)
+
     def skip(self, units: int) -> None:
         """Count what an earlier attempt did: it is done, and it took no time."""
         self.done += units

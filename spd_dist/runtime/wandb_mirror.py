@@ -38,7 +38,7 @@ class WandbMirror:
     def __init__(self, wandb: Any, run: Any, failures: tuple[type[Exception], ...]) -> None:
         """Adopt an open run; `failures` are the exceptions that only warn."""
         self._wandb, self._run, self._failures = wandb, run, failures
-        self._stages: set[str] = set()
+        self._defined: set[str] = set()
 
     def log(self, row: Mapping[str, Value]) -> None:
         """Show a row; each stage of it has its own step axis, so that a resumed run's points fall in place."""
@@ -62,10 +62,13 @@ class WandbMirror:
         self._wandb.teardown(exit_code)  # waits for its service, which may still be writing an offline run
 
     def _log(self, row: Mapping[str, Value]) -> None:
-        for stage in {key.partition("/")[0] for key in row} - self._stages:
-            self._run.define_metric(f"{stage}/step", hidden=True)
-            self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
-            self._stages.add(stage)
+        axis, *names = row
+        stage, _, last = axis.partition("/")
+        # A name of its own goes before a glob, so another arm's `finetune/psr_loss` leaves the axis of `finetune/*`.
+        for name in (axis, *([f"{stage}/*"] if last == "step" else names)):
+            if name not in self._defined:
+                self._defined.add(name)
+                self._run.define_metric(name, **({"hidden": True} if name == axis else {"step_metric": axis}))
         self._run.log(dict(row))
 
     def _try(self, doing: str, action: Callable[[], Any]) -> None:

@@ -67,6 +67,15 @@ def test_the_mirror_sees_the_same_values_with_the_stages_own_step(tmp_path):
     assert mirror.exit_code == 0
 
 
+def test_another_arm_has_names_and_steps_of_its_own(tmp_path):
+    mirror = Recorder()
+    with MetricLogger(tmp_path, mirror=mirror) as metrics:
+        metrics.labelled("psr").log("finetune", {"loss": 3.0}, 1)
+        metrics.log("finetune", {"loss": 2.0}, 1)
+    assert [row.get("finetune/psr_loss") for row in read_metrics(tmp_path)] == [3.0, None]
+    assert mirror.rows[0] == {"finetune/psr_step": 1, "finetune/psr_loss": 3.0}
+
+
 def test_the_mirror_hears_that_the_run_failed(tmp_path):
     mirror = Recorder()
     with pytest.raises(KeyError), MetricLogger(tmp_path, mirror=mirror):

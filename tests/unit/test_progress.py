@@ -50,6 +50,13 @@ def test_what_an_earlier_attempt_did_counts_as_done_and_not_as_speed(lines):
     assert "generate: 91/100 prompts, 0.50 prompts/s, ETA 0:18" in lines()
 
 
+def test_a_total_may_be_learned_when_the_work_is_planned(lines):
+    with Progress("finetune", None, "steps", clock=Clock()) as progress:
+        progress.begin(10, skipped=4)
+        progress.advance(6)
+    assert lines() == ["finetune: starts", "finetune: done, 10/10 steps, 0.0 s"]
+
+
 def test_a_stage_that_fails_says_where_it_stopped(lines):
     with pytest.raises(KeyError), Progress("sketch", 3, "shards", clock=Clock()):
         raise KeyError

@@ -32,6 +32,7 @@ def run_in(folder, wandb, **changes):
         metrics.log("calibrate", {"loss": 1.5}, 0)
         metrics.log("calibrate", {"loss": 1.25}, 8)
         metrics.log("finetune", {"loss": 0.5}, 1)
+        metrics.labelled("psr").log("finetune", {"loss": 0.75}, 4)
         metrics.table("generate", "samples", ["id", "text"], [["p1", "four"], ["p2", "five"]])
     return read_offline_run(folder)
 
@@ -41,13 +42,15 @@ def test_an_offline_run_holds_config_metrics_step_axes_tables_and_exit_code(tmp_
     folder.mkdir()
     run = run_in(folder, "offline")
     rows = [{key: value for key, value in row.items() if "/" in key} for row in run.history]
-    assert rows[:3] == [
+    assert rows[:4] == [
         {"calibrate/step": 0, "calibrate/loss": 1.5},
         {"calibrate/step": 8, "calibrate/loss": 1.25},
         {"finetune/step": 1, "finetune/loss": 0.5},
+        {"finetune/psr_step": 4, "finetune/psr_loss": 0.75},
     ]
     assert run.step_metrics["calibrate/*"] == "calibrate/step"
     assert run.step_metrics["finetune/*"] == "finetune/step"
+    assert run.step_metrics["finetune/psr_loss"] == "finetune/psr_step"
     (table,) = folder.glob("wandb/offline-run-*/files/media/table/generate/*.json")
     assert json.loads(table.read_text())["data"] == [["p1", "four"], ["p2", "five"]]
     assert run.config["generate"]["top_p"] == 0.9
@@ -70,7 +73,7 @@ def test_the_id_follows_from_the_run_and_seeds_share_a_group(tmp_path):
 def test_auto_without_a_key_is_offline_and_says_so(tmp_path, caplog):
     caplog.set_level(logging.INFO, "spd_dist")
     run = run_in(tmp_path, "auto")
-    assert len(run.history) == 4
+    assert len(run.history) == 5
     assert "W&B: offline, since there is no key" in caplog.text
     assert "wandb sync" in caplog.text
 
@@ -82,7 +85,7 @@ def test_a_server_that_does_not_answer_means_offline_at_once(tmp_path, caplog, m
         monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
         started = time.monotonic()
         run = run_in(tmp_path, "online")
-    assert len(run.history) == 4
+    assert len(run.history) == 5
     assert time.monotonic() - started < 10
     assert any(record.levelname == "WARNING" and "does not answer" in record.message for record in caplog.records)
 
