@@ -46,7 +46,7 @@ class MetricLogger:
         self._label = ""
 
     def labelled(self, label: str) -> MetricLogger:
-        """The same logger for another arm: its names carry the label, as in `finetune/psr_loss`, with steps of their own.
+        """The same logger for another arm: its names carry the label (`finetune/psr_loss`), and it has its own steps.
 
         Close the logger itself, not this.
         """
