@@ -119,6 +119,7 @@ def notes(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
         "ended_fraction": "ends {after:.0%} of its answers by itself, {first} {before:.0%}: a gain may be of that",
         "strict_extraction_fraction": "answers in the form that was asked for in {after:.0%}, {first} in {before:.0%}: "
         "a gain may be of form",
+        "lenient_extraction_fraction": "says what can be taken as an answer in {after:.0%}, {first} in {before:.0%}",
         "repetition_fraction": "repeats itself in {after:.0%} of its answers, {first} in {before:.0%}",
     }
     found = []

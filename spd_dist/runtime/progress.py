@@ -91,7 +91,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if self.skipped < (self.total or 1):
-            log.info("%s: starts%s", self.stage, "" if self.total is None else f", {self.total} {self.unit}")
+            log.info("%s: starts, %s", self.stage, self.unit if self.total is None else f"{self.total} {self.unit}")
         return self
 
     def __exit__(

@@ -165,5 +165,5 @@ def _artifacts(run_folder: Path) -> dict[str, str]:
         "the same to read in a browser": "report.html",
         "all metrics": "metrics",
     }
-    written_after = ("report.json",)
+    written_after = ("report.json", "report.html")
     return {what: path for what, path in known.items() if path in written_after or (run_folder / path).exists()}

@@ -199,7 +199,7 @@ class RunFolder:
 
 def result_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that results depend on, by dotted key: all but `MAY_CHANGE`."""
-    return {key: value for key, value in _flat(config).items() if not _may_change(key)}
+    return {key: value for key, value in settings_by_key(config).items() if not _may_change(key)}
 
 
 def settings_hash(config: Mapping[str, Any], *sections: str) -> str:
@@ -222,12 +222,12 @@ def _refuse_another_config(path: Path, old: Mapping[str, Any], new: Mapping[str,
         )
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def settings_by_key(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Values by dotted key; tuples as lists, which is what YAML gives back."""
     flat = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= settings_by_key(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
     return flat

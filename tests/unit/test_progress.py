@@ -38,7 +38,11 @@ def test_it_works_without_a_total_and_without_tokens(lines):
     with Progress("calibrate", None, "batches", every_seconds=2, clock=clock) as progress:
         clock.seconds += 4
         progress.advance(2)
-    assert lines() == ["calibrate: starts", "calibrate: 2 batches, 0.50 batches/s", "calibrate: done, 2 batches, 4.0 s"]
+    assert lines() == [
+        "calibrate: starts, batches",
+        "calibrate: 2 batches, 0.50 batches/s",
+        "calibrate: done, 2 batches, 4.0 s",
+    ]
 
 
 def test_what_an_earlier_attempt_did_counts_as_done_and_not_as_speed(lines):
@@ -54,7 +58,7 @@ def test_a_total_may_be_learned_when_the_work_is_planned(lines):
     with Progress("finetune", None, "steps", clock=Clock()) as progress:
         progress.begin(10, skipped=4)
         progress.advance(6)
-    assert lines() == ["finetune: starts", "finetune: done, 10/10 steps, 0.0 s"]
+    assert lines() == ["finetune: starts, steps", "finetune: done, 10/10 steps, 0.0 s"]
 
 
 def test_a_stage_that_fails_says_where_it_stopped(lines):

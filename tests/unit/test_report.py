@@ -1,32 +1,18 @@
-import dataclasses
 import json
 
 import pytest
-from answering import answers
+from answering import ARMS, answered_run, answers
 
 from spd_dist.errors import DataError
 from spd_dist.runtime.answers import answers_path, write_merged
-from spd_dist.runtime.artifacts import read_json, write_json
+from spd_dist.runtime.artifacts import read_json
 from spd_dist.runtime.metrics import MetricLogger, read_metrics
 from spd_dist.runtime.report import log_report, report_text, write_report
-
-ARMS = {"base": "the untouched model", "psr": "plain self-retraining", "spd": "self-policy distillation"}
-
-
-def manifest(stage, seconds):
-    return {"stage": stage, "seconds": seconds, "world_size": 2, "finished_at": "2026-01-01T00:00:00+00:00"}
 
 
 @pytest.fixture
 def run_folder(tmp_path):
-    for arm, num_correct in (("base", 60), ("psr", 70), ("spd", 90)):
-        rows = [dataclasses.replace(row, num_tokens=20) for row in answers(num_correct, num=150)]
-        write_merged(answers_path(tmp_path / "evaluate", arm, "arithmetic"), rows)
-    write_json(tmp_path / "project" / "summary.json", {"energy": 0.9})
-    write_json(tmp_path / "project" / "manifest.json", manifest("project", 9.0))
-    write_json(tmp_path / "arms" / "psr" / "generate" / "manifest.json", manifest("arms/psr/generate", 1800.0))
-    (tmp_path / "finetune" / "adapter").mkdir(parents=True)
-    return tmp_path
+    return answered_run(tmp_path)
 
 
 def report_of(folder, arms=ARMS):
@@ -41,7 +27,7 @@ def test_the_report_on_disk_holds_every_number(run_folder):
         ("base", "psr"), ("base", "spd"), ("psr", "spd"),
     ]  # fmt: skip
     assert report["cost"]["arms/psr/generate"]["device_hours"] == 1.0
-    assert report["stages"] == {"project": {"energy": 0.9}}
+    assert list(report["stages"]) == ["project"]
     assert report["artifacts"]["the adapter"] == "finetune/adapter"
     assert report["verdict"].startswith("SPD against BASE: +20.0 points")
 
