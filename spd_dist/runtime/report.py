@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from spd_dist.runtime.answers import answers_path, answers_summary, read_answers
-from spd_dist.runtime.artifacts import read_json, write_json
+from spd_dist.runtime.artifacts import content_hash, read_json, write_json
 from spd_dist.runtime.comparison import amount, comparisons, notes, verdict
 from spd_dist.runtime.metrics import MetricLogger
 
@@ -40,6 +40,7 @@ def write_report(run_folder: Path, arms: Mapping[str, str], *, task: str, metric
         "task": task,
         "metric": metric,
         "seed": seed,
+        "examples": content_hash(sorted(answer.id for answer in next(iter(answers.values())))),
         "verdict": verdict(found, metric),
         "notes": notes(summaries),
         "arms": {arm: {"sentence": sentence, **summaries[arm]} for arm, sentence in arms.items()},
@@ -92,6 +93,10 @@ def report_text(report: Mapping[str, Any], run_folder: str | Path, *, width: int
     console.print(report["verdict"])
     for note in report["notes"]:
         console.print(f"Note: {note}")
+    smallest = [one for one in report["comparisons"] if one.get("detectable_difference")]
+    if smallest:
+        named = [f"{one['after']} - {one['before']} {100 * one['detectable_difference']:.1f}" for one in smallest]
+        console.print(f"Smallest difference found in 4 runs of 5, in points: {', '.join(named)}")
     seconds = [f"{stage} {entry['seconds']:.0f} s" for stage, entry in report["cost"].items()]
     console.print(f"Time: {', '.join(seconds) or 'not recorded'}")
     console.print(f"Files: {run_folder}/")
