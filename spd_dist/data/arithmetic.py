@@ -50,8 +50,8 @@ THINGS = (
     "apples", "books", "cards", "coins", "eggs", "flowers", "marbles", "pencils", "shells", "stamps", "toys",
 )  # fmt: skip
 WORDS = {"+": "add", "-": "subtract", "*": "multiply", "/": "divide"}
-PROBLEMS_A_TEMPLATE = 180
-SPLIT_SIZES = {"calibration": 500, "test": 1000, "train": 2820}
+PROBLEMS_A_TEMPLATE = 120
+SPLIT_SIZES = {"calibration": 500, "test": 1000, "train": 1380}
 
 
 class Problem(NamedTuple):
@@ -89,7 +89,7 @@ def _draw_problems(generator: random.Random) -> list[Problem]:
 
 
 def _operands(operation: str) -> Iterator[tuple[int, int]]:
-    low, high = {"+": (2, 60), "-": (2, 60), "*": (2, 15), "/": (2, 15)}[operation]
+    low, high = {"+": (2, 20), "-": (2, 20), "*": (2, 12), "/": (2, 12)}[operation]
     for left in range(low, high + 1):
         for right in range(low, high + 1):
             if operation == "/":
