@@ -129,3 +129,13 @@ def notes(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
             if abs(after - before) >= NOTEWORTHY:
                 found.append(f"{arm.upper()} {sentence.format(before=before, after=after, first=first.upper())}.")
     return found
+
+
+def overlap_notes(overlaps: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Test problems that stand in another split, in words: an arm may have seen them."""
+    return [
+        f"{one['num_exact']} exact and {one['num_near']} near copies of test problems are among the {one['num_rows']} "
+        f"{one['split']} rows; data.leaks=remove drops them."
+        for one in overlaps
+        if one["other"] == "test" and one["num_exact"] + one["num_near"] > 0
+    ]

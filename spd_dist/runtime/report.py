@@ -13,14 +13,22 @@ from rich.table import Table
 
 from spd_dist.runtime.answers import answers_path, answers_summary, read_answers
 from spd_dist.runtime.artifacts import content_hash, read_json, write_json
-from spd_dist.runtime.comparison import amount, comparisons, notes, verdict
+from spd_dist.runtime.comparison import amount, comparisons, notes, overlap_notes, verdict
 from spd_dist.runtime.metrics import MetricLogger
 
 NUM_SAMPLES = 32
 """Answers of each arm in the table that W&B shows."""
 
 
-def write_report(run_folder: Path, arms: Mapping[str, str], *, task: str, metric: str, seed: int) -> dict[str, Any]:
+def write_report(
+    run_folder: Path,
+    arms: Mapping[str, str],
+    *,
+    task: str,
+    metric: str,
+    seed: int,
+    overlaps: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
     """Compare the arms of a finished evaluation, write `report.json`, and give what it holds. On one rank only.
 
     Args:
@@ -29,6 +37,7 @@ def write_report(run_folder: Path, arms: Mapping[str, str], *, task: str, metric
         task: Whose answers are compared.
         metric: The task's.
         seed: The run's, for the bootstrap.
+        overlaps: Pairs of splits, with the counts of problems that stand in both, word for word and nearly.
 
     Raises:
         DataError: answers are missing, or arms answered different examples.
@@ -42,7 +51,8 @@ def write_report(run_folder: Path, arms: Mapping[str, str], *, task: str, metric
         "seed": seed,
         "examples": content_hash(sorted(answer.id for answer in next(iter(answers.values())))),
         "verdict": verdict(found, metric),
-        "notes": notes(summaries),
+        "notes": notes(summaries) + overlap_notes(overlaps),
+        "overlaps": [dict(one) for one in overlaps],
         "arms": {arm: {"sentence": sentence, **summaries[arm]} for arm, sentence in arms.items()},
         "comparisons": found,
         "cost": cost(run_folder),

@@ -5,7 +5,7 @@ from answering import answers
 
 from spd_dist.errors import DataError
 from spd_dist.runtime.answers import answers_summary
-from spd_dist.runtime.comparison import comparisons, identical_fraction, notes, verdict
+from spd_dist.runtime.comparison import comparisons, identical_fraction, notes, overlap_notes, verdict
 
 
 def sentence(base, spd, psr=None, num=200):
@@ -93,3 +93,12 @@ def test_a_model_that_only_learned_to_stop_is_put_in_words():
     found = notes({"base": before, "spd": after})
     assert found == ["SPD ends 100% of its answers by itself, BASE 0%: a gain may be of that."]
     assert notes({"base": after, "spd": after}) == []
+
+
+def test_test_problems_that_an_arm_may_have_seen_are_put_in_words():
+    overlap = {"split": "train", "other": "test", "num_rows": 96, "num_exact": 2, "num_near": 1}
+    none = overlap | {"split": "calibration", "num_exact": 0, "num_near": 0}
+    inside = overlap | {"other": "train", "split": "calibration"}
+    assert overlap_notes([none, overlap, inside]) == [
+        "2 exact and 1 near copies of test problems are among the 96 train rows; data.leaks=remove drops them."
+    ]

@@ -21,7 +21,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 def page_of(folder):
-    report = write_report(folder, ARMS, task="arithmetic", metric="accuracy", seed=1)
+    overlap = {"split": "train", "other": "test", "num_rows": 96, "num_exact": 2, "num_near": 1}
+    report = write_report(folder, ARMS, task="arithmetic", metric="accuracy", seed=1, overlaps=[overlap])
     write_page(folder, report, {"p65": "How many <b>apples</b>?"})
     return (folder / "report.html").read_text()
 
@@ -45,6 +46,8 @@ def test_the_page_holds_verdict_numbers_figures_costs_and_settings(folder):
     assert len(figures) == 4
     assert all(ElementTree.fromstring(figure) is not None for figure in figures)
     assert "<td>arms/psr/generate</td><td>1800.0</td><td>2</td><td>1.000</td>" in text
+    assert "<td>train</td><td>test</td><td>96</td><td>2</td><td>1</td>" in text
+    assert "2 exact and 1 near copies of test problems" in text
     assert "<td>finetune.num_epochs</td><td>5</td><td>3</td>" in text
     assert "<td>finetune.learning_rate</td>" not in text
 
