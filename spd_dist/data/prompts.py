@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from spd_dist.config import Calibrate, Data
 from spd_dist.data.masking import RULE, MaskAudit, MaskedText, ShownExample, mask_row
 from spd_dist.data.tasks.protocol import Row, Task
-from spd_dist.data.templates import Tokenizer, adds_special_tokens, render_prompt
+from spd_dist.data.templates import Tokenizer, adds_special_tokens, render_example, render_prompt
 from spd_dist.errors import DataError
-from spd_dist.types import Prompt, SupervisedExample
+from spd_dist.types import Completion, Prompt, SupervisedExample
 
 NUM_SHOWN = 5
 """Examples whose kept text the audit holds."""
@@ -37,6 +37,29 @@ def make_prompts(rows: Sequence[Row], task: Task, tokenizer: Tokenizer, config: 
             "raise data.max_prompt_tokens, or drop the rows"
         )
     return prompts
+
+
+def make_references(
+    rows: Sequence[Row], task: Task, tokenizer: Tokenizer, config: Data, *, eos_token_ids: Collection[int]
+) -> list[Completion]:
+    """The reference answers as if the policy had given them: what the supervised control is trained on.
+
+    Each ends with an end-of-sequence token, the one of the chat template or else the smallest id.
+    """
+    completions = []
+    for row, prompt in zip(rows, make_prompts(rows, task, tokenizer, config), strict=True):
+        text = render_example(task.prompt(row), task.answer(row), tokenizer, config).text
+        answer = text.removeprefix(prompt.text)
+        if answer == text:
+            raise DataError(
+                f"row {row['id']!r}: its example does not begin with its prompt, as the chat template writes past "
+                "turns in another way; set data.template_options for it, or data.template=plain"
+            )
+        tokens = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
+        ends = [position for position, token in enumerate(tokens) if token in eos_token_ids]
+        tokens = tokens[: ends[0] + 1] if ends else [*tokens, min(eos_token_ids)]
+        completions.append(Completion(row["id"], 0, 0, prompt.tokens, tuple(tokens), task.answer(row).strip(), "stop"))
+    return completions
 
 
 def make_examples(

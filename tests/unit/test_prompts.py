@@ -15,7 +15,7 @@ from tokenizers.processors import TemplateProcessing
 from spd_dist.config import Calibrate, Data
 from spd_dist.data.masking import mask_row
 from spd_dist.data.preview import preview_masks
-from spd_dist.data.prompts import make_examples, make_prompts
+from spd_dist.data.prompts import make_examples, make_prompts, make_references
 from spd_dist.data.sources import load_rows
 from spd_dist.data.tasks import find_task
 from spd_dist.data.templates import render_example, render_prompt
@@ -56,6 +56,24 @@ def test_an_example_begins_with_the_tokens_of_its_prompt(data):
         assert example.id == prompt.id
         assert example.tokens[: len(prompt.tokens)] == prompt.tokens
         assert tuple(TOKENIZER(prompt.text, add_special_tokens=False)["input_ids"]) == prompt.tokens
+
+
+@pytest.mark.parametrize("data", [CHAT, PLAIN], ids=["chat", "plain"])
+def test_references_read_as_completions_that_ended_by_themselves(data):
+    prompts = make_prompts(ROWS[:5], TASK, TOKENIZER, data)
+    references = make_references(ROWS[:5], TASK, TOKENIZER, data, eos_token_ids=(2,))
+    for row, prompt, reference in zip(ROWS, prompts, references, strict=False):
+        assert (reference.id, reference.prompt_tokens, reference.finish_reason) == (prompt.id, prompt.tokens, "stop")
+        assert reference.tokens.count(2) == 1
+        assert reference.tokens[-1] == 2
+        assert TOKENIZER.decode(reference.tokens[:-1]).strip() == reference.text == TASK.answer(row).strip()
+
+
+def test_a_template_that_rewrites_past_turns_gives_no_references():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = THINKING + "{% if add_generation_prompt %}assistant: <think>{% endif %}"
+    with pytest.raises(DataError, match=r"its example does not begin with its prompt, .* set data\.template_options"):
+        make_references(ROWS[:1], TASK, tokenizer, CHAT, eos_token_ids=(2,))
 
 
 def test_chat_prompts_end_where_the_assistant_begins():
