@@ -184,7 +184,8 @@ def _check_across_fields(config: Config) -> None:
             f"it must be below generate.num_tasks={config.generate.num_tasks}"
         )
     if config.data.template == "plain" and (config.data.system is not None or config.data.template_options):
-        raise ConfigError("data.system, data.template_options: not valid with data.template=plain; set data.template=chat")
+        rule = "not valid with data.template=plain; set data.template=chat"
+        raise ConfigError(f"data.system, data.template_options: {rule}")
     if not config.calibrate.layers:
         raise ConfigError("calibrate.layers: an empty list is not valid; name at least one layer, as in [middle,last]")
     for section, needs in {"vllm": "vllm_python", "command": "command"}.items():

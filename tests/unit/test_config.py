@@ -23,7 +23,7 @@ FAULTS = {
     "distributed.zero_stage=4": r"distributed\.zero_stage: 4 is not valid; it must be one of 0, 1, 2, 3",
     "distributed.zero_stage=true": r"distributed\.zero_stage: True is not valid",
     "calibrate.layers=[1.5]": r"calibrate\.layers\[0\]: 1\.5 is not valid; it must be an integer or one of middle, last",
-    "data={template: plain, system: Hello}": r"data\.system, data\.template_options: not valid with data\.template=plain",
+    "data={template: plain, system: Hello}": r"data\.template_options: not valid with data\.template=plain",
     "calibrate.layers=[]": r"calibrate\.layers: an empty list is not valid",
     "calibrate.layers=last": r"calibrate\.layers: 'last' is not valid; it must be a list, each an integer or one of",
     "metrics.wandb=false": r"metrics\.wandb: False is not valid; it must be one of auto, online, offline, disabled",
