@@ -7,7 +7,7 @@ import torch
 from spd_dist.types import KVSite, Projection, SiteOperator
 
 WIDTH = 16
-TOKENS_BT = torch.randint(3, 259, (2, 12), generator=torch.Generator().manual_seed(5))
+TOKENS_BT = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(5))
 
 
 def site(layer: int = 2, kind: str = "key", prefix: str = "model.") -> KVSite:

@@ -51,10 +51,10 @@ def _namespace(attention: nn.Module, part: SitePart) -> dict[str, Any]:
     """The globals that `attention`'s forward looks its rotation up in."""
     namespace = vars(sys.modules[type(attention).__module__])
     names = list(inspect.signature(namespace[ROTATION]).parameters)[:2] if ROTATION in namespace else None
-    if names != ["q", "k"]:
+    if names != ["q", "k"] or hasattr(attention, "kv_b_proj"):
         raise ConfigError(
-            f"project.insertion=rope: {type(attention).__name__} of {part.site} has no {ROTATION}(q, k, ...) to "
-            "project after; set project.insertion=linear"
+            f"project.insertion=rope: {type(attention).__name__} of {part.site} does not rotate its whole keys by "
+            f"{ROTATION}(q, k, ...); set project.insertion=linear"
         )
     return namespace
 

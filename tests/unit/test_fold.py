@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from families import FAMILIES, family_model
 from peft import LoHaConfig, LoraConfig, get_peft_model
 from projections import WIDTH, four_sites, logits, num_hooks, operator, per_head, site
 from tiny import tiny_model
@@ -60,6 +61,14 @@ def assert_fold_equals_hook(model: torch.nn.Module, projection: Projection, atol
     after = bits(model)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert num_hooks(model) == hooks
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_folds_as_it_hooks(name):
+    family = FAMILIES[name]
+    sites = [family.site(layer, kind) for layer in family.layers[-2:] for kind in ("key", "value")]
+    operators = {place: operator(place.width // 2, seed=i, width=place.width) for i, place in enumerate(sites)}
+    assert_fold_equals_hook(family_model(name), Projection(operators), atol=5e-6)
 
 
 def test_plain_weights():

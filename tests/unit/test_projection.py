@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from families import FAMILIES, family_model
 from peft import LoraConfig, get_peft_model
 from projections import TOKENS_BT, WIDTH, four_sites, logits, num_hooks, operator, per_head, site
 from tiny import tiny_model
 from torch.testing import assert_close
+from transformers.models.llama import modeling_llama
 
 from spd_dist.errors import ConfigError, DataError
 from spd_dist.models.operators import SiteMap
@@ -222,7 +224,7 @@ def test_per_head_operators_mix_no_heads():
 
 def test_after_rope_the_keys_in_the_cache_are_projected():
     model, projection = tiny_model(), four_sites(insertion="rope")
-    rotation = vars(__import__("sys").modules[type(model).__module__])["apply_rotary_pos_emb"]
+    rotation = modeling_llama.apply_rotary_pos_emb
     with projected(model, projection) as applied:
         output = model(input_ids=TOKENS_BT)
         key_BTD = output.past_key_values.layers[2].keys.transpose(1, 2).flatten(2)
@@ -232,7 +234,7 @@ def test_after_rope_the_keys_in_the_cache_are_projected():
     assert_close(key_BTD @ basis @ basis.T, key_BTD, atol=1e-5, rtol=1e-5)
     assert set(applied.calls.values()) == {1}
     assert applied.leakage() < 1e-5
-    assert vars(__import__("sys").modules[type(model).__module__])["apply_rotary_pos_emb"] is rotation
+    assert modeling_llama.apply_rotary_pos_emb is rotation
     assert torch.equal(logits(model), logits(tiny_model()))
 
 
@@ -244,3 +246,31 @@ def test_rope_leaves_nothing_behind_after_an_exception_inside_attention():
     boom.remove()
     assert num_hooks(model) == 0
     assert torch.equal(logits(model), logits(tiny_model()))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "phi3", "gpt_neox", "gpt_oss", "falcon"])
+def test_keys_are_projected_after_rope_in_every_storage(name):
+    model, family = family_model(name), FAMILIES[name]
+    place = family.site(family.layers[-1], "key")
+    with projected(model, Projection({place: operator(4, width=place.width)}, insertion="rope")) as applied:
+        held = logits(model)
+    assert applied.calls[place] == 1
+    assert applied.leakage() < 1e-5
+    assert (logits(model) - held).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("gpt2", ConfigError, "GPT2Attention of layers.3.key does not rotate its whole keys"),
+        ("deepseek_v3", ConfigError, "does not rotate its whole keys"),
+        ("falcon_grouped", DataError, "not the whole key of width 16"),
+    ],
+)
+def test_keys_that_rope_does_not_reach_are_refused(name, error, message):
+    model, family = family_model(name), FAMILIES[name]
+    place = family.site(family.layers[-1], "key")
+    rope = Projection({place: operator(4, width=place.width)}, insertion="rope")
+    with pytest.raises(error, match=message), projected(model, rope):
+        logits(model)
+    assert num_hooks(model) == 0

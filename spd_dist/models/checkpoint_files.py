@@ -1,0 +1,155 @@
+"""A checkpoint folder as it lies on disk: where each tensor's bytes are, so that some of them can be rewritten.
+
+No model is built and no file is read whole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spd_dist.errors import DataError
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+OTHER_WEIGHTS = {".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".safetensors"}
+"""Endings of further copies of the weights: they are left out of a folded folder, since they are not folded."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor's place in a safetensors file."""
+
+    name: str
+    file: str
+    start: int
+    """Of its first byte in the file."""
+    dtype: str
+    """As safetensors writes it."""
+    shape: tuple[int, ...]
+
+    def read(self, folder: Path) -> Tensor:
+        """The tensor, from its file in `folder`."""
+        dtype = DTYPES[self.dtype]
+        num_bytes = math.prod(self.shape) * dtype.itemsize
+        with open(folder / self.file, "rb") as file:
+            file.seek(self.start)
+            return torch.frombuffer(bytearray(file.read(num_bytes)), dtype=dtype).view(self.shape)
+
+    def write_(self, folder: Path, tensor: Tensor) -> None:
+        """Overwrite the tensor's bytes in its file in `folder`."""
+        with open(folder / self.file, "r+b") as file:
+            file.seek(self.start)
+            file.write(tensor.to(DTYPES[self.dtype]).contiguous().view(torch.uint8).numpy().tobytes())
+
+
+@dataclass(frozen=True)
+class CheckpointFolder:
+    """A folder with safetensors weights."""
+
+    path: Path
+    tensors: Mapping[str, StoredTensor]
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the files that hold its weights."""
+        return sorted({tensor.file for tensor in self.tensors.values()})
+
+    def find(self, parameter: str) -> StoredTensor | None:
+        """The stored form of a model's parameter; some checkpoints leave out or change the first words of its name.
+
+        Raises:
+            DataError: two tensors could be meant, or its dtype is not a plain floating-point one.
+        """
+        words = parameter.split(".")
+        for first in range(len(words)):
+            suffix = ".".join(words[first:])
+            if not any(word.isdigit() for word in words[first:]):
+                return None
+            matches = (
+                [suffix] if suffix in self.tensors else [name for name in self.tensors if name.endswith("." + suffix)]
+            )
+            if len(matches) > 1:
+                raise DataError(
+                    f"--base {self.path}: {parameter} could be {' or '.join(sorted(matches))}; save the model with "
+                    "save_pretrained, so that names agree"
+                )
+            if matches:
+                return self._plain(self.tensors[matches[0]])
+        return None
+
+    def _plain(self, tensor: StoredTensor) -> StoredTensor:
+        if tensor.dtype not in DTYPES:
+            raise DataError(
+                f"--base {self.path}: {tensor.name} is {tensor.dtype}: quantised weights cannot hold the folded values "
+                "exactly; fold the unquantised checkpoint and keep these modules in 16 bits"
+            )
+        return tensor
+
+
+def open_checkpoint(path: Path) -> CheckpointFolder:
+    """The tensors of a model folder, from the headers of its safetensors files.
+
+    Raises:
+        DataError: the folder has no safetensors weights, or one that cannot be read.
+    """
+    if (path / INDEX).is_file():
+        files = sorted(set(_json(path / INDEX)["weight_map"].values()))
+    elif (path / WEIGHTS).is_file():
+        files = [WEIGHTS]
+    else:
+        raise DataError(
+            f"--base {path} holds neither {WEIGHTS} nor {INDEX}; give a model folder with safetensors weights "
+            "(model.save_pretrained writes one)"
+        )
+    return CheckpointFolder(path, {tensor.name: tensor for file in files for tensor in _stored(path, file)})
+
+
+def _stored(path: Path, file: str) -> list[StoredTensor]:
+    try:
+        with open(path / file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > os.fstat(stream.fileno()).st_size:
+                raise ValueError("its header is longer than the file")
+            header = json.loads(stream.read(length))
+    except (OSError, ValueError) as error:
+        raise DataError(f"--base {path}: {file} cannot be read: {error}; download the checkpoint again") from error
+    return [
+        StoredTensor(name, file, 8 + length + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
+        for name, entry in header.items()
+        if name != "__metadata__"
+    ]
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}; download the checkpoint again") from error
+
+
+def copy_checkpoint(checkpoint: CheckpointFolder, target: Path, rewritten: set[str]) -> None:
+    """Copy a folder's files: weights by hard link except those in `rewritten`, and no weights in another form."""
+    for source in sorted(checkpoint.path.iterdir()):
+        if not source.is_file():
+            continue
+        if source.name in checkpoint.files and source.name not in rewritten:
+            _link(source.resolve(), target / source.name)  # the hub's cache holds links, and a link to one may break
+        elif source.name in rewritten or source.suffix not in OTHER_WEIGHTS:
+            shutil.copyfile(source, target / source.name)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
