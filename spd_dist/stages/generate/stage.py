@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from spd_dist.errors import DataError
 from spd_dist.models.decoding import Decoded, Request
 from spd_dist.models.engines.in_process import HFEngine, opened
 from spd_dist.models.engines.placement import choose_placement
+from spd_dist.models.operators import projection_hash
 from spd_dist.models.policy import Policy
 from spd_dist.runtime.artifacts import write_json
 from spd_dist.runtime.completions import as_row, gather_parts, part_name, without_repeats, write_merged
@@ -90,20 +90,9 @@ def same_on_all_ranks(projection: Projection | None, world: World) -> Projection
     if world.size == 1:
         return projection
     projection = broadcast_object(projection)
-    if not all_equal(projection_hash(projection)):
+    if not all_equal("none" if projection is None else projection_hash(projection)):
         raise DataError("the projection differs between ranks after its broadcast; check the network and start again")
     return projection
-
-
-def projection_hash(projection: Projection | None) -> str:
-    """The hash of sites, operators and insertion point; the same on every machine."""
-    digest = hashlib.blake2b(digest_size=16)
-    if projection is not None:
-        digest.update(projection.insertion.encode())
-        for site, operator in sorted(projection.operators.items()):
-            digest.update(f"{site!r} {operator.keep} {tuple(operator.factor_DR.shape)}".encode())
-            digest.update(operator.factor_DR.contiguous().numpy().tobytes() + operator.weight_R.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _own_work(requests: Sequence[Request], config: Generate, completions: Path, world: World) -> list[Request]:
