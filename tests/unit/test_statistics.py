@@ -93,7 +93,7 @@ def test_arms_over_different_examples_are_refused():
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=9))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_holms_correction_is_that_of_statsmodels(values):
     p_values = {f"arm {index}": value for index, value in enumerate(values)}
     expected = multipletests(values, method="holm")[1]
