@@ -36,7 +36,10 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new folder")
     parser.add_argument("--form", choices=("folded", "adapter"), default="folded")
-    parser.add_argument("--no-check", action="store_true", help="skip the comparison of logits, which loads the model")
+    parser.add_argument(
+        "--other-base", action="store_true", help="the subspace may have been computed on other weights"
+    )
+    parser.add_argument("--no-check", action="store_true", help="skip what loads the model: comparing logits and base")
     return parser.parse_intermixed_args()
 
 
@@ -48,11 +51,15 @@ def export(arguments: argparse.Namespace) -> str:
 
     from spd_dist.models.adapter_export import export_adapter
     from spd_dist.models.export import export_folded
+    from spd_dist.models.parity import check_base
     from spd_dist.runtime.subspace_file import load_subspace
     from spd_dist.stages.project import projection
 
     subspace = load_subspace(arguments.subspace / "project" / "subspace.safetensors" if is_run else arguments.subspace)
     operators = projection(subspace, config.project, config.seed)
+    fingerprint = subspace.metadata.get("base_fingerprint")
+    if fingerprint is not None and not (arguments.other_base or arguments.no_check):
+        check_base(arguments.base, fingerprint)
     write = export_adapter if arguments.form == "adapter" else export_folded
     exported = write(arguments.base, operators, arguments.out, check=not arguments.no_check)
     lines = [f"{arguments.form}: {len(exported.tensors)} tensors of {arguments.base} -> {exported.folder}"]

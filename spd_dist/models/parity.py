@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from spd_dist.distributed.zero import weights_fingerprint
 from spd_dist.errors import DataError
 from spd_dist.models.projection import projected
 from spd_dist.types import Projection
@@ -36,6 +37,21 @@ class Parity(NamedTuple):
 def load_float32(folder: Path) -> nn.Module:
     """The model of a folder, as plain transformers loads it, in float32."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def check_base(base: Path, fingerprint: str) -> None:
+    """Compare a folder's weights with those that a subspace was computed on, in whichever dtype that was.
+
+    Raises:
+        DataError: they differ in every dtype.
+    """
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        if weights_fingerprint(AutoModelForCausalLM.from_pretrained(base, dtype=dtype)) == fingerprint:
+            return
+    raise DataError(
+        f"--base {base} does not hold the weights that the subspace was computed on (fingerprint {fingerprint}); give "
+        "that model's folder, or --other-base if another model is meant"
+    )
 
 
 def check_parity(

@@ -52,6 +52,9 @@ def _check_fold_and_hook() -> None:
                     assert_close(logits(replica), expected, atol=3e-6, rtol=0)
                 assert_close(logits(replica), base, atol=3e-6, rtol=0)
         assert weights_fingerprint(module) == fingerprint
+        with projected(module, four_sites(), "fold"), full_replica(engine, module) as replica:
+            assert_close(logits(replica), expected, atol=3e-6, rtol=0)
+        assert weights_fingerprint(module) == fingerprint
         _check_one_rank_failing(module)
         assert weights_fingerprint(module) == fingerprint
         _assert_untouched(module)

@@ -14,6 +14,7 @@ from tiny import save_tiny_model, tiny_model
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from spd_dist.distributed.zero import weights_fingerprint
 from spd_dist.errors import ConfigError, DataError
 from spd_dist.models import export, parity
 from spd_dist.models.adapter_export import export_adapter
@@ -216,7 +217,8 @@ def test_the_launcher_exports_a_run(form, base, tmp_path, monkeypatch, capsys):
         for place, op in four_sites().operators.items()
     }
     run = tmp_path / "run"
-    save_subspace(run / "project" / "subspace.safetensors", Subspace(sites))
+    fingerprint = weights_fingerprint(tiny_model().bfloat16())  # the run was on a GPU
+    save_subspace(run / "project" / "subspace.safetensors", Subspace(sites, {"base_fingerprint": fingerprint}))
     words = ["export.py", run, "--base", base, "--out", tmp_path / "out", "--form", form, "project.kinds=value"]
     monkeypatch.setattr(sys, "argv", [str(word) for word in words])
     assert main() == 0
@@ -225,3 +227,6 @@ def test_the_launcher_exports_a_run(form, base, tmp_path, monkeypatch, capsys):
     assert {slot["kind"] for slot in record["slots"]} == {"value"}
     assert main() == 2
     assert "exists" in capsys.readouterr().err
+    save_tiny_model(base, seed=1)
+    assert main() == 3
+    assert "does not hold the weights that the subspace was computed on" in capsys.readouterr().err
