@@ -1,6 +1,6 @@
 """A KV cache whose rows come and go: the token at position p of a row lies in column p of its slot.
 
-Shapes: B slots, N rows in use, H KV heads, C columns, D head width.
+Shapes: B slots, N rows of a pass, H KV heads, C columns, D head width.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ GROWTH_COLUMNS = 64
 
 
 class Window:
-    """The part of the slots that the next forward pass reads: rows 0 to N - 1 and a number of columns."""
+    """The part of the slots that the next pass reads: the first rows and columns."""
 
     def __init__(self) -> None:
         self.num_rows = 0
@@ -36,9 +36,7 @@ class SlotLayer(CacheLayerMixin):
         self.window = window
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Zeros of the same width, type and device: what is masked out must at least be finite."""
-        self.keys, self.values = torch.zeros_like(key_states), torch.zeros_like(value_states)
-        self.is_initialized = True
+        """Nothing: `SlotCache.reserve` makes the room before the first pass."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write one new token a row; give all that the rows may attend to."""
@@ -53,7 +51,7 @@ class SlotLayer(CacheLayerMixin):
         return self.window.num_columns, 0
 
     def get_seq_length(self) -> int:
-        """The columns before the newest: nothing in the window lies in any row's future."""
+        """The columns before the last: no column of the window lies in any row's future."""
         return self.window.num_columns - 1
 
     def get_max_length(self) -> int:
@@ -62,7 +60,7 @@ class SlotLayer(CacheLayerMixin):
 
 
 class SlotCache(Cache):
-    """The slots of all layers: `admit` a prefilled row, `drop` a finished one, `open` the window for the next token."""
+    """The slots of all layers: `admit` a prefilled row, `move` a row to a free slot, `open` the window for a pass."""
 
     def __init__(self, num_layers: int, num_slots: int) -> None:
         self.window = Window()
@@ -72,22 +70,29 @@ class SlotCache(Cache):
     def reserve(self, num_columns: int, like: Cache | None = None) -> None:
         """Make room for `num_columns`, layer by layer; `like` gives heads and widths the first time."""
         for index, layer in enumerate(self.layers):
-            source = layer if layer.is_initialized else like.layers[index]
-            if layer.is_initialized and layer.keys.shape[2] >= num_columns:
-                continue
-            kept = (layer.keys, layer.values) if layer.is_initialized else (None, None)
-            layer.keys, layer.values = (
-                _widened(shape, old, self.num_slots, num_columns + GROWTH_COLUMNS)
-                for shape, old in zip((source.keys, source.values), kept, strict=True)
-            )
-            layer.is_initialized = True
+            if not layer.is_initialized:
+                source = like.layers[index]
+                layer.keys, layer.values = (self._room(tensor, num_columns) for tensor in (source.keys, source.values))
+                layer.is_initialized = True
+            elif layer.keys.shape[2] < num_columns:
+                layer.keys, layer.values = (self._wider(tensor, num_columns) for tensor in (layer.keys, layer.values))
 
-    def admit(self, prefilled: Cache, row: int, slot: int, num_columns: int) -> None:
-        """Copy the last `num_columns` columns of a prefilled row (it is left-padded) to the front of a slot."""
+    def _room(self, like: Tensor, num_columns: int) -> Tensor:
+        """Zeros: what is masked out must at least be finite."""
+        return like.new_zeros(self.num_slots, like.shape[1], num_columns + GROWTH_COLUMNS, like.shape[3])
+
+    def _wider(self, old: Tensor, num_columns: int) -> Tensor:
+        wide = self._room(old, num_columns)
+        wide[:, :, : old.shape[2]] = old
+        return wide
+
+    def admit(self, prefilled: Cache, row: int, slot: int, *, prefix: int, num_columns: int) -> None:
+        """Copy a prefilled row to a slot: its first `prefix` columns, and the last ones; padding is in between."""
         self.reserve(num_columns, like=prefilled)
         for layer, source in zip(self.layers, prefilled.layers, strict=True):
-            layer.keys[slot, :, :num_columns] = source.keys[row, :, source.keys.shape[2] - num_columns :]
-            layer.values[slot, :, :num_columns] = source.values[row, :, source.values.shape[2] - num_columns :]
+            for kept, made in ((layer.keys, source.keys), (layer.values, source.values)):
+                kept[slot, :, :prefix] = made[row, :, :prefix]
+                kept[slot, :, prefix:num_columns] = made[row, :, made.shape[2] - (num_columns - prefix) :]
 
     def move(self, source: int, target: int, num_columns: int) -> None:
         """Copy slot `source` over slot `target`."""
@@ -102,16 +107,13 @@ class SlotCache(Cache):
         self.window.row_N, self.window.column_N = torch.arange(len(column_N), device=column_N.device), column_N
 
 
-def _widened(shape: Tensor, old: Tensor | None, num_slots: int, num_columns: int) -> Tensor:
-    wide = shape.new_zeros(num_slots, shape.shape[1], num_columns, shape.shape[3])
-    if old is not None:
-        wide[:, :, : old.shape[2]] = old
-    return wide
-
-
-def prefill_cache(num_layers: int) -> Cache:
-    """An empty cache that keeps everything, also in layers that attend to a window only."""
-    return Cache(layers=[DynamicLayer() for _ in range(num_layers)])
+def prefill_cache(num_layers: int, prefix: Cache | None = None, num_rows: int = 1) -> Cache:
+    """A cache that keeps every column, also in layers that attend to a window; it begins with the prefix's, if any."""
+    layers = [DynamicLayer() for _ in range(num_layers)]
+    if prefix is not None:
+        for layer, source in zip(layers, prefix.layers, strict=True):
+            layer.update(source.keys.expand(num_rows, -1, -1, -1), source.values.expand(num_rows, -1, -1, -1))
+    return Cache(layers=layers)
 
 
 def num_slot_layers(config: PretrainedConfig, max_length: int) -> int:

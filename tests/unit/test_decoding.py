@@ -1,0 +1,184 @@
+"""Tokens depend on prompt and seed only: not on the batch, its order, its memory, or the kind of cache."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+import torch
+from families import FAMILIES, family_model
+from tiny import tiny_model
+
+from spd_dist.errors import DataError
+from spd_dist.models.decoding import Decoded, Request, Sampling, decode
+from spd_dist.models.slots import num_slot_layers
+
+STOP = {"eos_token_ids": tuple(range(2, 64, 9)), "pad_token_id": 0}
+GREEDY = Sampling(temperature=0.0, max_new_tokens=12)
+SAMPLED = Sampling(temperature=1.0, top_p=0.95, max_new_tokens=12)
+
+
+def requests(count: int = 20, longest: int = 20, shared: int = 0, samples: int = 1) -> list[Request]:
+    rng = random.Random(count)
+    beginning = tuple(rng.randrange(3, 64) for _ in range(shared))
+    prompts = [beginning + tuple(rng.randrange(3, 64) for _ in range(rng.randrange(1, longest))) for _ in range(count)]
+    return [
+        Request(f"p{index:02d}", sample, prompt, 1000 * index + sample)
+        for index, prompt in enumerate(prompts)
+        for sample in range(samples)
+    ]
+
+
+def decoded(model: torch.nn.Module, work: list[Request], sampling: Sampling, **settings: object) -> dict:
+    found = list(decode(model, work, sampling, **STOP, **settings))
+    assert Counter((one.request.id, one.request.sample) for one in found).most_common(1)[0][1] == 1
+    return {(one.request.id, one.request.sample): (one.tokens, one.finish_reason) for one in found}
+
+
+@torch.no_grad()
+def by_hand(model: torch.nn.Module, request: Request, num_tokens: int) -> tuple[tuple[int, ...], str]:
+    """Greedy, without any cache."""
+    tokens = list(request.tokens)
+    for _ in range(num_tokens):
+        tokens.append(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax().item())
+        if tokens[-1] in STOP["eos_token_ids"]:
+            break
+    made = tuple(tokens[len(request.tokens) :])
+    return made, "stop" if made[-1] in STOP["eos_token_ids"] else "length"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_are_those_of_forward_passes_without_a_cache(family):
+    model, work = family_model(family), requests(10)
+    found = decoded(model, work, GREEDY, batch_size=4)
+    for request in work:
+        assert found[request.id, 0] == by_hand(model, request, GREEDY.max_new_tokens)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "phi3", "deepseek_v3", "falcon"])
+def test_slots_hold_every_cache_of_plain_keys_and_values(family):
+    assert num_slot_layers(family_model(family).config, 64)
+
+
+def test_slots_refuse_what_they_cannot_hold():
+    sliding = family_model("mistral").config
+    assert num_slot_layers(sliding, max_length=4)
+    assert not num_slot_layers(sliding, max_length=5)
+    assert not num_slot_layers(family_model("qwen3_next").config, 4)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED, Sampling(1.5, 0.8, 20, 0.01, 1.2, 12)])
+def test_tokens_are_the_same_at_batch_1_8_and_64(sampling):
+    model, work = tiny_model(vocab_size=64), requests(70)
+    alone = decoded(model, work, sampling, batch_size=1)
+    assert decoded(model, work, sampling, batch_size=8) == alone
+    assert decoded(model, random.Random(0).sample(work, len(work)), sampling, batch_size=64) == alone
+    assert {reason for _, reason in alone.values()} == {"stop", "length"}
+
+
+def test_a_beginning_that_all_prompts_share_is_read_once_and_changes_nothing():
+    model, work = tiny_model(vocab_size=64), requests(12, shared=15)
+    alone = {key: value for one in work for key, value in decoded(model, [one], SAMPLED).items()}
+    read = []
+    hook = model.register_forward_pre_hook(
+        lambda _, __, inputs: read.append(inputs["input_ids"].shape), with_kwargs=True
+    )
+    assert decoded(model, work, SAMPLED, batch_size=4) == alone
+    hook.remove()
+    assert read[0] == (1, 15)
+    assert max(columns for _, columns in read[1:]) < 20
+
+
+def test_several_samples_of_a_prompt_differ_and_read_it_once():
+    model, work = tiny_model(vocab_size=64), requests(3, samples=6)
+    rows = []
+    hook = model.register_forward_pre_hook(
+        lambda _, __, inputs: rows.append(inputs["input_ids"].shape), with_kwargs=True
+    )
+    found = decoded(model, work, SAMPLED, batch_size=2)
+    hook.remove()
+    assert sum(count for count, columns in rows if columns > 1) == 3
+    assert len({tokens for tokens, _ in found.values()}) > 12
+    assert found == {key: value for one in work for key, value in decoded(model, [one], SAMPLED).items()}
+
+
+def test_fixed_shapes_make_bfloat16_independent_of_what_shares_the_batch():
+    model, work = tiny_model(vocab_size=64, num_hidden_layers=2).bfloat16(), requests(24)
+    shapes = set()
+    hook = model.register_forward_pre_hook(
+        lambda _, __, inputs: shapes.add(inputs["input_ids"].shape), with_kwargs=True
+    )
+    fixed = {"batch_size": 6, "fixed_columns": 40}
+    whole = decoded(model, work, SAMPLED, **fixed)
+    hook.remove()
+    assert {rows for rows, columns in shapes if columns == 1} <= {1, 6}
+    parts = [decoded(model, work[start::3], SAMPLED, **fixed) for start in range(3)]
+    assert whole == parts[0] | parts[1] | parts[2]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_out_of_memory_halves_the_batch_and_keeps_the_samples(family, caplog):
+    model, work = family_model(family), requests(12)
+    expected = decoded(model, work, SAMPLED, batch_size=2)
+
+    def full(_, __, inputs):
+        if len(inputs["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    hook = model.register_forward_pre_hook(full, with_kwargs=True)
+    assert decoded(model, work, SAMPLED, batch_size=8) == expected
+    assert "generate.batch_size=2" in caplog.text
+    hook.remove()
+
+
+def test_out_of_memory_at_batch_1_or_in_step_with_others_is_an_error():
+    model = tiny_model(vocab_size=64)
+
+    def full(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    hook = model.register_forward_pre_hook(full)
+    with pytest.raises(DataError, match=r"out of memory with generate.batch_size=1; lower"):
+        decoded(model, requests(3), SAMPLED, batch_size=4)
+    with pytest.raises(DataError, match=r"out of memory with generate.batch_size=4; lower"):
+        decoded(model, requests(3), SAMPLED, batch_size=4, halve=False)
+    hook.remove()
+
+
+def test_other_errors_of_the_model_are_not_taken_for_memory():
+    model = tiny_model(vocab_size=64)
+
+    def broken(*_):
+        raise RuntimeError("shape mismatch")
+
+    model.register_forward_pre_hook(broken)
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        decoded(model, requests(3), SAMPLED)
+
+
+def test_a_prompt_longer_than_the_context_is_named():
+    with pytest.raises(DataError, match=r"prompt 'long' has 120 tokens, .* takes 132, and the model's context is 128"):
+        decoded(tiny_model(max_position_embeddings=128), [Request("long", 0, (5,) * 120, 0)], SAMPLED)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_nothing_is_inherited_from_the_generation_config_of_the_model(family):
+    model, work = family_model(family), requests(6)
+    expected = decoded(model, work, GREEDY)
+    inherited = model.generation_config
+    inherited.update(
+        repetition_penalty=3.0, no_repeat_ngram_size=1, suppress_tokens=[5, 6, 7], max_length=22, do_sample=True
+    )
+    assert decoded(model, work, GREEDY) == expected
+    assert model.generation_config is inherited
+
+
+def test_no_requests_give_no_completions():
+    assert list(decode(tiny_model(), [], SAMPLED, **STOP)) == []
+
+
+def test_completions_come_as_they_finish():
+    model = tiny_model(vocab_size=64)
+    first: Decoded = next(iter(decode(model, requests(30), SAMPLED, **STOP, batch_size=4)))
+    assert first.tokens

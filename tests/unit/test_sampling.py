@@ -1,0 +1,111 @@
+"""What is drawn: the distribution that the settings say, from a row's own numbers only."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from spd_dist.errors import DataError
+from spd_dist.models.sampling import Sampling, choose, uniforms
+
+
+def logits(seed: int, rows: int = 4, vocabulary: int = 300, scale: float = 2.0) -> torch.Tensor:
+    return torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def reference_probabilities(logits_NV: torch.Tensor, sampling: Sampling, prompt_NT: torch.Tensor) -> torch.Tensor:
+    """What transformers would draw from with the same settings."""
+    processors = LogitsProcessorList()
+    if sampling.repetition_penalty != 1:
+        processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    processors.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k:
+        processors.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        processors.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        processors.append(MinPLogitsWarper(sampling.min_p))
+    return processors(prompt_NT, logits_NV.clone()).double().softmax(-1)
+
+
+@given(
+    st.integers(0, 10_000),
+    st.sampled_from([0.3, 0.7, 1.0, 1.6]),
+    st.sampled_from([0, 1, 5, 40, 400]),
+    st.sampled_from([0.05, 0.5, 0.9, 0.999, 1.0]),
+    st.sampled_from([0.0, 0.02, 0.3]),
+    st.sampled_from([1.0, 1.3]),
+)
+@settings(max_examples=60, deadline=None)
+def test_each_token_owns_the_share_of_the_unit_interval_that_transformers_gives_it(
+    seed, temperature, top_k, top_p, min_p, penalty
+):
+    sampling = Sampling(temperature, top_p, top_k, min_p, penalty)
+    row_V = logits(seed, rows=1, scale=0.5 if seed % 2 else 4.0)[0]
+    prompt_NT = torch.tensor([[3, 5, 8, 8, 250]])
+    expected_V = reference_probabilities(row_V[None], sampling, prompt_NT)[0]
+    uniform_N = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
+    seen_NV = torch.zeros(2000, len(row_V), dtype=torch.bool)
+    seen_NV[:, prompt_NT[0]] = True
+    token_N = choose(row_V.expand(2000, -1), uniform_N, sampling, None if penalty == 1 else seen_NV)
+    found_V = torch.bincount(token_N, minlength=len(row_V)) / 2000
+    assert (found_V - expected_V).abs().max() <= 1 / 2000 + 1e-6
+    assert not (found_V[expected_V == 0] > 0).any()
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it():
+    logits_NV, uniform_N = logits(1, rows=64, vocabulary=5000, scale=0.3), uniforms(3, 64)
+    for sampling in (Sampling(), Sampling(1.0, 1.0), Sampling(1.6, 0.8, 20), Sampling(0.0)):
+        together_N = choose(logits_NV, uniform_N, sampling)
+        alone_N = torch.cat([choose(logits_NV[i : i + 1], uniform_N[i : i + 1], sampling) for i in range(64)])
+        assert together_N.equal(alone_N)
+
+
+def test_rounding_that_swaps_two_nearly_equal_logits_does_not_swap_their_intervals():
+    logits_NV = torch.tensor([[1.0, 2.0, 2.0 + 1e-6, 0.5]])
+    swapped_NV = logits_NV[:, [0, 2, 1, 3]]
+    for uniform in torch.linspace(0.01, 0.99, 50, dtype=torch.float64):
+        both = [choose(one_NV, uniform[None], Sampling(1.0, 0.9)) for one_NV in (logits_NV, swapped_NV)]
+        assert both[0].equal(both[1])
+
+
+def test_ties_at_the_edge_of_the_truncation_go_to_the_lower_token():
+    logits_NV = torch.zeros(1, 500)
+    kept = {
+        choose(logits_NV, torch.tensor([u]), Sampling(1.0, 1.0, top_k=3)).item() for u in (0.0, 0.2, 0.5, 0.7, 0.99)
+    }
+    assert kept == {0, 1, 2}
+
+
+def test_the_largest_uniform_number_never_draws_a_token_of_weight_zero():
+    largest_N = torch.tensor([1 - 2**-53], dtype=torch.float64)
+    assert choose(torch.tensor([[0.0, 5.0, -torch.inf]]), largest_N, Sampling(1.0, 1.0)).item() == 1
+    assert choose(torch.tensor([[0.0, 5.0, -9.0]]), largest_N, Sampling(1.0, 0.5)).item() == 1
+
+
+def test_a_longer_completion_begins_with_the_random_numbers_of_a_shorter_one():
+    assert uniforms(5, 300)[:7].equal(uniforms(5, 7))
+    assert not uniforms(5, 7).equal(uniforms(6, 7))
+    assert uniforms(2**63 - 1, 1).shape == (1,)
+
+
+def test_the_random_state_of_the_process_is_left_alone():
+    before = torch.get_rng_state()
+    choose(logits(0), uniforms(1, 4), Sampling())
+    assert before.equal(torch.get_rng_state())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_numbers_are_named(value):
+    with pytest.raises(DataError, match="logits are NaN or infinite; check the weights"):
+        choose(torch.full((2, 5), value), uniforms(0, 2), Sampling())
