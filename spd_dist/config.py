@@ -126,11 +126,14 @@ class Generate:
     num_samples: int = setting(1, "completions a prompt", at_least=1)
     max_new_tokens: int = setting(256, "a completion is cut there", at_least=1)
     batch_size: int = setting(32, "rows decoded together; samples do not depend on it", at_least=1)
-    batch_invariant: bool = setting(False, "fixed shapes: bf16 samples do not depend on the batch either; slower")
+    batch_invariant: bool = setting(False, "fixed shapes: bf16 samples do not depend on ranks and kills either; slower")
     num_tasks: int = setting(1, "jobs that share one corpus, as a SLURM array", at_least=1)
     task_index: int = setting(0, "which of them this one is", at_least=0)
     vllm_python: str | None = setting(None, "interpreter that has vllm, for engine=vllm")
     command: str | None = setting(None, "template with {model}, {prompts} and {output}, for engine=command")
+    ssd_temperature: float = setting(1.6, "of the SSD arm; arXiv 2604.01193 samples instruct models so", at_least=0)
+    ssd_top_p: float = setting(0.8, "of the SSD arm", above=0, at_most=1)
+    ssd_top_k: int = setting(20, "of the SSD arm", at_least=0)
     max_repetition_rate: float = setting(1.0, "largest share of repetitive completions", at_least=0, at_most=1)
     max_empty_rate: float = setting(0.5, "largest share of empty completions", at_least=0, at_most=1)
 
@@ -165,6 +168,7 @@ class Finetune:
     validation_fraction: float = setting(0.0, "share of the corpus that is held out", at_least=0, at_most=0.5)
     keep_best: bool = setting(False, "save the weights of the epoch with the lowest validation loss, not the last ones")
     patience: int | None = setting(None, "stop after N epochs without a lower validation loss", at_least=1)
+    merge: bool = setting(False, "lora: write the model with its adapters merged, too")
 
 
 @dataclass(frozen=True)

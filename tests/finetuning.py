@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tiny import tiny_tokenizer
@@ -17,9 +17,20 @@ from spd_dist.runtime.metrics import MetricLogger
 from spd_dist.stages.finetune import Job, finetune
 from spd_dist.types import Completion
 
-TINY = Finetune(
-    learning_rate=5e-3, num_epochs=2, global_batch_size=8, micro_batch_size=4, max_tokens=64, warmup_epochs=0.5
-)
+TINY = Finetune(learning_rate=5e-3, num_epochs=2, global_batch_size=8, micro_batch_size=4, max_tokens=64)
+
+
+class Trained(NamedTuple):
+    """What a fine-tuning left."""
+
+    rows: list[dict[str, float]]
+    """The metrics of every step that this process took."""
+    summary: dict[str, Any]
+    policy: Policy
+
+    @property
+    def losses(self) -> torch.Tensor:
+        return losses(self.rows)
 
 
 def completions(count: int = 22) -> list[Completion]:
@@ -34,26 +45,18 @@ def completions(count: int = 22) -> list[Completion]:
     return made
 
 
-def train(
-    model: Path,
-    folder: Path,
-    *,
-    zero_stage: int = 3,
-    deepspeed: dict[str, Any] | None = None,
-    count: int = 22,
-    dtype: str = "auto",
-    job: dict[str, Any] | None = None,
-    **changes: Any,
-) -> tuple[list[dict[str, float]], dict[str, Any], Policy]:
-    """Fine-tune the model of a folder; returns the metrics of every step, the summary and the policy."""
-    distributed = Distributed(zero_stage=zero_stage, deepspeed=deepspeed or {}, timeout_seconds=60)
-    world = join_world(distributed)
-    policy = load_policy(Model(name=str(model), dtype=dtype), distributed, world)
-    log = folder / "metrics"
-    with MetricLogger(log, world.rank) as metrics:
-        work = Job(folder=folder, seed=3, world=world, distributed=distributed, metrics=metrics, **(job or {}))
-        summary = finetune(policy, completions(count), dataclasses.replace(TINY, **changes), work)
-    return [row for row in read_jsonl(metrics.path) if "finetune/loss" in row], summary, policy
+def train(model: Path, folder: Path, *, distributed: dict[str, Any] | None = None, job: dict[str, Any] | None = None,
+          dtype: str = "auto", **changes: Any) -> Trained:  # fmt: skip
+    """Fine-tune the model of a folder on these ranks; `changes` are of the settings."""
+    settings = Distributed(timeout_seconds=60, **(distributed or {}))
+    world = join_world(settings)
+    policy = load_policy(Model(name=str(model), dtype=dtype), settings, world)
+    with MetricLogger(folder / "metrics", world.rank) as metrics:
+        done_before = len(read_jsonl(metrics.path))
+        work = Job(folder=folder, seed=3, world=world, distributed=settings, metrics=metrics, **(job or {}))
+        summary = finetune(policy, completions(), dataclasses.replace(TINY, **changes), work)
+    rows = [row for row in read_jsonl(metrics.path)[done_before:] if "finetune/loss" in row]
+    return Trained(rows, summary, policy)
 
 
 def losses(rows: list[dict[str, float]]) -> torch.Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 
+import torch
 from deepspeed.accelerator import get_accelerator
 
 from spd_dist.distributed.world import World
@@ -16,3 +18,23 @@ def free_bytes(world: World) -> int:
         return int(accelerator.available_memory(world.local_rank))
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world.size)
     return int(accelerator.available_memory()) // ranks_here
+
+
+def peak_bytes(world: World) -> int:
+    """The most memory that this rank has held so far: of its accelerator, or on the CPU its resident set."""
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        return int(accelerator.max_memory_allocated(world.local_rank))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "V100": 125e12}
+"""Dense half-precision FLOP/s by what the device's name holds."""
+
+
+def peak_flops(world: World) -> float | None:
+    """The accelerator's dense half-precision peak, if it is known."""
+    if world.device.type == "cpu":
+        return None
+    name = torch.get_device_module(world.device).get_device_name(world.device)
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)

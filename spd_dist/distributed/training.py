@@ -16,7 +16,8 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
 from spd_dist.config import Distributed
-from spd_dist.distributed.zero import merge_settings
+from spd_dist.distributed.writer import BackgroundWriter
+from spd_dist.distributed.zero import merge_settings, whole_shape
 from spd_dist.errors import ConfigError
 
 OURS = {
@@ -67,8 +68,8 @@ def training_engine(
     """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = [
-        {"params": [p for p in trained if _num_dimensions(p) > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if _num_dimensions(p) <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trained if len(whole_shape(p)) > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if len(whole_shape(p)) <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     # torch's own AdamW: DeepSpeed would compile one for minutes.
@@ -78,11 +79,18 @@ def training_engine(
         else {"optimizer": torch.optim.AdamW(groups, lr=learning_rate)}
     )
     engine, *_ = deepspeed.initialize(model=module, config=dict(settings), **given)
+    engine.checkpoint_engine = BackgroundWriter()
+    # It puts scripts beside the checkpoints, on rank 0 alone, where a full disk would part it from the other ranks.
+    engine._copy_recovery_script = lambda _: None
+    for group in engine.optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
     return engine
 
 
-def _num_dimensions(parameter: nn.Parameter) -> int:
-    return len(parameter.ds_shape) if hasattr(parameter, "ds_shape") else parameter.dim()
+def close_engine(engine: DeepSpeedEngine) -> None:
+    """Take the engine off its module, for the next one."""
+    engine.checkpoint_engine.close()
+    engine.destroy()
 
 
 def accumulate(engine: DeepSpeedEngine, loss: torch.Tensor, *, is_last: bool) -> None:
@@ -92,9 +100,9 @@ def accumulate(engine: DeepSpeedEngine, loss: torch.Tensor, *, is_last: bool) ->
 
 
 def set_learning_rate(engine: DeepSpeedEngine, fraction: float) -> float:
-    """Set every group's learning rate to `fraction` of what it began with; returns the first one."""
+    """Set every group's learning rate to `fraction` of what it was made with; returns the first one."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = group.setdefault("peak_lr", group["lr"]) * fraction
+        group["lr"] = group["initial_lr"] * fraction
     return engine.optimizer.param_groups[0]["lr"]
 
 
@@ -109,17 +117,32 @@ def optimizer_step(engine: DeepSpeedEngine) -> float:
     return float(engine.get_global_grad_norm() if norm is None else norm)
 
 
-def save_engine(engine: DeepSpeedEngine, folder: Path, tag: str, state: Mapping[str, Any]) -> None:
-    """Write the trained parameters and the optimizer to `folder/tag`, every rank its shards; frozen parameters are left out."""
-    engine.save_checkpoint(
-        str(folder), tag=tag, client_state=dict(state), save_latest=False, exclude_frozen_parameters=True
-    )
+def save_engine(engine: DeepSpeedEngine, folder: Path, tag: str) -> None:
+    """Have the trained parameters and the optimizer written to `folder/tag`, every rank its shards, in the background.
+
+    Frozen parameters are left out. `engine.checkpoint_engine.digests()` tells the end and the outcome.
+    """
+    engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
 
 
-def load_engine(engine: DeepSpeedEngine, folder: Path, tag: str) -> dict[str, Any]:
-    """Restore what `save_engine` wrote, at the same world size unless it was converted; returns the state."""
-    _, state = engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False, load_lr_scheduler_states=False)
-    return state
+def load_engine(engine: DeepSpeedEngine, folder: Path, tag: str) -> None:
+    """Restore what `save_engine` wrote, at the same world size unless it was converted."""
+    groups = engine.optimizer.param_groups
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False, load_lr_scheduler_states=False)
+    # From a universal checkpoint, DeepSpeed gives every group the settings of the first, and one step counter to all of
+    # them, which then counts as many steps at once as there are groups.
+    for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    for state in _base_optimizer(engine).state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].clone()
+
+
+def _base_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
+    """The optimizer inside ZeRO's or the mixed precision's wrapper."""
+    outer = engine.optimizer
+    return outer if isinstance(outer, torch.optim.Optimizer) else outer.optimizer
 
 
 def convert_to_universal(checkpoint: Path, target: Path) -> None:

@@ -73,6 +73,11 @@ def frozen_engine(module: nn.Module, config: Distributed, dtype: torch.dtype) ->
     return engine
 
 
+def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The shape of a parameter that may be sharded."""
+    return tuple(parameter.ds_shape) if hasattr(parameter, "ds_shape") else tuple(parameter.shape)
+
+
 @contextmanager
 def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Whole parameters on every rank within this context, to be read, not written; a no-op unless they are sharded."""
@@ -116,8 +121,7 @@ def weights_fingerprint(module: nn.Module) -> str:
         dist.all_reduce(sums)
     digest = hashlib.blake2b(digest_size=16)
     for (name, parameter), total in zip(named, sums.tolist(), strict=True):
-        shape = tuple(parameter.ds_shape) if hasattr(parameter, "ds_shape") else tuple(parameter.shape)
-        digest.update(f"{name} {shape} {parameter.dtype} {total}\n".encode())
+        digest.update(f"{name} {whole_shape(parameter)} {parameter.dtype} {total}\n".encode())
     return digest.hexdigest()
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from spd_dist.config import Finetune
+from spd_dist.distributed.zero import gathered
 from spd_dist.errors import ConfigError
 from spd_dist.models.dropout import TokenKeys, use_keyed_dropout
+from spd_dist.models.save import save_tensors, stored_parameters
 
 ADAPTER = "default"
 
@@ -70,13 +70,8 @@ def adapter_parameters(adapted: PeftModel) -> dict[str, nn.Parameter]:
 
 def save_adapter(adapted: PeftModel, tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Write the PEFT format: `adapter_config.json` and `adapter_model.safetensors` with `tensors` (whole, by parameter name)."""
-    folder.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(adapted, state_dict=dict(tensors), save_embedding_layers=False)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in state.items()},
-        folder / "adapter_model.safetensors",
-        {"format": "pt"},
-    )
+    save_tensors(state, folder / "adapter_model.safetensors")
     config = adapted.peft_config[ADAPTER]
     training, config.inference_mode = config.inference_mode, True
     config.save_pretrained(str(folder))
@@ -88,14 +83,24 @@ def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
     return PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False).eval()
 
 
-@contextmanager
-def adapted_by(model: nn.Module, folder: Path) -> Iterator[PeftModel]:
-    """`model` with the adapter of `folder` inside the block, and without it after: for weights that are whole."""
-    adapted = load_adapter(model, folder)
-    try:
-        yield adapted
-    finally:
-        remove_adapters(adapted)
+def merged_tensors(adapted: PeftModel) -> Iterator[tuple[str, Tensor]]:
+    """The base model's stored tensors with the adapters merged in, whole, on the CPU, one at a time. A collective."""
+    model = adapted.get_base_model()
+    layers = {f"{name}.base_layer.weight": layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    for name, parameter in stored_parameters(model).items():
+        if ".lora_" in name:
+            continue
+        layer = layers.get(name)
+        with gathered([parameter] if layer is None else layer.parameters()), torch.no_grad():
+            tensor = parameter.detach() if layer is None else _merged_weight(layer)
+            yield name.replace(".base_layer.", "."), tensor.to("cpu", copy=True)
+
+
+def _merged_weight(layer: LoraLayer) -> Tensor:
+    weight = layer.get_base_layer().weight.detach()
+    if ADAPTER in layer.lora_variant:
+        return layer.lora_variant[ADAPTER].merge_safe(layer, ADAPTER, weight)
+    return weight + layer.get_delta_weight(ADAPTER)
 
 
 def _layers(adapted: nn.Module) -> list[tuple[str, LoraLayer]]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from spd_dist.distributed.collectives import together
 from spd_dist.distributed.world import World
@@ -28,33 +28,49 @@ def whole_tensors(parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[str,
             yield name, parameter.detach().to("cpu", copy=True)
 
 
+def stored_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """The parameters and buffers that a checkpoint holds, by name; tied ones once."""
+    names = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in names}
+    return {**dict(model.named_parameters()), **buffers}
+
+
 def save_model(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tensors: Iterable[tuple[str, Tensor]],
     folder: Path,
     *,
     world: World,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write `model` as sharded safetensors with its configuration and tokenizer. A collective.
+    """Write `tensors` as sharded safetensors, with the configuration of `model`. A collective.
 
     Raises:
         DataError: the disk is full or may not be written.
     """
-    names = model.state_dict().keys()
-    buffers = {
-        name: nn.Parameter(buffer, requires_grad=False) for name, buffer in model.named_buffers() if name in names
-    }
-    writer = ShardWriter(folder, shard_bytes) if world.is_main else None
-    for name, tensor in whole_tensors(dict(model.named_parameters()) | buffers):
-        if writer is not None:
+    writer = ShardWriter(folder, shard_bytes)
+    for name, tensor in tensors:  # each gathered by all ranks, and kept by one
+        if world.is_main:
             writer.add(name, tensor)
     with together("saving the model"):
-        if writer is not None:
+        if world.is_main:
             writer.finish()
             model.config.save_pretrained(folder)
-            model.generation_config.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            if model.generation_config is not None:
+                model.generation_config.save_pretrained(folder)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write one safetensors file that transformers and peft read.
+
+    Raises:
+        DataError: the disk is full or may not be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} cannot be written: {error}; make room and start the same command again") from error
 
 
 class ShardWriter:
@@ -68,13 +84,13 @@ class ShardWriter:
         self.held: dict[str, Tensor] = {}
         self.shards: list[list[str]] = []
         self.total_bytes = 0
-        self.failure: Exception | None = None
+        self.failure: DataError | None = None
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Take one tensor."""
         if self.held and sum(map(_num_bytes, self.held.values())) + _num_bytes(tensor) > self.shard_bytes:
             self._write()
-        self.held[name] = tensor.contiguous()
+        self.held[name] = tensor
 
     def finish(self) -> None:
         """Write what is held and the index.
@@ -84,9 +100,7 @@ class ShardWriter:
         """
         self._write()
         if self.failure is not None:
-            raise DataError(
-                f"{self.folder} cannot be written: {self.failure}; make room and start the same command again"
-            )
+            raise self.failure
         count = len(self.shards)
         weight_map = {}
         for number, names in enumerate(self.shards, 1):
@@ -102,9 +116,8 @@ class ShardWriter:
             self.shards.append(list(self.held))
             self.total_bytes += sum(map(_num_bytes, self.held.values()))
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                save_file(self.held, self._part(len(self.shards)), {"format": "pt"})
-            except (OSError, SafetensorError) as error:
+                save_tensors(self.held, self._part(len(self.shards)))
+            except DataError as error:
                 self.failure = error
         self.held = {}
 

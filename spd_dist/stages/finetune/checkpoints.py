@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent: written beside, hashed, marked, renamed; and found again at any world size."""
+"""Checkpoints that are whole or absent, written while training goes on, and found again at any world size."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spd_dist.distributed.collectives import broadcast_object, gather_objects, together
+from spd_dist.distributed.collectives import any_rank, gather_objects, on_main, together
 from spd_dist.distributed.training import DeepSpeedEngine, convert_to_universal, load_engine, save_engine
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError
@@ -29,49 +29,71 @@ class Found:
     folder: Path
     step: int
     world_size: int
+    zero_stage: int
     state: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A checkpoint that is being written."""
+
+    engine: DeepSpeedEngine
+    folder: Path
+    marker: Mapping[str, Any]
+    best_step: int | None
 
 
 class Checkpoints:
     """The checkpoints of one fine-tuning, in `folder/step_00000050`. All methods are collectives."""
 
-    def __init__(self, folder: Path, identity: str, world: World, *, keep: int, keep_every: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, identity: str, world: World, *, zero_stage: int, keep: int, keep_every: int | None = None
+    ) -> None:
         """`identity` is the hash of all that a checkpoint depends on: one of another identity is refused."""
         self.folder, self.identity, self.world = folder, identity, world
-        self.keep, self.keep_every = keep, keep_every
+        self.zero_stage, self.keep, self.keep_every = zero_stage, keep, keep_every
+        self.pending: Pending | None = None
 
-    def save(
+    def begin(
         self, engine: DeepSpeedEngine, step: int, state: Mapping[str, Any], *, best_step: int | None = None
     ) -> None:
-        """Write step `step`, then remove what is neither among the newest, nor the best, nor one of `keep_every`.
+        """Copy weights and optimizer as they are now, and write them while training goes on; `complete` ends it.
 
         Raises:
             DataError: the disk is full or may not be written; earlier checkpoints are kept.
         """
+        self.complete()
         final = self.folder / _name(step)
         partial = final.with_name(final.name + PARTIAL)
-        with together("preparing a checkpoint"):
-            if self.world.is_main:
-                with writing(final):
-                    for stale in (partial, final):
-                        shutil.rmtree(stale, ignore_errors=True)
-                    self.folder.mkdir(parents=True, exist_ok=True)
-        save_engine(engine, self.folder, partial.name, {})
-        with together("hashing a checkpoint"):
-            hashes = self._hash_my_part(partial)
-        merged = {name: digest for part in gather_objects(hashes) for name, digest in part.items()}
-        with together("finishing a checkpoint"):
-            if self.world.is_main:
-                marker = {
-                    "step": step,
-                    "identity": self.identity,
-                    "world_size": self.world.size,
-                    "state": dict(state),
-                    "sha256": merged,
-                }
-                write_json(partial / MARKER, marker)
-                partial.rename(final)
-                self._prune(step, best_step)
+        on_main("preparing a checkpoint", lambda: self._make_room(partial))
+        save_engine(engine, self.folder, partial.name)
+        marker = {
+            "step": step,
+            "identity": self.identity,
+            "world_size": self.world.size,
+            "zero_stage": self.zero_stage,
+            "state": dict(state),
+        }
+        self.pending = Pending(engine, final, marker, best_step)
+
+    def complete_if_written(self) -> None:
+        """Between two steps: complete the checkpoint if every rank has written its part."""
+        if self.pending is not None and not any_rank(not self.pending.engine.checkpoint_engine.is_idle):
+            self.complete()
+
+    def complete(self) -> None:
+        """Wait for the checkpoint that is being written, if any; mark it, rename it, and remove what is not kept.
+
+        Raises:
+            DataError: it could not be written; it is gone, and earlier checkpoints are kept.
+        """
+        if self.pending is None:
+            return
+        pending, self.pending = self.pending, None
+        with together("writing a checkpoint"):
+            digests = pending.engine.checkpoint_engine.digests()
+        digests = {name: digest for part in gather_objects(digests) for name, digest in part.items()}
+        on_main("completing a checkpoint", lambda: self._publish(pending, digests))
 
     def newest(self) -> Found | None:
         """The newest whole checkpoint; broken ones are named in the log and passed over.
@@ -79,12 +101,12 @@ class Checkpoints:
         Raises:
             DataError: it belongs to other settings or other data.
         """
-        found = None
-        with together("looking for checkpoints"):
-            if self.world.is_main:
-                steps = sorted(self.folder.glob("step_*[0-9]"), reverse=True)
-                found = next(filter(None, map(self._checked, steps)), None)
-        return broadcast_object(found)
+
+        def look() -> Found | None:
+            folders = sorted(self.folder.glob("step_*[0-9]"), reverse=True)
+            return next(filter(None, map(self._checked, folders)), None)
+
+        return on_main("looking for checkpoints", look)
 
     def at(self, step: int) -> Found:
         """The checkpoint of `step`.
@@ -92,38 +114,56 @@ class Checkpoints:
         Raises:
             DataError: it is missing or broken.
         """
-        found = None
-        with together("reading a checkpoint"):
-            if self.world.is_main:
-                found = self._checked(self.folder / _name(step))
-                if found is None:
-                    raise DataError(
-                        f"{self.folder / _name(step)} is not whole; delete {self.folder.parent} and start again"
-                    )
-        return broadcast_object(found)
+
+        def look() -> Found:
+            found = self._checked(self.folder / _name(step))
+            if found is None:
+                raise DataError(f"{self.folder / _name(step)} is not whole; delete {self.folder} and start again")
+            return found
+
+        return on_main("reading a checkpoint", look)
 
     def loadable(self, found: Found) -> Path:
-        """The folder to load at this world size: the checkpoint, or its universal form, made now if need be."""
-        if found.world_size == self.world.size:
+        """The folder to load at this world size and stage: the checkpoint, or its universal form, made now if need be.
+
+        Raises:
+            DataError: it was written without ZeRO and should be read with it, or the other way round.
+        """
+        if bool(found.zero_stage) != bool(self.zero_stage):
+            raise DataError(
+                f"{found.folder} was written with distributed.zero_stage={found.zero_stage}, which a run with "
+                f"distributed.zero_stage={self.zero_stage} cannot read; set it back, or delete {self.folder}"
+            )
+        if not self.zero_stage or (found.world_size, found.zero_stage) == (self.world.size, self.zero_stage):
             return found.folder
         universal = found.folder.with_name(found.folder.name + UNIVERSAL)
         log.info("%s is of %d ranks; converting it for %d", found.folder, found.world_size, self.world.size)
-        with together("converting a checkpoint to another world size"):
-            if self.world.is_main:
-                shutil.rmtree(universal, ignore_errors=True)
+
+        def convert() -> None:
+            shutil.rmtree(universal, ignore_errors=True)
+            with writing(universal):
                 convert_to_universal(found.folder, universal)
+
+        on_main("converting a checkpoint to another world size", convert)
         return universal
 
     def load(self, engine: DeepSpeedEngine, folder: Path) -> None:
         """Restore the trained weights and the optimizer."""
         load_engine(engine, folder.parent, folder.name)
-        if self.world.is_main and folder.name.endswith(UNIVERSAL):
-            shutil.rmtree(folder)
+        if folder.name.endswith(UNIVERSAL):
+            on_main("removing the converted checkpoint", lambda: shutil.rmtree(folder))
 
-    def _hash_my_part(self, folder: Path) -> dict[str, str]:
-        files = sorted(file for file in folder.rglob("*") if file.is_file())
-        mine = files[self.world.rank :: self.world.size]
-        return {file.relative_to(folder).as_posix(): sha256_of(file) for file in mine}
+    def _make_room(self, partial: Path) -> None:
+        with writing(partial):
+            shutil.rmtree(partial, ignore_errors=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def _publish(self, pending: Pending, digests: Mapping[str, str]) -> None:
+        partial = pending.folder.with_name(pending.folder.name + PARTIAL)
+        write_json(partial / MARKER, {**pending.marker, "sha256": dict(sorted(digests.items()))})
+        shutil.rmtree(pending.folder, ignore_errors=True)
+        partial.rename(pending.folder)
+        self._prune(pending.best_step)
 
     def _checked(self, folder: Path) -> Found | None:
         """What `folder` holds, or None, with the reason in the log, if it is not whole."""
@@ -140,17 +180,17 @@ class Checkpoints:
             raise DataError(
                 f"{folder} was made with other settings, weights or completions; delete {self.folder} to train anew"
             )
-        return Found(folder, marker["step"], marker["world_size"], marker["state"])
+        return Found(folder, marker["step"], marker["world_size"], marker["zero_stage"], marker["state"])
 
-    def _prune(self, step: int, best_step: int | None) -> None:
+    def _prune(self, best_step: int | None) -> None:
         """Only after the new one is whole."""
         folders = {int(folder.name.removeprefix("step_")): folder for folder in self.folder.glob("step_*[0-9]")}
-        kept = set(sorted(folders)[-self.keep :]) | {step, best_step}
-        for old, folder in folders.items():
-            if old not in kept and not (self.keep_every and old % self.keep_every == 0):
+        kept = {best_step, *sorted(folders)[-self.keep :]}
+        for step, folder in folders.items():
+            if step not in kept and not (self.keep_every and step % self.keep_every == 0):
                 shutil.rmtree(folder)
         for leftover in [*self.folder.glob(f"*{PARTIAL}"), *self.folder.glob(f"*{UNIVERSAL}")]:
-            shutil.rmtree(leftover, ignore_errors=True)
+            shutil.rmtree(leftover)
 
 
 def _name(step: int) -> str:

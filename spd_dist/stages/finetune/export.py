@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spd_dist.distributed.collectives import together
+from spd_dist.distributed.collectives import on_main, together
 from spd_dist.distributed.zero import frozen_engine, is_sharded
 from spd_dist.errors import DataError
-from spd_dist.models.adapters import PeftModel, adapter_parameters, load_adapter, remove_adapters, save_adapter
+from spd_dist.models.adapters import (
+    PeftModel,
+    adapter_parameters,
+    load_adapter,
+    merged_tensors,
+    remove_adapters,
+    save_adapter,
+)
+from spd_dist.models.card import Card, write_card
 from spd_dist.models.policy import Policy
-from spd_dist.models.save import load_saved_model, probe_logits, save_model, whole_tensors
+from spd_dist.models.save import load_saved_model, probe_logits, save_model, stored_parameters, whole_tensors
 from spd_dist.runtime.artifacts import writing
 from spd_dist.stages.finetune.job import Job
 
@@ -22,71 +32,88 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 """Largest difference of logits, relative to the largest logit, that rounding explains."""
 
 
-def export_adapter(
-    policy: Policy, adapted: PeftModel, job: Job, probe: tuple[int, ...], trained_logits: Tensor
-) -> dict[str, Any]:
-    """Write `job.folder/adapter`, and leave `policy.model` without adapters. A collective."""
-    folder = job.folder / "adapter"
-    partial = _start(folder, job)
-    tensors = dict(whole_tensors(adapter_parameters(adapted)))
-    with together("saving the adapter"):
-        if job.world.is_main:
-            with writing(folder):
-                save_adapter(adapted, tensors, partial)
-                policy.tokenizer.save_pretrained(partial)
-    remove_adapters(adapted)
-    loaded = load_adapter(policy.model, partial)
-    engine = frozen_engine(loaded, job.distributed, policy.model.dtype) if is_sharded(policy.model) else None
-    difference = _difference(probe_logits(loaded, probe, job.world.device), trained_logits)
-    if engine is not None:
-        engine.destroy()
-    remove_adapters(loaded)
-    _finish(folder, partial, job, difference, policy.model.dtype)
-    return {
-        "adapter": folder.name,
-        "num_trained_parameters": sum(t.numel() for t in tensors.values()),
-        "logits_difference": difference,
-    }
+@dataclass(frozen=True)
+class Export:
+    """Saves one student. Its methods are collectives, and return what the summary says of them."""
 
+    policy: Policy
+    job: Job
+    card: Card
+    probe: tuple[int, ...]
+    trained_logits: Tensor
+    """Of the student on the probe, from the engine that trained it."""
 
-def export_model(policy: Policy, job: Job, probe: tuple[int, ...], trained_logits: Tensor) -> dict[str, Any]:
-    """Write `job.folder/model`, and read it back on rank 0. A collective."""
-    folder = job.folder / "model"
-    partial = _start(folder, job)
-    save_model(policy.model, policy.tokenizer, partial, world=job.world)
-    difference = 0.0
-    with together("reading the saved model back"):
-        if job.world.is_main:
-            loaded = load_saved_model(partial, policy.model.dtype).to(job.world.device)
-            difference = _difference(probe_logits(loaded, probe, job.world.device), trained_logits)
-    _finish(folder, partial, job, difference, policy.model.dtype)
-    return {"model": folder.name, "logits_difference": difference}
+    def adapter(self, adapted: PeftModel) -> dict[str, Any]:
+        """Write `adapter/`, take the adapters off, and load it as a user does, to see that it is the student."""
+        model = self.policy.model
+        partial = self._start("adapter")
+        tensors = dict(whole_tensors(adapter_parameters(adapted)))
+        self._on_main(partial, lambda: save_adapter(adapted, tensors, partial))
+        remove_adapters(adapted)
+        loaded = load_adapter(model, partial)
+        engine = frozen_engine(loaded, self.job.distributed, model.dtype) if is_sharded(model) else None
+        difference = self._difference(probe_logits(loaded, self.probe, self.job.world.device))
+        if engine is not None:
+            engine.destroy()
+        remove_adapters(loaded)
+        self._finish(partial, difference)
+        num_trained = sum(tensor.numel() for tensor in tensors.values())
+        return {"adapter": "adapter", "num_trained_parameters": num_trained, "logits_difference": difference}
 
+    def merged(self, adapted: PeftModel) -> dict[str, Any]:
+        """Write `model/` with the adapters in its weights."""
+        return self._model(lambda folder: save_model(self.policy.model, merged_tensors(adapted), folder, world=self.job.world))
 
-def _start(folder: Path, job: Job) -> Path:
-    partial = folder.with_name(folder.name + ".partial")
-    with together("preparing to save"):
-        if job.world.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-    return partial
+    def model(self) -> dict[str, Any]:
+        """Write `model/`."""
+        tensors = whole_tensors(stored_parameters(self.policy.model))
+        return self._model(lambda folder: save_model(self.policy.model, tensors, folder, world=self.job.world))
 
+    def _model(self, save: Callable[[Path], None]) -> dict[str, Any]:
+        partial = self._start("model")
+        save(partial)
 
-def _difference(logits: Tensor, expected: Tensor) -> float:
-    return ((logits - expected).abs().max() / expected.abs().max()).item()
+        def read_back() -> float:
+            loaded = load_saved_model(partial, self.policy.model.dtype).to(self.job.world.device)
+            return self._difference(probe_logits(loaded, self.probe, self.job.world.device))
 
+        difference = on_main("reading the saved model back", read_back)
+        self._finish(partial, difference)
+        return {"model": "model", "model_logits_difference": difference}
 
-def _finish(folder: Path, partial: Path, job: Job, difference: float, dtype: torch.dtype) -> None:
-    """Rename to the final name, if the logits agree.
+    def _start(self, name: str) -> Path:
+        partial = self.job.folder / f"{name}.partial"
+        self._on_main(partial, lambda: shutil.rmtree(partial, ignore_errors=True))
+        return partial
 
-    Raises:
-        DataError: they do not.
-    """
-    with together("checking what was saved"):
-        if not difference <= TOLERANCE[dtype]:
-            raise DataError(
-                f"{partial}: its logits differ from those of the trained model by {difference:.1e} of the largest, more than "
-                f"{TOLERANCE[dtype]:.0e}; it is left there to look at, and finetune/checkpoints holds the trained weights"
-            )
-        if job.world.is_main:
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
+    def _on_main(self, path: Path, action: Callable[[], None]) -> None:
+        with together(f"saving {path}"):
+            if self.job.world.is_main:
+                with writing(path):
+                    action()
+
+    def _difference(self, logits: Tensor) -> float:
+        return ((logits - self.trained_logits).abs().max() / self.trained_logits.abs().max()).item()
+
+    def _finish(self, partial: Path, difference: float) -> None:
+        """Add tokenizer and card, and rename to the final name, if the logits agree.
+
+        Raises:
+            DataError: they do not.
+        """
+        tolerance = TOLERANCE[self.policy.model.dtype]
+        final = partial.with_suffix("")
+
+        def publish() -> None:
+            if not difference <= tolerance:
+                raise DataError(
+                    f"{partial}: its logits differ from those of the trained model by {difference:.1e} of the largest, "
+                    f"more than {tolerance:.0e}; it is left there to look at, and {self.job.folder / 'checkpoints'} "
+                    "holds the trained weights"
+                )
+            self.policy.tokenizer.save_pretrained(partial)
+            write_card(self.card, partial, "adapter" if final.name == "adapter" else "model")
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+
+        self._on_main(final, publish)

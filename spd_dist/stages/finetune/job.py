@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,3 +30,5 @@ class Job:
     """Gets the numbers of every step and epoch, on all ranks."""
     progress_seconds: float = 5.0
     """Time between two progress lines."""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    """What else the model card should say: the task, the arm, the hash of the config."""

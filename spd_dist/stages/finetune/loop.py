@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from spd_dist.config import Finetune
-from spd_dist.distributed.collectives import gather_objects, sum_over_ranks
+from spd_dist.distributed.collectives import gather_objects, sum_over_ranks, together
 from spd_dist.distributed.training import DeepSpeedEngine, accumulate, optimizer_step, set_learning_rate
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError
@@ -118,14 +118,16 @@ class Trainer:
         return self.engine(on_device.token_BT, on_device.source_N, on_device.label_N, **on_device.context)
 
     def _check_finite(self, value: float, what: str, step: int, indices: set[int]) -> None:
+        """`value` is the same on all ranks."""
         if math.isfinite(value):
             return
         names = sorted({self.sequences[index].id for part in gather_objects(indices) for index in part})
-        raise DataError(
-            f"finetune: {what} of step {step} is {value}, with the completions {', '.join(names[:8])}"
-            f"{' and others' if len(names) > 8 else ''}; the last checkpoint is kept. "
-            "Lower finetune.learning_rate, or look at these completions"
-        )
+        with together(f"checking {what}"):
+            raise DataError(
+                f"finetune: {what} of step {step + 1} is {value}, with the completions {', '.join(names[:8])}"
+                f"{' and others' if len(names) > 8 else ''}; the last checkpoint is kept. "
+                "Lower finetune.learning_rate, or look at these completions"
+            )
 
 
 @contextlib.contextmanager

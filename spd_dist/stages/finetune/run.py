@@ -5,90 +5,121 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from spd_dist.config import Finetune
-from spd_dist.distributed.zero import weights_fingerprint
+from spd_dist.distributed.collectives import together
+from spd_dist.distributed.zero import frozen_engine, is_sharded, weights_fingerprint
 from spd_dist.errors import DataError
-from spd_dist.models.adapters import add_adapters, key_dropout
+from spd_dist.models.adapters import PeftModel, add_adapters, key_dropout
+from spd_dist.models.card import Card
 from spd_dist.models.dropout import TokenKeys
-from spd_dist.models.next_token_loss import Student
 from spd_dist.models.policy import Policy
 from spd_dist.runtime.artifacts import content_hash
 from spd_dist.runtime.seeding import generator
-from spd_dist.stages.finetune.export import export_adapter, export_model
+from spd_dist.stages.finetune.export import Export
 from spd_dist.stages.finetune.job import Job
-from spd_dist.stages.finetune.sequences import TrainingSequence, held_out, training_sequences
-from spd_dist.stages.finetune.training import Training
+from spd_dist.stages.finetune.sequences import held_out, training_sequences
+from spd_dist.stages.finetune.training import Corpus, Outcome, Training
 from spd_dist.types import Completion
 
-NUM_PROBE_TOKENS = 64
-NOT_OF_RESULTS = ("micro_batch_size", "packing", "checkpointing", "checkpoint_every", "keep_checkpoints", "keep_every")
+NOT_OF_RESULTS = {
+    "micro_batch_size", "packing", "checkpointing", "checkpoint_every", "keep_checkpoints", "keep_every", "merge",
+}  # fmt: skip
+"""Settings of `finetune` that change no trained weight."""
 
 
 def finetune(policy: Policy, completions: Sequence[Completion], config: Finetune, job: Job) -> dict[str, Any]:
     """Train `policy` on its own `completions`, and write the student to `job.folder`. A collective.
 
-    Starts where the newest whole checkpoint in `job.folder` left off. LoRA leaves `policy` as it was, without an engine;
-    full fine-tuning leaves the student in it.
+    It goes on from the newest whole checkpoint in `job.folder`. LoRA leaves `policy` as it was; full fine-tuning leaves
+    the student in it, without an engine.
 
     Returns:
         The summary: sequences and tokens, losses by epoch, steps, seconds, and what was saved.
 
     Raises:
-        DataError: the weights are not those that were loaded, nothing is supervised, or a loss or gradient is not finite.
+        ConfigError: settings that this model or DeepSpeed cannot follow.
+        DataError: the weights are not as they were loaded, nothing is supervised, or a loss or gradient is not finite.
         StopRequested: `job.should_stop` said so; a checkpoint is there.
     """
     started = time.perf_counter()
-    policy.release()
-    if weights_fingerprint(policy.model) != policy.fingerprint:
-        raise DataError(
-            f"model.name: the weights of {policy.name} changed since they were loaded; fine-tuning starts from the untouched ones. "
-            "Load the policy again"
-        )
-    sequences = training_sequences(completions, config, pad_token_id=policy.pad_token_id)
-    training_part, validation_part = held_out(
-        sequences, config.validation_fraction, generator(job.seed, "finetune", "held out")
-    )
-    if config.mode == "lora":
-        adapted = add_adapters(
-            policy.model, config, generator=generator(job.seed, "finetune", "adapters"), base_name=policy.name
-        )
-        keys = key_dropout(adapted)
-    else:
-        adapted, keys = None, TokenKeys()
-        policy.model.requires_grad_(True)
-    training = Training(
-        policy,
-        Student(policy.model),
-        keys,
-        (training_part, validation_part),
-        config,
-        job,
-        identity=_identity(policy, sequences, config, job),
-        probe=(probe := sequences[0].tokens[:NUM_PROBE_TOKENS]),
-    )
-    outcome = training.run()
-    if adapted is not None:
-        saved = export_adapter(policy, adapted, job, probe, outcome.probe_logits)
-    else:
-        saved = export_model(policy, job, probe, outcome.probe_logits)
-    return {
-        "num_sequences": len(training_part),
-        "num_validation_sequences": len(validation_part),
-        "num_targets": sum(sequence.num_targets for sequence in training_part),
-        "num_cut": sum(len(c.prompt_tokens) + len(c.tokens) > config.max_tokens for c in completions),
+    _check_untouched(policy)
+    with together("preparing the fine-tuning"):
+        corpus = _corpus(policy, completions, config, job)
+        adapted = None
+        if config.mode == "lora":
+            seeded = generator(job.seed, "finetune", "adapters")
+            adapted = add_adapters(policy.model, config, generator=seeded, base_name=policy.name)
+        else:
+            policy.model.requires_grad_(True)
+    keys = key_dropout(adapted) if adapted is not None else TokenKeys()
+    outcome = Training(policy, corpus, config, job, keys=keys).run()
+    summary = {
+        "num_sequences": len(corpus.train),
+        "num_validation_sequences": len(corpus.validation),
+        "num_targets": sum(sequence.num_targets for sequence in corpus.train),
+        "num_cut": sum(len(one.prompt_tokens) + len(one.tokens) > config.max_tokens for one in completions),
         "num_steps": outcome.state.step,
         "saved_step": outcome.saved_step,
         "stopped_early": outcome.state.stopped_early,
         "epochs": outcome.state.epochs,
-        **saved,
-        "seconds": time.perf_counter() - started,
     }
+    summary |= _save(policy, adapted, corpus, config, job, outcome=outcome)
+    return {**summary, "seconds": time.perf_counter() - started}
 
 
-def _identity(policy: Policy, sequences: Sequence[TrainingSequence], config: Finetune, job: Job) -> str:
-    """The hash of all that the trained weights depend on."""
+def _check_untouched(policy: Policy) -> None:
+    policy.release()
+    found = weights_fingerprint(policy.model)
+    with together("checking the base weights"):
+        if found != policy.fingerprint:
+            raise DataError(
+                f"model.name: the weights of {policy.name} changed since they were loaded, and fine-tuning starts from "
+                "the untouched ones; load the policy again"
+            )
+
+
+def _corpus(policy: Policy, completions: Sequence[Completion], config: Finetune, job: Job) -> Corpus:
+    sequences = training_sequences(completions, config, pad_token_id=policy.pad_token_id)
+    train, validation = held_out(sequences, config.validation_fraction, generator(job.seed, "finetune", "held out"))
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_OF_RESULTS}
     data = [dataclasses.astuple(sequence) for sequence in sequences]
-    return content_hash([policy.fingerprint, settings, job.seed, data])
+    return Corpus(train, validation, content_hash([policy.fingerprint, settings, job.seed, data]))
+
+
+def _save(
+    policy: Policy, adapted: PeftModel | None, corpus: Corpus, config: Finetune, job: Job, *, outcome: Outcome
+) -> dict[str, Any]:
+    card = Card(
+        base_model=policy.name,
+        base_folder=Path(policy.name) if Path(policy.name).is_dir() else None,
+        loss_on=config.loss_on,
+        facts={
+            **job.facts,
+            "completions": f"{len(corpus.train)}, of the base model itself",
+            "fine-tuning": _described(config),
+            "steps": f"{outcome.saved_step} of {config.global_batch_size} sequences",
+            "identity of settings, weights and data": corpus.identity[:16],
+        },
+        epochs=outcome.state.epochs,
+    )
+    export = Export(policy, job, card, corpus.probe, outcome.probe_logits)
+    if adapted is None:
+        return export.model()
+    saved = export.merged(adapted) if config.merge else {}
+    saved |= export.adapter(adapted)
+    if is_sharded(policy.model):
+        policy.engine = frozen_engine(policy.model, job.distributed, policy.model.dtype)
+    return saved
+
+
+def _described(config: Finetune) -> str:
+    if config.mode == "full":
+        return f"all parameters, AdamW, learning rate {config.learning_rate:g}"
+    name = {"lora": "LoRA", "rslora": "rank-stabilised LoRA", "dora": "DoRA"}[config.lora_variant]
+    return (
+        f"{name} of rank {config.lora_rank} on {', '.join(config.lora_targets)}, AdamW, "
+        f"learning rate {config.learning_rate:g}"
+    )

@@ -1,18 +1,19 @@
-"""All epochs: the schedule, checkpoints, stopping on request, on a NaN, or because the loss no longer falls."""
+"""All epochs: the schedule, checkpoints, validation, and every way to stop."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from spd_dist.config import Finetune
-from spd_dist.distributed.collectives import any_rank
-from spd_dist.distributed.training import DeepSpeedEngine, training_engine, training_settings
-from spd_dist.errors import StopRequested
+from spd_dist.distributed.collectives import any_rank, together
+from spd_dist.distributed.heartbeat import Heartbeat, naming_lagging_ranks
+from spd_dist.distributed.training import DeepSpeedEngine, close_engine, training_engine, training_settings
+from spd_dist.errors import DataError, StopRequested
 from spd_dist.models.dropout import TokenKeys
 from spd_dist.models.next_token_loss import Student
 from spd_dist.models.policy import Policy
@@ -25,24 +26,25 @@ from spd_dist.stages.finetune.loop import StepResult, Trainer, global_generator_
 from spd_dist.stages.finetune.plan import global_batches
 from spd_dist.stages.finetune.schedule import learning_rate_fraction
 from spd_dist.stages.finetune.sequences import TrainingSequence
+from spd_dist.stages.finetune.speed import Speedometer
+from spd_dist.stages.finetune.state import State
 
 log = logging.getLogger(__name__)
 
 
-@dataclass
-class State:
-    """Where the training stands: what a checkpoint holds beside weights and optimizer."""
+@dataclass(frozen=True)
+class Corpus:
+    """What one fine-tuning learns from."""
 
-    step: int = 0
-    """Optimizer steps done."""
-    nll: float = 0.0
-    num_targets: int = 0
-    """Both summed over the steps of this epoch so far."""
-    epochs: list[dict[str, float]] = field(default_factory=list)
-    best_loss: float | None = None
-    best_step: int | None = None
-    num_worse_epochs: int = 0
-    stopped_early: bool = False
+    train: list[TrainingSequence]
+    validation: list[TrainingSequence]
+    identity: str
+    """The hash of all that the trained weights depend on."""
+
+    @property
+    def probe(self) -> tuple[int, ...]:
+        """A few tokens to compare logits on."""
+        return self.train[0].tokens[:64]
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,6 @@ class Outcome:
     """A finished training."""
 
     state: State
-    num_steps: int
     saved_step: int
     """The step whose weights are the student's."""
     probe_logits: Tensor
@@ -58,70 +59,72 @@ class Outcome:
 
 
 class Training:
-    """One fine-tuning run of a student."""
+    """One fine-tuning run of a student. Its methods are collectives."""
 
-    def __init__(
-        self,
-        policy: Policy,
-        student: Student,
-        keys: TokenKeys,
-        parts: Sequence[list[TrainingSequence]],
-        config: Finetune,
-        job: Job,
-        *,
-        identity: str,
-        probe: tuple[int, ...],
-    ) -> None:
-        """`parts` are the sequences to train on and those to validate on."""
-        self.policy, self.student, self.keys = policy, student, keys
-        self.training_part, self.validation_part = parts
-        self.config, self.job, self.probe = config, job, probe
-        self.steps_per_epoch = -(-len(self.training_part) // config.global_batch_size)
+    def __init__(self, policy: Policy, corpus: Corpus, config: Finetune, job: Job, *, keys: TokenKeys) -> None:
+        """`keys` are those of the dropout inside the policy's adapters."""
+        self.policy, self.corpus, self.config, self.job, self.keys = policy, corpus, config, job, keys
+        self.student = Student(policy.model)
+        self.steps_per_epoch = -(-len(corpus.train) // config.global_batch_size)
         self.num_steps = self.steps_per_epoch * config.num_epochs
         self.checkpoints = Checkpoints(
-            job.folder / "checkpoints", identity, job.world, keep=config.keep_checkpoints, keep_every=config.keep_every
+            job.folder / "checkpoints",
+            corpus.identity,
+            job.world,
+            zero_stage=job.distributed.zero_stage,
+            keep=config.keep_checkpoints,
+            keep_every=config.keep_every,
         )
         self.progress = Progress("finetune", self.num_steps, "steps", every_seconds=job.progress_seconds)
+        self.heartbeat = Heartbeat(job.folder / "heartbeat", job.world)
+        self.speed = Speedometer(policy.model, job.world)
         self.state = State()
+        self.batches: list[list[int]] = []
+        """Of the current epoch."""
 
     def run(self) -> Outcome:
-        """Train to the end, from the newest checkpoint if there is one."""
+        """Train to the end, from the newest checkpoint if there is one.
+
+        Raises:
+            DataError: a loss or gradient is not finite, or a checkpoint cannot be written or used.
+            StopRequested: the job said so; a checkpoint is there.
+        """
         model = self.policy.model
         if self.config.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         engine = self._engine(self.checkpoints.newest())
         try:
-            with self.progress, global_generator_kept(self.job.world):
+            with self.progress, naming_lagging_ranks(self.heartbeat), global_generator_kept(self.job.world):
                 self.progress.skip(self.state.step)
-                self._epochs(engine)
-            if self._keeps_best and self.state.best_step not in (None, self.state.step):
-                engine.destroy()
-                done, saved_step = self.state, self.state.best_step
+                self._train(engine)
+            saved_step = self.state.best_step if self._keeps_best else self.state.step
+            if saved_step != self.state.step:
+                close_engine(engine)
+                done = self.state
                 engine = self._engine(self.checkpoints.at(saved_step))
                 self.state = done
-            else:
-                saved_step = self.state.step
-            logits = probe_logits(model, self.probe, self.job.world.device)
+            logits = probe_logits(model, self.corpus.probe, self.job.world.device)
         finally:
-            engine.destroy()
+            close_engine(engine)
             model.eval()
             if self.config.checkpointing:
                 model.gradient_checkpointing_disable()
-        return Outcome(self.state, self.num_steps, saved_step, logits)
+        return Outcome(self.state, saved_step, logits)
 
     @property
     def _keeps_best(self) -> bool:
         return self.config.stop_on_train_loss or self.config.keep_best
 
     def _engine(self, found: Found | None) -> DeepSpeedEngine:
+        config = self.config
         settings = training_settings(
-            self.job.distributed, self.policy.model.dtype, max_grad_norm=self.config.max_grad_norm
+            self.job.distributed, self.policy.model.dtype, max_grad_norm=config.max_grad_norm
         )
         folder = None if found is None else self.checkpoints.loadable(found)
         if found is not None and folder != found.folder:
             settings["checkpoint"] = {**settings.get("checkpoint", {}), "load_universal": True}
         engine = training_engine(
-            self.student, settings, learning_rate=self.config.learning_rate, weight_decay=self.config.weight_decay
+            self.student, settings, learning_rate=config.learning_rate, weight_decay=config.weight_decay
         )
         if found is not None:
             self.checkpoints.load(engine, folder)
@@ -129,35 +132,57 @@ class Training:
             log.info("finetune: goes on after step %d of %d", found.step, self.num_steps)
         return engine
 
-    def _epochs(self, engine: DeepSpeedEngine) -> None:
+    def _train(self, engine: DeepSpeedEngine) -> None:
         trainer = Trainer(
-            engine, self.keys, self.training_part, self.config, self.job.seed, self.job.world, self.policy.pad_token_id
+            engine, self.keys, self.corpus.train, self.config, self.job.seed, self.job.world, self.policy.pad_token_id
         )
-        lengths = [len(sequence.tokens) for sequence in self.training_part]
-        num_warmup_steps = int(self.config.warmup_epochs * self.steps_per_epoch)
-        while self.state.step < self.num_steps and not self.state.stopped_early:
-            epoch, first = divmod(self.state.step, self.steps_per_epoch)
-            batches = global_batches(lengths, self.config, generator(self.job.seed, "finetune", "order", epoch))
-            for batch in batches[first:]:
-                self._stop_if_asked(engine)
-                fraction = learning_rate_fraction(
-                    self.state.step, num_steps=self.num_steps, num_warmup_steps=num_warmup_steps
-                )
-                self._took(trainer.step(batch, self.state.step, fraction))
-                ends_epoch = self.state.step % self.steps_per_epoch == 0
-                is_best = self._end_epoch(trainer, epoch) if ends_epoch else False
-                if (
-                    self.state.step % self.config.checkpoint_every == 0
-                    or self.state.step == self.num_steps
-                    or is_best
-                    or self.state.stopped_early
-                ):
-                    self._save(engine)
+        try:
+            while self.state.step < self.num_steps and not self.state.stopped_early:
+                self._step(trainer)
+        except DataError:  # on all ranks: what was being written is a good checkpoint
+            self.checkpoints.complete()
+            raise
+        self.checkpoints.complete()
 
-    def _took(self, result: StepResult) -> None:
-        self.state.step += 1
-        self.state.nll += result.loss * result.num_targets
-        self.state.num_targets += result.num_targets
+    def _step(self, trainer: Trainer) -> None:
+        """One step, and what is due after it."""
+        state = self.state
+        self.heartbeat.beat(f"step {state.step + 1} of finetune")
+        self.checkpoints.complete_if_written()
+        self._stop_if_asked(trainer.engine)
+        result = trainer.step(self._batch(), state.step, self._learning_rate_fraction())
+        state.took_step(result.loss, result.num_targets)
+        self._report(result)
+        ends_epoch = state.step % self.steps_per_epoch == 0
+        is_best = ends_epoch and self._end_epoch(trainer)
+        is_last = state.step == self.num_steps or state.stopped_early
+        if is_best or is_last or state.step % self.config.checkpoint_every == 0:
+            self._begin_checkpoint(trainer.engine)
+
+    def _batch(self) -> list[int]:
+        """The sequences of the next step: a function of the seed and the step alone."""
+        epoch, index = divmod(self.state.step, self.steps_per_epoch)
+        if index == 0 or not self.batches:
+            lengths = [len(sequence.tokens) for sequence in self.corpus.train]
+            self.batches = global_batches(lengths, self.config, generator(self.job.seed, "finetune", "order", epoch))
+        return self.batches[index]
+
+    def _learning_rate_fraction(self) -> float:
+        num_warmup_steps = int(self.config.warmup_epochs * self.steps_per_epoch)
+        return learning_rate_fraction(self.state.step, num_steps=self.num_steps, num_warmup_steps=num_warmup_steps)
+
+    def _end_epoch(self, trainer: Trainer) -> bool:
+        """Measure the epoch; whether its weights are the best so far and may be wanted in the end."""
+        validation = self.corpus.validation
+        losses = self.state.ended_epoch(trainer.mean_loss(validation) if validation else None)
+        self._log({f"epoch_{name}": value for name, value in losses.items()})
+        if self.config.stop_on_train_loss:
+            is_best = self.state.judge(losses["loss"], patience=1)
+        else:
+            is_best = bool(validation) and self.state.judge(losses["validation_loss"], self.config.patience)
+        return is_best and self._keeps_best
+
+    def _report(self, result: StepResult) -> None:
         self.progress.advance(1, result.num_tokens)
         self._log(
             {
@@ -165,6 +190,7 @@ class Training:
                 "grad_norm": result.gradient_norm,
                 "learning_rate": result.learning_rate,
                 "tokens_per_second": result.num_tokens / result.seconds,
+                **self.speed.measure(result.num_tokens, result.seconds),
             }
         )
 
@@ -172,42 +198,17 @@ class Training:
         if self.job.metrics is not None:
             self.job.metrics.log("finetune", values, self.state.step)
 
-    def _end_epoch(self, trainer: Trainer, epoch: int) -> bool:
-        """Measure the epoch; whether it is the best so far, and its weights may be wanted."""
-        state = self.state
-        losses = {"loss": state.nll / max(1, state.num_targets)}
-        if self.validation_part:
-            losses["validation_loss"] = trainer.mean_loss(self.validation_part)
-        state.nll, state.num_targets = 0.0, 0
-        state.epochs.append({"epoch": epoch + 1, **losses})
-        self._log({f"epoch_{name}": value for name, value in losses.items()})
-        judged = losses["loss" if self.config.stop_on_train_loss else "validation_loss"] if self._judges else None
-        if judged is None:
-            return False
-        is_best = state.best_loss is None or judged < state.best_loss
-        if is_best:
-            state.best_loss, state.best_step = judged, state.step
-        state.num_worse_epochs = 0 if is_best else state.num_worse_epochs + 1
-        patience = 1 if self.config.stop_on_train_loss else self.config.patience
-        state.stopped_early = patience is not None and state.num_worse_epochs >= patience
-        return is_best and self._keeps_best
-
-    @property
-    def _judges(self) -> bool:
-        return self.config.stop_on_train_loss or bool(self.validation_part)
-
     def _stop_if_asked(self, engine: DeepSpeedEngine) -> None:
         if not any_rank(self.job.should_stop()):
             return
-        self._save(engine)
-        raise StopRequested(
-            f"finetune: stopped on request after step {self.state.step} of {self.num_steps}; start the same command again to go on"
-        )
+        self._begin_checkpoint(engine)
+        self.checkpoints.complete()
+        with together("stopping"):
+            raise StopRequested(
+                f"finetune: stopped on request after step {self.state.step} of {self.num_steps}; "
+                "start the same command again to go on"
+            )
 
-    def _save(self, engine: DeepSpeedEngine) -> None:
-        self.checkpoints.save(
-            engine,
-            self.state.step,
-            dataclasses.asdict(self.state),
-            best_step=self.state.best_step if self._keeps_best else None,
-        )
+    def _begin_checkpoint(self, engine: DeepSpeedEngine) -> None:
+        best_step = self.state.best_step if self._keeps_best else None
+        self.checkpoints.begin(engine, self.state.step, dataclasses.asdict(self.state), best_step=best_step)

@@ -1,0 +1,161 @@
+"""A fine-tuning that was stopped anywhere goes on as if it had not been, at the same or another world size."""
+
+import logging
+import os
+import resource
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from finetuning import losses, train
+from ranks import run_on_ranks
+from tiny import save_tiny_model
+
+from spd_dist.errors import DataError, StopRequested
+from spd_dist.runtime.artifacts import read_json
+from spd_dist.runtime.jsonl import read_jsonl
+
+FULL = {"mode": "full", "learning_rate": 1e-3}
+LORA: dict = {}
+
+
+def after(num_steps: int, action: Callable[[], bool], rank: int = 0) -> Callable[[], bool]:
+    """A `should_stop` that does `action` on one rank once `num_steps` are done, and before that says no."""
+    calls = [0]
+
+    def should_stop() -> bool:
+        calls[0] += 1
+        return calls[0] > num_steps and dist.get_rank() == rank and action()
+
+    return should_stop
+
+
+def train_and_stop(model: Path, folder: Path, zero_stage: int, num_steps: int | None, changes: dict) -> None:
+    job = {} if num_steps is None else {"should_stop": after(num_steps, lambda: True, rank=dist.get_world_size() - 1)}
+    work = {"distributed": {"zero_stage": zero_stage}, "job": job, "num_epochs": 3, "checkpoint_every": 2} | changes
+    if num_steps is None:
+        train(model, folder, **work)
+    else:
+        with pytest.raises(StopRequested, match=r"stopped on request after step \d of 9; start the same command again"):
+            train(model, folder, **work)
+
+
+def curve(folder: Path) -> torch.Tensor:
+    rows = [row for row in read_jsonl(folder / "metrics/rank_00000.jsonl") if "finetune/loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, 10)), "each step is taken once"
+    return losses(rows)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.mark.parametrize(("zero_stage", "changes"), [(3, LORA), (3, FULL), (1, FULL), (0, LORA)])
+def test_resume_is_bitwise_and_world_size_may_change(model, tmp_path, zero_stage, changes):
+    def run(world_size: int, name: str, num_steps: int | None) -> None:
+        store = tmp_path / f"store-{name}-{world_size}-{num_steps}"
+        run_on_ranks(world_size, store, train_and_stop, model, tmp_path / name, zero_stage, num_steps, changes)
+
+    run(2, "whole", None)
+    run(2, "same", 4)
+    run(2, "same", None)
+    run(2, "changing", 3)
+    run(1, "changing", 2)
+    run(3, "changing", None)
+    assert torch.equal(curve(tmp_path / "same"), curve(tmp_path / "whole"))
+    torch.testing.assert_close(curve(tmp_path / "changing"), curve(tmp_path / "whole"), atol=2e-6, rtol=0)
+    kept = sorted(path.name for path in (tmp_path / "same/checkpoints").iterdir())
+    assert kept == ["step_00000008", "step_00000009"], "the newest two, and nothing unfinished"
+
+
+def resume_past_a_corrupt_checkpoint(model: Path, folder: Path) -> None:
+    train_and_stop(model, folder, 3, 4, {"checkpoint_every": 3})
+    checkpoints = folder / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_00000003", "step_00000004"]
+    if dist.get_rank() == 0:
+        shard = next((checkpoints / "step_00000004").glob("*optim_states.pt"))
+        shard.write_bytes(shard.read_bytes()[:-7] + b"garbage")
+    dist.barrier()
+    heard: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())
+    logging.getLogger("spd_dist.stages.finetune.checkpoints").addHandler(handler)
+    resumed = train(model, folder, num_epochs=3, checkpoint_every=3)
+    assert [row["step"] for row in resumed.rows] == [4, 5, 6, 7, 8, 9]
+    if dist.get_rank() == 0:
+        assert any("step_00000004 is passed over" in line and "optim_states.pt changed" in line for line in heard)
+    again = train(model, folder, num_epochs=3, checkpoint_every=3)
+    assert again.rows == [], "a finished training is only saved again"
+    with pytest.raises(DataError, match=r"made with other settings, weights or completions; delete .*checkpoints"):
+        train(model, folder, num_epochs=4)
+    with pytest.raises(DataError, match=r"was written with distributed\.zero_stage=3, .* cannot read; set it back"):
+        train(model, folder, num_epochs=3, distributed={"zero_stage": 0})
+
+
+def test_a_corrupt_newest_checkpoint_is_named_and_the_one_before_it_used(model, tmp_path):
+    run_on_ranks(2, tmp_path / "store", resume_past_a_corrupt_checkpoint, model, tmp_path / "run")
+
+
+def fill_the_disk_of_one_rank(model: Path, folder: Path) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def no_more_room() -> bool:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+        return False
+
+    work = {"num_epochs": 3, "checkpoint_every": 2, "job": {"should_stop": after(3, no_more_room, rank=1)}}
+    with pytest.raises(DataError, match=r"step_00000004.* cannot be written: .*make room .* earlier checkpoints are kept"):
+        train(model, folder, **work)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    dist.barrier()
+    assert read_json(folder / "checkpoints/step_00000002/COMPLETE.json")["step"] == 2
+    resumed = train(model, folder, num_epochs=3, checkpoint_every=2)
+    assert [row["step"] for row in resumed.rows] == [3, 4, 5, 6, 7, 8, 9]
+
+
+def test_a_full_disk_stops_all_ranks_and_costs_no_earlier_checkpoint(model, tmp_path):
+    run_on_ranks(2, tmp_path / "store", fill_the_disk_of_one_rank, model, tmp_path / "run")
+
+
+def break_the_weights(model: Path, folder: Path) -> None:
+    """A learning rate that blows up: the loss or its gradient is soon not finite."""
+    with pytest.raises(DataError, match=r"of step \d is (nan|inf), with the completions sum-\d+/0.*the last checkpoint is kept"):
+        train(model, folder, learning_rate=1e25, checkpoint_every=1, num_epochs=3, mode="full", warmup_epochs=0)
+    step = max(int(path.name[5:]) for path in (folder / "checkpoints").iterdir())
+    assert step >= 1 and (folder / f"checkpoints/step_{step:08d}/COMPLETE.json").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_all_ranks_and_names_step_and_completions(model, tmp_path):
+    run_on_ranks(2, tmp_path / "store", break_the_weights, model, tmp_path / "run")
+
+
+def lose_a_rank(model: Path, folder: Path) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the test harness ends the other rank at once
+
+    def die() -> bool:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return True
+
+    try:
+        train(model, folder, num_epochs=3, checkpoint_every=2, job={"should_stop": after(5, die, rank=1)})
+    except RuntimeError as error:
+        (folder / "note.txt").write_text("\n".join(error.__notes__))
+        raise
+
+
+def test_a_killed_rank_is_named_by_the_others_and_the_run_resumes(model, tmp_path):
+    with pytest.raises(Exception, match=r"SIGKILL|Connection closed by peer|Connection reset"):
+        run_on_ranks(2, tmp_path / "store", lose_a_rank, model, tmp_path / "run")
+    lines = (tmp_path / "run/note.txt").read_text().splitlines()
+    assert lines[0] == "A rank that failed or lags is the likely cause. Last seen:"
+    assert lines[1].startswith("rank 1 on ") and "its process is gone, last at step" in lines[1]
+    run_on_ranks(2, tmp_path / "store-2", train_and_stop, model, tmp_path / "run", 3, None, {})
+    run_on_ranks(2, tmp_path / "store-3", train_and_stop, model, tmp_path / "whole", 3, None, {})
+    rows = read_jsonl(tmp_path / "run/metrics/rank_00000.jsonl")
+    last_of_each_step = {row["step"]: row["finetune/loss"] for row in rows if "finetune/loss" in row}
+    assert torch.equal(torch.tensor(list(last_of_each_step.values()), dtype=torch.float64), curve(tmp_path / "whole"))
