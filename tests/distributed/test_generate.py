@@ -3,65 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
-import random
+import json
 from pathlib import Path
 
+import generating
 import pytest
 import torch
+import torch.distributed as dist
+from generating import CONFIG, SEED, StoppingAfter, merged, policy_of, prompts, some_projection
 from ranks import run_on_ranks
 from tiny import save_tiny_model
 
-from spd_dist.config import Distributed, Generate, Model
+from spd_dist.config import Generate
+from spd_dist.distributed.collectives import gather_objects
 from spd_dist.distributed.world import World
-from spd_dist.errors import DataError
-from spd_dist.models.policy import Policy, load_policy
+from spd_dist.distributed.zero import weights_fingerprint
+from spd_dist.errors import ConfigError, DataError
+from spd_dist.models.policy import Policy
 from spd_dist.stages.generate import generate
-from spd_dist.types import KVSite, Projection, Prompt, SiteOperator
+from spd_dist.types import Projection
 
-CONFIG = Generate(max_new_tokens=12, batch_size=4, temperature=1.0)
-SEED = 7
-
-
-def prompts(count: int = 11) -> list[Prompt]:
-    """Of unequal lengths, that end at different steps."""
-    rng = random.Random(5)
-    tokens = [tuple(rng.randrange(3, 259) for _ in range(rng.randrange(2, 30))) for _ in range(count)]
-    return [Prompt(f"p{index:02d}", "", row) for index, row in enumerate(tokens)]
+PLACEMENTS = ("replica", "layerwise")
 
 
-def some_projection(layer: int = 2) -> Projection:
-    """Half of the width, at random."""
-    generator = torch.Generator().manual_seed(3)
-    operators = {}
-    for kind, module in (("key", "k_proj"), ("value", "v_proj")):
-        site = KVSite(layer, kind, f"model.layers.{layer}.self_attn.{module}", ((0, 16),), 2)
-        basis_DR = torch.linalg.qr(torch.randn(16, 8, generator=generator))[0]
-        operators[site] = SiteOperator(0.0, basis_DR, torch.ones(8))
-    return Projection(operators)
-
-
-def policy_of(folder: Path, world: World, zero_stage: int) -> Policy:
-    """The tiny policy, with more tokens that end a sequence: a random model seldom says one."""
-    policy = load_policy(Model(str(folder)), Distributed(zero_stage=zero_stage), world)
-    policy.eos_token_ids = tuple(range(2, 259, 17))
-    return policy
-
-
-def world_of_this_process() -> World:
+def this_world() -> World:
     """As `join_world` would give it."""
-    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return World(rank, size, rank, torch.device("cpu"))
+    return World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), torch.device("cpu"))
 
 
-def corpus(model: Path, folder: Path, config: Generate = CONFIG, zero_stage: int = 3) -> bytes:
-    """Generate on this process's ranks and give the merged file."""
-    world = world_of_this_process()
-    policy = policy_of(model, world, zero_stage)
-    summary = generate(policy, prompts(), some_projection(), config, seed=SEED, folder=folder, world=world)
-    assert summary["is_complete"], summary
-    assert min(summary["hook_calls"].values()) >= 1, summary
-    assert summary["leakage"] < 1e-5, summary
-    return (folder / "completions" / "completions.jsonl").read_bytes()
+def run(policy: Policy, folder: Path, config: Generate = CONFIG, **changes: object) -> dict:
+    """Generate on all ranks of this process group."""
+    settings = {"projection": some_projection(), "prompts": prompts(), "progress": None} | changes
+    shown, projection, progress = settings["prompts"], settings["projection"], settings["progress"]
+    return generate(
+        policy, shown, projection, config, seed=SEED, folder=folder, world=this_world(), progress=progress
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -72,22 +48,125 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The corpus of one process with the whole model."""
-    world = World(0, 1, 0, torch.device("cpu"))
-    policy = policy_of(model, world, 0)
-    folder = tmp_path_factory.mktemp("one")
-    generate(policy, prompts(), some_projection(), CONFIG, seed=SEED, folder=folder, world=world)
-    return (folder / "completions" / "completions.jsonl").read_bytes()
+    return generating.corpus(model, tmp_path_factory.mktemp("one"))
 
 
-def the_corpus_is_the_same(model: Path, folder: Path, expected: bytes) -> None:
-    for placement in ("replica", "layerwise"):
+def on_two_ranks(model: Path, folder: Path, expected: bytes) -> None:
+    policy = policy_of(model, this_world(), zero_stage=3)
+    untouched = hooks_of(policy)
+    both_placements_and_forms_give_the_corpus_of_one_rank(policy, folder, expected)
+    a_rank_without_prompts_keeps_the_others_company(policy, folder)
+    the_projection_of_rank_0_is_used(policy, folder, expected)
+    an_error_of_one_rank_is_raised_on_all_and_leaves_nothing_behind(policy, folder, expected, untouched)
+    an_error_while_merging_is_raised_on_all(policy, folder)
+    assert weights_fingerprint(policy.model) == policy.fingerprint
+    assert hooks_of(policy) == untouched
+
+
+def on_four_ranks(model: Path, folder: Path, expected: bytes) -> None:
+    policy = policy_of(model, this_world(), zero_stage=3)
+    both_placements_and_forms_give_the_corpus_of_one_rank(policy, folder, expected)
+    a_rank_without_prompts_keeps_the_others_company(policy, folder)
+    whole = policy_of(model, this_world(), zero_stage=0)
+    assert merged(folder / "whole", run(whole, folder / "whole")) == expected
+    what_other_ranks_left_is_kept(policy, folder, expected)
+    with pytest.raises(ConfigError, match=r"generate.placement=layerwise needs a sharded policy"):
+        run(whole, folder / "refused", dataclasses.replace(CONFIG, placement="layerwise"))
+
+
+def both_placements_and_forms_give_the_corpus_of_one_rank(policy: Policy, folder: Path, expected: bytes) -> None:
+    for placement in PLACEMENTS:
         for apply_as in ("hook", "fold"):
             config = dataclasses.replace(CONFIG, placement=placement, apply_as=apply_as)
-            found = corpus(model, folder / f"{placement}-{apply_as}", config)
-            if apply_as == "hook":
-                assert found == expected
+            target = folder / f"{placement}-{apply_as}"
+            summary = run(policy, target, config)
+            assert merged(target, summary) == expected
+            assert summary["placement"] == placement
+            assert min(summary["hook_calls"].values()) >= 1
+            assert summary["leakage"] < 1e-5
+            assert json.loads((target / "summary.json").read_text()) == summary
+    assert run(policy, folder / "auto")["placement"] == "replica"
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_the_corpus_is_the_same_on_any_number_of_ranks(model: Path, expected: bytes, tmp_path: Path, world_size: int):
-    run_on_ranks(world_size, tmp_path / "store", the_corpus_is_the_same, model, tmp_path, expected)
+def a_rank_without_prompts_keeps_the_others_company(policy: Policy, folder: Path) -> None:
+    for placement in PLACEMENTS:
+        config = dataclasses.replace(CONFIG, placement=placement, num_samples=1)
+        summary = run(policy, folder / f"few-{placement}", config, prompts=prompts()[:1])
+        assert summary["num_completions"] == 1
+
+
+def the_projection_of_rank_0_is_used(policy: Policy, folder: Path, expected: bytes) -> None:
+    other = some_projection() if this_world().is_main else Projection({})
+    assert merged(folder / "other", run(policy, folder / "other", projection=other)) == expected
+
+
+def an_error_of_one_rank_is_raised_on_all_and_leaves_nothing_behind(
+    policy: Policy, folder: Path, expected: bytes, untouched: list
+) -> None:
+    for placement in PLACEMENTS:
+        config = dataclasses.replace(CONFIG, placement=placement)
+        target = folder / f"broken-{placement}"
+        progress = StoppingAfter(2) if this_world().rank == 1 else None
+        with pytest.raises(DataError, match="the disk is full"):
+            run(policy, target, config, progress=progress)
+        assert hooks_of(policy) == untouched
+        left = sum(len(part.read_text().splitlines()) for part in (target / "completions").glob("part-*.jsonl"))
+        assert left >= 2
+        summary = run(policy, target, config)
+        assert merged(target, summary) == expected
+        assert summary["num_new_tokens"] < sum(len(json.loads(line)["tokens"]) for line in expected.splitlines())
+
+
+def an_error_while_merging_is_raised_on_all(policy: Policy, folder: Path) -> None:
+    with pytest.raises(DataError, match="the empty rate of the completions is"):
+        run(policy, folder / "empty", dataclasses.replace(CONFIG, max_empty_rate=0.0, max_new_tokens=1))
+
+
+def what_other_ranks_left_is_kept(policy: Policy, folder: Path, expected: bytes) -> None:
+    """Lines of one rank of seven, one torn; the rest is made by these four."""
+    target = folder / "resumed"
+    if this_world().is_main:
+        (target / "completions").mkdir(parents=True)
+        lines = expected.splitlines(keepends=True)
+        (target / "completions" / "part-00003-of-00007.jsonl").write_bytes(b"".join(lines[5:9]) + lines[0][:-9])
+    dist.barrier()
+    summary = run(policy, target)
+    assert merged(target, summary) == expected
+    kept = sum(len(json.loads(line)["tokens"]) for line in expected.splitlines()[5:9])
+    assert summary["num_new_tokens"] + kept == summary["num_tokens"]
+
+
+def hooks_of(policy: Policy) -> list:
+    """The number of hooks on every module, and whether ranks agree on it."""
+    counts = [
+        (name, len(module._forward_hooks), len(module._forward_pre_hooks))
+        for name, module in policy.model.named_modules()
+    ]
+    assert len({str(one) for one in gather_objects(counts)}) == 1
+    return counts
+
+
+def test_two_ranks_make_the_corpus_of_one(model: Path, expected: bytes, tmp_path: Path):
+    run_on_ranks(2, tmp_path / "store", on_two_ranks, model, tmp_path, expected)
+
+
+def test_four_ranks_make_the_corpus_of_one(model: Path, expected: bytes, tmp_path: Path):
+    run_on_ranks(4, tmp_path / "store", on_four_ranks, model, tmp_path, expected)
+
+
+def one_task(model: Path, folder: Path, config: Generate) -> None:
+    policy = policy_of(model, this_world(), zero_stage=0)
+    run(policy, folder, config)
+
+
+def test_an_array_of_tasks_with_different_numbers_of_ranks_makes_the_same_corpus(
+    model: Path, expected: bytes, tmp_path: Path
+):
+    for task, num_ranks in ((2, 1), (0, 2), (1, 1)):
+        config = dataclasses.replace(CONFIG, num_tasks=3, task_index=task)
+        if num_ranks == 1:
+            generating.corpus(model, tmp_path, config)
+        else:
+            run_on_ranks(num_ranks, tmp_path / f"store-{task}", one_task, model, tmp_path, config)
+    assert (tmp_path / "completions" / "completions.jsonl").read_bytes() == expected
+    assert [path.name for path in (tmp_path / "completions").iterdir()] == ["completions.jsonl"]

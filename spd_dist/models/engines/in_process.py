@@ -22,9 +22,11 @@ class HFEngine:
     """Our decode loop on the Hugging Face model."""
 
     policy: Policy
-    config: Generate
+    batch_size: int
+    fixed_columns: int | None
     applied: Applied | None
     placement: Placement
+    name: str = "hf"
 
     def complete(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Decoded]:
         """Completions as they finish."""
@@ -34,17 +36,27 @@ class HFEngine:
             sampling,
             eos_token_ids=self.policy.eos_token_ids,
             pad_token_id=self.policy.pad_token_id,
-            batch_size=self.config.batch_size,
-            batch_invariant=self.config.batch_invariant,
+            batch_size=self.batch_size,
+            fixed_columns=self.fixed_columns,
             halve=self.placement == "replica",
         )
 
 
 @contextmanager
 def opened(
-    policy: Policy, projection: Projection | None, config: Generate, world: World, placement: Placement
+    policy: Policy,
+    projection: Projection | None,
+    config: Generate,
+    world: World,
+    placement: Placement,
+    *,
+    longest: int | None = None,
 ) -> Iterator[HFEngine]:
-    """The engine, with the policy projected and placed; both undone on every way out."""
+    """The engine, with the policy projected and placed; both undone on every way out.
+
+    `longest` is the longest prompt and completion of the whole corpus: what fixed shapes have room for.
+    """
     held = nullcontext() if projection is None else projected(policy.model, projection, config.apply_as)
     with held as applied, placed(policy, placement, world, "generating completions"):
-        yield HFEngine(policy, config, applied, placement)
+        fixed_columns = longest if config.batch_invariant else None
+        yield HFEngine(policy, config.batch_size, fixed_columns, applied, placement)

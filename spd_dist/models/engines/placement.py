@@ -1,4 +1,4 @@
-"""Where the weights of a sharded policy are while it decodes: whole on every rank, or gathered layer by layer in step."""
+"""Where a sharded policy's weights are while it decodes: whole on every rank, or gathered layer by layer in step."""
 
 from __future__ import annotations
 

@@ -4,35 +4,27 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from spd_dist.config import Generate
 from spd_dist.distributed.collectives import all_equal, broadcast_object, gather_objects, on_main
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError
 from spd_dist.models.decoding import Decoded, Request
-from spd_dist.models.engines.in_process import HFEngine, opened
-from spd_dist.models.engines.placement import choose_placement
+from spd_dist.models.engines import open_engine
 from spd_dist.models.operators import projection_hash
 from spd_dist.models.policy import Policy
-from spd_dist.runtime.artifacts import write_json
-from spd_dist.runtime.completions import as_row, gather_parts, part_name, without_repeats, write_merged
+from spd_dist.runtime.completions import as_row, gather_parts, part_name, without_repeats
 from spd_dist.runtime.jsonl import JsonlWriter
-from spd_dist.stages.generate.checks import canonical, check_rates, corpus_summary
+from spd_dist.runtime.progress import Progress
+from spd_dist.stages.generate.merge import Attempt, check_leakage, merge
 from spd_dist.stages.generate.work import check_tasks, remaining, requests_for, sampling_of, share_of
 from spd_dist.types import Completion, Projection, Prompt
 
 log = logging.getLogger(__name__)
-LARGEST_LEAKAGE = {"float64": 1e-5, "float32": 1e-5, "bfloat16": 3e-2, "float16": 4e-3}
-
-
-class Advance(Protocol):
-    """What shows how far a stage has come."""
-
-    def advance(self, units: int, tokens: int = 0) -> None:
-        """Count `units` more as done."""
 
 
 def generate(
@@ -44,7 +36,7 @@ def generate(
     seed: int,
     folder: Path,
     world: World,
-    progress: Advance | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write `folder/completions/completions.jsonl` and `folder/summary.json`; the summary is given on every rank.
 
@@ -55,7 +47,7 @@ def generate(
     Args:
         policy: The untouched policy; so it is left.
         prompts: In the corpus's order.
-        projection: None for plain self-training (PSR), or for SSD with its sampling.
+        projection: None for plain self-training (PSR), and for SSD with its sampling (`ssd_settings`).
         config: Its section.
         seed: The run's; with prompt id and sample index it makes a completion.
         folder: The stage's.
@@ -63,22 +55,33 @@ def generate(
         progress: Told of each completion.
 
     Raises:
-        DataError: the folder holds another corpus, a prompt is too long, the projection does not act, the corpus fails
-            a check, memory or disk is full.
+        DataError: the folder holds another corpus, a prompt is too long, the engine does not run the projected policy,
+            the corpus fails a check, memory or disk is full.
         ConfigError: settings that can't be met.
     """
     check_tasks(config)
     projection = same_on_all_ranks(projection, world)
     requests = requests_for(prompts, config.num_samples, seed)
-    own = _own_work(requests, config, folder / "completions", world)
-    longest = max((len(request.tokens) for request in requests), default=0) + config.max_new_tokens
-    placement = choose_placement(policy, config, world, longest)
-    started = time.monotonic()
-    with opened(policy, projection, config, world, placement) as engine:
-        num_tokens = _write(engine, own, policy, config, folder / "completions", world, progress)
-        checks = {"num_tokens": num_tokens, "seconds": time.monotonic() - started, **_projection_checks(engine, policy)}
-    everyones = [checks] if world.size == 1 else gather_objects(checks)
-    return on_main("merging the completions", lambda: _merge(requests, config, folder, everyones, placement))
+    if not requests:
+        raise DataError("generate: there is no prompt; set data.train, or raise data.num_train")
+    own = _own_work(requests, config, folder / "completions", world, progress)
+    engine_of = open_engine(
+        policy,
+        projection,
+        config,
+        world,
+        work=own or (requests[:1] if world.is_main else []),
+        longest=max(len(request.tokens) for request in requests) + config.max_new_tokens,
+        scratch=folder / f"engine-{config.task_index:05d}",
+    )
+    with engine_of as opened:
+        started = time.monotonic()
+        part = Part(folder / "completions", config, world)
+        num_tokens = part.write(opened.engine.complete(own, sampling_of(config)), policy, progress) if own else 0
+        attempt = Attempt.of(opened, num_tokens=num_tokens, seconds=time.monotonic() - started)
+        check_leakage(attempt, policy.model.dtype)
+    attempts = [attempt] if world.size == 1 else gather_objects(attempt)
+    return on_main("merging the completions", lambda: merge(requests, config, folder, attempts))
 
 
 def same_on_all_ranks(projection: Projection | None, world: World) -> Projection | None:
@@ -95,43 +98,48 @@ def same_on_all_ranks(projection: Projection | None, world: World) -> Projection
     return projection
 
 
-def _own_work(requests: Sequence[Request], config: Generate, completions: Path, world: World) -> list[Request]:
+def _own_work(
+    requests: Sequence[Request], config: Generate, completions: Path, world: World, progress: Progress | None
+) -> list[Request]:
     """This rank's part of what the array's task has not done yet: the same division on all ranks."""
 
-    def keys() -> list[tuple[str, int]]:
+    def open_keys() -> set[tuple[str, int]]:
         completions.mkdir(parents=True, exist_ok=True)
         done = without_repeats(gather_parts(completions))
-        return [(request.id, request.sample) for request in remaining(requests, done)]
+        return {(request.id, request.sample) for request in remaining(requests, done)}
 
-    todo = set(on_main("reading what was generated before", keys))
+    todo = on_main("reading what was generated before", open_keys)
     share = share_of(requests, config.task_index, config.num_tasks)
-    todays = [request for request in share if (request.id, request.sample) in todo]
-    if world.is_main and len(todays) < len(share):
-        log.info("generate: %d of %d completions were made before", len(share) - len(todays), len(share))
-    return share_of(todays, world.rank, world.size)
+    left = [request for request in share if (request.id, request.sample) in todo]
+    num_done = len(share) - len(left)
+    if num_done and world.is_main:
+        log.info("generate: %d of %d completions were made before", num_done, len(share))
+    own = share_of(left, world.rank, world.size)
+    if progress is not None:
+        skipped = num_done // world.size
+        progress.begin(len(own) + skipped, skipped)
+    return own
 
 
-def _write(
-    engine: HFEngine,
-    requests: Sequence[Request],
-    policy: Policy,
-    config: Generate,
-    completions: Path,
-    world: World,
-    progress: Advance | None,
-) -> int:
-    """Append each completion as it finishes; give the number of tokens."""
-    name = part_name(world.rank, world.size, task=config.task_index, num_tasks=config.num_tasks)
-    num_tokens = 0
-    if not requests:
-        return 0
-    with JsonlWriter(completions / name) as part:
-        for decoded in engine.complete(requests, sampling_of(config)):
-            part.write(as_row(_completion(decoded, policy)))
-            num_tokens += len(decoded.tokens)
-            if progress is not None:
-                progress.advance(1, len(decoded.tokens))
-    return num_tokens
+@dataclass(frozen=True)
+class Part:
+    """The file that this rank appends to."""
+
+    completions: Path
+    config: Generate
+    world: World
+
+    def write(self, decoded: Iterable[Decoded], policy: Policy, progress: Progress | None) -> int:
+        """Append each completion as it finishes; give the number of their tokens."""
+        task = {"task": self.config.task_index, "num_tasks": self.config.num_tasks}
+        num_tokens = 0
+        with JsonlWriter(self.completions / part_name(self.world.rank, self.world.size, **task)) as lines:
+            for one in decoded:
+                lines.write(as_row(_completion(one, policy)))
+                num_tokens += len(one.tokens)
+                if progress is not None:
+                    progress.advance(1, len(one.tokens))
+        return num_tokens
 
 
 def _completion(decoded: Decoded, policy: Policy) -> Completion:
@@ -140,50 +148,3 @@ def _completion(decoded: Decoded, policy: Policy) -> Completion:
     return Completion(
         request.id, request.sample, request.seed, request.tokens, decoded.tokens, text, decoded.finish_reason
     )
-
-
-def _projection_checks(engine: HFEngine, policy: Policy) -> dict[str, Any]:
-    """Calls and leakage of this rank.
-
-    Raises:
-        DataError: the projected outputs leave the subspace.
-    """
-    if engine.applied is None:
-        return {"hook_calls": {}, "leakage": None}
-    leakage = engine.applied.leakage()
-    limit = LARGEST_LEAKAGE[str(policy.model.dtype).removeprefix("torch.")]
-    if leakage is not None and not leakage <= limit:
-        raise DataError(
-            f"generate: leakage ||z(I-P)|| / ||z|| is {leakage:.2e}, above {limit:.0e}: the projection does not hold; "
-            "set generate.apply_as=hook"
-        )
-    return {"hook_calls": {str(site): calls for site, calls in engine.applied.calls.items()}, "leakage": leakage}
-
-
-def _merge(
-    requests: Sequence[Request], config: Generate, folder: Path, everyones: Sequence[dict[str, Any]], placement: str
-) -> dict[str, Any]:
-    by_key = without_repeats(gather_parts(folder / "completions"))
-    seconds = max(checks["seconds"] for checks in everyones)
-    num_tokens = sum(checks["num_tokens"] for checks in everyones)
-    calls = [checks["hook_calls"] for checks in everyones]
-    leakages = [checks["leakage"] for checks in everyones if checks["leakage"] is not None]
-    attempt = {
-        "seconds": round(seconds, 3),
-        "tokens_per_second": round(num_tokens / max(seconds, 1e-9), 1),
-        "num_new_tokens": num_tokens,
-        "engine": "hf",
-        "placement": placement,
-        "hook_calls": {site: sum(count[site] for count in calls) for site in calls[0]},
-        "leakage": max(leakages, default=None),
-    }
-    if config.num_tasks > 1 and len(by_key) < len(requests):
-        log.info("generate: %d of %d completions are there; other tasks make the rest", len(by_key), len(requests))
-        return {"is_complete": False, "num_completions": len(by_key), **attempt}
-    completions = canonical(requests, by_key)
-    summary = corpus_summary(completions)
-    check_rates(summary, config)
-    write_merged(folder / "completions", completions)
-    summary = {"is_complete": True, **summary, **attempt}
-    write_json(folder / "summary.json", summary)
-    return summary

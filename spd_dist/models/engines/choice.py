@@ -1,0 +1,149 @@
+"""Choose an engine, open it under the projection, and compare its answers with the policy's own."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
+
+from spd_dist.config import Generate
+from spd_dist.distributed.collectives import together
+from spd_dist.distributed.world import World
+from spd_dist.errors import ConfigError
+from spd_dist.models.applied import Applied
+from spd_dist.models.decoding import Decoded, Request, Sampling
+from spd_dist.models.engines.external import ExternalEngine, command_of, environment_of
+from spd_dist.models.engines.hf_cb import ContinuousBatchingEngine
+from spd_dist.models.engines.in_process import opened
+from spd_dist.models.engines.placement import choose_placement
+from spd_dist.models.engines.probes import GREEDY, NUM_PROBES, Reference, check_probes, references
+from spd_dist.models.policy import Policy
+from spd_dist.models.projection import projected
+from spd_dist.models.save import save_model, stored_parameters, whole_tensors
+from spd_dist.types import Projection
+
+EngineName = Literal["hf", "hf_cb", "vllm", "command"]
+log = logging.getLogger(__name__)
+
+
+class Engine(Protocol):
+    """The seam: prompts in, completions out as they finish."""
+
+    name: str
+
+    def complete(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Decoded]:
+        """Answer the requests, in any order."""
+
+
+class Choice(NamedTuple):
+    """An engine and why it was taken."""
+
+    name: EngineName
+    reason: str
+
+
+class Opened(NamedTuple):
+    """An engine that runs the projected policy."""
+
+    engine: Engine
+    placement: str
+    applied: Applied | None
+    """Calls and leakage of the projection: in the engine itself, or in the reference that it agreed with."""
+
+
+def choose_engine(config: Generate) -> Choice:
+    """`auto` takes the program that the config names, else our own loop.
+
+    `hf_cb` is never taken by itself: its samples depend on what they are batched with.
+    """
+    if config.engine != "auto":
+        return Choice(config.engine, "generate.engine asks for it")
+    if config.vllm_python is not None:
+        return Choice("vllm", "generate.vllm_python is set")
+    if config.command is not None:
+        return Choice("command", "generate.command is set")
+    return Choice("hf", "neither generate.vllm_python nor generate.command is set, and samples depend on no batch")
+
+
+@contextmanager
+def open_engine(
+    policy: Policy,
+    projection: Projection | None,
+    config: Generate,
+    world: World,
+    *,
+    work: Sequence[Request],
+    longest: int,
+    scratch: Path,
+) -> Iterator[Opened]:
+    """The engine of `config`, after it answered some of this rank's `work` as the projected policy does. A collective.
+
+    The body holds no collective; its exceptions are raised on every rank.
+
+    Args:
+        policy: The untouched policy; so it is left.
+        projection: None for the policy as it is.
+        config: The section.
+        world: This process among all.
+        work: This rank's requests.
+        longest: The longest prompt and completion of the whole corpus.
+        scratch: A folder for the files of an engine with a process of its own; removed at the end.
+
+    Raises:
+        DataError: the engine can't run the model, or runs another policy.
+        ConfigError: the engine's settings.
+    """
+    name, reason = choose_engine(config)
+    if world.is_main:
+        log.info("generate: engine %s, since %s", name, reason)
+    config = dataclasses.replace(config, engine=name)
+    placement = choose_placement(policy, config, world, longest)
+    if name == "hf_cb" and placement == "layerwise":
+        raise ConfigError("generate.engine=hf_cb needs whole weights on each rank; set generate.placement=replica")
+    probes = [dataclasses.replace(request, sample=-1) for request in work[:NUM_PROBES]]
+    if name in ("hf", "hf_cb"):
+        with opened(policy, projection, config, world, placement, longest=longest) as engine:
+            if name == "hf_cb":
+                engine = ContinuousBatchingEngine(policy, config.batch_size, engine.applied)
+            _verify(engine, references(policy, probes), policy)
+            yield Opened(engine, placement, engine.applied)
+        return
+    command_of(config, scratch)
+    with opened(policy, projection, config, world, placement) as inner:
+        expected = references(policy, probes)
+    with exported(policy, projection, scratch / "model", world) as model, together(f"generating by {name}"):
+        command, environment = command_of(config, model), environment_of(world)
+        engine = ExternalEngine(name, command, policy, scratch / f"rank-{world.rank:05d}", environment)
+        _verify(engine, expected, policy)
+        yield Opened(engine, "external", inner.applied)
+
+
+def _verify(engine: Engine, expected: Sequence[Reference], policy: Policy) -> None:
+    probes = [reference.request for reference in expected]
+    check_probes(engine.name, expected, engine.complete(probes, GREEDY) if probes else (), policy.model.dtype)
+
+
+@contextmanager
+def exported(policy: Policy, projection: Projection | None, folder: Path, world: World) -> Iterator[Path]:
+    """The projected policy as a model folder that any engine loads, removed at the end. A collective."""
+    with together("making room for the exported policy"):
+        if world.is_main:
+            shutil.rmtree(folder.parent, ignore_errors=True)
+    tensors = whole_tensors(stored_parameters(policy.model))
+    if projection is None:
+        save_model(policy.model, tensors, folder, world=world)
+    else:
+        with projected(policy.model, projection, "fold"):
+            save_model(policy.model, tensors, folder, world=world)
+    with together("saving the tokenizer"):
+        if world.is_main:
+            policy.tokenizer.save_pretrained(folder)
+    try:
+        yield folder
+    finally:
+        if world.is_main:
+            shutil.rmtree(folder.parent, ignore_errors=True)

@@ -1,0 +1,154 @@
+"""Engines in a process of their own: prompts and a model folder in, completions out, line by line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from spd_dist.config import Generate
+from spd_dist.distributed.world import World
+from spd_dist.errors import ConfigError, DataError
+from spd_dist.models.decoding import Decoded, Request
+from spd_dist.models.policy import Policy
+from spd_dist.models.sampling import Sampling
+
+POLL_SECONDS = 0.05
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "PYTHONPATH")
+WORKER = Path(__file__).with_name("vllm_worker.py")
+
+
+@dataclass
+class ExternalEngine:
+    """A program that reads a prompts file and writes a completions file."""
+
+    name: str
+    command: Sequence[str]
+    """Its words, with {prompts} and {output} to be filled in."""
+    policy: Policy
+    scratch: Path
+    """Where this rank's files are."""
+    environment: Mapping[str, str]
+
+    def complete(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Decoded]:
+        """Completions as the program writes them.
+
+        Raises:
+            DataError: the program failed, or left a request without an answer.
+            ConfigError: there is no such program.
+        """
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        prompts, output, log = (self.scratch / name for name in ("prompts.jsonl", "output.jsonl", "engine.log"))
+        rows = [self._row(request, sampling) for request in requests]
+        prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        output.unlink(missing_ok=True)
+        output.touch()
+        waiting = {(request.id, request.sample): request for request in requests}
+        command = [word.replace("{prompts}", str(prompts)).replace("{output}", str(output)) for word in self.command]
+        with self._running(command, log) as process, open(output, "rb") as lines:
+            for line in _follow(lines, process):
+                yield self._decoded(line, waiting, sampling)
+            self._check(process.returncode, waiting, log)
+
+    def _row(self, request: Request, sampling: Sampling) -> dict[str, Any]:
+        return {
+            "id": request.id,
+            "sample": request.sample,
+            "seed": request.seed,
+            "prompt_tokens": request.tokens,
+            "prompt": self.policy.tokenizer.decode(request.tokens),
+            "eos_token_ids": self.policy.eos_token_ids,
+            **asdict(sampling),
+        }
+
+    @contextmanager
+    def _running(self, command: Sequence[str], log: Path) -> Iterator[subprocess.Popen]:
+        with open(log, "wb") as stderr:
+            try:
+                process = subprocess.Popen(command, stdout=stderr, stderr=stderr, env=self.environment)
+            except OSError as error:
+                raise ConfigError(
+                    f"generate.engine={self.name} cannot start {command[0]!r}: {error.strerror}; give the path of an "
+                    "installed program"
+                ) from error
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.terminate()
+            process.wait()
+
+    def _decoded(self, line: bytes, waiting: dict[tuple[str, int], Request], sampling: Sampling) -> Decoded:
+        try:
+            row = json.loads(line)
+            request = waiting.pop((row["id"], row["sample"]))
+            tokens = row["tokens"] if "tokens" in row else self._tokens(row["text"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"generate.engine={self.name} wrote a line that answers no open request ({error!r}): {line[:200]!r}; "
+                'a line is {"id": ..., "sample": ..., "tokens": [...]}, or "text" for tokens'
+            ) from error
+        stops = [index for index, token in enumerate(tokens) if token in self.policy.eos_token_ids]
+        kept = tuple(tokens[: stops[0] + 1] if stops else tokens[: sampling.max_new_tokens])
+        return Decoded(request, kept, "stop" if stops else "length")
+
+    def _tokens(self, text: str) -> list[int]:
+        """Text is a whole answer: its end is the policy's."""
+        return [*self.policy.tokenizer.encode(text, add_special_tokens=False), self.policy.eos_token_ids[0]]
+
+    def _check(self, code: int, waiting: Mapping[tuple[str, int], Request], log: Path) -> None:
+        if code == 0 and not waiting:
+            return
+        tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-12:])
+        what = f"ended with exit code {code}" if code else f"left {len(waiting)} requests without an answer"
+        raise DataError(f"generate.engine={self.name} {what}; the end of {log}:\n{tail}")
+
+
+def command_of(config: Generate, model: Path) -> list[str]:
+    """The words of the engine's command line; {prompts} and {output} are filled in for each call.
+
+    Raises:
+        ConfigError: the setting that the engine needs is missing or wrong.
+    """
+    if config.engine == "vllm":
+        if config.vllm_python is None:
+            raise ConfigError("generate.engine=vllm needs generate.vllm_python: a Python interpreter that has vllm")
+        return [config.vllm_python, str(WORKER), str(model), "{prompts}", "{output}"]
+    missing = [name for name in ("{model}", "{prompts}", "{output}") if name not in (config.command or "")]
+    if missing:
+        raise ConfigError(
+            f"generate.command: {config.command!r} lacks {', '.join(missing)}; generate.engine=command needs a "
+            "template like 'my_engine {model} {prompts} {output}'"
+        )
+    return [word.replace("{model}", str(model)) for word in shlex.split(config.command)]
+
+
+def environment_of(world: World, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What the program inherits: nothing by which it would take itself for a rank, and this rank's device only."""
+    kept = {name: value for name, value in environment.items() if not name.startswith(LAUNCHER_VARIABLES)}
+    if world.device.type == "cuda":
+        visible = environment.get("CUDA_VISIBLE_DEVICES")
+        kept["CUDA_VISIBLE_DEVICES"] = visible.split(",")[world.local_rank] if visible else str(world.local_rank)
+    return kept
+
+
+def _follow(lines: BinaryIO, process: subprocess.Popen) -> Iterator[bytes]:
+    """Whole lines while the process runs, and what is left at its end."""
+    begun = b""
+    while True:
+        is_running = process.poll() is None
+        *whole, begun = (begun + lines.read()).split(b"\n")
+        yield from whole
+        if not is_running:
+            break
+        if not whole:
+            time.sleep(POLL_SECONDS)
+    if begun:
+        yield begun
