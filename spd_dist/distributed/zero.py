@@ -14,6 +14,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
 from spd_dist.config import Distributed
@@ -86,6 +87,15 @@ def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
         yield
 
 
+def gather_as_one(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Let ZeRO-3 gather all parameters inside each `kind` when it is called: for modules that read those of their parts.
+
+    To be called before the engine is made.
+    """
+    if any(isinstance(part, kind) for part in module.modules()):
+        set_z3_leaf_modules(module, [kind])
+
+
 @contextmanager
 def full_replica(engine: DeepSpeedEngine | None, module: nn.Module) -> Iterator[nn.Module]:
     """`module` with whole weights and without ZeRO's hooks: each rank calls it as often as it likes, alone.
@@ -98,12 +108,16 @@ def full_replica(engine: DeepSpeedEngine | None, module: nn.Module) -> Iterator[
         return
     offload = engine.optimizer if hasattr(engine.optimizer, "forward_hooks") else engine.optimizer.parameter_offload
     with deepspeed.zero.GatheredParameters(list(module.parameters())):
-        for hook in [*offload.forward_hooks, *offload.backward_hooks]:
+        # The last one compares the recorded order of modules with the other ranks': a rank that calls alone would wait.
+        for hook in [*offload.forward_hooks, *offload.backward_hooks, offload.fwd_pre_hook]:
             hook.remove()
         offload.forward_hooks, offload.backward_hooks = [], []
         try:
             yield module
         finally:
+            offload.fwd_pre_hook = offload.module.register_forward_pre_hook(
+                lambda *_: offload.get_param_coordinator().reset_step()
+            )
             offload._register_deepspeed_module(offload.module)  # also invalidates the recorded order of modules
 
 
