@@ -54,6 +54,7 @@ def interleaved_seconds(
     sides: Mapping[str, Callable[[], object]],
     *,
     repeats: int = 5,
+    warm_up: bool = True,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """The median seconds of each side: one warm-up, then `repeats` rounds of A, B, ..., A, B, ...
@@ -61,7 +62,7 @@ def interleaved_seconds(
     A machine that slows down meets all sides alike. On a shared machine `time.process_time` as the clock leaves out
     what others use; it counts the threads of this process together, so pin them to one.
     """
-    for run in sides.values():
+    for run in sides.values() if warm_up else ():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):

@@ -41,11 +41,8 @@ def angle_bound(site: SiteSubspace) -> float | None:
     eigenvalue_D = site.eigenvalue_D
     if rank == len(eigenvalue_D):
         return 0.0
-    num_shrinks = site.certificate.num_shrinks
-    rounding = (
-        len(eigenvalue_D) * torch.finfo(torch.float64).eps * eigenvalue_D[0].item() * (1 + math.sqrt(num_shrinks))
-    )
-    delta = site.certificate.delta + rounding
+    share = len(eigenvalue_D) * torch.finfo(torch.float64).eps * (1 + math.sqrt(site.certificate.num_shrinks))
+    delta = site.certificate.delta + share * eigenvalue_D[0].item()  # with what rounding may have added
     gap = (eigenvalue_D[rank - 1] - eigenvalue_D[rank]).item()
     if delta >= gap:
         return None

@@ -30,20 +30,23 @@ class SiteGroup:
         is_gram = plan.form == "gram"
         self.plan = plan
         self.rows_GND = zeros(plan.buffer if is_gram else plan.size + plan.buffer, width)
+        self.squared_GL = zeros(0 if is_gram else plan.size)
         self.upper_GDD = zeros(width, width) if is_gram else zeros(0, 0)
         self.sum_GD = zeros(width)
         self.energy_G, self.delta_G, self.lost_G = zeros(), zeros(), zeros()
         self.num_dropped_G = torch.zeros(num_sites, dtype=torch.int64, device=device)
         self.first_dropped_G = torch.full_like(self.num_dropped_G, NEVER)
         self.num_filled = 0
-        self.num_summed = 0
+        self.num_folded = 0
         self.num_rows = 0
         self.num_shrinks = 0
 
+    @torch.inference_mode()
     def add_(self, rows: Sequence[Tensor], number: int) -> None:
         """Take in one tensor of rows a site, all of the same length; `number` is the micro-batch they came from."""
         num_rows, start = len(rows[0]), 0
         self.num_rows += num_rows
+        dropped_GN = self._count_non_finite_(rows, number)
         while start < num_rows:
             if self.num_filled == self.rows_GND.shape[1]:
                 self._fold_()
@@ -51,46 +54,56 @@ class SiteGroup:
             new_GND = self.rows_GND[:, self.num_filled : self.num_filled + stop - start]
             for slot_ND, rows_ND in zip(new_GND, rows, strict=True):
                 slot_ND.copy_(rows_ND[start:stop])
-            self._account_(new_GND, number)
+            if dropped_GN is not None:
+                new_GND.masked_fill_(dropped_GN[:, start:stop, None], 0.0)
             self.num_filled += stop - start
             start = stop
 
-    def _account_(self, new_GND: Tensor, number: int) -> None:
-        norm_GN = torch.linalg.vector_norm(new_GND, dim=-1)
-        dropped_GN = ~norm_GN.isfinite()
-        if dropped_GN.device.type != "cpu" or dropped_GN.any():  # only on the CPU is asking free
-            new_GND.masked_fill_(dropped_GN[..., None], 0.0)
-            norm_GN = norm_GN.masked_fill(dropped_GN, 0.0)
-            self.num_dropped_G += dropped_GN.sum(-1)
-            self.first_dropped_G.clamp_max_(torch.where(dropped_GN.any(-1), number, NEVER))
-        self.energy_G += norm_GN.square().sum(-1)
+    def _count_non_finite_(self, rows: Sequence[Tensor], number: int) -> Tensor | None:
+        """Which rows hold NaN or Inf; None if it is known that no row does, which only the CPU can tell at no cost."""
+        # A sum is finite only if all of it is, and it is the cheapest thing to take.
+        dropped_GN = ~torch.stack([rows_ND.sum(-1, dtype=_wide(rows_ND)) for rows_ND in rows]).isfinite()
+        if dropped_GN.device.type == "cpu" and not dropped_GN.any():
+            return None
+        self.num_dropped_G += dropped_GN.sum(-1)
+        self.first_dropped_G.clamp_max_(torch.where(dropped_GN.any(-1), number, NEVER))
+        return dropped_GN
 
     def _fold_(self) -> None:
-        self.sum_GD += self.rows_GND[:, self.num_summed :].sum(1)
+        new_GND = self.rows_GND[:, self.num_folded :]
+        self.sum_GD += new_GND.sum(1)
+        self.energy_G += torch.linalg.vector_norm(new_GND, dim=-1).square().sum(-1)
         if self.plan.form == "gram":
-            add_outer_(self.upper_GDD, self.rows_GND)
-            self.num_filled = self.num_summed = 0
+            add_outer_(self.upper_GDD, new_GND)
+            self.num_filled = 0
             return
-        shrunk = shrink(self.rows_GND, self.plan.size, self.plan.alpha)
+        squared_GL = self.squared_GL if self.num_folded else None
+        shrunk = shrink(self.rows_GND, self.plan.size, self.plan.alpha, squared_GL=squared_GL)
         self.rows_GND[:, : self.plan.size] = shrunk.rows_GLD
+        self.squared_GL.copy_(shrunk.squared_GL)
         self.delta_G += shrunk.delta_G
         self.lost_G += shrunk.lost_G
         self.num_shrinks += 1
-        self.num_filled = self.num_summed = self.plan.size
+        self.num_filled = self.num_folded = self.plan.size
 
     def moments(self, index: int) -> SiteMoments:
         """What site `index` holds, with the rows that still wait in the buffer; the state stays as it is."""
         rows_ND = self.rows_GND[index, : self.num_filled]
-        width = rows_ND.shape[1]
+        new_ND, width = rows_ND[self.num_folded :], rows_ND.shape[1]
         upper_DD = self.upper_GDD[index].clone() if self.plan.form == "gram" else rows_ND.new_zeros(width, width)
         add_outer_(upper_DD[None], rows_ND[None])
         num_dropped = int(self.num_dropped_G[index])
         certificate = Certificate(
-            energy=self.energy_G[index].item(),
+            energy=self.energy_G[index].item() + new_ND.square().sum().item(),
             delta=self.delta_G[index].item(),
             lost_energy=self.lost_G[index].item(),
             num_rows=self.num_rows - num_dropped,
             num_shrinks=self.num_shrinks,
             num_dropped_rows=num_dropped,
         )
-        return SiteMoments(mirrored(upper_DD), self.sum_GD[index] + rows_ND[self.num_summed :].sum(0), certificate)
+        return SiteMoments(mirrored(upper_DD), self.sum_GD[index] + new_ND.sum(0), certificate)
+
+
+def _wide(rows_ND: Tensor) -> torch.dtype:
+    """A dtype that sums of finite rows are finite in: float16 overflows at 65504."""
+    return torch.promote_types(rows_ND.dtype, torch.float32)

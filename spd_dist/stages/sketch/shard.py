@@ -21,6 +21,7 @@ from spd_dist.types import GradientBatch, KVSite, SiteMoments
 
 TENSORS = (
     "rows_GND",
+    "squared_GL",
     "upper_GDD",
     "sum_GD",
     "energy_G",
@@ -29,7 +30,7 @@ TENSORS = (
     "num_dropped_G",
     "first_dropped_G",
 )
-COUNTS = ("num_filled", "num_summed", "num_rows", "num_shrinks")
+COUNTS = ("num_filled", "num_folded", "num_rows", "num_shrinks")
 
 
 class ShardSketch(Mapping[KVSite, SiteMoments]):
