@@ -13,6 +13,8 @@ from pathlib import Path
 from spd_dist.distributed.world import World
 
 SECONDS_BETWEEN = 0.2
+SECONDS_TO_DIE = 0.5
+"""A killed process closes its connections a moment before it is gone."""
 
 
 class Heartbeat:
@@ -43,10 +45,16 @@ class Heartbeat:
                 seen.append((0, float("-inf"), f"rank {rank}: never seen"))
                 continue
             line = json.loads(path.read_text())
-            is_gone = line["host"] == socket.gethostname() and not Path(f"/proc/{line['pid']}").exists()
+            is_gone = line["host"] == socket.gethostname() and not _is_alive(line["pid"])
             state = "its process is gone" if is_gone else f"silent for {time.time() - line['time']:.0f} s"
             seen.append((not is_gone, line["time"], f"rank {rank} on {line['host']}: {state}, last at {line['place']}"))
         return [text for *_, text in sorted(seen)]
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether the process runs; a dead one whose parent has not noticed yet still has its folder."""
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] not in "ZX"
 
 
 @contextmanager
@@ -55,5 +63,6 @@ def naming_lagging_ranks(heartbeat: Heartbeat) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        time.sleep(SECONDS_TO_DIE)
         error.add_note("\n".join(["A rank that failed or lags is the likely cause. Last seen:", *heartbeat.lines()]))
         raise

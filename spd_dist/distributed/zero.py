@@ -88,7 +88,7 @@ def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 def gather_as_one(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Let ZeRO-3 gather all parameters inside each `kind` when it is called: for modules that read those of their parts.
+    """Let ZeRO-3 gather all parameters inside each `kind` when it is called: for modules that read their parts'.
 
     To be called before the engine is made.
     """

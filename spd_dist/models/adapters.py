@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers.integrations import HfDeepSpeedConfig
 
 from spd_dist.config import Finetune
-from spd_dist.distributed.zero import gathered
+from spd_dist.distributed.zero import gather_as_one, gathered, is_sharded
 from spd_dist.errors import ConfigError
 from spd_dist.models.dropout import TokenKeys, use_keyed_dropout
 from spd_dist.models.save import save_tensors, stored_parameters
@@ -19,7 +21,7 @@ from spd_dist.models.save import save_tensors, stored_parameters
 ADAPTER = "default"
 
 
-def add_adapters(model: nn.Module, config: Finetune, *, generator: torch.Generator, base_name: str) -> PeftModel:
+def add_adapters(model: nn.Module, config: Finetune, *, generator: torch.Generator) -> PeftModel:
     """`model` with trainable adapters at `config.lora_targets`, everything else frozen; `model` itself is changed.
 
     The weights come from `generator`, so every rank makes the same; peft reads the true shapes of sharded modules.
@@ -31,7 +33,7 @@ def add_adapters(model: nn.Module, config: Finetune, *, generator: torch.Generat
     missing = [target for target in config.lora_targets if target not in names]
     if missing or not config.lora_targets:
         raise ConfigError(
-            f"finetune.lora_targets: {missing} names no linear module of this model; it has {sorted(names)}"
+            f"finetune.lora_targets: {missing} are no linear modules of this model, which has {sorted(names)}"
         )
     lora = LoraConfig(
         r=config.lora_rank,
@@ -41,10 +43,11 @@ def add_adapters(model: nn.Module, config: Finetune, *, generator: torch.Generat
         use_rslora=config.lora_variant == "rslora",
         use_dora=config.lora_variant == "dora",
         task_type="CAUSAL_LM",
-        base_model_name_or_path=base_name,
     )
-    with torch.random.fork_rng():  # peft initialises from the global generator; ours overwrites it below
+    # peft initialises from the global generator; ours overwrites it below.
+    with torch.random.fork_rng(devices=[]), _peft_gathers(model):
         adapted = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    _let_dora_read_base_weights(adapted)
     for _, layer in _layers(adapted):
         weight_RD = layer.lora_A[ADAPTER].weight
         bound = weight_RD.shape[1] ** -0.5  # kaiming_uniform_ with a = sqrt(5), as peft
@@ -60,6 +63,8 @@ def key_dropout(adapted: PeftModel) -> TokenKeys:
 
 def remove_adapters(adapted: PeftModel) -> nn.Module:
     """The base model as it was, without adapters and with `requires_grad` of every parameter restored to false."""
+    if _is_sharded_dora(adapted):
+        adapted.get_base_model().disable_input_require_grads()
     return adapted.unload()
 
 
@@ -69,7 +74,7 @@ def adapter_parameters(adapted: PeftModel) -> dict[str, nn.Parameter]:
 
 
 def save_adapter(adapted: PeftModel, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Write the PEFT format: `adapter_config.json` and `adapter_model.safetensors` with `tensors` (whole, by parameter name)."""
+    """Write the PEFT format: `adapter_config.json` and `adapter_model.safetensors` of whole `tensors`."""
     state = get_peft_model_state_dict(adapted, state_dict=dict(tensors), save_embedding_layers=False)
     save_tensors(state, folder / "adapter_model.safetensors")
     config = adapted.peft_config[ADAPTER]
@@ -80,13 +85,16 @@ def save_adapter(adapted: PeftModel, tensors: Mapping[str, Tensor], folder: Path
 
 def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
     """`model` with the frozen adapter of `folder`, in eval mode; `model` itself is changed."""
-    return PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False).eval()
+    with torch.random.fork_rng(devices=[]), _peft_gathers(model):
+        adapted = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False).eval()
+    _let_dora_read_base_weights(adapted)
+    return adapted
 
 
 def merged_tensors(adapted: PeftModel) -> Iterator[tuple[str, Tensor]]:
     """The base model's stored tensors with the adapters merged in, whole, on the CPU, one at a time. A collective."""
     model = adapted.get_base_model()
-    layers = {f"{name}.base_layer.weight": layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    layers = {f"{name}.base_layer.weight": layer for name, layer in _layers(model)}
     for name, parameter in stored_parameters(model).items():
         if ".lora_" in name:
             continue
@@ -101,6 +109,28 @@ def _merged_weight(layer: LoraLayer) -> Tensor:
     if ADAPTER in layer.lora_variant:
         return layer.lora_variant[ADAPTER].merge_safe(layer, ADAPTER, weight)
     return weight + layer.get_delta_weight(ADAPTER)
+
+
+@contextmanager
+def _peft_gathers(model: nn.Module) -> Iterator[None]:
+    """Let peft gather the shards of a base weight that it must read (DoRA): it does so while such an object lives."""
+    sharding = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}}) if is_sharded(model) else None
+    try:
+        yield
+    finally:
+        del sharding
+
+
+def _let_dora_read_base_weights(adapted: PeftModel) -> None:
+    """DoRA's layers need the norm of the weight inside their base layer."""
+    if _is_sharded_dora(adapted):
+        gather_as_one(adapted, LoraLayer)
+        # ZeRO-3 takes such a module's gradients when its input has one; without it, before they are there.
+        adapted.get_base_model().enable_input_require_grads()
+
+
+def _is_sharded_dora(adapted: PeftModel) -> bool:
+    return adapted.peft_config[ADAPTER].use_dora and is_sharded(adapted)
 
 
 def _layers(adapted: nn.Module) -> list[tuple[str, LoraLayer]]:

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import jinja2
 
+from spd_dist.models.gguf import find_gguf
+
 LICENCE_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "LICENCE", "NOTICE", "USE_POLICY.md")
 
 
@@ -18,8 +20,8 @@ class Card:
     """What a model card says."""
 
     base_model: str
-    base_folder: Path | None
-    """Where the base model's files are, if they are at hand: for its licence."""
+    base_path: str
+    """What `from_pretrained` loads it by: the same, or the folder that a GGUF file was converted to."""
     loss_on: str
     facts: Mapping[str, str]
     """Rows of its first table."""
@@ -34,19 +36,27 @@ def write_card(card: Card, folder: Path, form: Literal["adapter", "model"]) -> N
     values: dict[str, Any] = {
         **vars(card),
         "form": form,
-        "license": licence(card.base_folder),
+        "license": licence(card),
         "title": f"{card.base_model.rstrip('/').rpartition('/')[2]}, distilled from itself",
     }
     (folder / "README.md").write_text(template.render(values), encoding="utf-8")
-    for name in LICENCE_FILES if card.base_folder else ():
-        if (card.base_folder / name).is_file():
-            (folder / name).write_bytes((card.base_folder / name).read_bytes())
+    for name in LICENCE_FILES:
+        source = Path(card.base_path) / name
+        if source.is_file():
+            (folder / name).write_bytes(source.read_bytes())
 
 
-def licence(base_folder: Path | None) -> str | None:
-    """The licence that the base model's own card declares, if that card is at hand."""
-    if base_folder is None or not (base_folder / "README.md").is_file():
+def licence(card: Card) -> str | None:
+    """The licence that the base model declares, if its own card or GGUF file is at hand."""
+    gguf = find_gguf(card.base_model)
+    if gguf is not None:
+        from gguf import GGUFReader  # an extra, that whoever names a GGUF file has
+
+        field = GGUFReader(gguf).get_field("general.license")
+        return None if field is None else field.contents()
+    own_card = Path(card.base_path) / "README.md"
+    if not own_card.is_file():
         return None
-    header = (base_folder / "README.md").read_text(encoding="utf-8").split("---")[1:2]
+    header = own_card.read_text(encoding="utf-8").split("---")[1:2]
     found = re.search(r"^license:\s*(\S+)\s*$", header[0], re.MULTILINE) if header else None
     return found.group(1) if found else None

@@ -1,8 +1,8 @@
 """Dropout whose mask is a function of the token, not of the batch that the token happens to stand in.
 
-A token's key comes from (seed, step, sequence, position); a mask bit from the token's key, the module and the feature, by
-an integer hash. So the mask does not depend on micro-batches, packing, ranks, devices or recomputation, and nothing about
-it has to be saved to resume.
+A token's key comes from (seed, step, sequence, position); a mask bit from the token's key, the module and the feature,
+by an integer hash. So the mask does not depend on micro-batches, packing, ranks, devices or recomputation, and nothing
+about it has to be saved to resume.
 
 Shapes: B rows, T positions, D features.
 """
@@ -57,22 +57,28 @@ class KeyedDropout(nn.Module):
     def _drop(self, key_BT: Tensor, width: int) -> Tensor:
         feature_D = torch.arange(width, dtype=torch.int32, device=key_BT.device) + self.module_key
         bits_BTD = key_BT.unsqueeze(-1) ^ mixed_(mixed_(feature_D))
-        return mixed_(bits_BTD) < round(self.fraction * _INT32) - _INT32 // 2
+        return _rounds_(bits_BTD) < round(self.fraction * _INT32) - _INT32 // 2
 
 
 def mixed_(x: Tensor) -> Tensor:
     """A bijection of int32 that spreads every bit over all others, in place."""
+    _rounds_(x)
+    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+
+
+def _rounds_(x: Tensor) -> Tensor:
+    """The same without its last step, which only the low bits need."""
     for multiplier, shift in zip(_MULTIPLIERS, (16, 15), strict=True):
-        x.bitwise_xor_(x >> shift)
+        x.bitwise_xor_((x >> shift).bitwise_and_((1 << (32 - shift)) - 1))  # a shift of int32 repeats the sign
         x.mul_(multiplier)
-    return x.bitwise_xor_(x >> 16)
+    return x
 
 
 def token_key(sequence_seed_BT: Tensor, position_BT: Tensor) -> Tensor:
-    """The key of each token, int32, from its sequence's seed of this step (any int64) and its position in the sequence."""
+    """The int32 key of each token, from its sequence's seed of this step (any int64) and its position there."""
     low_BT = (sequence_seed_BT & 0xFFFFFFFF).to(torch.int32)
     high_BT = (sequence_seed_BT >> 32).to(torch.int32)
-    return mixed_(mixed_(low_BT + position_BT.to(torch.int32)) ^ high_BT)
+    return mixed_(mixed_(mixed_(position_BT.to(torch.int32)) ^ low_BT) ^ high_BT)
 
 
 def use_keyed_dropout(modules: Iterable[tuple[nn.ModuleDict, str]]) -> TokenKeys:

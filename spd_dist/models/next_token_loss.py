@@ -28,7 +28,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_ND: Tensor, label_N: Tensor, weight_VD: Tensor, bias_V: Tensor | None, cap: float, scale: float
     ) -> Any:
-        """(sum of the losses, loss_N without gradient), both float32; the logits are cap * tanh(scale * z / cap) if cap > 0."""
+        """(sum of the losses, loss_N without gradient) in float32; if cap > 0, logits are cap tanh(scale z / cap)."""
         wants_hidden, _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         loss_N = torch.empty(len(label_N), dtype=torch.float32, device=hidden_ND.device)
         grads = (
@@ -122,6 +122,19 @@ class _forward_replaced:
 
     def __exit__(self, *_: object) -> None:
         del self.module.forward
+
+
+@torch.no_grad()
+def check_tail_(student: Student, token_1T: Tensor) -> bool:
+    """Whether the chunked loss is that of the model's own logits; if not, they are held whole from here on."""
+    label_N = token_1T[0, 1:]
+    source_N = torch.arange(len(label_N), device=label_N.device)
+    logit_TV = student.model(input_ids=token_1T, use_cache=False).logits[0]
+    expected = cross_entropy(logit_TV[:-1].float(), label_N, reduction="sum")
+    found, _ = student(token_1T, source_N, label_N)
+    agrees = torch.allclose(found, expected, rtol=1e-2)
+    student.tail = student.tail if agrees else None
+    return agrees
 
 
 def logits_tail(model: nn.Module) -> tuple[float, float] | None:

@@ -1,4 +1,4 @@
-"""Write trained weights from whole or sharded models: gathered one by one, written by rank 0, as transformers reads them."""
+"""Write trained weights of whole or sharded models: gathered one by one, written by rank 0, as transformers reads."""
 
 from __future__ import annotations
 

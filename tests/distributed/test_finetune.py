@@ -1,35 +1,57 @@
-"""Fine-tuning gives the same losses and the same student on any number of ranks, sharded or whole."""
+"""Fine-tuning gives the same losses and the same student on any number of ranks, sharded or whole, packed or not."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from finetuning import losses, train
+import torch.distributed as dist
+from finetuning import TINY, completions, train
 from peft import PeftModel
 from ranks import run_on_ranks
-from tiny import save_tiny_model, tiny_tokenizer
+from tiny import save_tiny_model, tiny_model
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from spd_dist.config import Distributed
+from spd_dist.config import Distributed, Model
 from spd_dist.distributed.world import join_world
-from spd_dist.distributed.zero import weights_fingerprint
+from spd_dist.distributed.zero import is_sharded, weights_fingerprint
+from spd_dist.errors import ConfigError, DataError
+from spd_dist.models.policy import load_replica
+from spd_dist.stages.finetune import Job, finetune
+
+TOKENS = torch.arange(3, 40)[None]
 
 
 def train_and_keep(model: Path, folder: Path, zero_stage: int, changes: dict) -> None:
     """Train on these ranks; rank 0 writes the losses down."""
-    rows, _, policy = train(model, folder, zero_stage=zero_stage, **changes)
+    trained = train(model, folder, distributed={"zero_stage": zero_stage}, **changes)
+    policy = trained.policy
     assert weights_fingerprint(policy.model) == policy.fingerprint, "LoRA leaves the policy as it was"
-    if join_world(Distributed()).is_main:
-        torch.save(losses(rows), folder / "losses.pt")
+    assert is_sharded(policy.model) == (zero_stage == 3)
+    with torch.no_grad():
+        torch.testing.assert_close(policy.model(TOKENS).logits, tiny_model()(TOKENS).logits)
+    if dist.get_rank() == 0:
+        torch.save(trained.losses, folder / "losses.pt")
+
+
+def plain_logits(base: Path, run: Path) -> torch.Tensor:
+    """What a user of plain transformers and peft gets."""
+    student = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run / "adapter").eval()
+    with torch.no_grad():
+        return student(TOKENS).logits
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory) -> Path:
-    """A model, and what one rank without ZeRO makes of it."""
+def model(tmp_path_factory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(scope="module")
+def reference(model, tmp_path_factory) -> Path:
+    """What one rank without ZeRO makes of it, all sequences of a step at once."""
     folder = tmp_path_factory.mktemp("reference")
-    save_tiny_model(folder / "model")
-    run_on_ranks(1, folder / "store", train_and_keep, folder / "model", folder / "run", 0, {"micro_batch_size": 8})
-    return folder
+    run_on_ranks(1, folder / "store", train_and_keep, model, folder / "run", 0, {"micro_batch_size": 8})
+    return folder / "run"
 
 
 @pytest.mark.parametrize(("world_size", "zero_stage", "changes"), [
@@ -37,29 +59,157 @@ def reference(tmp_path_factory) -> Path:
     (2, 3, {"micro_batch_size": 2}),  # 2 ranks x 2 sequences x 2 accumulated
     (4, 3, {"micro_batch_size": 2, "checkpointing": True}),
     (2, 2, {"micro_batch_size": 4, "packing": True}),
-    (2, 3, {"micro_batch_size": 1, "packing": True}),
+    (4, 3, {"micro_batch_size": 1, "packing": True, "checkpointing": True}),
 ])  # fmt: skip
-def test_losses_and_adapter_are_those_of_one_unsharded_rank(reference, tmp_path, world_size, zero_stage, changes):
-    run_on_ranks(
-        world_size, tmp_path / "store", train_and_keep, reference / "model", tmp_path / "run", zero_stage, changes
-    )
-    expected, found = (torch.load(folder / "run/losses.pt") for folder in (reference, tmp_path))
+def test_losses_and_adapter_are_those_of_one_unsharded_rank(
+    model, reference, tmp_path, world_size, zero_stage, changes
+):
+    run_on_ranks(world_size, tmp_path / "store", train_and_keep, model, tmp_path / "run", zero_stage, changes)
+    expected, found = torch.load(reference / "losses.pt"), torch.load(tmp_path / "run/losses.pt")
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
     assert found[-1] < found[0] - 0.3, "it learns"
-    torch.testing.assert_close(plain_logits(tmp_path), plain_logits(reference), atol=1e-4, rtol=0)
+    torch.testing.assert_close(plain_logits(model, tmp_path / "run"), plain_logits(model, reference), atol=1e-4, rtol=0)
 
 
-def plain_logits(folder: Path) -> torch.Tensor:
-    """What a user of plain transformers and peft gets."""
-    base = folder / "model" if (folder / "model").exists() else None
-    model = AutoModelForCausalLM.from_pretrained(base or adapter_base(folder))
-    student = PeftModel.from_pretrained(model, folder / "run/adapter").eval()
-    tokens = tiny_tokenizer()("12 + 5 = 17", return_tensors="pt").input_ids
+def losses_of_a_plain_loop(model: Path) -> torch.Tensor:
+    """Full fine-tuning written down with nothing but torch: one sequence at a time, no padding, no engine."""
+    config = {"num_epochs": 2, "global_batch_size": 8, "learning_rate": 1e-3}
+    student = AutoModelForCausalLM.from_pretrained(model)
+    decayed = [parameter for parameter in student.parameters() if parameter.dim() > 1]
+    others = [parameter for parameter in student.parameters() if parameter.dim() == 1]
+    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=config["learning_rate"])
+    sequences = [torch.tensor(one.prompt_tokens + one.tokens) for one in completions()]
+    losses, step = [], 0
+    for epoch in range(config["num_epochs"]):
+        for batch in order_of_epoch(epoch, [len(sequence) for sequence in sequences]):
+            for group in optimizer.param_groups:
+                group["lr"] = config["learning_rate"] * fraction(step, 6, 1)
+            num_targets = sum(len(sequences[index]) - 1 for index in batch)
+            loss = (
+                sum(
+                    cross_entropy(student(sequences[index][None]).logits[0, :-1], sequences[index][1:], reduction="sum")
+                    for index in batch
+                )
+                / num_targets
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            optimizer.step()
+            losses.append(loss.item())
+            step += 1
+    return torch.tensor(losses, dtype=torch.float64)
+
+
+def order_of_epoch(epoch: int, lengths: list[int]) -> list[list[int]]:
+    from spd_dist.runtime.seeding import generator
+    from spd_dist.stages.finetune.plan import global_batches
+
+    return global_batches(lengths, TINY, generator(3, "finetune", "order", epoch))
+
+
+def fraction(step: int, num_steps: int, num_warmup_steps: int) -> float:
+    from spd_dist.stages.finetune.schedule import learning_rate_fraction
+
+    return learning_rate_fraction(step, num_steps=num_steps, num_warmup_steps=num_warmup_steps)
+
+
+def compare_full_with_the_plain_loop(model: Path, folder: Path, world_size: int) -> None:
+    for zero_stage in (3, 1):
+        trained = train(
+            model, folder / str(zero_stage), distributed={"zero_stage": zero_stage}, mode="full", learning_rate=1e-3
+        )
+        torch.testing.assert_close(trained.losses, losses_of_a_plain_loop(model), atol=2e-5, rtol=0)
+        loaded = AutoModelForCausalLM.from_pretrained(folder / str(zero_stage) / "model")
+        assert weights_fingerprint(loaded) == weights_fingerprint(trained.policy.model) != trained.policy.fingerprint
+        assert trained.summary["model"] == "model"
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_full_fine_tuning_is_that_of_a_plain_loop_and_saves_what_it_trained(model, tmp_path, world_size):
+    run_on_ranks(world_size, tmp_path / "store", compare_full_with_the_plain_loop, model, tmp_path / "run", world_size)
+
+
+def train_in_every_mode(model: Path, folder: Path) -> None:
+    world = join_world(Distributed())
+    expected = tiny_model()(TOKENS).logits
+    offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    modes = {
+        "rslora": {"lora_variant": "rslora", "merge": True},
+        "dora": {"lora_variant": "dora", "merge": True},
+        "offload": {"distributed": {"deepspeed": offload}},
+        "bf16": {"dtype": "bfloat16"},
+        "bf16-full": {"dtype": "bfloat16", "mode": "full", "learning_rate": 1e-3, "distributed": {"zero_stage": 2}},
+        "prototype": {"pads_in_loss": True, "loss_on": "completion", "stop_on_train_loss": True},
+    }
+    for name, changes in modes.items():
+        trained = train(model, folder / name, **changes)
+        assert trained.losses[-1] < trained.losses[0] - 0.1, name
+        if changes.get("merge"):
+            merged = AutoModelForCausalLM.from_pretrained(folder / name / "model")
+            replica = load_replica(Model(name=str(model)), Distributed(), world, adapter=folder / name / "adapter")
+            torch.testing.assert_close(merged(TOKENS).logits, replica.model(TOKENS).logits, atol=1e-4, rtol=1e-4)
+            assert not torch.allclose(merged(TOKENS).logits, expected)
+
+
+def test_every_mode_learns_and_saves_what_it_learned(model, tmp_path):
+    run_on_ranks(2, tmp_path / "store", train_in_every_mode, model, tmp_path / "run")
+
+
+def keep_the_best_epoch(model: Path, folder: Path) -> None:
+    """A learning rate that ruins the model: the first epoch is the best."""
+    shared = {"learning_rate": 0.1, "num_epochs": 6, "warmup_epochs": 1.0, "validation_fraction": 0.2}
+    best = train(model, folder / "best", keep_best=True, patience=1, keep_checkpoints=1, **shared)
+    epochs = best.summary["epochs"]
+    validation = [epoch["validation_loss"] for epoch in epochs]
+    assert best.summary["num_validation_sequences"] == 4
+    assert best.summary["stopped_early"], validation
+    steps_per_epoch = 3
+    assert (
+        best.summary["saved_step"]
+        == (1 + validation.index(min(validation))) * steps_per_epoch
+        < best.summary["num_steps"]
+    )
+    last = train(model, folder / "last", **shared)
+    assert last.summary["saved_step"] == 18
+    for name in ("best", "last"):
+        loss = validation_loss(model, folder / name)
+        assert loss == pytest.approx(
+            min(validation) if name == "best" else last.summary["epochs"][-1]["validation_loss"], abs=1e-4
+        )
+
+
+def validation_loss(model: Path, run: Path) -> float:
+    from spd_dist.runtime.seeding import generator
+    from spd_dist.stages.finetune.sequences import held_out, training_sequences
+
+    sequences = training_sequences(completions(), TINY, pad_token_id=0)
+    _, validation = held_out(sequences, 0.2, generator(3, "finetune", "held out"))
+    student = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), run / "adapter").eval()
+    total, count = 0.0, 0
+    for sequence in validation:
+        tokens = torch.tensor(sequence.tokens)
+        with torch.no_grad():
+            total += cross_entropy(student(tokens[None]).logits[0, :-1], tokens[1:], reduction="sum").item()
+        count += len(tokens) - 1
+    return total / count
+
+
+def test_the_best_epoch_is_kept_and_training_stops_after_patience(model, tmp_path):
+    run_on_ranks(2, tmp_path / "store", keep_the_best_epoch, model, tmp_path / "run")
+
+
+def refuse_what_is_wrong(model: Path, folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"finetune\.lora_targets: \['c_attn'\] are no linear modules"):
+        train(model, folder, lora_targets=("c_attn",))
+    world = join_world(Distributed())
+    policy = load_replica(Model(name=str(model)), Distributed(), world)
     with torch.no_grad():
-        return student(tokens).logits
+        policy.model.lm_head.weight[0, 0] += 1
+    with pytest.raises(DataError, match=r"the weights of .* changed since they were loaded, .* load the policy again"):
+        finetune(policy, completions(), TINY, Job(folder=folder, seed=0, world=world))
 
 
-def adapter_base(folder: Path) -> str:
-    from peft import PeftConfig
-
-    return PeftConfig.from_pretrained(folder / "run/adapter").base_model_name_or_path
+def test_changed_weights_and_unknown_targets_are_refused_on_all_ranks(model, tmp_path):
+    run_on_ranks(2, tmp_path / "store", refuse_what_is_wrong, model, tmp_path / "run")

@@ -22,8 +22,8 @@ class Batch:
     token_BT: Tensor
     """Padded on the right, so that causal attention needs no mask: no real token sees a pad."""
     context: dict[str, Tensor]
-    """`position_ids` where rows hold several sequences (transformers makes the block-diagonal mask of them; flash-attention
-    its varlen form), an `attention_mask` where pads are supervised, else nothing."""
+    """`position_ids` where rows hold several sequences (transformers makes the block-diagonal mask of them, and
+    flash-attention its varlen form), an `attention_mask` where pads are supervised, else nothing."""
     source_N: Tensor
     """Flat index of the position that predicts each supervised token."""
     label_N: Tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,8 @@ class Export:
         tensors = dict(whole_tensors(adapter_parameters(adapted)))
         self._on_main(partial, lambda: save_adapter(adapted, tensors, partial))
         remove_adapters(adapted)
-        loaded = load_adapter(model, partial)
+        with together("loading the saved adapter"):  # and no rank renames it before all have read it
+            loaded = load_adapter(model, partial)
         engine = frozen_engine(loaded, self.job.distributed, model.dtype) if is_sharded(model) else None
         difference = self._difference(probe_logits(loaded, self.probe, self.job.world.device))
         if engine is not None:
@@ -62,16 +63,15 @@ class Export:
 
     def merged(self, adapted: PeftModel) -> dict[str, Any]:
         """Write `model/` with the adapters in its weights."""
-        return self._model(lambda folder: save_model(self.policy.model, merged_tensors(adapted), folder, world=self.job.world))
+        return self._model(merged_tensors(adapted))
 
     def model(self) -> dict[str, Any]:
         """Write `model/`."""
-        tensors = whole_tensors(stored_parameters(self.policy.model))
-        return self._model(lambda folder: save_model(self.policy.model, tensors, folder, world=self.job.world))
+        return self._model(whole_tensors(stored_parameters(self.policy.model)))
 
-    def _model(self, save: Callable[[Path], None]) -> dict[str, Any]:
+    def _model(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
         partial = self._start("model")
-        save(partial)
+        save_model(self.policy.model, tensors, partial, world=self.job.world)
 
         def read_back() -> float:
             loaded = load_saved_model(partial, self.policy.model.dtype).to(self.job.world.device)

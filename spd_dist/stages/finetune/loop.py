@@ -97,7 +97,7 @@ class Trainer:
         return sum_over_ranks(local) / max(1, sum(sequence.num_targets for sequence in sequences))
 
     def _rounds(self, batch: Sequence[int], purpose: str) -> list[tuple[Batch, float]]:
-        """This rank's micro-batches with their weights; where it has none, a stand-in of weight 0 keeps the collectives equal."""
+        """This rank's micro-batches and weights; a stand-in of weight 0, where it has none, joins the collectives."""
         lengths = [len(sequence.tokens) for sequence in self.sequences]
         stand_in = [[min(batch, key=lengths.__getitem__)]]
         rounds = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from spd_dist.config import Finetune
@@ -51,7 +50,7 @@ def finetune(policy: Policy, completions: Sequence[Completion], config: Finetune
         adapted = None
         if config.mode == "lora":
             seeded = generator(job.seed, "finetune", "adapters")
-            adapted = add_adapters(policy.model, config, generator=seeded, base_name=policy.name)
+            adapted = add_adapters(policy.model, config, generator=seeded)
         else:
             policy.model.requires_grad_(True)
     keys = key_dropout(adapted) if adapted is not None else TokenKeys()
@@ -94,7 +93,7 @@ def _save(
 ) -> dict[str, Any]:
     card = Card(
         base_model=policy.name,
-        base_folder=Path(policy.name) if Path(policy.name).is_dir() else None,
+        base_path=policy.model.name_or_path,
         loss_on=config.loss_on,
         facts={
             **job.facts,

@@ -59,7 +59,7 @@ def training_sequences(
 def held_out(
     sequences: Sequence[TrainingSequence], fraction: float, generator: torch.Generator
 ) -> tuple[list[TrainingSequence], list[TrainingSequence]]:
-    """The sequences to train on, and `fraction` of them (at least one, if it is above 0) to validate on; order is kept."""
+    """The sequences to train on, and `fraction` of them (at least one, if above 0) to validate on; order is kept."""
     count = min(len(sequences) - 1, max(1, round(fraction * len(sequences)))) if fraction > 0 else 0
     chosen = set(torch.randperm(len(sequences), generator=generator)[:count].tolist())
     parts: tuple[list[TrainingSequence], list[TrainingSequence]] = ([], [])

@@ -16,10 +16,11 @@ class Speedometer:
 
     def __init__(self, model: nn.Module, world: World) -> None:
         self.world = world
-        frozen = sum(math.prod(whole_shape(parameter)) for parameter in model.parameters() if not parameter.requires_grad)
-        trained = sum(math.prod(whole_shape(parameter)) for parameter in model.parameters() if parameter.requires_grad)
+        num_elements = {True: 0, False: 0}
+        for parameter in model.parameters():
+            num_elements[parameter.requires_grad] += math.prod(whole_shape(parameter))
         # 2 a weight and token forward, 2 for the gradient of its input, 2 for its own; attention is left out.
-        self.flops_per_token = 4 * frozen + 6 * trained
+        self.flops_per_token = 4 * num_elements[False] + 6 * num_elements[True]
         self.peak_flops = peak_flops(world)
 
     def measure(self, num_tokens: int, seconds: float) -> dict[str, float]:

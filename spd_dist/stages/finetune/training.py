@@ -24,6 +24,7 @@ from spd_dist.stages.finetune.checkpoints import Checkpoints, Found
 from spd_dist.stages.finetune.job import Job
 from spd_dist.stages.finetune.loop import StepResult, Trainer, global_generator_kept
 from spd_dist.stages.finetune.plan import global_batches
+from spd_dist.stages.finetune.probes import check_student
 from spd_dist.stages.finetune.schedule import learning_rate_fraction
 from spd_dist.stages.finetune.sequences import TrainingSequence
 from spd_dist.stages.finetune.speed import Speedometer
@@ -94,6 +95,7 @@ class Training:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         engine = self._engine(self.checkpoints.newest())
         try:
+            check_student(self.student, self.corpus.train, self.config, self.job.world)
             with self.progress, naming_lagging_ranks(self.heartbeat), global_generator_kept(self.job.world):
                 self.progress.skip(self.state.step)
                 self._train(engine)
@@ -117,9 +119,7 @@ class Training:
 
     def _engine(self, found: Found | None) -> DeepSpeedEngine:
         config = self.config
-        settings = training_settings(
-            self.job.distributed, self.policy.model.dtype, max_grad_norm=config.max_grad_norm
-        )
+        settings = training_settings(self.job.distributed, self.policy.model.dtype, max_grad_norm=config.max_grad_norm)
         folder = None if found is None else self.checkpoints.loadable(found)
         if found is not None and folder != found.folder:
             settings["checkpoint"] = {**settings.get("checkpoint", {}), "load_universal": True}

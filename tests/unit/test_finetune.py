@@ -1,0 +1,160 @@
+"""What is supervised, which sequences make a step, and who runs them: properties that hold for any corpus."""
+
+import dataclasses
+
+import pytest
+import torch
+from finetuning import completions
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import tiny_tokenizer
+from transformers import get_cosine_schedule_with_warmup
+
+from spd_dist.config import Finetune
+from spd_dist.errors import DataError
+from spd_dist.stages.finetune.batches import collate
+from spd_dist.stages.finetune.plan import global_batches, micro_batches
+from spd_dist.stages.finetune.schedule import learning_rate_fraction
+from spd_dist.stages.finetune.sequences import TrainingSequence, held_out, training_sequences
+from spd_dist.stages.finetune.state import State
+from spd_dist.types import Completion
+
+EOS = tiny_tokenizer().eos_token_id
+PAD_IS_EOS = EOS
+
+
+def labels_of(sequence: TrainingSequence) -> list[int]:
+    batch = collate([[0]], [sequence], lambda _: 0, pad_token_id=PAD_IS_EOS)
+    return batch.label_N.tolist()
+
+
+def test_both_parts_are_supervised_and_eos_exactly_where_the_policy_ended():
+    for one, sequence in zip(
+        completions(), training_sequences(completions(), Finetune(), pad_token_id=PAD_IS_EOS), strict=True
+    ):
+        labels = labels_of(sequence)
+        assert tuple(labels) == (one.prompt_tokens + one.tokens)[1:]
+        assert labels.count(EOS) == (one.finish_reason == "stop")
+
+
+def test_only_the_completion_is_supervised_on_request():
+    config = Finetune(loss_on="completion")
+    for one, sequence in zip(
+        completions(), training_sequences(completions(), config, pad_token_id=PAD_IS_EOS), strict=True
+    ):
+        assert tuple(labels_of(sequence)) == one.tokens
+
+
+def test_long_sequences_are_cut_and_their_end_is_not_supervised():
+    [sequence] = training_sequences(
+        [Completion("a", 0, 0, (5, 6, 7), (8, 9, EOS), "", "stop")], Finetune(max_tokens=5), pad_token_id=0
+    )
+    assert labels_of(sequence) == [6, 7, 8, 9]
+
+
+def test_the_prototype_trains_on_pads_that_attention_does_not_see():
+    config = Finetune(pads_in_loss=True, max_tokens=9)
+    sequences = training_sequences(
+        [Completion("a", 0, 0, (5, 6), (8, EOS), "", "stop")], config, pad_token_id=PAD_IS_EOS
+    )
+    batch = collate([[0]], sequences, lambda _: 0, pad_token_id=PAD_IS_EOS)
+    assert batch.label_N.tolist() == [6, 8, EOS] + [PAD_IS_EOS] * 5
+    assert batch.context["attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0, 0, 0, 0]]
+
+
+def test_a_corpus_without_a_supervised_token_is_an_error():
+    nothing = [Completion("a", 0, 0, (5, 6, 7), (), "", "length")]
+    with pytest.raises(
+        DataError, match=r"generate/completions: 1 completions hold no token .* raise finetune\.max_tokens"
+    ):
+        training_sequences(nothing, Finetune(loss_on="completion"), pad_token_id=0)
+
+
+def test_the_held_out_part_is_drawn_once_and_never_everything():
+    sequences = [TrainingSequence(str(index), (1, 2), 1, 2) for index in range(10)]
+    train, validation = held_out(sequences, 0.3, torch.Generator().manual_seed(0))
+    assert len(validation) == 3
+    assert sorted(train + validation, key=lambda one: int(one.id)) == sequences
+    assert held_out(sequences, 0.0, torch.Generator())[1] == []
+    assert held_out(sequences[:1], 0.5, torch.Generator()) == (sequences[:1], [])
+
+
+corpora = st.lists(st.integers(2, 40), min_size=1, max_size=60)
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=corpora, size=st.integers(1, 9), grouped=st.booleans(), seed=st.integers(0, 99))
+def test_an_epoch_holds_every_sequence_once_in_batches_of_the_global_size(lengths, size, grouped, seed):
+    config = Finetune(global_batch_size=size, length_grouping=grouped)
+    batches = global_batches(lengths, config, torch.Generator().manual_seed(seed))
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    assert len(batches) == -(-len(lengths) // size)
+    assert sorted(map(len, batches))[1:] == [size] * (len(batches) - 1)
+
+
+def test_grouping_puts_similar_lengths_together():
+    lengths = torch.randint(5, 500, (400,), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def padded_share(grouped: bool) -> float:
+        batches = global_batches(
+            lengths, Finetune(global_batch_size=8, length_grouping=grouped), torch.Generator().manual_seed(1)
+        )
+        return 1 - sum(lengths) / sum(len(batch) * max(lengths[index] for index in batch) for batch in batches)
+
+    assert padded_share(grouped=True) < 0.05 < 0.3 < padded_share(grouped=False)
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=corpora, micro=st.integers(1, 5), ranks=st.integers(1, 5), packing=st.booleans())
+def test_every_sequence_of_a_batch_runs_once_and_all_ranks_take_part_in_every_round(lengths, micro, ranks, packing):
+    config = Finetune(micro_batch_size=micro, packing=packing, max_tokens=40)
+    rounds = micro_batches(range(len(lengths)), lengths, config, ranks)
+    assert all(len(slots) == ranks for slots in rounds)
+    micros = [slot for slots in rounds for slot in slots]
+    assert sorted(index for slot in micros for row in slot for index in row) == list(range(len(lengths)))
+    rows = [row for slot in micros for row in slot]
+    assert all(sum(lengths[index] for index in row) <= 40 for row in rows)
+    assert all(len(slot) <= micro for slot in micros)
+    assert packing or all(len(row) == 1 for row in rows)
+    assert max(map(len, micros)) - min(map(len, micros)) <= 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=corpora)
+def test_packed_rows_hold_what_the_sequences_hold(lengths):
+    sequences = [
+        TrainingSequence(str(index), tuple(range(3, 3 + length)), 1, length) for index, length in enumerate(lengths)
+    ]
+    config = Finetune(micro_batch_size=100, packing=True, max_tokens=64)
+    [[rows]] = micro_batches(range(len(lengths)), lengths, config, 1)
+    batch = collate(rows, sequences, lambda index: 1000 + index, pad_token_id=0)
+    flat = batch.token_BT.flatten()
+    assert torch.equal(flat[batch.source_N + 1], batch.label_N)
+    assert torch.equal(batch.position_BT.flatten()[batch.source_N], flat[batch.source_N] - 3)
+    assert torch.equal(batch.seed_BT.flatten()[batch.source_N], 1000 + batch.owner_N)
+    assert torch.bincount(batch.owner_N, minlength=len(lengths)).tolist() == [length - 1 for length in lengths]
+    assert batch.num_tokens == sum(lengths)
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (10, 0), (30, 4), (7, 7)])
+def test_the_schedule_is_that_of_transformers(steps, warmup):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    reference = get_cosine_schedule_with_warmup(optimizer, warmup, steps)
+    for step in range(steps):
+        expected = reference.get_last_lr()[0]
+        assert learning_rate_fraction(step, num_steps=steps, num_warmup_steps=warmup) == pytest.approx(
+            expected, abs=1e-12
+        )
+        optimizer.step()
+        reference.step()
+
+
+def test_patience_counts_epochs_since_the_best_one():
+    state = State()
+    judged = []
+    for step, loss in enumerate([3.0, 2.0, 2.5, 1.5, 1.6, 1.7], 1):
+        state.step = step
+        judged.append((state.judge(loss, patience=2), state.stopped_early))
+    assert judged == [(True, False), (True, False), (False, False), (True, False), (False, False), (False, True)]
+    assert (state.best_loss, state.best_step) == (1.5, 4)
+    assert State(**dataclasses.asdict(state)) == state
