@@ -1,0 +1,203 @@
+"""The corpus is what policy, prompts, projection and seed make it: no kill, resume or division shows in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import random
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from generating import ALONE, CONFIG, SEED, StoppingAfter, corpus, merged, policy_of, prompts, some_projection
+from ranks import PRELOADED
+from tiny import save_tiny_model
+
+from spd_dist.config import Generate
+from spd_dist.distributed.zero import weights_fingerprint
+from spd_dist.errors import ConfigError, DataError
+from spd_dist.models.policy import Policy
+from spd_dist.runtime.completions import read_completions
+from spd_dist.runtime.seeding import row_seed
+from spd_dist.stages.generate import generate, ssd_settings
+from spd_dist.stages.generate.merge import Attempt, check_leakage
+from spd_dist.types import Prompt
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def policy(model: Path) -> Policy:
+    return policy_of(model)
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return corpus(model, tmp_path_factory.mktemp("expected"))
+
+
+def run(policy: Policy, folder: Path, config: Generate = CONFIG, **changes: object) -> dict:
+    settings = {"prompts": prompts(), "projection": some_projection(), "progress": None, "seed": SEED} | changes
+    shown, projection = settings.pop("prompts"), settings.pop("projection")
+    return generate(policy, shown, projection, config, folder=folder, world=ALONE, **settings)
+
+
+def test_a_corpus_holds_every_prompt_and_sample_in_order(policy, expected, tmp_path):
+    summary = run(policy, tmp_path)
+    assert merged(tmp_path, summary) == expected
+    completions = read_completions(tmp_path / "completions")
+    keys = [(one.id, one.sample) for one in completions]
+    assert keys == [(prompt.id, sample) for prompt in prompts() for sample in range(CONFIG.num_samples)]
+    for one in completions:
+        assert one.seed == row_seed(SEED, one.id, one.sample)
+        assert one.text == policy.tokenizer.decode(one.tokens, skip_special_tokens=True)
+        assert (one.tokens[-1] in policy.eos_token_ids) == (one.finish_reason == "stop")
+        assert one.finish_reason == "stop" or len(one.tokens) == CONFIG.max_new_tokens
+    assert sum(summary["finish_reasons"].values()) == summary["num_completions"] == len(completions)
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+
+
+def test_the_projection_acts_and_the_policy_stays_as_it_was(policy, expected, tmp_path):
+    summary = run(policy, tmp_path / "spd")
+    assert min(summary["hook_calls"].values()) >= 1
+    assert summary["leakage"] < 1e-5
+    plain = merged(tmp_path / "psr", run(policy, tmp_path / "psr", projection=None))
+    assert plain != expected
+    identity = some_projection(keep=1.0)
+    assert merged(tmp_path / "identity", run(policy, tmp_path / "identity", projection=identity)) == plain
+    assert weights_fingerprint(policy.model) == policy.fingerprint
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, 64])
+def test_the_corpus_does_not_depend_on_the_batch(policy, expected, tmp_path, batch_size):
+    assert merged(tmp_path, run(policy, tmp_path, dataclasses.replace(CONFIG, batch_size=batch_size))) == expected
+
+
+def test_a_run_that_fails_goes_on_where_it_was(policy, expected, tmp_path):
+    with pytest.raises(DataError, match="the disk is full"):
+        run(policy, tmp_path, progress=StoppingAfter(5))
+    summary = run(policy, tmp_path)
+    assert merged(tmp_path, summary) == expected
+    assert 0 < summary["num_new_tokens"] < summary["num_tokens"]
+
+
+def test_a_complete_corpus_is_checked_again_without_decoding(policy, expected, tmp_path):
+    run(policy, tmp_path)
+    summary = run(policy, tmp_path)
+    assert merged(tmp_path, summary) == expected
+    assert summary["num_new_tokens"] == 0
+    assert summary["leakage"] < 1e-5
+
+
+SLOW = dataclasses.replace(CONFIG, batch_size=2, max_new_tokens=16)
+MANY = 40
+
+
+def killable(model: Path, folder: Path) -> None:
+    torch.set_num_threads(1)
+    run(policy_of(model), folder, SLOW, prompts=prompts(MANY))
+
+
+def num_lines(folder: Path) -> int:
+    return sum(file.read_bytes().count(b"\n") for file in folder.glob("completions/*.jsonl"))
+
+
+def test_ten_kills_at_random_moments_leave_no_trace(model, policy, tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    rng, folder, counts = random.Random(11), tmp_path / "killed", []
+    for _ in range(10):
+        process = context.Process(target=killable, args=(model, folder))
+        process.start()
+        enough = num_lines(folder) + rng.randrange(12)
+        while process.is_alive() and num_lines(folder) < enough:
+            time.sleep(rng.uniform(0.0, 0.01))
+        process.kill()
+        process.join()
+        counts.append(num_lines(folder))
+    assert counts == sorted(counts)
+    assert len(set(counts)) >= 5
+    expected = merged(tmp_path / "whole", run(policy, tmp_path / "whole", SLOW, prompts=prompts(MANY)))
+    assert merged(folder, run(policy, folder, SLOW, prompts=prompts(MANY))) == expected
+
+
+def test_the_last_task_of_an_array_merges(policy, expected, tmp_path):
+    for task in (2, 0, 1):
+        config = dataclasses.replace(CONFIG, num_tasks=3, task_index=task, num_samples=2)
+        summary = run(policy, tmp_path, config)
+        assert summary["is_complete"] == (task == 1)
+    assert merged(tmp_path, summary) == expected
+
+
+def test_a_task_beyond_the_array_is_refused(policy, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"generate.task_index: 3 is not valid; it must be below generate.num_tasks=3"
+    ):
+        run(policy, tmp_path, dataclasses.replace(CONFIG, num_tasks=3, task_index=3))
+
+
+def test_lines_of_another_seed_or_data_set_are_refused(policy, tmp_path):
+    run(policy, tmp_path)
+    with pytest.raises(DataError, match="of another seed, prompt or data set; delete generate/"):
+        run(policy, tmp_path, seed=SEED + 1)
+    with pytest.raises(DataError, match="holds prompt 'p08', sample 0, of another"):
+        run(policy, tmp_path, prompts=prompts()[:8])
+
+
+def test_prompts_that_cannot_be_answered_are_named(policy, tmp_path):
+    with pytest.raises(DataError, match="two prompts have the id 'a'"):
+        run(policy, tmp_path, prompts=[Prompt("a", "", (5,)), Prompt("a", "", (6,))])
+    with pytest.raises(DataError, match="prompt 'a' has no tokens"):
+        run(policy, tmp_path, prompts=[Prompt("a", "", ())])
+    with pytest.raises(DataError, match=r"there is no prompt; set data.train"):
+        run(policy, tmp_path, prompts=[])
+    with pytest.raises(DataError, match=r"prompt 'long' has 600 tokens, .* the model's context is 512"):
+        run(policy, tmp_path, prompts=[Prompt("long", "", (5,) * 600)])
+
+
+def test_a_corpus_beyond_the_thresholds_fails_loudly(policy, tmp_path):
+    config = dataclasses.replace(CONFIG, max_new_tokens=1, max_empty_rate=0.0)
+    with pytest.raises(
+        DataError, match=r"the empty rate of the completions is 0\.\d+, above generate.max_empty_rate=0"
+    ):
+        run(policy, tmp_path / "empty", config)
+    policy.eos_token_ids, before = (2,), policy.eos_token_ids
+    config = dataclasses.replace(CONFIG, temperature=0.0, max_new_tokens=60, max_repetition_rate=0.0)
+    with pytest.raises(DataError, match=r"the repetition rate of the completions is .* launchers/corpus.py"):
+        run(policy, tmp_path / "circles", config)
+    policy.eos_token_ids = before
+
+
+def test_missing_completions_are_counted(policy, tmp_path, monkeypatch):
+    monkeypatch.setattr("spd_dist.models.engines.in_process.decode", lambda *_, **__: iter(()))
+    monkeypatch.setattr("spd_dist.models.engines.choice.check_probes", lambda *_: None)
+    with pytest.raises(DataError, match=r"18 of 18 completions are missing \('p00' sample 0, "):
+        run(policy, tmp_path)
+
+
+def test_leakage_beyond_rounding_is_an_error():
+    attempt = Attempt("hf", "replica", 5, 1.0, {"layers.2.key": 9}, 2e-5)
+    check_leakage(attempt, torch.bfloat16)
+    with pytest.raises(DataError, match=r"leakage \|\|z\(I-P\)\|\| / \|\|z\|\| is 2.00e-05, above 1e-05"):
+        check_leakage(attempt, torch.float32)
+
+
+def test_ssd_samples_as_its_paper_says():
+    settings = ssd_settings(Generate(min_p=0.1, max_new_tokens=99))
+    assert (settings.temperature, settings.top_p, settings.top_k, settings.min_p) == (1.6, 0.8, 20, 0.0)
+    assert settings.max_new_tokens == 99
+
+
+def test_fixed_shapes_make_a_bfloat16_corpus_independent_of_kills(model, tmp_path):
+    policy = policy_of(model)
+    policy.model.bfloat16()
+    config = dataclasses.replace(CONFIG, batch_invariant=True)
+    whole = merged(tmp_path / "whole", run(policy, tmp_path / "whole", config))
+    with pytest.raises(DataError, match="the disk is full"):
+        run(policy, tmp_path / "resumed", config, progress=StoppingAfter(7))
+    assert merged(tmp_path / "resumed", run(policy, tmp_path / "resumed", config)) == whole
