@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 import time
+import traceback
 
 from spd_dist.config import STAGES, Config
 from spd_dist.errors import UserError
@@ -44,23 +45,33 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", nargs="+", action="extend", default=[], metavar="YAML", help="later files win")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="win over every file")
-    parser.add_argument("--from", dest="first", choices=STAGES, default=STAGES[0], help="earlier stages must be complete")
+    parser.add_argument("--from", dest="first", choices=STAGES, default=STAGES[0], help="stages before it are complete")
     parser.add_argument("--until", dest="last", choices=STAGES, default=STAGES[-1], help="stop after this stage")
     parser.add_argument("--show-config", action="store_true", help="print the resolved config and exit")
-    parser.add_argument("--preview-masks", type=int, metavar="N", help="print N calibration examples, kept tokens marked")
+    parser.add_argument("--preview-masks", type=int, metavar="N", help="print N examples, kept tokens marked")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    return parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args()
+    words = arguments.config + arguments.overrides  # argparse gives --config every word that follows it
+    arguments.config = [word for word in words if "=" not in word]
+    arguments.overrides = [word for word in words if "=" in word]
+    return arguments
 
 
 def preview(config: Config, num_examples: int) -> int:
     """Show which tokens the mask keeps, on a terminal in colour."""
     from rich.console import Console
 
-    from spd_dist.pipeline import previewed_masks
+    from spd_dist.data.preview import preview_masks
+    from spd_dist.data.sources import load_rows
+    from spd_dist.data.tasks import find_task
+    from spd_dist.models.policy import load_tokenizer
 
     console = Console()
     try:
-        for text in previewed_masks(config, num_examples, colour=console.is_terminal):
+        task, tokenizer = find_task(config.data.task), load_tokenizer(config.model)
+        rows = load_rows(task, "calibration", config.data, config.seed)[:num_examples]
+        colour = console.is_terminal
+        for text in preview_masks(rows, task, tokenizer, config.data, config.calibrate, colour=colour):
             console.print(text, soft_wrap=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -85,7 +96,7 @@ def run(config: Config, arguments: argparse.Namespace, signals: StopSignals) -> 
             end_now(error.exit_code)  # the others are inside a collective: only a closed connection reaches them
         code = error.exit_code
     except BaseException:  # noqa: BLE001 - printed, and no rank may be left waiting for this one
-        sys.excepthook(*sys.exc_info())
+        traceback.print_exc()
         time.sleep(SECONDS_FOR_THE_CAUSE if world.size > 1 else 0)
         end_now(1)
     else:

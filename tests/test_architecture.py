@@ -24,7 +24,10 @@ MAY_IMPORT = {  # besides itself
     "data": BELOW,
     "runtime": BELOW,
     "stages": BELOW | {"models", "data", "runtime"},
-    "pipeline": BELOW | {"models", "data", "runtime", "stages", "overrides"},
+    "arms": set(),
+    "signals": set(),
+    "run": BELOW | {"models", "data", "runtime", "arms", "signals"},
+    "pipeline": BELOW | {"models", "data", "runtime", "stages", "arms", "signals", "run"},
 }
 ONLY_IN = {
     "deepspeed": {"distributed"},

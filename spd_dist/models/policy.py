@@ -92,6 +92,15 @@ def load_replica(config: Model, distributed: Distributed, world: World, *, adapt
     return policy
 
 
+def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
+    """The policy's tokenizer alone.
+
+    Raises:
+        DataError: no such model, or one without a tokenizer.
+    """
+    return _read(AutoTokenizer, _local_source(config), config)
+
+
 def _local_source(config: Model) -> str:
     gguf = find_gguf(config.name)
     return config.name if gguf is None else str(converted(gguf, config.cache_dir))

@@ -1,0 +1,178 @@
+"""The method on one page: calibrate -> sketch -> reduce -> project -> generate -> finetune -> evaluate.
+
+The first four stream into one artifact, the subspace. Every stage is skipped if its folder is complete and was made
+from the same inputs, so that the same command goes on where a run stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from spd_dist.arms import Arm, chosen
+from spd_dist.config import STAGES, Config
+from spd_dist.data.prompts import make_examples, make_prompts
+from spd_dist.distributed.collectives import together
+from spd_dist.distributed.world import World
+from spd_dist.models.kv_sites import discover_sites
+from spd_dist.models.policy import load_tokenizer
+from spd_dist.run import Run
+from spd_dist.runtime.artifacts import content_hash, write_json
+from spd_dist.runtime.completions import read_completions
+from spd_dist.runtime.subspace_file import load_subspace, save_subspace
+from spd_dist.signals import StopSignals
+from spd_dist.stages.calibrate import calibrate
+from spd_dist.stages.evaluate import TestSet, evaluate_arm, is_answered, summary_of
+from spd_dist.stages.finetune import Job, finetune
+from spd_dist.stages.generate import generate
+from spd_dist.stages.project import projection, subspace, summary
+from spd_dist.stages.reduce import reduce
+from spd_dist.stages.sketch import plan_sketches, sketch
+from spd_dist.types import Projection
+
+
+def run_stages(config: Config, world: World, signals: StopSignals, *, first: str, last: str) -> str:
+    """Run the stages from `first` to `last`; what comes before must be complete. A collective.
+
+    Returns:
+        What a person wants to read at the end.
+
+    Raises:
+        UserError: what the user can put right; `exit_code` says which kind.
+    """
+    stages = STAGES[STAGES.index(first) : STAGES.index(last) + 1]
+    arms = chosen(config.evaluate.arms)
+    students = [arm for arm in arms if arm.trains]
+    run = Run(config, world, signals)
+    with run.metrics:
+        if any(arm.projects for arm in arms):
+            find_subspace(run, wanted=first in STAGES[:4])
+        for arm in students if last in STAGES[4:] else []:
+            write_completions(run, arm, wanted="generate" in stages)
+        for arm in students if last in STAGES[5:] else []:
+            train_student(run, arm, wanted="finetune" in stages)
+        if last == "evaluate":
+            return evaluate_arms(run, arms)
+        return f"{config.run_dir}: complete up to {last}"
+
+
+def find_subspace(run: Run, *, wanted: bool) -> None:
+    """Calibrate, sketch, reduce and project: stream gradients into one subspace."""
+    config, world, rows = run.config, run.world, run.rows("calibration")
+
+    def work(folder: Path) -> None:
+        policy = run.policy()
+        with together("finding the supervised tokens and the sites"):
+            examples, audit = make_examples(rows, run.task, policy.tokenizer, config.data, config.calibrate)
+            sites = discover_sites(policy.model, config.calibrate.layers)
+        rank_of, num_shards = config.project.planned_rank, config.calibrate.num_shards
+        own = sum(index % num_shards % world.size == world.rank for index in range(len(examples)))
+        with run.progress("calibrate", own, "examples") as progress:
+            gradients = calibrate(policy, examples, sites, config.calibrate, world, progress=progress)
+            sketches = sketch(
+                gradients, sites, config.sketch, num_shards=num_shards, planned_rank=rank_of, world=world
+            )
+        moments = reduce(sketches, sites, config.reduce, num_shards=num_shards, world=world)
+        metadata = {"base_model": policy.name, "base_fingerprint": policy.fingerprint, "config_hash": run.settings()}
+        found = subspace(moments, sites, config.project, world, metadata=metadata)
+        with together("writing the subspace"):
+            if world.is_main:
+                save_subspace(folder / "subspace.safetensors", found)
+                sizes = plan_sketches(sites, config.sketch, planned_rank=rank_of, num_shards=num_shards)
+                described = summary(found, sketch_sizes={width: plan.size for width, plan in sizes.items()})
+                write_json(folder / "summary.json", described | {"masks": dataclasses.asdict(audit)})
+
+    inputs = {
+        "settings": run.settings("model", "data", "calibrate", "sketch", "reduce", "project"),
+        "calibration": content_hash(rows),
+    }
+    run.do("project", inputs, ["subspace.safetensors", "summary.json"], work, wanted=wanted)
+
+
+def write_completions(run: Run, arm: Arm, *, wanted: bool) -> None:
+    """Let the policy answer the training prompts, under the projection if the arm has one."""
+    config, rows = run.config, run.rows("train")
+
+    def work(folder: Path) -> dict[str, Any]:
+        policy = run.policy()
+        with together("rendering the training prompts"):
+            prompts = make_prompts(rows, run.task, policy.tokenizer, config.data)
+        total = len(prompts) * config.generate.num_samples
+        with run.progress("generate", total // run.world.size, "completions") as progress:
+            return generate(
+                policy, prompts, _projection(run, arm), config.generate,
+                seed=config.seed, folder=folder, world=run.world, progress=progress,
+            )  # fmt: skip
+
+    inputs = {"settings": run.settings("model", "data", "project", "generate"), "train": content_hash(rows)}
+    inputs |= {"subspace": run.folder.output_hash("project")} if arm.projects else {}
+    run.do(arm.stage("generate"), inputs, ["completions", "summary.json"], work, wanted=wanted)
+
+
+def train_student(run: Run, arm: Arm, *, wanted: bool) -> None:
+    """Fine-tune the untouched policy on the arm's completions."""
+    config = run.config
+
+    def work(folder: Path) -> dict[str, Any]:
+        policy = run.policy()
+        with together("reading the completions"):
+            completions = read_completions(run.folder.folder(arm.stage("generate")) / "completions")
+        job = Job(
+            folder, config.seed, run.world, config.distributed, run.should_stop, run.metrics_of(arm), config.metrics.progress_seconds
+        )
+        outcome = finetune(policy, completions, config.finetune, job)
+        if config.finetune.mode == "full":
+            run.release_policy()
+        with together("writing the summary of the fine-tuning"):
+            if run.world.is_main:
+                write_json(folder / "summary.json", outcome)
+        return outcome
+
+    inputs = {
+        "settings": run.settings("model", "finetune"),
+        "completions": run.folder.output_hash(arm.stage("generate")),
+    }
+    outputs = ["adapter" if config.finetune.mode == "lora" else "model", "summary.json"]
+    run.do(arm.stage("finetune"), inputs, outputs, work, wanted=wanted)
+
+
+def evaluate_arms(run: Run, arms: list[Arm]) -> str:
+    """Let every arm answer the held-out examples, greedily, under one protocol."""
+    config, rows = run.config, run.rows("test")
+
+    def work(folder: Path) -> None:
+        with together("rendering the test prompts"):
+            prompts = make_prompts(rows, run.task, load_tokenizer(config.model), config.data)
+        test_set, summaries = TestSet(run.task, rows, prompts), {}
+        for arm in arms:
+            if is_answered(folder, arm.name, test_set):
+                summaries[arm.name] = {run.task.name: summary_of(folder, arm.name, test_set)}
+                continue
+            run.stop_if_asked()
+            held_to = None if arm.trains else _projection(run, arm)
+            with run.progress("evaluate", None, f"answers of {arm.name}") as progress:
+                answered = evaluate_arm(
+                    run.policy_of(arm), test_set, config.evaluate, arm=arm.name, folder=folder, world=run.world,
+                    projection=held_to, progress=progress,
+                )  # fmt: skip
+            summaries[arm.name] = {run.task.name: answered}
+        with together("writing the summary of the evaluation"):
+            if run.world.is_main:
+                write_json(folder / "summary.json", summaries)
+
+    inputs = {"settings": run.settings("model", "data", "project", "evaluate"), "test": content_hash(rows)}
+    for arm in arms:
+        stage = arm.stage("finetune") if arm.trains else "project" if arm.projects else None
+        inputs |= {} if stage is None else {arm.name: run.folder.output_hash(stage)}
+    run.do("evaluate", inputs, ["summary.json", *(arm.name for arm in arms)], work)
+    run.release_policy()
+    return run.report(arms)
+
+
+def _projection(run: Run, arm: Arm) -> Projection | None:
+    if not arm.projects:
+        return None
+    with together("reading the subspace"):
+        found = load_subspace(run.folder.folder("project") / "subspace.safetensors")
+        return projection(found, run.config.project, run.config.seed)

@@ -1,0 +1,156 @@
+"""A run in motion: its folder, its data, its policy, and the rule by which a stage is done once."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from spd_dist.arms import Arm
+from spd_dist.config import Config
+from spd_dist.data.sources import check_leaks, load_rows
+from spd_dist.data.tasks import find_task
+from spd_dist.data.tasks.protocol import Row, Split
+from spd_dist.distributed.collectives import any_rank, gather_objects, on_main, together
+from spd_dist.distributed.world import World
+from spd_dist.errors import DataError, StopRequested
+from spd_dist.models.policy import Policy, load_policy, load_replica
+from spd_dist.runtime.metrics import MetricLogger
+from spd_dist.runtime.page import write_page
+from spd_dist.runtime.progress import Progress
+from spd_dist.runtime.report import log_report, report_text, write_report
+from spd_dist.runtime.run_folder import RunFolder, settings_hash
+from spd_dist.runtime.wandb_mirror import open_mirror
+from spd_dist.signals import STOP_FILE, StopSignals
+
+log = logging.getLogger(__name__)
+
+
+class Run:
+    """What the stages of one run share. Every method but `progress` is a collective."""
+
+    def __init__(self, config: Config, world: World, signals: StopSignals) -> None:
+        """Open the run folder and the metrics.
+
+        Raises:
+            ConfigError: the folder holds a run of another config, or `data.task` is unknown.
+        """
+        self.config, self.world, self.signals = config, world, signals
+        self.plain = dataclasses.asdict(config)
+        self.folder = RunFolder(config.run_dir, self.plain, world)
+        with together("removing the request to stop"):
+            if world.is_main:
+                (self.folder.path / STOP_FILE).unlink(missing_ok=True)
+        with together("finding the task"):
+            self.task = find_task(config.data.task)
+        mirror = open_mirror(config.metrics, self.folder.path, self.plain) if world.is_main else None
+        self.metrics = MetricLogger(self.folder.path / "metrics", world.rank, mirror)
+        self._rows: dict[Split, list[Row]] = {}
+        self._policy: Policy | None = None
+
+    def rows(self, split: Split) -> list[Row]:
+        """The rows of a split, the same on every rank.
+
+        Raises:
+            DataError: they can't be read.
+        """
+        if split not in self._rows:
+            with together(f"reading the {split} rows"):
+                self._rows[split] = load_rows(self.task, split, self.config.data, self.config.seed)
+        return self._rows[split]
+
+    def policy(self) -> Policy:
+        """The untouched policy, frozen: sharded under ZeRO-3, loaded once for the stages that only read it."""
+        if self._policy is None:
+            self._policy = load_policy(self.config.model, self.config.distributed, self.world)
+        return self._policy
+
+    def release_policy(self) -> None:
+        """Forget the policy, for a stage that changes weights or needs the memory."""
+        if self._policy is not None:
+            self._policy.release()
+            self._policy = None
+
+    def policy_of(self, arm: Arm) -> Policy:
+        """The policy that answers for an arm: its student whole on every rank, or the untouched policy."""
+        if not arm.trains:
+            return self.policy()
+        self.release_policy()
+        student = self.folder.folder(arm.stage("finetune"))
+        if self.config.finetune.mode == "lora":
+            return load_replica(self.config.model, self.config.distributed, self.world, adapter=student / "adapter")
+        model = dataclasses.replace(self.config.model, name=str(student / "model"), revision=None)
+        return load_policy(model, self.config.distributed, self.world)
+
+    def do(
+        self,
+        stage: str,
+        inputs: dict[str, str],
+        outputs: Iterable[str],
+        work: Callable[[Path], dict[str, Any] | None],
+        *,
+        wanted: bool = True,
+    ) -> None:
+        """Run a stage in its folder, and write its manifest: unless it is complete, made from the same inputs.
+
+        Raises:
+            DataError: it is not complete, and not among the stages that were asked for.
+            StopRequested: between two stages, if the run was asked to stop.
+        """
+        if self.folder.is_complete(stage, inputs):
+            return
+        if not wanted:
+            verb = stage.split("/")[-1]
+            raise DataError(f"{self.folder.folder(stage)} is not complete; run that stage first: --from {verb}")
+        self.stop_if_asked()
+        began = time.monotonic()
+        folder = self.folder.start(stage, inputs)
+        extra = work(folder)
+        seconds = time.monotonic() - began
+        self.folder.finish(stage, inputs, outputs, seconds=seconds, extra=extra)
+        log.info("%s: complete, %.1f s", stage, seconds)
+
+    def settings(self, *sections: str) -> str:
+        """The hash of the settings of `sections` that results depend on."""
+        return settings_hash(self.plain, "seed", *sections)
+
+    def progress(self, stage: str, total: int | None, unit: str) -> Progress:
+        """A counter whose lines and metrics carry the stage's name."""
+        return Progress(stage, total, unit, self.metrics, every_seconds=self.config.metrics.progress_seconds)
+
+    def metrics_of(self, arm: Arm) -> MetricLogger:
+        """The metrics; names of other arms than the method's own carry the arm's name."""
+        return self.metrics if arm.name == "spd" else self.metrics.labelled(arm.name)
+
+    def should_stop(self) -> bool:
+        """Whether any rank was asked to stop: all ranks hear the same, so that they stop at the same unit."""
+        return any_rank(self.signals.reason(self.folder.path) is not None)
+
+    def stop_if_asked(self) -> None:
+        """Raise `StopRequested` on every rank if any was asked to stop."""
+        if self.should_stop():
+            reasons = filter(None, gather_objects(self.signals.reason(self.folder.path)))
+            stop = StopRequested(f"stopped on request ({next(reasons)}); start the same command again to go on")
+            stop.is_shared = True
+            raise stop
+
+    def report(self, arms: Iterable[Arm]) -> str:
+        """Write the comparison of the arms, as data and as a page; the text for a terminal is given on every rank."""
+        config, folder = self.config, self.folder.path
+        sentences = {arm.name: arm.sentence for arm in arms}
+        questions = {row["id"]: self.task.prompt(row) for row in self.rows("test")}
+
+        def write() -> str:
+            shared = check_leaks(self.task, config.data, config.seed, num_calibration=config.calibrate.num_examples)
+            overlaps = [{name: value for name, value in vars(one).items() if name != "leaks"} for one in shared]
+            found = write_report(
+                folder, sentences, task=self.task.name, metric=self.task.metric, seed=config.seed, overlaps=overlaps
+            )
+            write_page(folder, found, questions)
+            log_report(self.metrics, folder, found)
+            return report_text(found, folder)
+
+        return on_main("writing the report", write)
