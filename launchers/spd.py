@@ -11,6 +11,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 
 from spd_dist.config import STAGES, Config
 from spd_dist.errors import UserError
@@ -25,6 +26,7 @@ def main() -> int:
     """Parse, check the config, run, and turn the outcome into an exit code."""
     signals = StopSignals()
     signals.install()
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # our own lines say how far a stage is
     arguments = parse_arguments()
     try:
         config = load_config(arguments.config, arguments.overrides)
@@ -85,6 +87,7 @@ def run(config: Config, arguments: argparse.Namespace, signals: StopSignals) -> 
     from spd_dist.pipeline import run_stages
     from spd_dist.runtime.log import set_up_logging
 
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch|deepspeed")
     set_up_logging(int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))))
     world = join_world(config.distributed)
     try:

@@ -1,7 +1,6 @@
 """The method on one page: calibrate -> sketch -> reduce -> project -> generate -> finetune -> evaluate.
 
-The first four stream into one artifact, the subspace. Every stage is skipped if its folder is complete and was made
-from the same inputs, so that the same command goes on where a run stopped.
+The first four stream into one artifact. A stage is skipped if its folder is complete and made from the same inputs.
 """
 
 from __future__ import annotations
@@ -13,17 +12,16 @@ from typing import Any
 from spd_dist.arms import Arm, chosen
 from spd_dist.config import STAGES, Config
 from spd_dist.data.prompts import make_examples, make_prompts
-from spd_dist.distributed.collectives import together
+from spd_dist.distributed.collectives import on_main, together
 from spd_dist.distributed.world import World
 from spd_dist.models.kv_sites import discover_sites
-from spd_dist.models.policy import load_tokenizer
 from spd_dist.run import Run
 from spd_dist.runtime.artifacts import content_hash, write_json
 from spd_dist.runtime.completions import read_completions
 from spd_dist.runtime.subspace_file import load_subspace, save_subspace
 from spd_dist.signals import StopSignals
 from spd_dist.stages.calibrate import calibrate
-from spd_dist.stages.evaluate import TestSet, evaluate_arm, is_answered, summary_of
+from spd_dist.stages.evaluate import evaluate_arm, is_answered, summary_of
 from spd_dist.stages.finetune import Job, finetune
 from spd_dist.stages.generate import generate
 from spd_dist.stages.project import projection, subspace, summary
@@ -33,13 +31,10 @@ from spd_dist.types import Projection
 
 
 def run_stages(config: Config, world: World, signals: StopSignals, *, first: str, last: str) -> str:
-    """Run the stages from `first` to `last`; what comes before must be complete. A collective.
-
-    Returns:
-        What a person wants to read at the end.
+    """Run the stages from `first` to `last`, and give what a person wants to read at the end. A collective.
 
     Raises:
-        UserError: what the user can put right; `exit_code` says which kind.
+        UserError: what the user can put right, such as a stage before `first` that is not complete.
     """
     stages = STAGES[STAGES.index(first) : STAGES.index(last) + 1]
     arms = chosen(config.evaluate.arms)
@@ -66,27 +61,22 @@ def find_subspace(run: Run, *, wanted: bool) -> None:
         with together("finding the supervised tokens and the sites"):
             examples, audit = make_examples(rows, run.task, policy.tokenizer, config.data, config.calibrate)
             sites = discover_sites(policy.model, config.calibrate.layers)
-        rank_of, num_shards = config.project.planned_rank, config.calibrate.num_shards
+        num_shards = config.calibrate.num_shards
         own = sum(index % num_shards % world.size == world.rank for index in range(len(examples)))
         with run.progress("calibrate", own, "examples") as progress:
             gradients = calibrate(policy, examples, sites, config.calibrate, world, progress=progress)
-            sketches = sketch(
-                gradients, sites, config.sketch, num_shards=num_shards, planned_rank=rank_of, world=world
-            )
+            shards = {"num_shards": num_shards, "planned_rank": config.project.planned_rank}
+            sketches = sketch(gradients, sites, config.sketch, **shards, world=world)
         moments = reduce(sketches, sites, config.reduce, num_shards=num_shards, world=world)
         metadata = {"base_model": policy.name, "base_fingerprint": policy.fingerprint, "config_hash": run.settings()}
         found = subspace(moments, sites, config.project, world, metadata=metadata)
-        with together("writing the subspace"):
-            if world.is_main:
-                save_subspace(folder / "subspace.safetensors", found)
-                sizes = plan_sketches(sites, config.sketch, planned_rank=rank_of, num_shards=num_shards)
-                described = summary(found, sketch_sizes={width: plan.size for width, plan in sizes.items()})
-                write_json(folder / "summary.json", described | {"masks": dataclasses.asdict(audit)})
+        sizes = {width: plan.size for width, plan in plan_sketches(sites, config.sketch, **shards).items()}
+        described = summary(found, sketch_sizes=sizes) | {"masks": dataclasses.asdict(audit)}
+        on_main("writing the subspace", lambda: save_subspace(folder / "subspace.safetensors", found))
+        on_main("writing the subspace's summary", lambda: write_json(folder / "summary.json", described))
 
-    inputs = {
-        "settings": run.settings("model", "data", "calibrate", "sketch", "reduce", "project"),
-        "calibration": content_hash(rows),
-    }
+    settings = run.settings("model", "data", "calibrate", "sketch", "reduce", "project")
+    inputs = {"settings": settings, "calibration": content_hash(rows)}
     run.do("project", inputs, ["subspace.safetensors", "summary.json"], work, wanted=wanted)
 
 
@@ -99,7 +89,7 @@ def write_completions(run: Run, arm: Arm, *, wanted: bool) -> None:
         with together("rendering the training prompts"):
             prompts = make_prompts(rows, run.task, policy.tokenizer, config.data)
         total = len(prompts) * config.generate.num_samples
-        with run.progress("generate", total // run.world.size, "completions") as progress:
+        with run.progress("generate", total // run.world.size, f"completions of {arm.name}") as progress:
             return generate(
                 policy, prompts, _projection(run, arm), config.generate,
                 seed=config.seed, folder=folder, world=run.world, progress=progress,
@@ -119,49 +109,41 @@ def train_student(run: Run, arm: Arm, *, wanted: bool) -> None:
         with together("reading the completions"):
             completions = read_completions(run.folder.folder(arm.stage("generate")) / "completions")
         job = Job(
-            folder, config.seed, run.world, config.distributed, run.should_stop, run.metrics_of(arm), config.metrics.progress_seconds
-        )
+            folder, config.seed, run.world, config.distributed, run.should_stop, run.metrics_of(arm),
+            config.metrics.progress_seconds,
+        )  # fmt: skip
         outcome = finetune(policy, completions, config.finetune, job)
         if config.finetune.mode == "full":
             run.release_policy()
-        with together("writing the summary of the fine-tuning"):
-            if run.world.is_main:
-                write_json(folder / "summary.json", outcome)
+        on_main("writing the summary of the student", lambda: write_json(folder / "summary.json", outcome))
         return outcome
 
-    inputs = {
-        "settings": run.settings("model", "finetune"),
-        "completions": run.folder.output_hash(arm.stage("generate")),
-    }
+    inputs = {"settings": run.settings("model", "finetune")}
+    inputs |= {"completions": run.folder.output_hash(arm.stage("generate"))}
     outputs = ["adapter" if config.finetune.mode == "lora" else "model", "summary.json"]
     run.do(arm.stage("finetune"), inputs, outputs, work, wanted=wanted)
 
 
 def evaluate_arms(run: Run, arms: list[Arm]) -> str:
     """Let every arm answer the held-out examples, greedily, under one protocol."""
-    config, rows = run.config, run.rows("test")
+    config = run.config
 
     def work(folder: Path) -> None:
-        with together("rendering the test prompts"):
-            prompts = make_prompts(rows, run.task, load_tokenizer(config.model), config.data)
-        test_set, summaries = TestSet(run.task, rows, prompts), {}
+        test_set, summaries = run.test_set(), {}
         for arm in arms:
             if is_answered(folder, arm.name, test_set):
                 summaries[arm.name] = {run.task.name: summary_of(folder, arm.name, test_set)}
                 continue
             run.stop_if_asked()
-            held_to = None if arm.trains else _projection(run, arm)
             with run.progress("evaluate", None, f"answers of {arm.name}") as progress:
                 answered = evaluate_arm(
                     run.policy_of(arm), test_set, config.evaluate, arm=arm.name, folder=folder, world=run.world,
-                    projection=held_to, progress=progress,
+                    projection=None if arm.trains else _projection(run, arm), progress=progress,
                 )  # fmt: skip
             summaries[arm.name] = {run.task.name: answered}
-        with together("writing the summary of the evaluation"):
-            if run.world.is_main:
-                write_json(folder / "summary.json", summaries)
+        on_main("writing the summary of the answers", lambda: write_json(folder / "summary.json", summaries))
 
-    inputs = {"settings": run.settings("model", "data", "project", "evaluate"), "test": content_hash(rows)}
+    inputs = {"settings": run.settings("model", "data", "project", "evaluate"), "test": content_hash(run.rows("test"))}
     for arm in arms:
         stage = arm.stage("finetune") if arm.trains else "project" if arm.projects else None
         inputs |= {} if stage is None else {arm.name: run.folder.output_hash(stage)}

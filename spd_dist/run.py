@@ -11,13 +11,14 @@ from typing import Any
 
 from spd_dist.arms import Arm
 from spd_dist.config import Config
+from spd_dist.data.held_out import TestSet, make_test_set
 from spd_dist.data.sources import check_leaks, load_rows
 from spd_dist.data.tasks import find_task
 from spd_dist.data.tasks.protocol import Row, Split
 from spd_dist.distributed.collectives import any_rank, gather_objects, on_main, together
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError, StopRequested
-from spd_dist.models.policy import Policy, load_policy, load_replica
+from spd_dist.models.policy import Policy, load_policy, load_replica, load_tokenizer
 from spd_dist.runtime.metrics import MetricLogger
 from spd_dist.runtime.page import write_page
 from spd_dist.runtime.progress import Progress
@@ -61,6 +62,16 @@ class Run:
             with together(f"reading the {split} rows"):
                 self._rows[split] = load_rows(self.task, split, self.config.data, self.config.seed)
         return self._rows[split]
+
+    def test_set(self) -> TestSet:
+        """The held-out examples, as every arm is asked them.
+
+        Raises:
+            UserError: rows or tokenizer can't be read, or a row can't be asked.
+        """
+        rows, config = self.rows("test"), self.config
+        with together("rendering the test prompts"):
+            return make_test_set(rows, self.task, load_tokenizer(config.model), config.data, config.calibrate)
 
     def policy(self) -> Policy:
         """The untouched policy, frozen: sharded under ZeRO-3, loaded once for the stages that only read it."""

@@ -15,6 +15,7 @@ import torch
 
 from spd_dist.config import Evaluate, Generate
 from spd_dist.data.batches import micro_batches, pad
+from spd_dist.data.held_out import TestSet
 from spd_dist.data.tasks.protocol import Row, Task
 from spd_dist.distributed.collectives import gather_objects, on_main
 from spd_dist.distributed.world import World
@@ -35,7 +36,7 @@ from spd_dist.runtime.answers import (
 )
 from spd_dist.runtime.completions import is_repetitive
 from spd_dist.runtime.jsonl import JsonlWriter
-from spd_dist.types import Answer, Completion, Projection, Prompt, SupervisedExample
+from spd_dist.types import Answer, Completion, Projection
 
 log = logging.getLogger(__name__)
 
@@ -48,20 +49,6 @@ class Progress(Protocol):
 
     def advance(self, units: int, tokens: int = 0) -> None:
         """Count `units` more as done."""
-
-
-@dataclass(frozen=True)
-class TestSet:
-    """The held-out examples, the same for every arm."""
-
-    __test__ = False  # not for pytest to collect
-
-    task: Task
-    rows: Sequence[Row]
-    prompts: Sequence[Prompt]
-    """One a row, in the same order."""
-    examples: Sequence[SupervisedExample] = ()
-    """One a row, in the same order, for a task that is measured by the likelihood of its reference answers."""
 
 
 def is_answered(folder: Path, arm: str, test_set: TestSet) -> bool:

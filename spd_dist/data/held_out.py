@@ -1,0 +1,41 @@
+"""The held-out examples that every arm answers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from spd_dist.config import Calibrate, Data
+from spd_dist.data.prompts import make_examples, make_prompts
+from spd_dist.data.tasks.protocol import Row, Task
+from spd_dist.data.templates import Tokenizer
+from spd_dist.types import Prompt, SupervisedExample
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """The held-out examples, the same for every arm."""
+
+    __test__ = False  # not for pytest to collect
+
+    task: Task
+    rows: Sequence[Row]
+    prompts: Sequence[Prompt]
+    """One a row, in the same order."""
+    examples: Sequence[SupervisedExample] = ()
+    """One a row, in the same order, for a task that is measured by the likelihood of its reference answers."""
+
+
+def make_test_set(rows: Sequence[Row], task: Task, tokenizer: Tokenizer, config: Data, calibrate: Calibrate) -> TestSet:
+    """The rows as every arm is asked them.
+
+    Raises:
+        ConfigError: no chat template.
+        DataError: a prompt is too long; a reference answer is empty or cut off at `calibrate.max_tokens`.
+    """
+    prompts = make_prompts(rows, task, tokenizer, config)
+    if task.metric != "nll":
+        return TestSet(task, rows, prompts)
+    answers = dataclasses.replace(calibrate, num_examples=max(1, len(rows)), mask="answer", allow_empty=False)
+    return TestSet(task, rows, prompts, make_examples(rows, task, tokenizer, config, answers)[0])
