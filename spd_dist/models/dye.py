@@ -1,8 +1,9 @@
 """Follow keys and values back to the linear modules that put them out, by autograd: names cannot be trusted.
 
-A copy of the model is built from its config, at full depth and width but without weights. Each linear module in it puts
-out a fresh leaf, whatever goes in: a dye. What the attention then takes as keys and values has a gradient at exactly the
-outputs that it is made of. As it holds no weights, the copy is cheap for a model of any size, sharded or quantised.
+A copy of the model is built from its config, at full depth and width but without weights. Each linear module in it
+puts out a fresh leaf, whatever goes in: a dye. What the attention then takes as keys and values has a gradient at
+exactly the outputs that it is made of. As it holds no weights, the copy is cheap for a model of any size, sharded or
+quantised.
 
 Shapes: B batch, H heads, T tokens, D head width.
 """
@@ -12,20 +13,24 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from torch.func import functional_call
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers.masking_utils import eager_mask
 from transformers.pytorch_utils import Conv1D
 
+from spd_dist.errors import DataError
 from spd_dist.types import Kind
 
 NUM_TOKENS = 4
 ATTENTION = "spd_dist_dye"  # names a function in transformers' registry while the copy is built and run
+FOREIGN_FAULTS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -35,11 +40,27 @@ class Origin:
     reader: str
     """Name of the attention module, or of the cache's layer where the model calls no attention function."""
     kind: Kind
-    head_slots: Mapping[str, tuple[tuple[int, ...], ...]]
-    """By linear module: for each head, the output features that it is made of. Empty if they are no module's output."""
-    head_width: int
-    num_calls: int
-    """How often the linear modules run in one forward pass, at most."""
+    states_HD: Tensor
+    """Those of the first token, where RoPE turns nothing, with their graph."""
+    leaves: Mapping[str, Sequence[Tensor]]
+    """What the linear modules that they are made of put out, by name: one leaf a call."""
+
+    def features(self, module: str) -> tuple[tuple[int, ...], ...]:
+        """For each head, the output features of `module` that it is made of."""
+        (leaf,) = self.leaves[module]
+        return tuple(_nonzero_features(_gradients(head_D, [leaf])[0]) for head_D in self.states_HD)
+
+    def states_of(self, module: str) -> Tensor:
+        """Which of the states `module` takes part in, as a mask (H, D)."""
+        weight_HD = torch.ones_like(self.states_HD, requires_grad=True)
+        (grad, *_) = torch.autograd.grad(self.states_HD, self.leaves[module], weight_HD, create_graph=True)
+        along = 0.5 + torch.rand(grad.shape, generator=torch.Generator().manual_seed(0))
+        return torch.autograd.grad(grad, weight_HD, along, retain_graph=True)[0].ne(0)  # the Jacobian times `along`
+
+    def num_features(self, module: str) -> int:
+        """How many output features of `module` it is made of."""
+        grads = _gradients(self.states_HD, self.leaves[module])
+        return len(set().union(*map(_nonzero_features, grads)))
 
 
 def output_width(module: nn.Module) -> int | None:
@@ -52,18 +73,27 @@ def output_width(module: nn.Module) -> int | None:
 
 
 def trace_origins(model: PreTrainedModel) -> list[Origin]:
-    """Where each attention module of `model` has its keys and values from, in the order of the forward pass."""
+    """Where each attention module of `model` has its keys and values from, in the order of the forward pass.
+
+    Raises:
+        DataError: the model can't be built from its config, or can't run on token ids alone.
+    """
+    tap = _Tap()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
-        tap = _Tap()
-        skeleton = _weightless_copy(model, tap)
-        dyes = {name: _Dye(module) for name, module in skeleton.named_modules() if output_width(module)}
-        _run(skeleton, tap)
+        try:
+            skeleton = _weightless_copy(model, tap)
+            dyes = {name: _Dye(module) for name, module in skeleton.named_modules() if output_width(module)}
+            _run(skeleton, tap)
+        except FOREIGN_FAULTS as error:
+            raise DataError(
+                f"model.name: the keys and values of {type(model).__name__} can't be traced, as a copy of it does not "
+                f"run on token ids alone ({type(error).__name__}: {error}); choose another model"
+            ) from error
         names = {module: name for name, module in skeleton.named_modules()}
-        taken = tap.at_attention or tap.at_cache
         return [
-            _origin(names.get(reader, str(reader)), kind, states, dyes)
-            for reader, *both in taken
+            _origin(reader if isinstance(reader, str) else names[reader], kind, states, dyes)
+            for reader, *both in tap.at_attention or tap.at_cache
             for kind, states in zip(("key", "value"), both, strict=True)
         ]
 
@@ -72,17 +102,25 @@ class _Dye:
     """Makes a linear module put out a fresh leaf at each call."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.width = output_width(module)
+        self.module = module
         self.leaves: list[Tensor] = []
-        if type(module) in (nn.Linear, Conv1D):
-            module.forward = lambda states, *_, **__: self._leaf(states.shape[:-1])
-        else:  # one with a forward of its own, as a router, may put out something else
-            module.register_forward_hook(
-                lambda _module, _inputs, output: self._leaf(output.shape[:-1]) if isinstance(output, Tensor) else output
-            )
+        width = output_width(module)
+        plain = type(module) in (nn.Linear, Conv1D)
+        module.forward = (lambda states: self._leaf((*states.shape[:-1], width))) if plain else self._own_forward
 
-    def _leaf(self, shape: torch.Size) -> Tensor:
-        leaf = torch.rand(*shape, self.width).sub_(0.5).requires_grad_()
+    def _own_forward(self, states: Tensor, *inputs: Any, **named: Any) -> Any:
+        """For a module with a forward of its own: as a router, it may put out something else."""
+        forward = type(self.module).forward
+        if states.is_meta:
+            return forward(self.module, states, *inputs, **named)
+        weightless = {name: weight.to("meta") for name, weight in self.module.named_parameters()}
+        output = functional_call(self.module, weightless, (states.to("meta"), *inputs), named)
+        return (
+            self._leaf(output.shape) if isinstance(output, Tensor) else forward(self.module, states, *inputs, **named)
+        )
+
+    def _leaf(self, shape: tuple[int, ...]) -> Tensor:
+        leaf = torch.rand(shape).sub_(0.5).requires_grad_()
         self.leaves.append(leaf)
         return leaf.clone()  # some models write in place on what a linear module puts out
 
@@ -107,7 +145,7 @@ class _Tap(DynamicCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Stand in for the cache of a model that has its own attention functions."""
-        self.at_cache.append((f"cache layer {layer_idx}", key_states, value_states))
+        self.at_cache.append((f"cache.{layer_idx}", key_states, value_states))
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
@@ -118,6 +156,7 @@ def _weightless_copy(model: PreTrainedModel, tap: _Tap) -> PreTrainedModel:
     """
     config = copy.deepcopy(model.config)
     AttentionInterface.register(ATTENTION, tap.attention)
+    AttentionMaskInterface.register(ATTENTION, eager_mask)
     config._attn_implementation = ATTENTION if _dispatches(model) else "eager"
     with torch.device("meta"):
         skeleton = type(model)(config).eval()
@@ -125,13 +164,16 @@ def _weightless_copy(model: PreTrainedModel, tap: _Tap) -> PreTrainedModel:
         for name, weight in module.named_parameters(recurse=False):
             flat = torch.ones((), dtype=weight.dtype).expand(weight.shape)
             module.register_parameter(name, nn.Parameter(flat, requires_grad=False))
-        for name, buffer in module.named_buffers(recurse=False):  # zero frequencies: RoPE turns nothing
-            module.register_buffer(name, torch.zeros_like(buffer, device="cpu"), persistent=False)
-        if any(weight.dim() == 3 for weight in module.parameters(recurse=False)) and not isinstance(module, nn.Conv1d):
-            module.forward = lambda states, *_, **__: (
-                states
-            )  # a bank of experts: the costly part, and never next to keys
+        for name, buffer in module.named_buffers(recurse=False):
+            module.register_buffer(name, torch.ones_like(buffer, device="cpu"), persistent=False)
+        if _is_expert_bank(module):  # the costly part, and never next to keys
+            module.forward = lambda *inputs, **named: (*inputs, *named.values())[0]
     return skeleton
+
+
+def _is_expert_bank(module: nn.Module) -> bool:
+    has_stacked_weights = any(weight.dim() == 3 for weight in module.parameters(recurse=False))
+    return has_stacked_weights and not isinstance(module, nn.Conv1d) and not any(map(output_width, module.modules()))
 
 
 def _dispatches(model: PreTrainedModel) -> bool:
@@ -146,23 +188,19 @@ def _run(skeleton: PreTrainedModel, tap: _Tap) -> None:
 
 
 def _origin(reader: str, kind: Kind, states_BHTD: Tensor, dyes: Mapping[str, _Dye]) -> Origin:
-    """Differentiate each head of the first token by every dye that it holds."""
-    leaves = {(name, call): leaf for name, dye in dyes.items() for call, leaf in enumerate(dye.leaves)}
-    head_slots: dict[str, tuple[tuple[int, ...], ...]] = {}
-    if states_BHTD.requires_grad:
-        grads = _gradients(states_BHTD[0, :, 0], list(leaves.values()))
-        held = {place: leaf for (place, leaf), grad in zip(leaves.items(), grads, strict=True) if grad is not None}
-        by_head = [_gradients(head_D, list(held.values())) for head_D in states_BHTD[0, :, 0]]
-        for index, (name, _call) in enumerate(held):
-            slots = tuple(_nonzero_features(grads[index]) for grads in by_head)
-            if any(slots):
-                head_slots[name] = slots
-    num_calls = max((len(dyes[name].leaves) for name in head_slots), default=0)
-    return Origin(reader, kind, head_slots, states_BHTD.shape[-1], num_calls)
+    leaves = {name: dye.leaves for name, dye in dyes.items() if dye.leaves}
+    states_HD = states_BHTD[0, :, 0]
+    if not states_HD.requires_grad:
+        return Origin(reader, kind, states_HD, {})
+    flat = [leaf for calls in leaves.values() for leaf in calls]
+    touched = {id(leaf) for leaf, grad in zip(flat, _gradients(states_HD, flat), strict=True) if grad is not None}
+    held = {name: [leaf for leaf in calls if id(leaf) in touched] for name, calls in leaves.items()}
+    return Origin(reader, kind, states_HD, {name: calls for name, calls in held.items() if calls})
 
 
-def _gradients(states: Tensor, leaves: list[Tensor]) -> tuple[Tensor | None, ...]:
-    weighted = (states * (0.5 + torch.rand(states.shape))).sum()
+def _gradients(states: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """Of a sum with weights from 0.5 to 1.5, so that nothing cancels."""
+    weighted = (states * (0.5 + torch.rand(states.shape, generator=torch.Generator().manual_seed(0)))).sum()
     return torch.autograd.grad(weighted, leaves, retain_graph=True, allow_unused=True)
 
 

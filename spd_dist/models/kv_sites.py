@@ -7,9 +7,9 @@ they can be projected in every engine and folded into the weights.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from dataclasses import replace
+from typing import Literal, NamedTuple
 
 from peft import PeftModel
 from torch import nn
@@ -23,6 +23,13 @@ logger = logging.getLogger(__name__)
 
 Layers = Sequence[int | Literal["middle", "last"]]
 KINDS: Mapping[str, tuple[Kind, ...]] = {"both": ("key", "value"), "key": ("key",), "value": ("value",)}
+
+
+class Source(NamedTuple):
+    """A linear module that makes keys or values, and what has them from it."""
+
+    origin: Origin
+    module: str
 
 
 def discover_sites(
@@ -45,59 +52,101 @@ def discover_sites(
         DataError: no attention, or a layer from which these kinds can't be taken; it names the usable layers.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    prefix = next(name for name, module in model.named_modules() if module is base)
-    found, reasons = _sites_by_layer(trace_origins(base), whole_keys)
-    usable = {
-        layer: [sites[kind] for kind in KINDS[kinds]]
-        for layer, sites in sorted(found.items())
-        if all(kind in sites for kind in KINDS[kinds])
-    }
-    chosen = _choose(layers, list(usable), reasons, base)
-    sites = [_checked(site, base, prefix) for layer in chosen for site in usable[layer]]
+    prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is base)
+    sources, reasons = _sources_by_layer(trace_origins(base), whole_keys)
+    usable = sorted(layer for layer, found in sources.items() if all(kind in found for kind in KINDS[kinds]))
+    chosen = _choose(layers, usable, reasons, type(base).__name__)
+    sites = [_site(sources[layer][kind], base) for layer in chosen for kind in KINDS[kinds]]
+    sites = [site for site in sites if not _is_repeated(site, sites)]
     logger.info(
-        "calibrate.layers: %s -> %s, among the %d layers that make keys and values (%s)",
+        "calibrate.layers: %s are layers %s of %d that make keys and values: %s",
         list(layers), chosen, len(usable), ", ".join(site.module for site in sites),
     )  # fmt: skip
-    return sorted(sites)
+    return sorted(replace(site, module=prefix + site.module) for site in sites)
 
 
-def _sites_by_layer(
+def _sources_by_layer(
     origins: Iterable[Origin], whole_keys: bool
-) -> tuple[dict[int, dict[Kind, KVSite]], dict[int, str]]:
+) -> tuple[dict[int, dict[Kind, Source]], dict[int, str]]:
     """What can be taken where, and why not elsewhere."""
-    found: dict[int, dict[Kind, KVSite]] = {}
+    sources: dict[int, dict[Kind, Source]] = {}
     reasons: dict[int, str] = {}
     for origin in origins:
-        reader = _layer_index(origin.reader)
-        site = _site(origin)
-        if site is None:
-            reasons[reader] = f"no linear module puts out its {origin.kind}s"
-        elif site.layer != reader:
-            reasons[reader] = f"it reads the {origin.kind}s of layer {site.layer}"
-        elif origin.num_calls > 1:
-            reasons[reader] = f"{site.module} runs {origin.num_calls} times in a forward pass"
-        elif origin.kind == "key" and whole_keys and len(origin.head_slots) > 1:
-            reasons[reader] = f"its keys come from several modules, {' and '.join(sorted(origin.head_slots))}"
+        layer = _layer_index(origin.reader)
+        reason = _obstacle(origin, layer, whole_keys)
+        if origin.kind in sources.get(layer, {}):
+            reason = f"it takes its {origin.kind}s several times"
+        if reason is None:
+            sources.setdefault(layer, {})[origin.kind] = Source(origin, _main_module(origin))
         else:
-            found.setdefault(reader, {})[origin.kind] = site
-    return found, reasons
+            reasons.setdefault(layer, reason)
+    for layer in reasons:
+        sources.pop(layer, None)
+    return sources, reasons
 
 
-def _site(origin: Origin) -> KVSite | None:
-    """The module that puts out the most of it. MLA: `kv_b_proj`, which leaves out the keys' shared RoPE part."""
-    if not origin.head_slots:
-        return None
-    widths = {name: len(set().union(*slots)) for name, slots in origin.head_slots.items()}
-    module = max(widths, key=widths.__getitem__)
-    heads = list(dict.fromkeys(slots for slots in origin.head_slots[module] if slots))  # shared heads are counted once
-    features, num_heads = [feature for head in heads for feature in head], len(heads)
-    if max(map(len, heads)) > origin.head_width:  # a norm over all heads mixes them: each is made of every feature
-        features, num_heads = sorted(set(features)), len(origin.head_slots[module])
-    return KVSite(_layer_index(module), origin.kind, module, _ranges(features), num_heads)
+def _obstacle(origin: Origin, layer: int, whole_keys: bool) -> str | None:
+    """Why these keys or values can't be taken, if so."""
+    modules = sorted(origin.leaves)
+    if not modules:
+        return f"no linear module puts out its {origin.kind}s"
+    main = _main_module(origin)
+    if _layer_index(main) != layer:
+        return f"it reads the {origin.kind}s of layer {_layer_index(main)}"
+    if len(origin.leaves[main]) > 1:
+        return f"{main} runs {len(origin.leaves[main])} times in a forward pass"
+    in_parts = sum(origin.states_of(module).int() for module in modules).max() == 1
+    if len(modules) > 1 and (whole_keys or origin.kind == "value" or not in_parts):
+        return f"its {origin.kind}s come from several modules, {' and '.join(modules)}"
+    return None
+
+
+def _main_module(origin: Origin) -> str:
+    """The module that puts out the most of it. MLA: `kv_b_proj`, without the keys' RoPE part, that all heads share."""
+    return max(origin.leaves, key=origin.num_features)
 
 
 def _layer_index(name: str) -> int:
-    return int(re.search(r"\d+", name)[0])
+    """The first number in a dotted name; -1 outside of all layers."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), -1)
+
+
+def _choose(layers: Layers, usable: list[int], reasons: Mapping[int, str], name: str) -> list[int]:
+    if not usable:
+        detail = "; ".join(f"layer {layer}: {reason}" for layer, reason in sorted(reasons.items()))
+        raise DataError(
+            f"model.name: {name} has no layer to take keys and values from ({detail or 'it has no attention'}); "
+            f"usable layers: none; choose a model with attention"
+        )
+    named = {"middle": usable[len(usable) // 2], "last": usable[-1]}
+    chosen = sorted({named.get(layer, layer) for layer in layers})
+    for layer in chosen:
+        if layer not in usable:
+            reason = reasons.get(layer, "there is no attention at that index")
+            raise DataError(
+                f"calibrate.layers: keys and values can't be taken from layer {layer} of {name}: {reason}; "
+                f"usable layers: {usable}"
+            )
+    return chosen
+
+
+def _site(source: Source, model: PreTrainedModel) -> KVSite:
+    """The columns of the module, KV head after KV head; they must be there in the model itself."""
+    origin, module = source
+    by_head = origin.features(module)
+    heads = list(dict.fromkeys(features for features in by_head if features))  # heads that share are counted once
+    features, num_heads = [feature for head in heads for feature in head], len(heads)
+    if max(map(len, heads)) > origin.states_HD.shape[1]:  # a norm over all heads: each is made of every feature
+        features, num_heads = sorted(set(features)), len(by_head)
+    width = output_width(model.get_submodule(module))
+    if width is None or width <= max(features):
+        raise DataError(
+            f"model.name: {module} puts out {width} features, but by the model's config {origin.kind}s lie up to "
+            f"{max(features)}; the module does not fit the config"
+        )
+    if module.rsplit(".", 1)[-1] == ("v_proj" if origin.kind == "key" else "k_proj"):
+        logger.warning("%s makes the %ss of its layer, whatever its name says", module, origin.kind)
+    return KVSite(_layer_index(module), origin.kind, module, _ranges(features), num_heads)
 
 
 def _ranges(features: Iterable[int]) -> tuple[tuple[int, int], ...]:
@@ -110,34 +159,6 @@ def _ranges(features: Iterable[int]) -> tuple[tuple[int, int], ...]:
     return tuple(ranges)
 
 
-def _choose(layers: Layers, usable: list[int], reasons: Mapping[int, str], model: PreTrainedModel) -> list[int]:
-    if not usable:
-        detail = "; ".join(f"layer {layer}: {reason}" for layer, reason in sorted(reasons.items()))
-        raise DataError(
-            f"model.name: {type(model).__name__} has no layer that makes keys and values "
-            f"({detail or 'it has no attention'}); choose a model with attention"
-        )
-    named = {"middle": usable[len(usable) // 2], "last": usable[-1]}
-    chosen = sorted({named.get(layer, layer) for layer in layers})
-    for layer in chosen:
-        if layer not in usable:
-            reason = reasons.get(layer, "it has no attention, or is not there at all")
-            raise DataError(
-                f"calibrate.layers: keys and values can't be taken from layer {layer} of {type(model).__name__}: "
-                f"{reason}; usable layers: {usable}"
-            )
-    return chosen
-
-
-def _checked(site: KVSite, model: PreTrainedModel, prefix: str) -> KVSite:
-    """The site with its name in the outer model; a name that says another kind is worth a warning, no more."""
-    width = output_width(model.get_submodule(site.module))
-    if width is None or width < site.columns[-1][1]:
-        raise DataError(
-            f"model.name: {site.module} should put out keys or values, but its width is {width}: no linear module"
-        )
-    other = "v_proj" if site.kind == "key" else "k_proj"
-    if site.module.rsplit(".", 1)[-1] == other:
-        logger.warning("%s is made by %s, whatever its name says", site, site.module)
-    module = f"{prefix}.{site.module}" if prefix else site.module
-    return KVSite(site.layer, site.kind, module, site.columns, site.num_heads)
+def _is_repeated(site: KVSite, sites: Sequence[KVSite]) -> bool:
+    """Whether these values are the same outputs as the keys: one site, or they would be projected twice."""
+    return site.kind == "value" and replace(site, kind="key") in sites
