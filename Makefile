@@ -10,7 +10,7 @@ RUN_DIR ?= runs/quickstart
 HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
 ifeq ($(HAS_GPU),0)
   ON_CPU := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
-  RANKS := --num_accelerators 2
+  RANKS := --num_accelerators 2 --quiet
 endif
 
 .PHONY: install quickstart test lint

@@ -17,7 +17,8 @@ os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARA
 # One server imports these and forks every rank from that clean state, where spawn would import them in each rank.
 # (torch.testing imports dynamo, and so sympy, at its first use.)
 PRELOADED = ["pytest", "torch.distributed", "torch._dynamo", "torch._inductor.compile_fx", "deepspeed",
-             "deepspeed.runtime.zero.stage3", "transformers.models.llama.modeling_llama", "peft", "tiny"]  # fmt: skip
+             "deepspeed.runtime.zero.stage3", "transformers.models.llama.modeling_llama", "peft", "tiny",
+             "spd_dist.pipeline"]  # fmt: skip
 multiprocessing.set_forkserver_preload(PRELOADED)
 
 

@@ -1,0 +1,173 @@
+"""The whole method by its launcher: the same at every world size, after every kill, and clear about every fault."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from launching import SMALL, Launch, free_port, launch
+from peft import PeftModel
+from tiny import save_tiny_model, tiny_model
+from transformers import AutoModelForCausalLM
+
+from spd_dist.runtime.artifacts import read_json
+from spd_dist.runtime.jsonl import read_jsonl
+from spd_dist.runtime.subspace_file import load_subspace
+
+VARY = {"cost", "seconds", "tokens_per_second", "num_new_tokens", "hook_calls", "leakage"}
+"""Of the report: times, and what is counted of the last attempt only."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("policy") / "model")
+
+
+@pytest.fixture(scope="module")
+def words(model) -> list[str]:
+    return [f"model.name={model}", *SMALL]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(words, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    output = launch(2, [*words, f"run_dir={folder / 'run'}"], folder / "log")
+    assert "SPD against BASE" in output
+    return folder / "run"
+
+
+def results(run: Path) -> dict[str, object]:
+    """What must not depend on ranks or kills: corpus and answers to the byte, and every number of the report."""
+    files = [*run.glob("**/completions.jsonl"), *run.glob("evaluate/*/*.jsonl")]
+    texts = {str(file.relative_to(run)): file.read_text() for file in files}
+    return {"report": without(read_json(run / "report.json"), VARY), **texts}
+
+
+def without(value: object, names: set[str]) -> object:
+    if isinstance(value, dict):
+        return {key: without(item, names) for key, item in value.items() if key not in names}
+    return [without(item, names) for item in value] if isinstance(value, list) else value
+
+
+def losses(run: Path) -> torch.Tensor:
+    """By step; a step that was done again after a kill counts once."""
+    rows = read_jsonl(run / "metrics" / "rank_00000.jsonl")
+    named = {
+        (row["step"], key): value
+        for row in rows
+        for key, value in row.items()
+        if key in ("finetune/loss", "finetune/psr_loss")
+    }
+    assert named
+    return torch.tensor([named[key] for key in sorted(named)])
+
+
+@pytest.mark.parametrize(("world_size", "zero_stage"), [(1, 0), (1, 3), (4, 3), (2, 2)])
+def test_the_results_do_not_depend_on_ranks_and_sharding(words, undisturbed, tmp_path, world_size, zero_stage):
+    run = tmp_path / "run"
+    launch(world_size, [*words, f"run_dir={run}", f"distributed.zero_stage={zero_stage}"], tmp_path / "log")
+    assert results(run).keys() == results(undisturbed).keys()
+    for name, expected in results(undisturbed).items():
+        if name != "report":
+            assert results(run)[name] == expected, name
+    ours, theirs = (load_subspace(folder / "project" / "subspace.safetensors") for folder in (run, undisturbed))
+    for site in theirs.sites:
+        bases = [each.sites[site].basis_DR for each in (ours, theirs)]
+        projectors = [basis_DR @ basis_DR.T for basis_DR in bases]
+        assert (projectors[0] - projectors[1]).abs().max() < 1e-5
+    torch.testing.assert_close(losses(run), losses(undisturbed), rtol=0, atol=1e-5)
+
+
+def test_the_run_folder_keeps_its_contract(undisturbed, model):
+    for name in ("config.yaml", "environment.json", "report.json", "report.html", "metrics/rank_00001.jsonl"):
+        assert (undisturbed / name).is_file(), name
+    for stage in ("project", "generate", "finetune", "evaluate", "arms/psr/generate", "arms/psr/finetune"):
+        assert read_json(undisturbed / stage / "manifest.json")["outputs"]
+    site = next(iter(read_json(undisturbed / "project" / "summary.json")["sites"].values()))
+    assert {"width", "rank", "energy_fraction", "num_rows", "sketch_size", "certificate"} <= site.keys()
+    assert site["rank"] == site["width"] // 2
+    line = json.loads((undisturbed / "generate/completions/completions.jsonl").read_text().splitlines()[0])
+    assert {"id", "sample", "seed", "prompt_tokens", "tokens", "text", "finish_reason"} <= line.keys()
+    checks = read_json(undisturbed / "generate" / "summary.json")
+    assert min(checks["hook_calls"].values()) > 0
+    assert checks["leakage"] < 1e-5
+    base = AutoModelForCausalLM.from_pretrained(model)
+    student = PeftModel.from_pretrained(base, undisturbed / "finetune" / "adapter")
+    tokens = torch.arange(3, 40)[None]
+    assert not torch.allclose(student(tokens).logits, tiny_model()(tokens).logits)
+
+
+def test_a_complete_run_is_skipped_and_another_config_refused(words, undisturbed, tmp_path):
+    before = {file: file.stat().st_mtime_ns for file in undisturbed.glob("**/manifest.json")}
+    output = launch(1, [*words, f"run_dir={undisturbed}"], tmp_path / "again")
+    assert output.count("complete, skipped") == 6
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    output = launch(2, [*words, f"run_dir={undisturbed}", "project.rank_rule=energy"], tmp_path / "other", code=2)
+    assert output.count("holds a run of another config (project.rank_rule: 'half' -> 'energy')") == 1
+
+
+KILLS = {
+    "project": lambda run: (run / "project" / "started.json").exists(),
+    "generate": lambda run: any(file.stat().st_size for file in run.glob("generate/completions/part-*.jsonl")),
+    "finetune": lambda run: any(run.glob("finetune/checkpoints/step_*/COMPLETE.json")),
+    "evaluate": lambda run: any(file.stat().st_size for file in run.glob("evaluate/spd/*.part-*.jsonl")),
+}
+
+
+def test_a_run_killed_in_every_stage_ends_as_if_undisturbed(words, undisturbed, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log"
+    for happened in KILLS.values():
+        Launch(2, [*words, f"run_dir={run}"], log).kill_when(lambda happened=happened: happened(run))
+        assert not (run / "report.json").exists()
+    launch(2, [*words, f"run_dir={run}"], log)
+    assert results(run) == results(undisturbed)
+    torch.testing.assert_close(losses(run), losses(undisturbed), rtol=0, atol=0)
+
+
+def test_stages_run_as_separate_jobs_on_different_numbers_of_ranks(words, undisturbed, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log"
+    arguments = [*words, f"run_dir={run}"]
+    output = launch(1, [*arguments, "--from", "generate", "--until", "generate"], tmp_path / "early", code=3)
+    assert "project is not complete; run that stage first: --from project" in output
+    launch(1, [*arguments, "--until", "project"], log)
+    assert not (run / "generate").exists()
+    launch(3, [*arguments, "--from", "generate", "--until", "generate"], log)
+    launch(2, [*arguments, "--from", "finetune"], log)
+    expected = results(undisturbed)
+    assert {name: value for name, value in results(run).items() if name != "report"} == {
+        name: value for name, value in expected.items() if name != "report"
+    }
+
+
+def test_a_request_to_stop_ends_all_ranks_with_75_and_the_run_goes_on(words, undisturbed, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log"
+    started = Launch(2, [*words, f"run_dir={run}"], log)
+    while not (run / "project" / "started.json").exists():
+        assert any(rank.is_alive() for rank in started.ranks), started.output()
+    (run / "PREEMPT").touch()
+    assert started.wait() == [75, 75], started.output()
+    assert "stopped on request (the file" in started.output()
+    launch(2, [*words, f"run_dir={run}"], log)
+    assert results(run) == results(undisturbed)
+
+
+def test_the_deepspeed_launcher_runs_two_ranks_and_ends_in_a_table(words, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    command = [Path(sys.executable).parent / "deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        [*command, "launchers/spd.py", *words, f"run_dir={run}", "metrics.wandb=offline"],
+        capture_output=True, text=True, timeout=240, check=False, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for shown in ("base", "psr", "spd", "interval", "report.html", str(run)):
+        assert shown in done.stdout
+    for progress in ("calibrate: done, 4/4 examples", "finetune: done", "tokens/s"):
+        assert progress in done.stderr
+    assert results(run) == results(undisturbed)
+    assert list(run.glob("wandb/offline-run-*/run-*.wandb"))

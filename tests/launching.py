@@ -1,0 +1,99 @@
+"""Start `launchers/spd.py` on several ranks, as a launcher would: real processes, ports, signals and exit codes.
+
+They are forked from the server of `ranks`, so that a launch takes a second and not the ten of its imports.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import ranks  # noqa: F401 - sets up the fork server
+
+SETTINGS = ["metrics.wandb=disabled", "distributed.timeout_seconds=60", "distributed.threads=1"]
+
+SMALL = [
+    "data.num_train=10", "data.num_test=6", "calibrate.num_examples=7", "calibrate.num_shards=4",
+    "calibrate.batch_size=2", "generate.max_new_tokens=12", "finetune.learning_rate=1e-3", "finetune.num_epochs=2",
+    "finetune.global_batch_size=4", "finetune.micro_batch_size=1", "finetune.max_tokens=400",
+    "finetune.checkpoint_every=1", "evaluate.max_new_tokens=8",
+]  # fmt: skip
+"""A run of seconds: seven calibration examples on four shards, ten prompts, six test problems."""
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Launch:
+    """The ranks of one run."""
+
+    def __init__(self, world_size: int, words: Sequence[str], log: Path, launcher: str = "launchers/spd.py") -> None:
+        port = free_port()
+        context = multiprocessing.get_context("forkserver")
+        arguments = [(rank, world_size, port, launcher, [*words, *SETTINGS], log) for rank in range(world_size)]
+        self.log = log
+        self.ranks = [context.Process(target=_launch, args=args) for args in arguments]
+        for rank in self.ranks:
+            rank.start()
+
+    def wait(self, seconds: float = 120) -> list[int]:
+        """The exit codes of all ranks; fails if one of them still runs after `seconds`."""
+        deadline = time.monotonic() + seconds
+        for rank in self.ranks:
+            rank.join(max(0.0, deadline - time.monotonic()))
+        codes = [rank.exitcode for rank in self.ranks]
+        self.kill()
+        assert None not in codes, f"ranks still ran after {seconds} s: {codes}\n{self.output()}"
+        return codes
+
+    def kill(self) -> None:
+        """SIGKILL to every rank: no handler runs, no file is finished."""
+        for rank in self.ranks:
+            rank.kill()
+            rank.join()
+
+    def kill_when(self, happened: Callable[[], bool], seconds: float = 60) -> None:
+        """Wait for something to be seen on disk, then kill."""
+        deadline = time.monotonic() + seconds
+        while not happened() and any(rank.is_alive() for rank in self.ranks):
+            assert time.monotonic() < deadline, self.output()
+            time.sleep(0.002)
+        self.kill()
+
+    def output(self) -> str:
+        """What all ranks printed."""
+        return self.log.read_text(errors="replace")
+
+
+def launch(world_size: int, words: Sequence[str], log: Path, *, code: int = 0) -> str:
+    """Run to the end, expect every rank to exit with `code`, and give what was printed."""
+    started = Launch(world_size, words, log)
+    codes = started.wait()
+    assert codes == [code] * world_size, f"{codes}\n{started.output()}"
+    return started.output()
+
+
+def _launch(rank: int, world_size: int, port: int, launcher: str, words: list[str], log: Path) -> None:
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    variables = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world_size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    os.environ |= {name: str(value) for name, value in variables.items()}
+    sys.argv = [launcher, *words]
+    runpy.run_path(launcher, run_name="__main__")
