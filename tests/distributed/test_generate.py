@@ -59,6 +59,7 @@ def on_two_ranks(model: Path, folder: Path, expected: bytes) -> None:
     the_projection_of_rank_0_is_used(policy, folder, expected)
     an_error_of_one_rank_is_raised_on_all_and_leaves_nothing_behind(policy, folder, expected, untouched)
     an_error_while_merging_is_raised_on_all(policy, folder)
+    a_program_gets_the_whole_folded_policy(policy, folder)
     assert weights_fingerprint(policy.model) == policy.fingerprint
     assert hooks_of(policy) == untouched
 
@@ -120,6 +121,17 @@ def an_error_of_one_rank_is_raised_on_all_and_leaves_nothing_behind(
 def an_error_while_merging_is_raised_on_all(policy: Policy, folder: Path) -> None:
     with pytest.raises(DataError, match="the empty rate of the completions is"):
         run(policy, folder / "empty", dataclasses.replace(CONFIG, max_empty_rate=0.0, max_new_tokens=1))
+
+
+def a_program_gets_the_whole_folded_policy(policy: Policy, folder: Path) -> None:
+    """From shards; each rank starts the program on its own requests, and one that fails stops all."""
+    config = dataclasses.replace(CONFIG, engine="command", command="sh -c 'ls {model} >&2; exit 9' {prompts} {output}")
+    with pytest.raises(
+        DataError, match=r"generate.engine=command ended with exit code 9; .*\n(.*\n)*model.safetensors"
+    ):
+        run(policy, folder / "program", config)
+    with pytest.raises(ConfigError, match=r"generate.engine=hf_cb needs whole weights on each rank"):
+        run(policy, folder / "cb", dataclasses.replace(CONFIG, engine="hf_cb", placement="layerwise"))
 
 
 def what_other_ranks_left_is_kept(policy: Policy, folder: Path, expected: bytes) -> None:

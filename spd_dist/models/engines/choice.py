@@ -104,7 +104,7 @@ def open_engine(
     placement = choose_placement(policy, config, world, longest)
     if name == "hf_cb" and placement == "layerwise":
         raise ConfigError("generate.engine=hf_cb needs whole weights on each rank; set generate.placement=replica")
-    probes = [dataclasses.replace(request, sample=-1) for request in work[:NUM_PROBES]]
+    probes = list({request.id: dataclasses.replace(request, sample=-1) for request in work}.values())[:NUM_PROBES]
     if name in ("hf", "hf_cb"):
         with opened(policy, projection, config, world, placement, longest=longest) as engine:
             if name == "hf_cb":
@@ -146,4 +146,6 @@ def exported(policy: Policy, projection: Projection | None, folder: Path, world:
         yield folder
     finally:
         if world.is_main:
-            shutil.rmtree(folder.parent, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
+    if world.is_main:
+        shutil.rmtree(folder.parent, ignore_errors=True)  # after a failure the logs in it stay

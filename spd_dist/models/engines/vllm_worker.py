@@ -24,7 +24,14 @@ def main(model: str, prompts: str, output: str) -> int:
         return NOT_INSTALLED
     longest = max(len(row["prompt_tokens"]) + row["max_new_tokens"] for row in rows)
     # A folded checkpoint is always a fresh engine: no prefix cache of other weights can be left over.
-    engine = LLM(model=model, skip_tokenizer_init=True, max_model_len=longest, seed=0)
+    engine = LLM(
+        model=model,
+        skip_tokenizer_init=True,
+        max_model_len=longest,
+        gpu_memory_utilization=memory_fraction(),
+        enable_prefix_caching=True,
+        seed=0,
+    )
     with open(output, "a", encoding="utf-8") as file:
         for start in range(0, len(rows), PROMPTS_A_CALL):
             part = rows[start : start + PROMPTS_A_CALL]
@@ -33,6 +40,18 @@ def main(model: str, prompts: str, output: str) -> int:
                 file.write(json.dumps({"id": row["id"], "sample": row["sample"], "tokens": tokens(made)}) + "\n")
             file.flush()
     return 0
+
+
+def memory_fraction() -> float:
+    """What vLLM may reserve of all memory: most of what is free, since the policy itself is in the same memory."""
+    import psutil
+    import torch
+
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        return round(0.85 * free / total, 3)
+    memory = psutil.virtual_memory()
+    return round(0.4 * memory.available / memory.total, 3)  # vLLM looks at one NUMA node, which may be fuller
 
 
 def settings(row: dict[str, Any]) -> Any:

@@ -1,0 +1,242 @@
+"""Engines are interchangeable, and one that does not run the projected policy is found out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from families import family_model
+from generating import ALONE, CONFIG, SEED, corpus, merged, policy_of, prompts, some_projection
+from tiny import save_tiny_model
+
+from spd_dist.config import Generate
+from spd_dist.errors import ConfigError, DataError
+from spd_dist.models.decoding import Decoded, Request, Sampling
+from spd_dist.models.engines.choice import choose_engine
+from spd_dist.models.engines.external import WORKER, ExternalEngine, command_of, environment_of
+from spd_dist.models.engines.hf_cb import ContinuousBatchingEngine
+from spd_dist.models.engines.placement import needed_bytes
+from spd_dist.models.engines.probes import Reference, check_probes
+from spd_dist.models.policy import Policy
+from spd_dist.stages.generate import generate
+
+GREEDY = dataclasses.replace(CONFIG, temperature=0.0, num_samples=1)
+REQUESTS = [Request(f"p{index}", 0, (5, 6, 7 + index), index) for index in range(3)]
+
+PROGRAM = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+with open(sys.argv[3], "w") as output:
+    for line in open(sys.argv[2]):
+        row = json.loads(line)
+        tokens = torch.tensor([row["prompt_tokens"]])
+        made = model.generate(tokens, do_sample=False, max_new_tokens=row["max_new_tokens"], pad_token_id=0,
+                              eos_token_id=row["eos_token_ids"])[0, tokens.shape[1]:].tolist()
+        print(json.dumps({"id": row["id"], "sample": row["sample"], "tokens": made}), file=output, flush=True)
+"""
+
+VLLM = """
+import torch
+from transformers import AutoModelForCausalLM
+class SamplingParams:
+    def __init__(self, **settings): self.__dict__ |= settings
+class Output:
+    def __init__(self, tokens, stop):
+        self.outputs = [self]
+        self.token_ids, self.stop_reason, self.finish_reason = tokens, stop, "length" if stop is None else "stop"
+class LLM:
+    def __init__(self, model, skip_tokenizer_init, max_model_len, gpu_memory_utilization, enable_prefix_caching, seed):
+        self.model = AutoModelForCausalLM.from_pretrained(model).eval()
+        assert skip_tokenizer_init and 0 < gpu_memory_utilization < 1
+    def generate(self, prompts, settings):
+        for prompt, one in zip(prompts, settings, strict=True):
+            assert one.temperature == 0 and one.seed >= 0 and not one.detokenize
+            tokens = torch.tensor([prompt["prompt_token_ids"]])
+            made = self.model.generate(tokens, do_sample=False, max_new_tokens=one.max_tokens, pad_token_id=0,
+                                       eos_token_id=one.stop_token_ids)[0, tokens.shape[1]:].tolist()
+            stop = made.pop() if made[-1] in one.stop_token_ids else None  # vLLM may keep the stop token to itself
+            yield Output(made, stop)
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def policy(model: Path) -> Policy:
+    return policy_of(model)
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return corpus(model, tmp_path_factory.mktemp("expected"), GREEDY)
+
+
+def run(policy: Policy, folder: Path, **changes: object) -> bytes:
+    config = dataclasses.replace(GREEDY, **changes)
+    summary = generate(policy, prompts(), some_projection(), config, seed=SEED, folder=folder, world=ALONE)
+    assert sorted(path.name for path in folder.iterdir()) == ["completions", "summary.json"]
+    assert min(summary["hook_calls"].values()) >= 1
+    assert summary["leakage"] < 1e-5
+    return merged(folder, summary)
+
+
+def program(folder: Path, text: str) -> str:
+    (folder / "program.py").write_text(text)
+    return f"{sys.executable} {folder / 'program.py'} {{model}} {{prompts}} {{output}}"
+
+
+def external(policy: Policy, folder: Path, text: str) -> ExternalEngine:
+    words = command_of(Generate(engine="command", command=program(folder, text)), folder)
+    return ExternalEngine("command", words, policy, folder / "scratch", environment_of(ALONE))
+
+
+def test_continuous_batching_gives_the_same_greedy_corpus(policy, expected, tmp_path):
+    assert run(policy, tmp_path, engine="hf_cb") == expected
+
+
+def test_continuous_batching_leaves_the_random_state_alone(policy):
+    engine = ContinuousBatchingEngine(policy, 4, None)
+    before = torch.get_rng_state()
+    found = list(engine.complete(REQUESTS, Sampling(max_new_tokens=5)))
+    assert before.equal(torch.get_rng_state())
+    assert [one.request.id for one in found] == ["p0", "p1", "p2"]
+    assert all(one.tokens for one in found)
+
+
+def test_a_model_that_continuous_batching_cannot_run_is_an_error_not_a_silence(policy):
+    hybrid = dataclasses.replace(policy, model=family_model("qwen3_next"))
+    with pytest.raises(DataError, match=r"hf_cb cannot run Qwen3NextForCausalLM: .*; set generate.engine=hf"):
+        list(ContinuousBatchingEngine(hybrid, 4, None).complete(REQUESTS, Sampling()))
+    latent = dataclasses.replace(policy, model=family_model("deepseek_v3"))
+    with pytest.raises(DataError, match=r"hf_cb cannot run DeepseekV3ForCausalLM: prompt 'p0' failed: index_copy_"):
+        list(ContinuousBatchingEngine(latent, 4, None).complete(REQUESTS, Sampling()))
+
+
+def test_requests_that_continuous_batching_lost_are_counted(policy, monkeypatch):
+    monkeypatch.setattr(policy.model, "generate_batch", lambda *_: {}, raising=False)
+    with pytest.raises(
+        DataError, match="hf_cb cannot run LlamaForCausalLM: 3 of 3 requests got no answer, see the log"
+    ):
+        list(ContinuousBatchingEngine(policy, 4, None).complete(REQUESTS, Sampling()))
+
+
+def test_a_program_of_the_user_gives_the_same_greedy_corpus(policy, expected, tmp_path):
+    assert run(policy, tmp_path / "run", engine="command", command=program(tmp_path, PROGRAM)) == expected
+
+
+def test_vllm_runs_under_its_own_interpreter_on_the_folded_policy(policy, expected, tmp_path):
+    (tmp_path / "vllm.py").write_text(VLLM)
+    interpreter = tmp_path / "python"
+    interpreter.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
+    interpreter.chmod(0o755)
+    assert run(policy, tmp_path / "run", engine="auto", vllm_python=str(interpreter)) == expected
+
+
+def test_an_engine_that_runs_another_policy_is_found_out(policy, model, tmp_path):
+    unprojected = PROGRAM.replace("sys.argv[1]", repr(str(model)))
+    with pytest.raises(
+        DataError, match=r"generate.engine=command: the greedy answer to prompt 'p\d+' differs from the"
+    ):
+        run(policy, tmp_path / "run", engine="command", command=program(tmp_path, unprojected))
+
+
+def test_rounding_may_decide_between_two_close_tokens():
+    logits_TV = torch.tensor([[0.0, 5.0, 1.0], [4.0, 3.8, 0.0]])
+    reference = Reference(REQUESTS[0], (1, 0), logits_TV)
+    other = Decoded(REQUESTS[0], (1, 1), "length")
+    check_probes("vllm", [reference], [other], torch.bfloat16)
+    with pytest.raises(DataError, match=r"differs from the projected policy's at token 1 \(\(1,\) instead of \(0,\)\)"):
+        check_probes("vllm", [reference], [other], torch.float32)
+    with pytest.raises(DataError, match="at token 1"):
+        check_probes("vllm", [reference], [Decoded(REQUESTS[0], (1,), "length")], torch.bfloat16)
+    with pytest.raises(DataError, match="at token 0"):
+        check_probes("vllm", [reference], [], torch.bfloat16)
+
+
+def test_text_answers_are_tokenised_and_end(policy, tmp_path):
+    write = "import json, sys\nrows = map(json.loads, open(sys.argv[2]))\nout = open(sys.argv[3], 'w')\n"
+    write += "[print(json.dumps({'id': r['id'], 'sample': r['sample'], 'text': 'four'}), file=out) for r in rows]\n"
+    found = list(external(policy, tmp_path, write).complete(REQUESTS, Sampling(max_new_tokens=64)))
+    assert {policy.tokenizer.decode(one.tokens[:-1]) for one in found} == {"four"} or found[0].finish_reason == "stop"
+    assert {one.request.id for one in found} == {"p0", "p1", "p2"}
+
+
+def test_a_program_that_fails_is_quoted(policy, tmp_path):
+    engine = external(policy, tmp_path, "import sys\nsys.exit('no memory on device 3')\n")
+    with pytest.raises(DataError, match=r"generate.engine=command ended with exit code 1; .*\n.*no memory on device 3"):
+        list(engine.complete(REQUESTS, Sampling()))
+
+
+def test_requests_without_an_answer_are_counted(policy, tmp_path):
+    with pytest.raises(DataError, match="left 3 requests without an answer"):
+        list(external(policy, tmp_path, "").complete(REQUESTS, Sampling()))
+
+
+@pytest.mark.parametrize("line", ["not json", '{"id": "p9", "sample": 0, "tokens": [1]}', '{"id": "p0", "sample": 0}'])
+def test_a_line_that_answers_nothing_is_shown(policy, tmp_path, line):
+    text = f"import sys\nopen(sys.argv[3], 'w').write({line!r} + chr(10))\n"
+    with pytest.raises(DataError, match=r"wrote a line that answers no open request .*; a line is"):
+        list(external(policy, tmp_path, text).complete(REQUESTS, Sampling()))
+
+
+def test_a_program_that_is_not_there_is_a_fault_of_the_config(policy, tmp_path):
+    engine = ExternalEngine("command", ["/no/such/program"], policy, tmp_path, {})
+    with pytest.raises(ConfigError, match="cannot start '/no/such/program': No such file or directory; give the path"):
+        list(engine.complete(REQUESTS, Sampling()))
+
+
+def test_an_interpreter_without_vllm_says_so(policy, tmp_path):
+    words = command_of(Generate(engine="vllm", vllm_python=sys.executable), tmp_path)
+    engine = ExternalEngine("vllm", words, policy, tmp_path / "scratch", environment_of(ALONE))
+    with pytest.raises(DataError, match=r"ended with exit code 3; .*\nvllm is not installed in "):
+        list(engine.complete(REQUESTS, Sampling()))
+
+
+def test_settings_that_an_engine_needs_are_asked_for(policy, tmp_path):
+    with pytest.raises(ConfigError, match=r"generate.engine=vllm needs generate.vllm_python"):
+        run(policy, tmp_path, engine="vllm")
+    with pytest.raises(ConfigError, match=r"generate.command: 'run \{model\}' lacks \{prompts\}, \{output\}"):
+        run(policy, tmp_path, engine="command", command="run {model}")
+
+
+def test_auto_takes_what_the_config_names_and_says_why():
+    assert choose_engine(Generate()).name == "hf"
+    assert choose_engine(Generate(vllm_python="python3")) == ("vllm", "generate.vllm_python is set")
+    assert choose_engine(Generate(command="x")).name == "command"
+    assert choose_engine(Generate(engine="hf_cb", command="x")).name == "hf_cb"
+
+
+def test_a_program_does_not_take_itself_for_a_rank():
+    launched = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "PYTHONPATH": "x", "HOME": "/h"}
+    assert environment_of(ALONE, launched) == {"HOME": "/h"}
+    on_gpu = dataclasses.replace(ALONE, local_rank=1, device=torch.device("cuda", 1))
+    assert environment_of(on_gpu, launched)["CUDA_VISIBLE_DEVICES"] == "1"
+    assert environment_of(on_gpu, {"CUDA_VISIBLE_DEVICES": "4,6"})["CUDA_VISIBLE_DEVICES"] == "6"
+
+
+def test_the_worker_imports_nothing_of_this_package():
+    assert "spd_dist" not in WORKER.read_text()
+
+
+def test_prompts_and_sampling_reach_the_program(policy, tmp_path):
+    copy = "import shutil, sys\nshutil.copy(sys.argv[2], sys.argv[1] + '/seen.jsonl')\n"
+    with pytest.raises(DataError, match="left 3 requests"):
+        list(external(policy, tmp_path, copy).complete(REQUESTS, Sampling(top_k=9, max_new_tokens=33)))
+    row = json.loads((tmp_path / "seen.jsonl").read_text().splitlines()[1])
+    assert (row["id"], row["seed"], row["prompt_tokens"]) == ("p1", 1, [5, 6, 8])
+    assert (row["top_k"], row["max_new_tokens"], row["temperature"]) == (9, 33, 0.7)
+
+
+def test_the_need_for_memory_counts_weights_and_cache(policy):
+    weights = sum(parameter.numel() for parameter in policy.model.parameters()) * 4
+    small, large = (needed_bytes(policy, dataclasses.replace(CONFIG, batch_size=rows), 100) for rows in (1, 11))
+    cache_and_logits = 2 * 4 * 16 * 100 * 4 + 16 * 259
+    assert (small, large) == (weights + cache_and_logits, weights + 11 * cache_and_logits)
