@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.fft
@@ -34,21 +34,27 @@ from spd_dist.types import GradientBatch, KVSite
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 BATCH = 1024
-NUM_ROWS = {128: 16384, 512: 16384, 1024: 8192, 4096: 8192}
+NUM_ROWS = {128: 16384, 512: 16384, 1024: 8192, 4096: 4096}
 SLOW_WIDTH = 4096
 """From this width on every side is timed once: a decomposition of all rows takes a minute."""
 
 
+class Found(NamedTuple):
+    """What a side gives: unit columns, and what it can prove of their energy."""
+
+    basis_DR: Tensor
+    certified: float | None = None
+
+
 @dataclass(frozen=True)
 class Side:
-    """One way to the subspace: `run` does all the work that is timed, `directions` reads the result, unit columns."""
+    """One way to the subspace: `run` does all the work that is timed, `find` reads the result."""
 
     name: str
     size: int
     run: Callable[[], Any]
-    directions: Callable[[Any], Tensor]
+    find: Callable[[Any], Found]
     state_bytes: Callable[[Any], int]
-    certified: Callable[[Any], float | None] = lambda _: None
 
 
 def gradient_rows(num_rows: int, width: int) -> Tensor:
@@ -68,18 +74,18 @@ def ours(rows_ND: Tensor, config: Sketch, size: int) -> Side:
     def run() -> dict[int, ShardSketch]:
         return sketch(stream, [site], config, num_shards=1, planned_rank=project.planned_rank, world=ALONE)
 
-    def cut(sketches: dict[int, ShardSketch]) -> Any:
+    def find(sketches: dict[int, ShardSketch]) -> Found:
         owned = reduce(sketches, [site], Reduce(), num_shards=1, world=ALONE)
-        return subspace(owned, [site], project, ALONE).sites[site]
+        part = subspace(owned, [site], project, ALONE).sites[site]
+        return Found(part.basis_DR, certified_energy_fraction(part))
 
     name = "spd_dist gram" if config.method == "gram" else "spd_dist frequent_directions"
     return Side(
         name,
         size,
         run,
-        directions=lambda sketches: cut(sketches).basis_DR,
+        find=find,
         state_bytes=lambda sketches: sketches[0].num_bytes(),
-        certified=lambda sketches: certified_energy_fraction(cut(sketches)),
     )
 
 
@@ -90,7 +96,7 @@ def numpy_svd(rows_ND: Tensor, size: int) -> Side:
         "numpy svd of all rows",
         size,
         run=lambda: np.linalg.svd(rows, full_matrices=False)[2],
-        directions=lambda vt: torch.from_numpy(vt[: size // 2].T.copy()),
+        find=lambda vt: Found(torch.from_numpy(vt[: size // 2].T.copy())),
         state_bytes=lambda _: rows.nbytes,
     )
 
@@ -106,7 +112,7 @@ def incremental_pca(rows_ND: Tensor, size: int, batch: int, name: str) -> Side:
         name,
         size,
         run,
-        directions=lambda pca: torch.from_numpy(pca.components_[: size // 2].T.copy()),
+        find=lambda pca: Found(torch.from_numpy(pca.components_[: size // 2].T.copy())),
         state_bytes=lambda pca: pca.components_.nbytes + batch * rows.shape[1] * rows.itemsize,
     )
 
@@ -131,7 +137,9 @@ def numpy_rows(rows_ND: Tensor, size: int) -> Side:
         "numpy row by row",
         size,
         run,
-        directions=lambda rows_LD: torch.from_numpy(np.linalg.svd(rows_LD)[2][: size // 2].T.copy()),
+        find=lambda rows_LD: Found(
+            torch.from_numpy(np.linalg.svd(rows_LD, full_matrices=False)[2][: size // 2].T.copy())
+        ),
         state_bytes=lambda _: 2 * size * rows.shape[1] * rows.itemsize,
     )
 
@@ -163,7 +171,8 @@ def sides_of(rows_ND: Tensor) -> Iterator[Side]:
     yield ours(rows_ND, Sketch(method="gram"), 64)
     yield incremental_pca(rows_ND, 64, BATCH, "IncrementalPCA, batch 1024")
     yield incremental_pca(rows_ND, 64, 64, "IncrementalPCA, batch L")
-    yield incremental_pca(rows_ND, 64, 5 * width, "IncrementalPCA, batch 5 D")
+    if 5 * width <= len(rows_ND):
+        yield incremental_pca(rows_ND, 64, 5 * width, "IncrementalPCA, batch 5 D")
     yield numpy_rows(rows_ND, 64)
     yield numpy_svd(rows_ND, 64)
 
@@ -184,7 +193,7 @@ def measure(width: int, repeats: int) -> tuple[list[dict[str, Any]], Mapping[str
     eigenvalue_D = torch.linalg.eigvalsh(rows_ND.double().T @ rows_ND.double()).flip(0)
     table = []
     for name, side in sides.items():
-        basis_DR = side.directions(results[name])
+        basis_DR, certified = side.find(results[name])
         table.append(
             {
                 "D": width,
@@ -194,7 +203,7 @@ def measure(width: int, repeats: int) -> tuple[list[dict[str, Any]], Mapping[str
                 "us/row": 1e6 * seconds[name] / len(rows_ND),
                 "state KiB": side.state_bytes(results[name]) / 1024,
                 "lost": lost_energy(rows_ND, eigenvalue_D[: side.size // 2].sum().item(), basis_DR),
-                "certified": side.certified(results[name]),
+                "certified": certified,
             }
         )
     return table, seconds
