@@ -79,7 +79,7 @@ class Sketch:
     method: Literal["auto", "frequent_directions", "gram"] = setting("auto", "auto: gram if it fits memory_gib")
     size: int | None = setting(None, "rows kept; min(width, max(2 rank, rank + 32)) if not given", at_least=1)
     alpha: float = setting(1.0, "share of the directions that a shrink touches", above=0, at_most=1)
-    memory_gib: float = setting(2.0, "budget of all sketches of a rank, for auto", above=0)
+    memory_gib: float = setting(2.0, "for auto: budget of the Gram matrices of all sites and shards", above=0)
     non_finite: Literal["raise", "skip"] = setting("raise", "a row with NaN or Inf: an error, or dropped and counted")
 
 

@@ -266,6 +266,14 @@ def test_a_state_saved_within_the_stream_goes_on_bit_for_bit(config, tmp_path):
             assert state[site].certificate == resumed[shard][site].certificate
 
 
+def test_a_state_of_another_form_is_refused():
+    state = run(batches({SITE: power_law(9, 8)}), FREQUENT)
+    with pytest.raises(DataError, match="shard 0: the saved sketch state has other sites or another form"):
+        run([], GRAM, initial=state)
+    with pytest.raises(DataError, match="shard 0: the saved sketch state has other sites or another form"):
+        run([], FREQUENT, [SITE, kv_site(1)], state)
+
+
 def test_a_file_that_is_no_state_is_refused(tmp_path):
     from spd_dist.runtime.artifacts import write_tensors
 

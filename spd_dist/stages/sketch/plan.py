@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from spd_dist.config import Sketch
@@ -23,7 +23,7 @@ class SketchPlan:
     buffer: int
     """Rows that are gathered before they are folded in."""
     alpha: float = 1.0
-    reason: str = ""
+    reason: str = field(default="", compare=False)
 
     def num_bytes(self, width: int) -> int:
         """Memory of one sketch: it does not depend on how many rows it saw."""

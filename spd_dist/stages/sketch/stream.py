@@ -11,7 +11,7 @@ from spd_dist.config import Sketch
 from spd_dist.distributed.collectives import together
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError
-from spd_dist.stages.sketch.plan import plan_sketches
+from spd_dist.stages.sketch.plan import SketchPlan, plan_sketches
 from spd_dist.stages.sketch.shard import ShardSketch
 from spd_dist.types import GradientBatch, KVSite
 
@@ -41,12 +41,15 @@ def sketch(
         initial: states from `load_sketches` to go on from; they are changed in place.
 
     Raises:
-        DataError: on all ranks at once: a row with NaN or Inf, or rows that do not fit their site.
+        DataError: on all ranks at once: a row with NaN or Inf, rows that do not fit their site, or an initial state of
+            other sites or another form.
     """
     plans = plan_sketches(sites, config, planned_rank=planned_rank, num_shards=num_shards)
     for width, plan in plans.items():
         logger.info("sketch: width %d: %s of %d rows, since %s", width, plan.form, plan.size, plan.reason)
     shards = dict(initial or {})
+    with together("resuming the sketches"):
+        _check_states(shards, sites, plans)
     fault: DataError | None = None
     for number, batch in enumerate(gradients):
         try:
@@ -58,6 +61,16 @@ def sketch(
             raise fault
         _check_finite(shards, config, world)
     return dict(sorted(shards.items()))
+
+
+def _check_states(shards: Mapping[int, ShardSketch], sites: Sequence[KVSite], plans: Mapping[int, SketchPlan]) -> None:
+    for shard, state in shards.items():
+        held = {width: group.plan for width, group in state.groups.items()}
+        if set(state) != set(sites) or held != dict(plans):
+            raise DataError(
+                f"shard {shard}: the saved sketch state has other sites or another form than this run "
+                f"({held}, not {dict(plans)}); start without it, or with the sketch.* settings that wrote it"
+            )
 
 
 def _take_(shards: dict, batch: GradientBatch, number: int, sites: Sequence[KVSite], plans: Mapping) -> None:
