@@ -53,8 +53,10 @@ class Data:
     template_options: dict[str, Any] = setting({}, "variables for the chat template, as {enable_thinking: false}")
     system: str | None = setting(None, "system prompt of the chat; the template's own if not given")
     max_prompt_tokens: int = setting(1024, "a longer prompt is an error", at_least=1)
-    leaks: Literal["report", "remove"] = setting("report", "training and calibration rows whose problem is in the test split")
-    leak_similarity: float = setting(0.5, "Jaccard similarity of word 5-grams from which on two problems are one", above=0, at_most=1)
+    leaks: Literal["report", "remove"] = setting("report", "rows whose problem is in the test split")
+    leak_similarity: float = setting(
+        0.5, "Jaccard similarity of 5-grams that makes two problems one", above=0, at_most=1
+    )
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ class Finetune:
     checkpointing: bool = setting(False, "recompute activations in the backward pass (non-reentrant)")
     checkpoint_every: int = setting(50, "optimizer steps between checkpoints", at_least=1)
     keep_checkpoints: int = setting(2, "newest checkpoints that are kept", at_least=1)
-    keep_every: int | None = setting(None, "and one of every N steps for good; a multiple of checkpoint_every", at_least=1)
+    keep_every: int | None = setting(None, "and one of every N steps, for good", at_least=1)
     validation_fraction: float = setting(0.0, "share of the corpus that is held out", at_least=0, at_most=0.5)
     keep_best: bool = setting(False, "save the weights of the epoch with the lowest validation loss, not the last ones")
     patience: int | None = setting(None, "stop after N epochs without a lower validation loss", at_least=1)
@@ -175,7 +177,7 @@ class Finetune:
 class Evaluate:
     """Greedy answers of every arm to the held-out examples."""
 
-    arms: tuple[ArmName, ...] = setting(("base", "psr", "spd", "projected"), "what is compared: spd_dist.arms says what each is")
+    arms: tuple[ArmName, ...] = setting(("base", "psr", "spd", "projected"), "what is compared: spd_dist/arms.py")
     max_new_tokens: int = setting(256, "an answer is cut there", at_least=1)
     batch_size: int = setting(32, "examples answered together", at_least=1)
     placement: Literal["auto", "replica", "layerwise"] = setting("auto", "as generate.placement")

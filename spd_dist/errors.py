@@ -1,4 +1,4 @@
-"""What a user can put right, as exceptions that carry the exit code of the launcher (`design.md`, exit codes)."""
+"""What a user can put right, as exceptions that carry the exit code of the launcher."""
 
 from __future__ import annotations
 

@@ -136,8 +136,8 @@ class Projection:
     insertion: Literal["linear", "rope", "head"] = "linear"
     """Where z is taken; factors are of the site's whole width, KV head after KV head, in every case.
 
-    `linear`: the linear module's output. `rope`: keys after RoPE, values as `linear`. `head`: as `linear`, by an operator
-    that mixes no two KV heads: each column of its factor is zero outside one head's rows (the operator is block diagonal).
+    `linear`: the linear module's output. `rope`: keys after RoPE, values as `linear`. `head`: as `linear`, by an
+    operator that mixes no two KV heads: each column of its factor is zero outside one head's rows (block diagonal).
     """
 
 

@@ -27,11 +27,15 @@ def check_decisions_are_shared() -> None:
     assert all((tensor == 1).all() for tensor in tensors)
 
 
+def raise_on_rank_one() -> None:
+    if dist.get_rank() == 1:
+        raise DataError("row 7 is empty")
+
+
 def check_failures_are_shared() -> None:
     rank = dist.get_rank()
     with pytest.raises(DataError, match="row 7 is empty"), together("reading the rows"):
-        if rank == 1:
-            raise DataError("row 7 is empty")
+        raise_on_rank_one()
     kind, message = (
         (ZeroDivisionError, "division by zero")
         if rank == 0

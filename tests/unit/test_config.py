@@ -11,7 +11,7 @@ from spd_dist.errors import ConfigError
 from spd_dist.overrides import differing_keys, load_config, to_yaml
 
 FAULTS = {
-    "finetune.num_epoch=3": r"finetune\.num_epoch: unknown key \(value 3\); the nearest valid key is finetune\.num_epochs",
+    "finetune.num_epoch=3": r"finetune\.num_epoch: unknown key \(value 3\); the nearest .* is finetune\.num_epochs",
     "num_epochs=3": r"num_epochs: unknown key .* nearest valid key is finetune\.num_epochs",
     "fintune.num_epochs=2": r"fintune: unknown key .* nearest valid key is finetune",
     "finetune.num_epochs=many": r"finetune\.num_epochs: 'many' is not valid; it must be an integer",
@@ -22,7 +22,7 @@ FAULTS = {
     "seed=1.5": r"seed: 1\.5 is not valid; it must be an integer",
     "distributed.zero_stage=4": r"distributed\.zero_stage: 4 is not valid; it must be one of 0, 1, 2, 3",
     "distributed.zero_stage=true": r"distributed\.zero_stage: True is not valid",
-    "calibrate.layers=[1.5]": r"calibrate\.layers\[0\]: 1\.5 is not valid; it must be an integer or one of middle, last",
+    "calibrate.layers=[1.5]": r"calibrate\.layers\[0\]: 1\.5 is not valid; it must be an integer or one of",
     "data={template: plain, system: Hello}": r"data\.template_options: not valid with data\.template=plain",
     "calibrate.layers=[]": r"calibrate\.layers: an empty list is not valid",
     "calibrate.layers=last": r"calibrate\.layers: 'last' is not valid; it must be a list, each an integer or one of",
@@ -67,7 +67,7 @@ def test_an_unreadable_file_is_named(tmp_path, text, message):
 def test_a_file_that_does_not_merge_is_named(tmp_path):
     path = tmp_path / "section.yaml"
     path.write_text("seed: 1\n")
-    with pytest.raises(ConfigError, match="seed: .* is not valid|does not merge"):
+    with pytest.raises(ConfigError, match=r"seed: .* is not valid|does not merge"):
         load_config([path], ["seed.deep=1"])
 
 
@@ -92,7 +92,7 @@ def test_differing_keys_are_dotted_and_show_both_values():
 def test_every_shipped_config_loads_and_says_how_it_is_run(path):
     load_config([path])
     first = path.read_text().splitlines()[0]
-    assert first.startswith("# ") and str(path) in first, "the first line is the command that runs it"
+    assert re.match(rf"# .*{re.escape(str(path))}", first), "the first line is the command that runs it"
 
 
 def test_every_field_has_a_sentence():

@@ -17,9 +17,9 @@ def test_a_launcher_that_sets_the_rank_is_taken_at_its_word():
 
 
 def test_srun_ranks_meet_on_the_first_node_of_the_step_and_a_port_of_the_job():
-    assert rendezvous(SRUN) == {
-        "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "gpu-a03", "MASTER_PORT": str(10000 + 778800 % 20000)
-    }  # fmt: skip
+    port = str(10000 + 778800 % 20000)
+    expected = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "gpu-a03", "MASTER_PORT": port}
+    assert rendezvous(SRUN) == expected
 
 
 @pytest.mark.parametrize(
