@@ -23,7 +23,7 @@ from spd_dist.signals import StopSignals
 from spd_dist.stages.calibrate import calibrate
 from spd_dist.stages.evaluate import evaluate_arm, is_answered, summary_of
 from spd_dist.stages.finetune import Job, finetune
-from spd_dist.stages.generate import generate
+from spd_dist.stages.generate import generate, settings_of
 from spd_dist.stages.project import projection, subspace, summary
 from spd_dist.stages.reduce import reduce
 from spd_dist.stages.sketch import plan_sketches, sketch
@@ -91,7 +91,7 @@ def write_completions(run: Run, arm: Arm, *, wanted: bool) -> None:
         total = len(prompts) * config.generate.num_samples
         with run.progress("generate", total // run.world.size, f"completions of {arm.name}") as progress:
             return generate(
-                policy, prompts, _projection(run, arm), config.generate,
+                policy, prompts, _projection(run, arm), settings_of(arm.name, config.generate),
                 seed=config.seed, folder=folder, world=run.world, progress=progress,
             )  # fmt: skip
 

@@ -120,6 +120,9 @@ class Run:
         began = time.monotonic()
         folder = self.folder.start(stage, inputs)
         extra = work(folder)
+        if extra is not None and not extra.get("is_complete", True):
+            log.info("%s: this task of the array is done, others are not", stage)
+            return
         seconds = time.monotonic() - began
         self.folder.finish(stage, inputs, outputs, seconds=seconds, extra=extra)
         log.info("%s: complete, %.1f s", stage, seconds)
@@ -129,8 +132,10 @@ class Run:
         return settings_hash(self.plain, "seed", *sections)
 
     def progress(self, stage: str, total: int | None, unit: str) -> Progress:
-        """A counter whose lines and metrics carry the stage's name."""
-        return Progress(stage, total, unit, self.metrics, every_seconds=self.config.metrics.progress_seconds)
+        """A counter whose lines and metrics carry the stage's name. Where ranks decode, it heeds requests to stop."""
+        check = self.stop_alone if stage in ("generate", "evaluate") else None
+        every_seconds = self.config.metrics.progress_seconds
+        return Progress(stage, total, unit, self.metrics, every_seconds=every_seconds, check=check)
 
     def metrics_of(self, arm: Arm) -> MetricLogger:
         """The metrics; names of other arms than the method's own carry the arm's name."""
@@ -139,6 +144,13 @@ class Run:
     def should_stop(self) -> bool:
         """Whether any rank was asked to stop: all ranks hear the same, so that they stop at the same unit."""
         return any_rank(self.signals.reason(self.folder.path) is not None)
+
+    def stop_alone(self) -> None:
+        """Raise `StopRequested` on this rank if it was asked to stop, and ask the others: not within a collective."""
+        reason = self.signals.reason(self.folder.path)
+        if reason is not None:
+            (self.folder.path / STOP_FILE).touch()
+            raise StopRequested(f"stopped on request ({reason}); start the same command again to go on")
 
     def stop_if_asked(self) -> None:
         """Raise `StopRequested` on every rank if any was asked to stop."""

@@ -24,6 +24,7 @@ class Progress:
         *,
         every_seconds: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
+        check: Callable[[], None] | None = None,
     ) -> None:
         """Start the clock.
 
@@ -34,10 +35,12 @@ class Progress:
             metrics: Where the counts go, beside the log.
             every_seconds: Time between two lines.
             clock: Seconds.
+            check: Called after each unit; it may raise, where a rank may stop alone.
         """
         self.stage, self.total, self.unit = stage, total, unit
         self.done, self.tokens, self.skipped = 0, 0, 0
         self._metrics, self._every_seconds, self._clock = metrics, every_seconds, clock
+        self._check = check
         self._started = self._said = clock()
 
     @property
@@ -51,6 +54,8 @@ class Progress:
         self.tokens += tokens
         if self._clock() - self._said >= self._every_seconds:
             self._say()
+        if self._check is not None:
+            self._check()
 
     def begin(self, total: int, skipped: int) -> None:
         """Learn, once the work is planned, how much there is and how much of it an earlier attempt did."""

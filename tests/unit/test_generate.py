@@ -21,7 +21,7 @@ from spd_dist.errors import ConfigError, DataError
 from spd_dist.models.policy import Policy
 from spd_dist.runtime.completions import read_completions
 from spd_dist.runtime.seeding import row_seed
-from spd_dist.stages.generate import generate, ssd_settings
+from spd_dist.stages.generate import generate, settings_of
 from spd_dist.stages.generate.merge import Attempt, check_leakage
 from spd_dist.types import Prompt
 
@@ -188,9 +188,10 @@ def test_leakage_beyond_rounding_is_an_error():
 
 
 def test_ssd_samples_as_its_paper_says():
-    settings = ssd_settings(Generate(min_p=0.1, max_new_tokens=99))
+    settings = settings_of("ssd", Generate(min_p=0.1, max_new_tokens=99))
     assert (settings.temperature, settings.top_p, settings.top_k, settings.min_p) == (1.6, 0.8, 20, 0.0)
     assert settings.max_new_tokens == 99
+    assert settings_of("psr", CONFIG) == CONFIG
 
 
 def test_fixed_shapes_make_a_bfloat16_corpus_independent_of_kills(model, tmp_path):

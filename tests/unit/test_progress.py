@@ -89,3 +89,12 @@ def test_times_are_written_as_clocks():
         "1:00:00",
         "27:46:40",
     ]
+
+
+def test_what_is_checked_after_each_unit_may_stop_the_work(lines):
+    def stop():
+        raise RuntimeError("asked to stop")
+
+    with pytest.raises(RuntimeError, match="asked to stop"), Progress("generate", 3, "prompts", check=stop) as progress:
+        progress.advance()
+    assert lines()[-1].startswith("generate: stopped, 1/3 prompts")

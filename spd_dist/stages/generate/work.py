@@ -26,11 +26,14 @@ def sampling_of(config: Generate) -> Sampling:
     )
 
 
-def ssd_settings(config: Generate) -> Generate:
-    """The section with simple self-distillation's sampling: hotter, and truncated (arXiv 2604.01193).
+def settings_of(arm: str, config: Generate) -> Generate:
+    """The section as an arm samples by it.
 
-    The defaults are those of its instruct models: temperature 1.6, top-p 0.8, top-k 20.
+    `ssd` is simple self-distillation: hotter, and truncated (arXiv 2604.01193). The defaults of `ssd_temperature`,
+    `ssd_top_p` and `ssd_top_k` are 1.6, 0.8 and 20, those of its instruct models.
     """
+    if arm != "ssd":
+        return config
     return dataclasses.replace(
         config, temperature=config.ssd_temperature, top_p=config.ssd_top_p, top_k=config.ssd_top_k, min_p=0.0
     )
