@@ -186,6 +186,16 @@ def _check_across_fields(config: Config) -> None:
     if config.data.template == "plain" and (config.data.system is not None or config.data.template_options):
         rule = "not valid with data.template=plain; set data.template=chat"
         raise ConfigError(f"data.system, data.template_options: {rule}")
+    if not config.finetune.validation_fraction and (config.finetune.keep_best or config.finetune.patience is not None):
+        raise ConfigError(
+            "finetune.keep_best, finetune.patience: not valid with finetune.validation_fraction=0, since they follow "
+            "the validation loss; set finetune.validation_fraction=0.05"
+        )
+    if (config.finetune.keep_every or 0) % config.finetune.checkpoint_every:
+        raise ConfigError(
+            f"finetune.keep_every: {config.finetune.keep_every} is not valid; it must be a multiple of "
+            f"finetune.checkpoint_every={config.finetune.checkpoint_every}"
+        )
     if not config.calibrate.layers:
         raise ConfigError("calibrate.layers: an empty list is not valid; name at least one layer, as in [middle,last]")
     for section, needs in {"vllm": "vllm_python", "command": "command"}.items():

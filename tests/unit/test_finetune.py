@@ -11,7 +11,8 @@ from tiny import tiny_tokenizer
 from transformers import get_cosine_schedule_with_warmup
 
 from spd_dist.config import Finetune
-from spd_dist.errors import DataError
+from spd_dist.errors import ConfigError, DataError
+from spd_dist.overrides import load_config
 from spd_dist.stages.finetune.batches import collate
 from spd_dist.stages.finetune.plan import global_batches, micro_batches
 from spd_dist.stages.finetune.schedule import learning_rate_fraction
@@ -134,6 +135,26 @@ def test_packed_rows_hold_what_the_sequences_hold(lengths):
     assert torch.equal(batch.seed_BT.flatten()[batch.source_N], 1000 + batch.owner_N)
     assert torch.bincount(batch.owner_N, minlength=len(lengths)).tolist() == [length - 1 for length in lengths]
     assert batch.num_tokens == sum(lengths)
+
+
+def test_for_flash_attention_all_rows_become_one_with_the_ends_of_its_sequences():
+    sequences = [TrainingSequence(str(length), tuple(range(3, 3 + length)), 1, length) for length in (4, 7, 2)]
+    batch = collate([[0], [1, 2]], sequences, lambda _: 0, pad_token_id=0, varlen=True)
+    assert batch.token_BT.tolist() == [[*range(3, 7), *range(3, 10), 3, 4]]
+    assert batch.context["cu_seq_lens_q"].tolist() == batch.context["cu_seq_lens_k"].tolist() == [0, 4, 11, 13]
+    assert batch.context["max_length_q"] == batch.context["max_length_k"] == 7
+    assert batch.context["position_ids"].tolist() == [[*range(4), *range(7), 0, 1]]
+    assert batch.label_N.tolist() == [4, 5, 6, *range(4, 10), 4]
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["finetune.keep_best=true"], r"finetune\.keep_best, finetune\.patience: .* set finetune\.validation_fraction"),
+    (["finetune.patience=2"], r"finetune\.keep_best, finetune\.patience: .*validation loss"),
+    (["finetune.keep_every=70"], r"finetune\.keep_every: 70 .* a multiple of finetune\.checkpoint_every=50"),
+])  # fmt: skip
+def test_settings_that_need_each_other_are_checked_first(words, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(overrides=words)
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (10, 0), (30, 4), (7, 7)])

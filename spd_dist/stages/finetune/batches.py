@@ -1,6 +1,6 @@
 """Micro-batches as tensors.
 
-Shapes: B rows, T positions, N supervised tokens.
+Shapes: B rows, T positions, N supervised tokens, S sequences.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Batch:
 
     token_BT: Tensor
     """Padded on the right, so that causal attention needs no mask: no real token sees a pad."""
-    context: dict[str, Tensor]
-    """`position_ids` where rows hold several sequences (transformers makes the block-diagonal mask of them, and
-    flash-attention its varlen form), an `attention_mask` where pads are supervised, else nothing."""
+    context: dict[str, Tensor | int]
+    """What attention must know: `position_ids` where rows hold several sequences (of them transformers makes the
+    block-diagonal mask), the sequences' ends for flash-attention, an `attention_mask` where pads are supervised."""
     source_N: Tensor
     """Flat index of the position that predicts each supervised token."""
     label_N: Tensor
@@ -39,14 +39,31 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The same on `device`."""
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        context = {name: value.to(device) for name, value in self.context.items()}
+        context = {
+            name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.context.items()
+        }
         return Batch(**{**vars(self), **moved, "context": context})
 
 
 def collate(
-    micro_batch: MicroBatch, sequences: Sequence[TrainingSequence], seed_of: Callable[[int], int], *, pad_token_id: int
+    micro_batch: MicroBatch,
+    sequences: Sequence[TrainingSequence],
+    seed_of: Callable[[int], int],
+    *,
+    pad_token_id: int,
+    varlen: bool = False,
 ) -> Batch:
-    """The tensors of `micro_batch`; `seed_of` gives a sequence's dropout seed by its index."""
+    """The tensors of `micro_batch`.
+
+    Args:
+        micro_batch: Rows of indices of `sequences`.
+        sequences: The corpus.
+        seed_of: Gives a sequence's dropout seed by its index.
+        pad_token_id: Any token: what is padding is known by position.
+        varlen: Put all rows into one, without padding: flash-attention keeps sequences apart in one row only.
+    """
+    if varlen:
+        micro_batch = [[index for row in micro_batch for index in row]]
     num_rows = len(micro_batch)
     width = max(sum(len(sequences[index].tokens) for index in row) for row in micro_batch)
     token_BT = torch.full((num_rows, width), pad_token_id)
@@ -68,14 +85,9 @@ def collate(
             owners.append(torch.full((sequence.num_targets,), index))
             start = stop
     source_N = torch.cat(sources)
-    context = {}
-    if any(len(row) > 1 for row in micro_batch):
-        context = {"position_ids": position_BT}
-    elif any(sequences[index].num_attended < len(sequences[index].tokens) for row in micro_batch for index in row):
-        context = {"attention_mask": attended_BT}
     return Batch(
         token_BT=token_BT,
-        context=context,
+        context=_context(micro_batch, sequences, position_BT, attended_BT, varlen=varlen),
         source_N=source_N,
         label_N=token_BT.flatten()[source_N + 1],
         owner_N=torch.cat(owners),
@@ -83,3 +95,29 @@ def collate(
         seed_BT=seed_BT,
         num_tokens=sum(len(sequences[index].tokens) for row in micro_batch for index in row),
     )
+
+
+def _context(
+    micro_batch: MicroBatch,
+    sequences: Sequence[TrainingSequence],
+    position_BT: Tensor,
+    attended_BT: Tensor,
+    *,
+    varlen: bool,
+) -> dict[str, Tensor | int]:
+    if varlen:
+        length_S = torch.tensor([len(sequences[index].tokens) for index in micro_batch[0]])
+        ends_S1 = torch.cat([torch.zeros(1, dtype=torch.int64), length_S.cumsum(0)]).to(torch.int32)
+        longest = int(length_S.max())
+        return {
+            "position_ids": position_BT,
+            "cu_seq_lens_q": ends_S1,
+            "cu_seq_lens_k": ends_S1,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
+    if any(len(row) > 1 for row in micro_batch):
+        return {"position_ids": position_BT}
+    if attended_BT.sum() < sum(len(sequences[index].tokens) for row in micro_batch for index in row):
+        return {"attention_mask": attended_BT}
+    return {}

@@ -7,9 +7,11 @@ number, so that micro-batches, accumulation and world size are only ways to add 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +25,7 @@ from spd_dist.errors import DataError
 from spd_dist.models.dropout import TokenKeys, token_key
 from spd_dist.runtime.seeding import seed_of
 from spd_dist.stages.finetune.batches import Batch, collate
-from spd_dist.stages.finetune.plan import micro_batches
+from spd_dist.stages.finetune.plan import global_batches, micro_batches
 from spd_dist.stages.finetune.sequences import TrainingSequence
 
 
@@ -51,6 +53,13 @@ class Trainer:
     seed: int
     world: World
     pad_token_id: int
+    varlen: bool = False
+    """All rows of a packed micro-batch in one, as flash-attention wants it."""
+
+    @functools.cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence."""
+        return [len(sequence.tokens) for sequence in self.sequences]
 
     def step(self, batch: Sequence[int], step: int, learning_rate_fraction: float) -> StepResult:
         """One optimizer step on the sequences of `batch`, at zero-based `step`.
@@ -62,52 +71,48 @@ class Trainer:
         num_targets = sum(self.sequences[index].num_targets for index in batch)
         learning_rate = set_learning_rate(self.engine, learning_rate_fraction)
         self.engine.train()
-        torch.manual_seed(
-            seed_of(self.seed, "finetune", "module", step, self.world.rank)
-        )  # of dropout inside the model
+        torch.manual_seed(seed_of(self.seed, "finetune", "module", step, self.world.rank))  # of dropout in the model
+        losses: list[tuple[Tensor, Tensor]] = []
         rounds = self._rounds(batch, f"step {step}")
-        local_loss, broken = 0.0, set()
         for number, (micro_batch, weight) in enumerate(rounds):
-            loss, loss_N = self._forward(micro_batch)
+            total, loss_N = self._forward(micro_batch)
             # DeepSpeed takes the mean over ranks: times their number, it is the sum.
-            accumulate(
-                self.engine, loss * (weight * self.world.size / max(1, num_targets)), is_last=number == len(rounds) - 1
-            )
-            local_loss += weight * loss_N.sum(dtype=torch.float64).item()
-            broken |= set(micro_batch.owner_N[~loss_N.isfinite().cpu()].tolist()) if weight else set()
-        loss = sum_over_ranks(local_loss) / max(1, num_targets)
-        self._check_finite(loss, "the loss", step, broken or set(batch))
+            scale = weight * self.world.size / max(1, num_targets)
+            accumulate(self.engine, total * scale, is_last=number == len(rounds) - 1)
+            losses += [(micro_batch.owner_N, loss_N)] if weight else []
+        loss = sum_over_ranks(_sum(losses)) / max(1, num_targets)
+        self._check_finite(loss, "the loss", step, lambda: _owners_of_broken(losses))
         norm = optimizer_step(self.engine)
         if not self.engine.fp16_enabled():  # there an overflow only lowers the loss scale
-            self._check_finite(norm, "the gradient", step, set(batch))
-        num_tokens = sum(len(self.sequences[index].tokens) for index in batch)
+            self._check_finite(norm, "the gradient", step, lambda: set(batch))
+        num_tokens = sum(self.lengths[index] for index in batch)
         return StepResult(loss, norm, learning_rate, num_targets, num_tokens, time.perf_counter() - started)
 
     @torch.no_grad()
     def mean_loss(self, sequences: Sequence[TrainingSequence]) -> float:
         """The mean loss of other `sequences` over their supervised tokens, without dropout."""
         self.engine.eval()
-        trainer = Trainer(self.engine, self.keys, sequences, self.config, self.seed, self.world, self.pad_token_id)
-        local = 0.0
-        for batch in range(0, len(sequences), self.config.global_batch_size):
-            indices = list(range(len(sequences)))[batch : batch + self.config.global_batch_size]
-            for micro_batch, weight in trainer._rounds(indices, "validation"):
-                local += weight * trainer._forward(micro_batch)[1].sum(dtype=torch.float64).item()
+        held_out = dataclasses.replace(self, sequences=sequences)
+        losses = []
+        for batch in global_batches(held_out.lengths, self.config, torch.Generator()):
+            for micro_batch, weight in held_out._rounds(batch, "validation"):
+                _, loss_N = held_out._forward(micro_batch)
+                losses += [(micro_batch.owner_N, loss_N)] if weight else []
         self.engine.train()
-        return sum_over_ranks(local) / max(1, sum(sequence.num_targets for sequence in sequences))
+        return sum_over_ranks(_sum(losses)) / max(1, sum(sequence.num_targets for sequence in sequences))
 
     def _rounds(self, batch: Sequence[int], purpose: str) -> list[tuple[Batch, float]]:
         """This rank's micro-batches and weights; a stand-in of weight 0, where it has none, joins the collectives."""
-        lengths = [len(sequence.tokens) for sequence in self.sequences]
-        stand_in = [[min(batch, key=lengths.__getitem__)]]
+        stand_in = [[min(batch, key=self.lengths.__getitem__)]]
         rounds = []
-        for slots in micro_batches(batch, lengths, self.config, self.world.size):
+        for slots in micro_batches(batch, self.lengths, self.config, self.world.size):
             mine = slots[self.world.rank]
             tensors = collate(
                 mine or stand_in,
                 self.sequences,
                 lambda index: seed_of(self.seed, "finetune", "dropout", purpose, self.sequences[index].id),
                 pad_token_id=self.pad_token_id,
+                varlen=self.varlen,
             )
             rounds.append((tensors, float(bool(mine))))
         return rounds
@@ -117,17 +122,25 @@ class Trainer:
         self.keys.key_BT = token_key(on_device.seed_BT, on_device.position_BT)
         return self.engine(on_device.token_BT, on_device.source_N, on_device.label_N, **on_device.context)
 
-    def _check_finite(self, value: float, what: str, step: int, indices: set[int]) -> None:
-        """`value` is the same on all ranks."""
+    def _check_finite(self, value: float, what: str, step: int, find: Callable[[], set[int]]) -> None:
+        """`value` is the same on all ranks; `find` gives the sequences of this rank that may have caused it."""
         if math.isfinite(value):
             return
-        names = sorted({self.sequences[index].id for part in gather_objects(indices) for index in part})
+        names = sorted({self.sequences[index].id for part in gather_objects(find()) for index in part})
         with together(f"checking {what}"):
             raise DataError(
                 f"finetune: {what} of step {step + 1} is {value}, with the completions {', '.join(names[:8])}"
                 f"{' and others' if len(names) > 8 else ''}; the last checkpoint is kept. "
                 "Lower finetune.learning_rate, or look at these completions"
             )
+
+
+def _sum(losses: Sequence[tuple[Tensor, Tensor]]) -> float:
+    return torch.stack([loss_N.sum(dtype=torch.float64) for _, loss_N in losses]).sum().item() if losses else 0.0
+
+
+def _owners_of_broken(losses: Sequence[tuple[Tensor, Tensor]]) -> set[int]:
+    return {index for owner_N, loss_N in losses for index in owner_N[~loss_N.isfinite().cpu()].tolist()}
 
 
 @contextlib.contextmanager

@@ -18,7 +18,9 @@ from spd_dist.stages.finetune.sequences import TrainingSequence
 log = logging.getLogger(__name__)
 
 
-def check_student(student: Student, sequences: Sequence[TrainingSequence], config: Finetune, world: World) -> None:
+def check_student(
+    student: Student, sequences: Sequence[TrainingSequence], config: Finetune, world: World, *, varlen: bool
+) -> None:
     """See that the chunked loss is the model's own, and that packed sequences do not see each other. A collective.
 
     Raises:
@@ -32,7 +34,7 @@ def check_student(student: Student, sequences: Sequence[TrainingSequence], confi
             "finetune: the model changes its logits in a way of its own, so they are held whole, which takes memory"
         )
     if config.packing:
-        leak = _leak(student, sequences, world)
+        leak = _leak(student, sequences, world, varlen=varlen)
         with together("checking that packed sequences do not see each other"):
             if leak > 1e-2:
                 raise ConfigError(
@@ -42,13 +44,13 @@ def check_student(student: Student, sequences: Sequence[TrainingSequence], confi
 
 
 @torch.no_grad()
-def _leak(student: Student, sequences: Sequence[TrainingSequence], world: World) -> float:
+def _leak(student: Student, sequences: Sequence[TrainingSequence], world: World, *, varlen: bool) -> float:
     """How much the loss of a sequence depends on a sequence in front of it in the same row."""
     second = max(range(min(len(sequences), 64)), key=lambda index: sequences[index].num_targets)
     first = (second + 1) % len(sequences)
     losses = []
     for row in ([second], [first, second]):
-        batch = collate([row], sequences, lambda _: 0, pad_token_id=0).to(world.device)
+        batch = collate([row], sequences, lambda _: 0, pad_token_id=0, varlen=varlen).to(world.device)
         _, loss_N = student(batch.token_BT, batch.source_N, batch.label_N, **batch.context)
         losses.append(loss_N[batch.owner_N == second].sum())
     return ((losses[1] - losses[0]).abs() / losses[0]).item()

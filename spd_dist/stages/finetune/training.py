@@ -95,7 +95,7 @@ class Training:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         engine = self._engine(self.checkpoints.newest())
         try:
-            check_student(self.student, self.corpus.train, self.config, self.job.world)
+            check_student(self.student, self.corpus.train, self.config, self.job.world, varlen=self._varlen)
             with self.progress, naming_lagging_ranks(self.heartbeat), global_generator_kept(self.job.world):
                 self.progress.skip(self.state.step)
                 self._train(engine)
@@ -117,6 +117,11 @@ class Training:
     def _keeps_best(self) -> bool:
         return self.config.stop_on_train_loss or self.config.keep_best
 
+    @property
+    def _varlen(self) -> bool:
+        """Flash-attention keeps packed sequences apart only if all of them stand in one row."""
+        return self.config.packing and self.policy.model.config._attn_implementation.startswith("flash")
+
     def _engine(self, found: Found | None) -> DeepSpeedEngine:
         config = self.config
         settings = training_settings(self.job.distributed, self.policy.model.dtype, max_grad_norm=config.max_grad_norm)
@@ -134,7 +139,14 @@ class Training:
 
     def _train(self, engine: DeepSpeedEngine) -> None:
         trainer = Trainer(
-            engine, self.keys, self.corpus.train, self.config, self.job.seed, self.job.world, self.policy.pad_token_id
+            engine,
+            self.keys,
+            self.corpus.train,
+            self.config,
+            self.job.seed,
+            self.job.world,
+            self.policy.pad_token_id,
+            varlen=self._varlen,
         )
         try:
             while self.state.step < self.num_steps and not self.state.stopped_early:

