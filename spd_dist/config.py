@@ -171,6 +171,7 @@ class Finetune:
     keep_best: bool = setting(False, "save the weights of the epoch with the lowest validation loss, not the last ones")
     patience: int | None = setting(None, "stop after N epochs without a lower validation loss", at_least=1)
     merge: bool = setting(False, "lora: write the model with its adapters merged, too")
+    liger: bool = setting(False, "fused norms and MLPs of liger-kernel, on an accelerator")
 
 
 @dataclass(frozen=True)
