@@ -15,6 +15,7 @@ import warnings
 
 from spd_dist.config import STAGES, Config
 from spd_dist.errors import UserError
+from spd_dist.orphans import watch_launchers
 from spd_dist.overrides import load_config, to_yaml
 from spd_dist.signals import StopSignals
 
@@ -26,6 +27,7 @@ def main() -> int:
     """Parse, check the config, run, and turn the outcome into an exit code."""
     signals = StopSignals()
     signals.install()
+    watch_launchers(os.environ)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # our own lines say how far a stage is
     arguments = parse_arguments()
     try:

@@ -191,8 +191,12 @@ class Distributed:
 
     zero_stage: Literal[0, 1, 2, 3] = setting(3, "3 shards parameters in every stage; 0 to 2 in none")
     timeout_seconds: float = setting(1800.0, "a collective that takes longer fails the run", above=0)
+    time_limit_seconds: float | None = setting(
+        None, "stop so long after the start; the SLURM job's if not given", above=0
+    )
+    time_margin_seconds: float = setting(120.0, "before the limit: time for the last unit and its files", at_least=0)
     threads: int | None = setting(None, "CPU threads a rank; cores over local ranks if not given", at_least=1)
-    interface: str | None = setting(None, "network interface for NCCL and gloo")
+    interface: str | None = setting(None, "network interface for NCCL and gloo, as `ip address` names it")
     deepspeed: dict[str, Any] = setting({}, "DeepSpeed settings beside ours; a conflict is an error")
 
 

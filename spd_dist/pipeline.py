@@ -26,7 +26,7 @@ from spd_dist.stages.finetune import Job, finetune
 from spd_dist.stages.generate import generate, settings_of
 from spd_dist.stages.project import projection, subspace, summary
 from spd_dist.stages.reduce import reduce
-from spd_dist.stages.sketch import plan_sketches, sketch
+from spd_dist.stages.sketch import Unfinished, plan_sketches, sketch
 from spd_dist.types import Projection
 
 
@@ -40,7 +40,7 @@ def run_stages(config: Config, world: World, signals: StopSignals, *, first: str
     arms = chosen(config.evaluate.arms)
     students = [arm for arm in arms if arm.trains]
     run = Run(config, world, signals)
-    with run.metrics:
+    with run.opened():
         if any(arm.projects for arm in arms):
             find_subspace(run, wanted=first in STAGES[:4])
         for arm in students if last in STAGES[4:] else []:
@@ -61,16 +61,16 @@ def find_subspace(run: Run, *, wanted: bool) -> None:
         with together("finding the supervised tokens and the sites"):
             examples, audit = make_examples(rows, run.task, policy.tokenizer, config.data, config.calibrate)
             sites = discover_sites(policy.model, config.calibrate.layers)
-        num_shards = config.calibrate.num_shards
-        own = sum(index % num_shards % world.size == world.rank for index in range(len(examples)))
-        with run.progress("calibrate", own, "examples") as progress:
-            gradients = calibrate(policy, examples, sites, config.calibrate, world, progress=progress)
-            shards = {"num_shards": num_shards, "planned_rank": config.project.planned_rank}
-            sketches = sketch(gradients, sites, config.sketch, **shards, world=world)
-        moments = reduce(sketches, sites, config.reduce, num_shards=num_shards, world=world)
+        plan = {"num_shards": config.calibrate.num_shards, "planned_rank": config.project.planned_rank}
+        left = Unfinished(folder / "unfinished", config.calibrate.num_shards, world)
+        with run.progress("calibrate", None, "examples") as progress, left:
+            told = {"taken": left.num_taken, "progress": progress, "stop_if_asked": run.stop_if_asked}
+            gradients = calibrate(policy, examples, sites, config.calibrate, world, **told)
+            sketches = sketch(gradients, sites, config.sketch, initial=left.shards, keep=left.keep, world=world, **plan)
+        moments = reduce(sketches, sites, config.reduce, num_shards=config.calibrate.num_shards, world=world)
         metadata = {"base_model": policy.name, "base_fingerprint": policy.fingerprint, "config_hash": run.settings()}
         found = subspace(moments, sites, config.project, world, metadata=metadata)
-        sizes = {width: plan.size for width, plan in plan_sketches(sites, config.sketch, **shards).items()}
+        sizes = {width: form.size for width, form in plan_sketches(sites, config.sketch, **plan).items()}
         described = summary(found, sketch_sizes=sizes) | {"masks": dataclasses.asdict(audit)}
         on_main("writing the subspace", lambda: save_subspace(folder / "subspace.safetensors", found))
         on_main("writing the subspace's summary", lambda: write_json(folder / "summary.json", described))
@@ -110,7 +110,7 @@ def train_student(run: Run, arm: Arm, *, wanted: bool) -> None:
             completions = read_completions(run.folder.folder(arm.stage("generate")) / "completions")
         job = Job(
             folder, config.seed, run.world, config.distributed, run.should_stop, run.metrics_of(arm),
-            config.metrics.progress_seconds,
+            config.metrics.progress_seconds, run.heartbeat,
         )  # fmt: skip
         outcome = finetune(policy, completions, config.finetune, job)
         if config.finetune.mode == "full":

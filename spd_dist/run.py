@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from spd_dist.data.sources import check_leaks, load_rows
 from spd_dist.data.tasks import find_task
 from spd_dist.data.tasks.protocol import Row, Split
 from spd_dist.distributed.collectives import any_rank, gather_objects, on_main, together
+from spd_dist.distributed.heartbeat import Heartbeat, naming_lagging_ranks, telling_of_silence
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError, StopRequested
 from spd_dist.models.policy import Policy, load_policy, load_replica, load_tokenizer
@@ -25,7 +28,7 @@ from spd_dist.runtime.progress import Progress
 from spd_dist.runtime.report import log_report, report_text, write_report
 from spd_dist.runtime.run_folder import RunFolder, settings_hash
 from spd_dist.runtime.wandb_mirror import open_mirror
-from spd_dist.signals import STOP_FILE, StopSignals
+from spd_dist.signals import STOP_FILE, StopSignals, seconds_allowed, stop_file
 
 log = logging.getLogger(__name__)
 
@@ -42,15 +45,26 @@ class Run:
         self.config, self.world, self.signals = config, world, signals
         self.plain = dataclasses.asdict(config)
         self.folder = RunFolder(config.run_dir, self.plain, world)
-        with together("removing the request to stop"):
-            if world.is_main:
-                (self.folder.path / STOP_FILE).unlink(missing_ok=True)
+        self.task_index = config.generate.task_index if config.generate.num_tasks > 1 else None
+        self.stop_files = (self.folder.path / STOP_FILE, self.folder.path / stop_file(self.task_index))
+        on_main("removing the request to stop", lambda: [file.unlink(missing_ok=True) for file in self.stop_files])
+        distributed = config.distributed
+        signals.stop_after(seconds_allowed(os.environ, distributed.time_limit_seconds, distributed.time_margin_seconds))
         with together("finding the task"):
             self.task = find_task(config.data.task)
         mirror = open_mirror(config.metrics, self.folder.path, self.plain) if world.is_main else None
-        self.metrics = MetricLogger(self.folder.path / "metrics", world.rank, mirror)
+        task = "" if self.task_index is None else f"task_{self.task_index:05d}_"
+        self.metrics = MetricLogger(self.folder.path / "metrics", world.rank, mirror, prefix=task)
+        self.heartbeat = Heartbeat(self.folder.path / "heartbeat" / task.rstrip("_"), world)
         self._rows: dict[Split, list[Row]] = {}
         self._policy: Policy | None = None
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Metrics are closed at the end; a collective that fails or hangs tells where each rank is."""
+        timeout_seconds = self.config.distributed.timeout_seconds
+        with self.metrics, naming_lagging_ranks(self.heartbeat), telling_of_silence(self.heartbeat, timeout_seconds):
+            yield
 
     def rows(self, split: Split) -> list[Row]:
         """The rows of a split, the same on every rank.
@@ -117,6 +131,7 @@ class Run:
             verb = stage.split("/")[-1]
             raise DataError(f"{self.folder.folder(stage)} is not complete; run that stage first: --from {verb}")
         self.stop_if_asked()
+        self.heartbeat.beat(f"{stage}, its start", now=True)
         began = time.monotonic()
         folder = self.folder.start(stage, inputs)
         extra = work(folder)
@@ -133,9 +148,16 @@ class Run:
 
     def progress(self, stage: str, total: int | None, unit: str) -> Progress:
         """A counter whose lines and metrics carry the stage's name. Where ranks decode, it heeds requests to stop."""
-        check = self.stop_alone if stage in ("generate", "evaluate") else None
+        stops_alone = stage in ("generate", "evaluate")
+
+        def after_unit(place: str) -> None:
+            self.heartbeat.beat(place)
+            if stops_alone:
+                self.stop_alone()
+
+        self.heartbeat.beat(f"{stage}, before its first unit", now=True)
         every_seconds = self.config.metrics.progress_seconds
-        return Progress(stage, total, unit, self.metrics, every_seconds=every_seconds, check=check)
+        return Progress(stage, total, unit, self.metrics, every_seconds=every_seconds, check=after_unit)
 
     def metrics_of(self, arm: Arm) -> MetricLogger:
         """The metrics; names of other arms than the method's own carry the arm's name."""
@@ -143,20 +165,29 @@ class Run:
 
     def should_stop(self) -> bool:
         """Whether any rank was asked to stop: all ranks hear the same, so that they stop at the same unit."""
-        return any_rank(self.signals.reason(self.folder.path) is not None)
+        return self._request_to_stop() is not None
+
+    def _request_to_stop(self) -> str | None:
+        """The first rank's reason, noted in the file of requests, too: launchers can lose an exit code."""
+        own = self.signals.reason(*self.stop_files)
+        if not any_rank(own is not None):
+            return None
+        reason = next(filter(None, gather_objects(own)))
+        on_main("noting the request to stop", lambda: self.stop_files[-1].write_text(f"{reason}\n"))
+        return reason
 
     def stop_alone(self) -> None:
         """Raise `StopRequested` on this rank if it was asked to stop, and ask the others: not within a collective."""
-        reason = self.signals.reason(self.folder.path)
+        reason = self.signals.reason(*self.stop_files)
         if reason is not None:
-            (self.folder.path / STOP_FILE).touch()
+            self.stop_files[-1].write_text(f"{reason}\n")
             raise StopRequested(f"stopped on request ({reason}); start the same command again to go on")
 
     def stop_if_asked(self) -> None:
         """Raise `StopRequested` on every rank if any was asked to stop."""
-        if self.should_stop():
-            reasons = filter(None, gather_objects(self.signals.reason(self.folder.path)))
-            stop = StopRequested(f"stopped on request ({next(reasons)}); start the same command again to go on")
+        reason = self._request_to_stop()
+        if reason is not None:
+            stop = StopRequested(f"stopped on request ({reason}); start the same command again to go on")
             stop.is_shared = True
             raise stop
 

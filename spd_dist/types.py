@@ -59,6 +59,7 @@ class GradientBatch:
     num_zero_rows: int = 0
     """Positions after the last supervised token: their gradients are exactly zero, so they are counted and not held."""
     num_tokens: int = 0
+    num_examples: int = 0
 
 
 @dataclass(frozen=True)

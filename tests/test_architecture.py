@@ -26,6 +26,7 @@ MAY_IMPORT = {  # besides itself
     "stages": BELOW | {"models", "data", "runtime"},
     "arms": set(),
     "signals": set(),
+    "orphans": set(),
     "run": BELOW | {"models", "data", "runtime", "arms", "signals"},
     "pipeline": BELOW | {"models", "data", "runtime", "stages", "arms", "signals", "run"},
 }

@@ -5,13 +5,15 @@ Shapes: B examples, T positions. Nothing here depends on how many ranks there ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from spd_dist.types import SupervisedExample
+
+NONE_TAKEN: Mapping[int, int] = {}
 
 
 @dataclass(frozen=True)
@@ -49,23 +51,39 @@ def owned_shards(num_shards: int, rank: int, world_size: int) -> range:
 
 
 def micro_batches(
-    examples: Sequence[SupervisedExample], *, num_shards: int, batch_size: int, rank: int = 0, world_size: int = 1
+    examples: Sequence[SupervisedExample],
+    *,
+    num_shards: int,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    taken: Mapping[int, int] = NONE_TAKEN,
 ) -> Iterator[MicroBatch]:
     """This rank's micro-batches, shard by shard; within a shard longest first, so that padding is little.
 
-    The batches of a shard are the same at every world size, and no batch mixes shards.
+    The batches of a shard are the same at every world size, and no batch mixes shards. `taken` says how many examples
+    of a shard an earlier attempt has used: they are left out.
     """
     for shard in owned_shards(num_shards, rank, world_size):
         members = sorted(examples[shard::num_shards], key=lambda example: -len(example.tokens))
-        for start in range(0, len(members), batch_size):
+        for start in range(taken.get(shard, 0), len(members), batch_size):
             yield MicroBatch(shard, tuple(members[start : start + batch_size]))
 
 
 def num_micro_batches(
-    num_examples: int, *, num_shards: int, batch_size: int, rank: int = 0, world_size: int = 1
+    num_examples: int,
+    *,
+    num_shards: int,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    taken: Mapping[int, int] = NONE_TAKEN,
 ) -> int:
     """How many `micro_batches` yields: what ranks compare before they run in lock-step."""
-    sizes = (len(range(shard, num_examples, num_shards)) for shard in owned_shards(num_shards, rank, world_size))
+    sizes = (
+        len(range(shard, num_examples, num_shards)) - taken.get(shard, 0)
+        for shard in owned_shards(num_shards, rank, world_size)
+    )
     return sum(-(-size // batch_size) for size in sizes)
 
 

@@ -1,20 +1,27 @@
-"""Where each rank was last seen, on disk: so that a collective that fails can say which rank it waited for."""
+"""Where each rank was last seen, on disk: so that a collective that fails or hangs can say which rank it waits for."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from spd_dist.distributed.world import World
 
-SECONDS_BETWEEN = 0.2
+SECONDS_BETWEEN = 2.0
 SECONDS_TO_DIE = 0.5
 """A killed process closes its connections a moment before it is gone."""
+SILENCE_FRACTION = 0.8
+"""Of the collectives' timeout: NCCL ends a process in it, without an exception that could say where ranks are."""
+TITLE = "A rank that failed or lags is the likely cause. Last seen:"
+
+log = logging.getLogger(__name__)
 
 
 class Heartbeat:
@@ -22,39 +29,56 @@ class Heartbeat:
 
     def __init__(self, folder: Path, world: World) -> None:
         self.folder, self.world = folder, world
-        self._written = 0.0
+        self.place = "the start"
+        self.beaten = time.monotonic()
+        self._written = float("-inf")
 
-    def beat(self, place: str) -> None:
-        """Say where this rank is; at most a few times a second it reaches the disk."""
-        if time.monotonic() - self._written < SECONDS_BETWEEN:
-            return
+    def beat(self, place: str, *, now: bool = False) -> None:
+        """Say where this rank is; it reaches the disk every few seconds, or `now`."""
+        self.place, self.beaten = place, time.monotonic()
+        if now or self.beaten - self._written >= SECONDS_BETWEEN:
+            self.write()
+
+    def write(self) -> None:
+        """Put on disk where this rank is; a disk that can't be written must not hide what else is wrong."""
         self._written = time.monotonic()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        line = {"place": place, "time": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
+        line = {"place": self.place, "time": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
         path = self.folder / f"rank_{self.world.rank:05d}.json"
-        beside = path.with_suffix(".partial")
-        beside.write_text(json.dumps(line))
-        beside.replace(path)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            beside = path.with_suffix(".partial")
+            beside.write_text(json.dumps(line))
+            beside.replace(path)
+        except OSError as error:
+            log.warning("%s cannot be written: %s", path, error)
 
     def lines(self) -> list[str]:
         """One line a rank, those that are gone first, then by how long they have been silent."""
         seen = []
         for rank in range(self.world.size):
             path = self.folder / f"rank_{rank:05d}.json"
-            if not path.exists():
+            try:
+                line = json.loads(path.read_text())
+            except OSError:
                 seen.append((0, float("-inf"), f"rank {rank}: never seen"))
                 continue
-            line = json.loads(path.read_text())
             is_gone = line["host"] == socket.gethostname() and not _is_alive(line["pid"])
-            state = "its process is gone" if is_gone else f"silent for {time.time() - line['time']:.0f} s"
+            state = "its process is gone" if is_gone else f"silent for {max(0, time.time() - line['time']):.0f} s"
             seen.append((not is_gone, line["time"], f"rank {rank} on {line['host']}: {state}, last at {line['place']}"))
         return [text for *_, text in sorted(seen)]
+
+    def table(self) -> str:
+        """The lines under a title."""
+        return "\n".join([TITLE, *self.lines()])
 
 
 def _is_alive(pid: int) -> bool:
     """Whether the process runs; a dead one whose parent has not noticed yet still has its folder."""
-    status = Path(f"/proc/{pid}/stat")
-    return status.exists() and status.read_text().rpartition(")")[2].split()[0] not in "ZX"
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] not in "ZX"
 
 
 @contextmanager
@@ -63,6 +87,33 @@ def naming_lagging_ranks(heartbeat: Heartbeat) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        time.sleep(SECONDS_TO_DIE)
-        error.add_note("\n".join(["A rank that failed or lags is the likely cause. Last seen:", *heartbeat.lines()]))
+        if not hasattr(error, "__notes__"):
+            heartbeat.beat(f"{heartbeat.place}, failed", now=True)
+            time.sleep(SECONDS_TO_DIE)
+            error.add_note(heartbeat.table())
         raise
+
+
+@contextmanager
+def telling_of_silence(
+    heartbeat: Heartbeat, timeout_seconds: float, tell: Callable[[str], None] = log.warning
+) -> Iterator[None]:
+    """Within it a rank that makes no unit for most of `timeout_seconds` says where all ranks are, once a silence."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        told = None
+        limit = SILENCE_FRACTION * timeout_seconds
+        while not ended.wait(min(limit / 4, 30)):
+            beaten = heartbeat.beaten
+            if beaten != told and time.monotonic() - beaten >= limit:
+                told = beaten
+                tell(f"no unit was done for {time.monotonic() - beaten:.0f} s. {heartbeat.table()}")
+
+    thread = threading.Thread(target=watch, name="silence", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

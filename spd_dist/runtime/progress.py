@@ -24,7 +24,7 @@ class Progress:
         *,
         every_seconds: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
-        check: Callable[[], None] | None = None,
+        check: Callable[[str], None] | None = None,
     ) -> None:
         """Start the clock.
 
@@ -35,7 +35,7 @@ class Progress:
             metrics: Where the counts go, beside the log.
             every_seconds: Time between two lines.
             clock: Seconds.
-            check: Called after each unit; it may raise, where a rank may stop alone.
+            check: Told after each unit how far this rank is; it may raise, where a rank may stop alone.
         """
         self.stage, self.total, self.unit = stage, total, unit
         self.done, self.tokens, self.skipped = 0, 0, 0
@@ -55,7 +55,7 @@ class Progress:
         if self._clock() - self._said >= self._every_seconds:
             self._say()
         if self._check is not None:
-            self._check()
+            self._check(f"{self.stage}, {self._counted()}")
 
     def begin(self, total: int, skipped: int) -> None:
         """Learn, once the work is planned, how much there is and how much of it an earlier attempt did."""

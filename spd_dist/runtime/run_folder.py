@@ -46,6 +46,8 @@ MAY_CHANGE = (
     "evaluate.placement",
     "distributed.zero_stage",
     "distributed.timeout_seconds",
+    "distributed.time_limit_seconds",
+    "distributed.time_margin_seconds",
     "distributed.threads",
     "distributed.interface",
 )
@@ -177,7 +179,8 @@ class RunFolder:
         folder = self.folder(stage)
         started = folder / STARTED
         other_inputs = started.exists() and read_json(started) != dict(inputs)
-        if other_inputs or (folder / MANIFEST).exists():
+        # Another task of an array may have finished the stage since `is_complete` looked: that is no stale work.
+        if other_inputs or ((folder / MANIFEST).exists() and self._why_not_complete(stage, inputs)):
             stale = folder.with_name(f".{folder.name}.stale")
             shutil.rmtree(stale, ignore_errors=True)
             folder.rename(stale)  # at once: a kill here leaves nothing that looks like this stage

@@ -6,13 +6,13 @@ Shapes: B examples, N token rows.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
 
 from spd_dist.config import Calibrate
-from spd_dist.data.batches import MicroBatch, micro_batches, num_micro_batches, pad
+from spd_dist.data.batches import NONE_TAKEN, MicroBatch, micro_batches, num_micro_batches, owned_shards, pad
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError
 from spd_dist.models.capture import Capture, capture
@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 class Advance(Protocol):
     """What shows how far a stage has come."""
 
+    def begin(self, total: int, skipped: int) -> None:
+        """Learn how much there is, and how much of it was done before."""
+
     def advance(self, units: int, tokens: int = 0) -> None:
         """Count `units` more as done."""
 
@@ -37,30 +40,48 @@ def calibrate(
     config: Calibrate,
     world: World,
     *,
+    taken: Mapping[int, int] = NONE_TAKEN,
     progress: Advance | None = None,
+    stop_if_asked: Callable[[], None] | None = None,
 ) -> Iterator[GradientBatch]:
     """The gradient rows of the examples whose logical shards this rank owns, micro-batch by micro-batch.
 
     Every rank is given all examples, in the same order. The loss of an example is the mean negative log-likelihood of
-    its targets, and losses are summed: an example's rows do not depend on what it is batched with, nor on the world size.
-    If the policy is sharded this is a collective: ranks run the same number of micro-batches (a rank with fewer examples
-    throws its last ones away), so all must exhaust the iterator.
+    its targets, and losses are summed: its rows do not depend on what it is batched with, nor on the world size.
+    A collective: ranks run the same number of rounds (a rank with fewer examples throws its last gradients away if the
+    policy is sharded, else it waits), so all must exhaust the iterator.
+
+    Args:
+        policy: Whose gradients.
+        examples: All of them, on every rank.
+        sites: Where.
+        config: Its section.
+        world: This process among all.
+        taken: How many examples of each logical shard an earlier attempt has used, on every rank the same.
+        progress: Told of each micro-batch.
+        stop_if_asked: A collective, called before each round; it raises on all ranks, or on none.
 
     Raises:
         DataError: an example without targets, or with one that nothing predicts.
+        StopRequested: `stop_if_asked` said so.
     """
     for example in examples:
         _check(example)
-    own = list(_planned(examples, config, rank=world.rank, world_size=world.size))
-    steps = range(_num_steps(len(examples), config, world) if policy.engine is not None else len(own))
+    own = list(micro_batches(examples, **_division(config, world.rank, world), taken=taken))
+    if progress is not None:
+        skipped = sum(taken.get(shard, 0) for shard in owned_shards(config.num_shards, world.rank, world.size))
+        progress.begin(sum(len(batch.examples) for batch in own) + skipped, skipped)
     with capture(policy.model, sites, checkpointing=config.checkpointing) as caught:
-        for step in steps:
-            batch = own[step] if step < len(own) else _filler(examples)
-            gradients = _gradients(policy, batch, caught, world.device)
+        for step in range(_num_rounds(len(examples), config, world, taken)):
+            if stop_if_asked is not None:
+                stop_if_asked()
             if step < len(own):
+                gradients = _gradients(policy, own[step], caught, world.device)
                 if progress is not None:
-                    progress.advance(len(batch.examples), batch.num_tokens)
+                    progress.advance(len(own[step].examples), own[step].num_tokens)
                 yield gradients
+            elif policy.engine is not None:
+                _gradients(policy, _filler(examples), caught, world.device)
 
 
 def _check(example: SupervisedExample) -> None:
@@ -72,21 +93,16 @@ def _check(example: SupervisedExample) -> None:
         )
 
 
-def _planned(
-    examples: Sequence[SupervisedExample], config: Calibrate, *, rank: int, world_size: int
-) -> Iterator[MicroBatch]:
-    return micro_batches(
-        examples, num_shards=config.num_shards, batch_size=config.batch_size, rank=rank, world_size=world_size
-    )
+def _division(config: Calibrate, rank: int, world: World) -> dict[str, int]:
+    """How the examples are divided, as a rank sees it."""
+    division = {"num_shards": config.num_shards, "batch_size": config.batch_size}
+    return division | {"rank": rank, "world_size": world.size}
 
 
-def _num_steps(num_examples: int, config: Calibrate, world: World) -> int:
+def _num_rounds(num_examples: int, config: Calibrate, world: World, taken: Mapping[int, int]) -> int:
     """Micro-batches of the rank that has most: every rank knows all plans, so nothing need be said."""
     return max(
-        num_micro_batches(
-            num_examples, num_shards=config.num_shards, batch_size=config.batch_size, rank=rank, world_size=world.size
-        )
-        for rank in range(world.size)
+        num_micro_batches(num_examples, **_division(config, rank, world), taken=taken) for rank in range(world.size)
     )
 
 
@@ -109,4 +125,5 @@ def _gradients(policy: Policy, micro_batch: MicroBatch, caught: Capture, device:
         grad_ND=grads,
         num_zero_rows=sum(example.num_tokens_after for example in micro_batch.examples),
         num_tokens=micro_batch.num_tokens,
+        num_examples=len(micro_batch.examples),
     )

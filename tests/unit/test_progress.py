@@ -92,9 +92,12 @@ def test_times_are_written_as_clocks():
 
 
 def test_what_is_checked_after_each_unit_may_stop_the_work(lines):
-    def stop():
-        raise RuntimeError("asked to stop")
+    def stop(place):
+        raise RuntimeError(f"asked to stop at {place}")
 
-    with pytest.raises(RuntimeError, match="asked to stop"), Progress("generate", 3, "prompts", check=stop) as progress:
+    with (
+        pytest.raises(RuntimeError, match="stop at generate, 1/3 prompts"),
+        Progress("generate", 3, "prompts", check=stop) as progress,
+    ):
         progress.advance()
     assert lines()[-1].startswith("generate: stopped, 1/3 prompts")

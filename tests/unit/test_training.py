@@ -80,4 +80,4 @@ def test_the_silent_rank_is_named_first(tmp_path):
         "rank 0",
         "rank 1",
     ]
-    assert caught.value.__notes__[0].endswith("last at step 5")
+    assert caught.value.__notes__[0].endswith("last at step 6, too soon to be written, failed")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from spd_dist.config import Distributed
+from spd_dist.distributed.heartbeat import Heartbeat
 from spd_dist.distributed.world import World
 from spd_dist.runtime.metrics import MetricLogger
 
@@ -30,5 +31,7 @@ class Job:
     """Gets the numbers of every step and epoch, on all ranks."""
     progress_seconds: float = 5.0
     """Time between two progress lines."""
+    heartbeat: Heartbeat | None = None
+    """Told of every step; one of its own in `folder` if not given."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """What else the model card should say: the task, the arm, the hash of the config."""

@@ -77,7 +77,7 @@ class Training:
             keep_every=config.keep_every,
         )
         self.progress = Progress("finetune", self.num_steps, "steps", every_seconds=job.progress_seconds)
-        self.heartbeat = Heartbeat(job.folder / "heartbeat", job.world)
+        self.heartbeat = job.heartbeat or Heartbeat(job.folder / "heartbeat", job.world)
         self.speed = Speedometer(policy.model, job.world)
         self.state = State()
         self.batches: list[list[int]] = []

@@ -4,11 +4,13 @@ plan.py                 which form a site's sketch takes, and why
 frequent_directions.py  the two updates: add an outer product, shrink a stack of rows
 group.py                the state of all sites of one width
 shard.py                the state of one logical shard, and its file
+unfinished.py           what a stopped attempt leaves for the next
 stream.py               the stage
 """
 
 from spd_dist.stages.sketch.plan import SketchPlan, plan_sketches
 from spd_dist.stages.sketch.shard import ShardSketch, load_sketches, save_sketches
 from spd_dist.stages.sketch.stream import sketch
+from spd_dist.stages.sketch.unfinished import Unfinished
 
-__all__ = ["ShardSketch", "SketchPlan", "load_sketches", "plan_sketches", "save_sketches", "sketch"]
+__all__ = ["ShardSketch", "SketchPlan", "Unfinished", "load_sketches", "plan_sketches", "save_sketches", "sketch"]

@@ -41,6 +41,7 @@ class ShardSketch(Mapping[KVSite, SiteMoments]):
         for site in sorted(sites):
             by_width.setdefault(site.width, []).append(site)
         self.sites = by_width
+        self.num_examples = 0
         self.groups = {
             width: SiteGroup(len(group), width, plans[width], device) for width, group in sorted(by_width.items())
         }
@@ -55,6 +56,7 @@ class ShardSketch(Mapping[KVSite, SiteMoments]):
         for width, group in self.groups.items():
             group.add_([batch.grad_ND[site].detach() for site in self.sites[width]], number)
             group.num_rows += batch.num_zero_rows
+        self.num_examples += batch.num_examples
 
     def _check(self, batch: GradientBatch) -> None:
         shapes = {}
@@ -106,7 +108,8 @@ def save_sketches(path: str | Path, sketches: Mapping[int, ShardSketch]) -> None
         }
         for width, group in state.groups.items():
             tensors |= {f"{shard}.{width}.{name}": getattr(group, name) for name in TENSORS}
-    write_tensors(path, tensors, {"shards": json.dumps(shards)})
+    counts = {str(shard): state.num_examples for shard, state in sketches.items()}
+    write_tensors(path, tensors, {"shards": json.dumps(shards), "num_examples": json.dumps(counts)})
 
 
 def load_sketches(path: str | Path, device: torch.device | str = "cpu") -> dict[int, ShardSketch]:
@@ -125,6 +128,7 @@ def load_sketches(path: str | Path, device: torch.device | str = "cpu") -> dict[
         sites = [_site(fields) for described in widths.values() for fields in described["sites"]]
         plans = {int(width): SketchPlan(**described["plan"]) for width, described in widths.items()}
         state = sketches[int(shard)] = ShardSketch(sites, plans, torch.device(device))
+        state.num_examples = json.loads(file.metadata["num_examples"])[shard]
         for width, group in state.groups.items():
             vars(group).update(widths[str(width)]["counts"])
             vars(group).update({name: file.tensors[f"{shard}.{width}.{name}"].to(device) for name in TENSORS})

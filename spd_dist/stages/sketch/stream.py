@@ -10,7 +10,7 @@ import torch
 from spd_dist.config import Sketch
 from spd_dist.distributed.collectives import together
 from spd_dist.distributed.world import World
-from spd_dist.errors import DataError
+from spd_dist.errors import DataError, StopRequested
 from spd_dist.stages.sketch.plan import SketchPlan, plan_sketches
 from spd_dist.stages.sketch.shard import ShardSketch
 from spd_dist.types import GradientBatch, KVSite
@@ -27,6 +27,7 @@ def sketch(
     planned_rank: Callable[[int], int],
     world: World,
     initial: Mapping[int, ShardSketch] | None = None,
+    keep: Callable[[Mapping[int, ShardSketch]], None] | None = None,
 ) -> dict[int, ShardSketch]:
     """The sketches of this rank's logical shards: shards without examples are absent, and count as empty.
 
@@ -39,6 +40,7 @@ def sketch(
         planned_rank: the rank that a width will be cut to (`Project.planned_rank`); the default size follows from it.
         world: this rank, for messages.
         initial: states from `load_sketches` to go on from; they are changed in place.
+        keep: given the states where the stream ends by a `StopRequested`, on all ranks at once.
 
     Raises:
         DataError: on all ranks at once: a row with NaN or Inf, rows that do not fit their site, or an initial state of
@@ -51,11 +53,16 @@ def sketch(
     with together("resuming the sketches"):
         _check_states(shards, sites, plans)
     fault: DataError | None = None
-    for number, batch in enumerate(gradients):
-        try:
-            _take_(shards, batch, number, sites, plans)
-        except DataError as error:
-            fault = fault or error
+    try:
+        for number, batch in enumerate(gradients):
+            try:
+                _take_(shards, batch, number, sites, plans)
+            except DataError as error:
+                fault = fault or error
+    except StopRequested:
+        if keep is not None:
+            keep(shards if fault is None else {})
+        raise
     with together("sketching the gradients"):
         if fault is not None:
             raise fault
