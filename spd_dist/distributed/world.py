@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -38,9 +38,10 @@ def join_world(config: Distributed) -> World:
     Rank and address come from `deepspeed`, `torchrun`, or SLURM under `srun`; without any, the world is this process.
 
     Raises:
-        ConfigError: a RANK without the other variables that a launcher sets.
+        ConfigError: a RANK without the other variables that a launcher sets, or an interface that this host lacks.
     """
     if config.interface is not None:
+        check_interface(config.interface, [name for _, name in socket.if_nameindex()])
         os.environ |= {"NCCL_SOCKET_IFNAME": config.interface, "GLOO_SOCKET_IFNAME": config.interface}
     if not dist.is_initialized():
         os.environ |= rendezvous(os.environ)
@@ -54,6 +55,20 @@ def join_world(config: Distributed) -> World:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     dist.barrier()  # a rank that is done must not close its sockets while another still connects
     return World(dist.get_rank(), dist.get_world_size(), local_rank, _take_device(local_rank))
+
+
+def check_interface(wanted: str, present: Sequence[str]) -> None:
+    """Refuse an interface that this host does not have: gloo and NCCL would each fail late, in words of their own.
+
+    Raises:
+        ConfigError: none of that name; several may be given, with commas.
+    """
+    missing = [name for name in wanted.split(",") if name not in present]
+    if missing:
+        raise ConfigError(
+            f"distributed.interface: {missing[0]!r} is no network interface of {socket.gethostname()}, which has "
+            f"{', '.join(present)}; name one that all hosts have, or leave it out"
+        )
 
 
 def leave_world() -> None:
@@ -112,5 +127,6 @@ def _take_device(local_rank: int) -> torch.device:
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         return torch.device("cpu")
-    accelerator.set_device(local_rank)
-    return torch.device(accelerator.device_name(local_rank))
+    index = local_rank if accelerator.device_count() > 1 else 0  # srun may show each task its own device only
+    accelerator.set_device(index)
+    return torch.device(accelerator.device_name(index))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from spd_dist.distributed.world import rendezvous
+from spd_dist.distributed.world import check_interface, rendezvous
 from spd_dist.errors import ConfigError
 
 DEEPSPEED = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
@@ -40,3 +40,11 @@ def test_a_rank_without_an_address_is_refused():
         ConfigError, match="RANK=3 is set and MASTER_ADDR, MASTER_PORT not; use deepspeed, torchrun or srun"
     ):
         rendezvous({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"})
+
+
+def test_an_interface_that_a_host_lacks_is_refused_with_those_it_has():
+    check_interface("eth0", ["lo", "eth0"])
+    check_interface("ib0,ib1", ["lo", "ib0", "ib1"])
+    match = r"distributed.interface: 'ib1' is no network interface of .*, which has lo, ib0; name one that all hosts"
+    with pytest.raises(ConfigError, match=match):
+        check_interface("ib0,ib1", ["lo", "ib0"])
