@@ -60,8 +60,7 @@ def find_subspace(run: Run, *, wanted: bool) -> None:
         policy = run.policy()
         with together("finding the supervised tokens and the sites"):
             examples, audit = make_examples(rows, run.task, policy.tokenizer, config.data, config.calibrate)
-            whole_keys = config.project.insertion == "rope"
-            sites = discover_sites(policy.model, config.calibrate.layers, whole_keys=whole_keys)
+            sites = discover_sites(policy.model, config.calibrate.layers, whole_keys=config.project.insertion == "rope")
         num_shards = config.calibrate.num_shards
         own = sum(index % num_shards % world.size == world.rank for index in range(len(examples)))
         with run.progress("calibrate", own, "examples") as progress:
