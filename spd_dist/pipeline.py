@@ -75,9 +75,7 @@ def find_subspace(run: Run, *, wanted: bool) -> None:
         on_main("writing the subspace", lambda: save_subspace(folder / "subspace.safetensors", found))
         on_main("writing the subspace's summary", lambda: write_json(folder / "summary.json", described))
 
-    settings = run.settings("model", "data", "calibrate", "sketch", "reduce", "project")
-    inputs = {"settings": settings, "calibration": content_hash(rows)}
-    run.do("project", inputs, ["subspace.safetensors", "summary.json"], work, wanted=wanted)
+    run.do("project", run.subspace_inputs(), ["subspace.safetensors", "summary.json"], work, wanted=wanted)
 
 
 def write_completions(run: Run, arm: Arm, *, wanted: bool) -> None:

@@ -19,6 +19,7 @@ from spd_dist.distributed.collectives import any_rank, gather_objects, on_main, 
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError, StopRequested
 from spd_dist.models.policy import Policy, load_policy, load_replica, load_tokenizer
+from spd_dist.runtime.artifacts import content_hash
 from spd_dist.runtime.metrics import MetricLogger
 from spd_dist.runtime.page import write_page
 from spd_dist.runtime.progress import Progress
@@ -62,6 +63,11 @@ class Run:
             with together(f"reading the {split} rows"):
                 self._rows[split] = load_rows(self.task, split, self.config.data, self.config.seed)
         return self._rows[split]
+
+    def subspace_inputs(self) -> dict[str, str]:
+        """What the subspace depends on."""
+        settings = self.settings("model", "data", "calibrate", "sketch", "reduce", "project")
+        return {"settings": settings, "calibration": content_hash(self.rows("calibration"))}
 
     def test_set(self) -> TestSet:
         """The held-out examples, as every arm is asked them.
