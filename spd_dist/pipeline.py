@@ -108,7 +108,7 @@ def train_student(run: Run, arm: Arm, *, wanted: bool) -> None:
             completions = read_completions(run.folder.folder(arm.stage("generate")) / "completions")
         job = Job(
             folder, config.seed, run.world, config.distributed, run.should_stop, run.metrics_of(arm),
-            config.metrics.progress_seconds,
+            config.metrics.progress_seconds, run.facts_of(arm),
         )  # fmt: skip
         outcome = finetune(policy, completions, config.finetune, job)
         if config.finetune.mode == "full":

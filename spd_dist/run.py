@@ -147,6 +147,11 @@ class Run:
         """The metrics; names of other arms than the method's own carry the arm's name."""
         return self.metrics if arm.name == "spd" else self.metrics.labelled(arm.name)
 
+    def facts_of(self, arm: Arm) -> dict[str, str]:
+        """What a student's model card says of the run that it comes from."""
+        settings = self.settings(*(name for name in self.plain if name not in ("run_dir", "rounds", "metrics")))
+        return {"arm": f"{arm.name}: {arm.sentence}", "task": self.task.name, "config hash": settings[:16]}
+
     def should_stop(self) -> bool:
         """Whether any rank was asked to stop: all ranks hear the same, so that they stop at the same unit."""
         return any_rank(self.signals.reason(self.folder.path) is not None)
