@@ -1,10 +1,12 @@
 """Sharded ranks, whatever they own, give the gradients of one whole model."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from families import family_model
 from ranks import run_on_ranks
 from tiny import tiny_model
 from transformers.integrations import HfDeepSpeedConfig
@@ -94,6 +96,24 @@ def check_sharded_against_whole():
     engine.destroy()
 
 
+def check_families():
+    examples = [
+        dataclasses.replace(example, tokens=tuple(3 + token % 60 for token in example.tokens))
+        for example in random_examples(5)
+    ]
+    # Fused, per head, latent, with experts that ranks choose differently, with layers that have no attention.
+    for name in ("phi3", "gpt2", "gpt_neox", "deepseek_v3", "qwen3_moe", "qwen3_next", "falcon_grouped"):
+        model = family_model(name)
+        sites, config = discover_sites(model), Calibrate(num_shards=3, batch_size=2, checkpointing=name == "qwen3_moe")
+        whole = SimpleNamespace(model=model, engine=None, pad_token_id=0)
+        expected = rows_by_shard(whole, examples, sites, config, ALONE)
+        engine = frozen_engine(model, SHARDED, torch.float32)
+        assert discover_sites(engine.module) == sites
+        sharded = SimpleNamespace(model=engine.module, engine=engine, pad_token_id=0)
+        assert_same(on_all_ranks(sharded, examples, sites, config), expected)
+        engine.destroy()
+
+
 def check_faults():
     engine = frozen_engine(tiny_model(), SHARDED, torch.float32)
     policy = SimpleNamespace(model=engine.module, engine=engine, pad_token_id=0)
@@ -114,6 +134,10 @@ def check_faults():
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_sharded_ranks_find_the_gradients_of_one_whole_model(world_size, tmp_path):
     run_on_ranks(world_size, tmp_path / "store", check_sharded_against_whole)
+
+
+def test_every_kind_of_architecture_can_be_sharded(tmp_path):
+    run_on_ranks(2, tmp_path / "store", check_families)
 
 
 def test_a_fault_of_one_rank_hangs_no_other(tmp_path):
