@@ -217,6 +217,8 @@ class Config:
 
     run_dir: str = setting("runs/spd", "the run's folder: artifacts, metrics, report")
     seed: int = setting(42, "of every generator", at_least=0)
+    rounds: int = setting(1, "times the method is done, each on the student of the one before", at_least=1)
+    refit: bool = setting(True, "rounds: estimate the subspace anew in each, instead of once")
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     calibrate: Calibrate = field(default_factory=Calibrate)

@@ -22,13 +22,15 @@ from spd_dist.distributed.heartbeat import Heartbeat, naming_lagging_ranks, tell
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError, StopRequested
 from spd_dist.models.policy import Policy, load_policy, load_replica, load_tokenizer
+from spd_dist.runtime.artifacts import content_hash
 from spd_dist.runtime.metrics import MetricLogger
 from spd_dist.runtime.page import write_page
 from spd_dist.runtime.progress import Progress
 from spd_dist.runtime.report import log_report, report_text, write_report
 from spd_dist.runtime.run_folder import RunFolder, settings_hash
+from spd_dist.runtime.status import kept_status
 from spd_dist.runtime.wandb_mirror import open_mirror
-from spd_dist.signals import STOP_FILE, StopSignals, seconds_allowed, stop_file
+from spd_dist.signals import STOP_FILE, StopSignals, stop_file
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ class Run:
         self.stop_files = (self.folder.path / STOP_FILE, self.folder.path / stop_file(self.task_index))
         on_main("removing the request to stop", lambda: [file.unlink(missing_ok=True) for file in self.stop_files])
         distributed = config.distributed
-        signals.stop_after(seconds_allowed(os.environ, distributed.time_limit_seconds, distributed.time_margin_seconds))
+        signals.limit(os.environ, distributed.time_limit_seconds, distributed.time_margin_seconds)
         with together("finding the task"):
             self.task = find_task(config.data.task)
         mirror = open_mirror(config.metrics, self.folder.path, self.plain) if world.is_main else None
@@ -60,10 +62,13 @@ class Run:
         self._policy: Policy | None = None
 
     @contextmanager
-    def opened(self) -> Iterator[None]:
-        """Metrics are closed at the end; a collective that fails or hangs tells where each rank is."""
-        timeout_seconds = self.config.distributed.timeout_seconds
-        with self.metrics, naming_lagging_ranks(self.heartbeat), telling_of_silence(self.heartbeat, timeout_seconds):
+    def opened(self, last: str) -> Iterator[None]:
+        """Run the stages up to `last` in here: a status is kept, and a collective that fails says where ranks are."""
+        name = "status.json" if self.task_index is None else f"status.task-{self.task_index:05d}.json"
+        path = (self.signals.also_in or self.folder.path) / name
+        naming = naming_lagging_ranks(self.heartbeat)
+        telling = telling_of_silence(self.heartbeat, self.config.distributed.timeout_seconds)
+        with self.metrics, kept_status(path, self.world, last), naming, telling:
             yield
 
     def rows(self, split: Split) -> list[Row]:
@@ -76,6 +81,11 @@ class Run:
             with together(f"reading the {split} rows"):
                 self._rows[split] = load_rows(self.task, split, self.config.data, self.config.seed)
         return self._rows[split]
+
+    def subspace_inputs(self) -> dict[str, str]:
+        """What the subspace depends on."""
+        settings = self.settings("model", "data", "calibrate", "sketch", "reduce", "project")
+        return {"settings": settings, "calibration": content_hash(self.rows("calibration"))}
 
     def test_set(self) -> TestSet:
         """The held-out examples, as every arm is asked them.
@@ -163,18 +173,19 @@ class Run:
         """The metrics; names of other arms than the method's own carry the arm's name."""
         return self.metrics if arm.name == "spd" else self.metrics.labelled(arm.name)
 
+    def facts_of(self, arm: Arm) -> dict[str, str]:
+        """What a student's model card says of the run that it comes from."""
+        settings = self.settings(*(name for name in self.plain if name not in ("run_dir", "rounds", "metrics")))
+        return {"arm": f"{arm.name}: {arm.sentence}", "task": self.task.name, "config hash": settings[:16]}
+
     def should_stop(self) -> bool:
         """Whether any rank was asked to stop: all ranks hear the same, so that they stop at the same unit."""
         return self._request_to_stop() is not None
 
     def _request_to_stop(self) -> str | None:
-        """The first rank's reason, noted in the file of requests, too: launchers can lose an exit code."""
+        """The first rank's reason, on every rank."""
         own = self.signals.reason(*self.stop_files)
-        if not any_rank(own is not None):
-            return None
-        reason = next(filter(None, gather_objects(own)))
-        on_main("noting the request to stop", lambda: self.stop_files[-1].write_text(f"{reason}\n"))
-        return reason
+        return next(filter(None, gather_objects(own))) if any_rank(own is not None) else None
 
     def stop_alone(self) -> None:
         """Raise `StopRequested` on this rank if it was asked to stop, and ask the others: not within a collective."""

@@ -20,13 +20,15 @@ def stop_file(task_index: int | None = None) -> str:
     return STOP_FILE if task_index is None else f"{STOP_FILE}.task-{task_index:05d}"
 
 
-def seconds_allowed(environment: Mapping[str, str], limit_seconds: float | None, margin_seconds: float) -> float | None:
-    """How long this process may still run: the limit, else what SLURM says of its job; less the margin.
+def seconds_allowed(
+    end: float | None, limit_seconds: float | None, margin_seconds: float, *, started: float
+) -> float | None:
+    """How long after `started` to stop: by the limit, else by the `end` that SLURM gives its job; less the margin.
 
     A margin never takes more than half: a run that always stopped at once would be requeued for ever.
     """
-    if limit_seconds is None and "SLURM_JOB_END_TIME" in environment:
-        limit_seconds = float(environment["SLURM_JOB_END_TIME"]) - time.time()
+    if limit_seconds is None and end is not None:
+        limit_seconds = end - started
     return None if limit_seconds is None else max(limit_seconds - margin_seconds, limit_seconds / 2)
 
 
@@ -35,25 +37,30 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: list[str] = []
+        self.started = time.time()
         self.deadline: float | None = None
-        """By the monotonic clock."""
+        self.also_in: Path | None = None
+        """Another folder whose stop file counts: that of the run which this one is a round of."""
 
     def install(self) -> None:
         """Take SIGTERM and SIGUSR1 as requests. Repeated ones change nothing: launchers and SLURM send their own."""
         signal.signal(signal.SIGTERM, self._remember)
         signal.signal(signal.SIGUSR1, self._remember)
 
-    def stop_after(self, seconds: float | None) -> None:
-        """Make the passing of `seconds` from now a request, too."""
-        self.deadline = None if seconds is None else time.monotonic() + seconds
+    def limit(self, environment: Mapping[str, str], limit_seconds: float | None, margin_seconds: float) -> None:
+        """Make the time limit, counted from the start of this process, a request, too."""
+        end = float(environment["SLURM_JOB_END_TIME"]) if "SLURM_JOB_END_TIME" in environment else None
+        allowed = seconds_allowed(end, limit_seconds, margin_seconds, started=self.started)
+        self.deadline = None if allowed is None else self.started + allowed
 
     def reason(self, *files: Path) -> str | None:
         """Why this process should stop now, or None; `files` are requests by being there."""
         if self.received:
             return self.received[0]
-        if self.deadline is not None and time.monotonic() >= self.deadline:
+        if self.deadline is not None and time.time() >= self.deadline:
             return "the time limit"
-        return next((f"the file {file}" for file in files if file.exists()), None)
+        others = () if self.also_in is None else (self.also_in / STOP_FILE,)
+        return next((f"the file {file}" for file in (*files, *others) if file.exists()), None)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received.append(signal.Signals(number).name)

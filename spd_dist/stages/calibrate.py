@@ -47,8 +47,8 @@ def calibrate(
     """The gradient rows of the examples whose logical shards this rank owns, micro-batch by micro-batch.
 
     Every rank is given all examples, in the same order. The loss of an example is the mean negative log-likelihood of
-    its targets, and losses are summed: its rows do not depend on what it is batched with, nor on the world size.
-    A collective: ranks run the same number of rounds (a rank with fewer examples throws its last gradients away if the
+    its targets, and losses are summed: an example's rows do not depend on its batch, nor on the world size. A
+    collective: ranks run the same number of rounds (a rank with fewer examples throws its last gradients away if the
     policy is sharded, else it waits), so all must exhaust the iterator.
 
     Args:

@@ -90,7 +90,7 @@ def evaluate_arm(
     answering = _Answering(policy, test_set, config, world, projection, answers_path(folder, arm, test_set.task.name))
     todo = _todo(answering, progress)
     if todo is not None:
-        _answer(answering, todo, _likelihoods(answering), progress)
+        _answer(answering, todo, _likelihoods(answering, progress), progress)
     return on_main("merging the answers", lambda: _merge(test_set, answering.merged))
 
 
@@ -139,7 +139,7 @@ def _todo(answering: _Answering, progress: Progress | None) -> list[Request] | N
 
 
 @torch.no_grad()
-def _likelihoods(answering: _Answering) -> dict[str, float]:
+def _likelihoods(answering: _Answering, progress: Progress | None) -> dict[str, float]:
     """Mean negative log-likelihood of every reference answer, by id; the batches are the same at every world size."""
     if answering.test_set.task.metric != "nll":
         return {}
@@ -151,6 +151,8 @@ def _likelihoods(answering: _Answering) -> dict[str, float]:
             batch = pad(micro_batch.examples, policy.pad_token_id, device)
             loss_B = example_losses(policy.model, batch.tokens_BT, batch.attention_BT, batch.target_BT)
             found |= {one.id: loss for one, loss in zip(micro_batch.examples, loss_B.tolist(), strict=True)}
+            if progress is not None:
+                progress.advance(0)  # a request to stop is heard here, too
     everyones = [found] if world.size == 1 else gather_objects(found)
     return {key: loss for ranks in everyones for key, loss in ranks.items()}
 

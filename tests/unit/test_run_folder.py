@@ -176,6 +176,14 @@ def test_damaged_work_is_never_resumed_from(tmp_path):
     assert not (folder.folder("generate") / "completions").exists()
 
 
+def test_work_that_another_task_finished_meanwhile_is_kept(tmp_path):
+    folder = opened(tmp_path)
+    inputs = finished(folder)
+    folder.start("generate", inputs)  # another task of the array looked before the manifest was there
+    assert (folder.folder("generate") / "completions" / "a.jsonl").exists()
+    assert folder.is_complete("generate", inputs)
+
+
 def test_a_stage_is_not_finished_without_its_outputs(tmp_path):
     folder = opened(tmp_path)
     folder.start("generate", {})

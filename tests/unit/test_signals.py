@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 
 import pytest
 
@@ -36,19 +35,30 @@ def test_a_file_is_a_request_and_tasks_of_an_array_have_one_each(signals, tmp_pa
     assert signals.reason(everyones, own) == f"the file {own}"
 
 
-def test_the_time_limit_is_a_request_once_it_has_passed(signals):
-    signals.stop_after(None)
+def test_the_file_of_the_run_that_this_is_a_round_of_is_a_request(signals, tmp_path):
+    signals.also_in = tmp_path
+    (tmp_path / STOP_FILE).touch()
+    assert signals.reason(tmp_path / "rounds" / "2" / STOP_FILE) == f"the file {tmp_path / STOP_FILE}"
+
+
+def test_the_time_limit_is_a_request_once_it_has_passed_since_the_start(signals):
+    signals.limit({}, None, 120)
     assert signals.reason() is None
-    signals.stop_after(60)
+    signals.limit({}, 60, 0)
     assert signals.reason() is None
-    signals.stop_after(0)
+    signals.started -= 100
+    signals.limit({}, 60, 0)
+    assert signals.reason() == "the time limit"
+    signals.limit({"SLURM_JOB_END_TIME": str(signals.started + 300)}, None, 120)
+    assert signals.reason() is None
+    signals.started -= 100
+    signals.limit({"SLURM_JOB_END_TIME": str(signals.started + 300)}, None, 120)
     assert signals.reason() == "the time limit"
 
 
 def test_the_limit_is_the_configs_or_slurms_less_the_margin_but_never_less_than_half():
-    slurm = {"SLURM_JOB_END_TIME": str(int(time.time()) + 600)}
-    assert seconds_allowed({}, None, 120) is None
-    assert seconds_allowed({}, 1000, 120) == 880
-    assert seconds_allowed(slurm, 1000, 120) == 880
-    assert seconds_allowed(slurm, None, 120) == pytest.approx(480, abs=2)
-    assert seconds_allowed({}, 100, 120) == 50
+    assert seconds_allowed(None, None, 120, started=1e9) is None
+    assert seconds_allowed(None, 1000, 120, started=1e9) == 880
+    assert seconds_allowed(1e9 + 600, 1000, 120, started=1e9) == 880
+    assert seconds_allowed(1e9 + 600, None, 120, started=1e9) == 480
+    assert seconds_allowed(None, 100, 120, started=1e9) == 50

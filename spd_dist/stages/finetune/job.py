@@ -31,7 +31,7 @@ class Job:
     """Gets the numbers of every step and epoch, on all ranks."""
     progress_seconds: float = 5.0
     """Time between two progress lines."""
-    heartbeat: Heartbeat | None = None
-    """Told of every step; one of its own in `folder` if not given."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """What else the model card should say: the task, the arm, the hash of the config."""
+    heartbeat: Heartbeat | None = None
+    """Told of every step; one of its own in `folder` if not given."""

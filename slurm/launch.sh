@@ -1,0 +1,102 @@
+# Sourced by the batch scripts, in the repository's root: launches the ranks, passes requests to stop on to them, and
+# requeues a job that was stopped. Needs bash 4.4.
+#   SPD_LAUNCHER     srun (default): one task a rank, exact exit codes; deepspeed or torchrun: one task a node
+#   SPD_MAX_REQUEUES how often a job may be started again (default 20)
+#   SPD_VENV         the virtual environment (default .venv)
+set -uo pipefail
+[ -f launchers/spd.py ] || { echo "error: $PWD is not the repository's root; sbatch from there" >&2; exit 2; }
+PATH="${SPD_VENV:-$PWD/.venv}/bin:$PATH"
+NODES=$SLURM_JOB_NUM_NODES
+RANKS_PER_NODE=${SLURM_NTASKS_PER_NODE:-1}
+TASK=${SLURM_ARRAY_TASK_ID:-}
+JOB=${TASK:+${SLURM_ARRAY_JOB_ID}_}${TASK:-$SLURM_JOB_ID}
+STEP=
+
+prepare() {  # what every rank needs, from the words of the config
+  local config cache
+  config=$(python launchers/spd.py --show-config "$@") || exit $?
+  RUN_DIR=$(sed -n "s/^run_dir: //p" <<< "$config")
+  mkdir -p "$RUN_DIR/slurm" || exit 3
+  MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))  # below the ephemeral ports; each task of an array has a job id, too
+  SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s 2>/dev/null)}
+  [ -n "$SLURM_JOB_END_TIME" ] || unset SLURM_JOB_END_TIME  # no limit
+  # Compiled kernels: a shared file system is slow for them, and a build that is killed there blocks the next job.
+  cache=${SLURM_TMPDIR:-/tmp}/spd-$(id -un)-$SLURM_JOB_ID
+  export MASTER_ADDR MASTER_PORT ${SLURM_JOB_END_TIME+SLURM_JOB_END_TIME}
+  export TRITON_CACHE_DIR=$cache/triton TORCHINDUCTOR_CACHE_DIR=$cache/inductor TORCH_EXTENSIONS_DIR=$cache/extensions
+  export TOKENIZERS_PARALLELISM=false CACHE=$cache
+}
+
+step() {  # TASKS_PER_NODE command...: on all nodes. A launcher knows no USR1 and would die of it; ranks take it back
+  local tasks=$1 cpus=$((${SLURM_CPUS_PER_TASK:-1} * RANKS_PER_NODE / $1)); shift
+  exec srun --nodes="$NODES" --ntasks=$((NODES * tasks)) --ntasks-per-node="$tasks" --cpus-per-task="$cpus" \
+    --kill-on-bad-exit=1 bash -c 'trap "" USR1; exec "$@"' rank "$@"
+}
+
+start() {  # the words of spd.py: all ranks
+  case ${SPD_LAUNCHER:-srun} in
+    srun) step "$RANKS_PER_NODE" python -u launchers/spd.py "$@" ;;
+    deepspeed)
+      local hostfile=$RUN_DIR/slurm/hostfile.$SLURM_JOB_ID
+      scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/$/ slots=$RANKS_PER_NODE/" > "$hostfile"
+      step 1 bash -c 'exec deepspeed --hostfile "$0" --no_ssh --node_rank "$SLURM_NODEID" --master_addr "$MASTER_ADDR" \
+        --master_port "$MASTER_PORT" launchers/spd.py "$@"' "$hostfile" "$@" ;;
+    torchrun)
+      step 1 torchrun --nnodes "$NODES" --nproc-per-node "$RANKS_PER_NODE" --rdzv-backend c10d \
+        --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-id "$JOB" launchers/spd.py "$@" ;;
+    *) echo "error: SPD_LAUNCHER=$SPD_LAUNCHER is not srun, deepspeed or torchrun" >&2; return 2 ;;
+  esac
+}
+
+ask_to_stop() { touch "$STOP_FILE"; [ -z "$STEP" ] || kill -USR1 "$STEP" 2>/dev/null; }
+
+on_signal() {  # again and again: what comes while Python starts is lost
+  echo "$(date +%T) job $JOB: asked to stop by $1"
+  ask_to_stop
+  (while sleep 5 && kill -0 "$STEP" 2>/dev/null; do ask_to_stop; done) &
+}
+
+state() { sed -n 's/^ *"state": "\(.*\)",/\1/p' "$STATUS_FILE" 2>/dev/null; }
+
+launch() {  # [stage words] [config words]: run to the end, and leave with the code that SLURM should see
+  local code suffix=${SPD_TASK:+.task-$(printf %05d "$SPD_TASK")}
+  prepare "$@"
+  STOP_FILE=$RUN_DIR/PREEMPT$suffix STATUS_FILE=$RUN_DIR/status$suffix.json
+  echo "$(date +%T) job $JOB: start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST, in $RUN_DIR"
+  trap 'on_signal USR1' USR1
+  trap 'on_signal TERM' TERM
+  rm -f "$STATUS_FILE"  # of an earlier attempt
+  start "$@" & STEP=$!
+  while :; do  # a signal ends a wait before its time
+    wait "$STEP"; code=$?
+    kill -0 "$STEP" 2>/dev/null || break
+  done
+  if [ "$code" -gt 128 ]; then  # the step may have ended in the middle of that
+    wait "$STEP"; local again=$?; [ "$again" = 127 ] || code=$again
+  fi
+  trap '' USR1 TERM
+  finish "$code"
+}
+
+finish() {  # launchers and killed steps lose exit codes: the run's own word counts
+  local code=$1
+  case $(state) in
+    stopped) code=75 ;;
+    complete) code=0 ;;
+    *) [ "$code" != 0 ] || { echo "error: the launcher reported success, the run did not"; code=1; } ;;
+  esac
+  srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 rm -rf "$CACHE" 2>/dev/null
+  [ "$code" != 75 ] || requeue
+  exit "$code"
+}
+
+requeue() {
+  local starts=$((${SLURM_RESTART_COUNT:-0} + 1))
+  if [ "$starts" -gt "${SPD_MAX_REQUEUES:-20}" ]; then
+    echo "job $JOB: stopped, and started $starts times already: not requeued (SPD_MAX_REQUEUES); submit it again to go on"
+    return
+  fi
+  echo "$(date +%T) job $JOB: stopped on request, requeued"
+  scontrol requeue "$JOB" && sleep 60  # SLURM ends this script
+}

@@ -1,0 +1,48 @@
+"""How a run stands, in `status.json`: for batch scripts and sweeps. Launchers lose exit codes; a file stays."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from spd_dist.distributed.world import World
+from spd_dist.errors import DataError, StopRequested
+from spd_dist.runtime.artifacts import read_json, write_json
+
+
+@contextmanager
+def kept_status(path: Path, world: World, last: str) -> Iterator[None]:
+    """Rank 0 writes `running`, and in the end `complete`, `stopped` or `failed`; a killed run stays `running`.
+
+    Raises:
+        DataError: the disk is full or may not be written.
+    """
+    described = {"until": last, "world_size": world.size, "host": socket.gethostname(), "pid": os.getpid()}
+    described["slurm_job"] = os.environ.get("SLURM_JOB_ID")
+
+    def write(state: str, reason: str = "") -> None:
+        if world.is_main:
+            write_json(path, {"state": state, "reason": reason, "time": time.time(), **described})
+
+    write("running")
+    try:
+        yield
+    except StopRequested as stop:
+        write("stopped", str(stop))
+        raise
+    except BaseException as error:
+        with suppress(DataError, OSError):  # the disk may be what failed
+            write("failed", f"{type(error).__name__}: {error}")
+        raise
+    write("complete")
+
+
+def read_status(run_dir: Path) -> dict[str, Any]:
+    """The status of a run; one that was never started is `absent`."""
+    path = run_dir / "status.json"
+    return read_json(path) if path.exists() else {"state": "absent", "reason": "", "until": ""}

@@ -1,0 +1,51 @@
+"""The file that says how a run stands: what a batch script reads instead of a launcher's exit code."""
+
+import pytest
+import torch
+
+from spd_dist.distributed.world import World
+from spd_dist.errors import DataError, StopRequested
+from spd_dist.runtime.status import kept_status, read_status
+
+WORLD = World(0, 2, 0, torch.device("cpu"))
+
+
+def test_a_run_that_ends_well_is_complete_and_was_running_before(tmp_path):
+    assert read_status(tmp_path)["state"] == "absent"
+    with kept_status(tmp_path / "status.json", WORLD, "evaluate"):
+        assert read_status(tmp_path)["state"] == "running"
+    status = read_status(tmp_path)
+    assert (status["state"], status["until"], status["world_size"]) == ("complete", "evaluate", 2)
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "reason"),
+    [
+        (StopRequested("stopped on request (SIGUSR1)"), "stopped", "stopped on request (SIGUSR1)"),
+        (DataError("rows are missing"), "failed", "DataError: rows are missing"),
+        (KeyboardInterrupt(), "failed", "KeyboardInterrupt: "),
+    ],
+)
+def test_the_reason_of_an_end_is_kept_and_the_error_goes_on(tmp_path, error, state, reason):
+    with pytest.raises(type(error)), kept_status(tmp_path / "status.json", WORLD, "evaluate"):
+        raise error
+    assert (read_status(tmp_path)["state"], read_status(tmp_path)["reason"]) == (state, reason)
+
+
+def test_a_disk_that_failed_does_not_hide_why(tmp_path):
+    folder = tmp_path / "run"
+
+    def fail() -> None:
+        (folder / "status.json").unlink()
+        folder.rmdir()
+        folder.touch()
+        raise RuntimeError("the cause")
+
+    with pytest.raises(RuntimeError, match="the cause"), kept_status(folder / "status.json", WORLD, "evaluate"):
+        fail()
+
+
+def test_only_rank_0_writes(tmp_path):
+    with kept_status(tmp_path / "status.json", World(1, 2, 1, torch.device("cpu")), "evaluate"):
+        pass
+    assert not (tmp_path / "status.json").exists()
