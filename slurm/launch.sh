@@ -1,7 +1,8 @@
 # Sourced by the batch scripts, in the repository's root: launches the ranks, passes requests to stop on to them, and
 # requeues a job that was stopped. Needs bash 4.4.
 #   SPD_LAUNCHER     srun (default): one task a rank, exact exit codes; deepspeed or torchrun: one task a node
-#   SPD_MAX_REQUEUES how often a job may be started again (default 20)
+#   SPD_MAX_REQUEUES how often a job may be started again in all (default 20)
+#   SPD_MAX_RETRIES  how often after a failure that is not the user's: a node, the network (default 2)
 #   SPD_VENV         the virtual environment (default .venv)
 set -uo pipefail
 [ -f launchers/spd.py ] || { echo "error: $PWD is not the repository's root; sbatch from there" >&2; exit 2; }
@@ -62,7 +63,7 @@ state() { sed -n 's/^ *"state": "\(.*\)",/\1/p' "$STATUS_FILE" 2>/dev/null; }
 launch() {  # [stage words] [config words]: run to the end, and leave with the code that SLURM should see
   local code suffix=${SPD_TASK:+.task-$(printf %05d "$SPD_TASK")}
   prepare "$@"
-  STOP_FILE=$RUN_DIR/PREEMPT$suffix STATUS_FILE=$RUN_DIR/status$suffix.json
+  STOP_FILE=$RUN_DIR/PREEMPT$suffix STATUS_FILE=$RUN_DIR/status$suffix.json FAILURES=$RUN_DIR/slurm/failures.$JOB
   echo "$(date +%T) job $JOB: start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST, in $RUN_DIR"
   trap 'on_signal USR1' USR1
   trap 'on_signal TERM' TERM
@@ -87,16 +88,22 @@ finish() {  # launchers and killed steps lose exit codes: the run's own word cou
     *) [ "$code" != 0 ] || { echo "error: the launcher reported success, the run did not"; code=1; } ;;
   esac
   srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 rm -rf "$CACHE" 2>/dev/null
-  [ "$code" != 75 ] || requeue
+  case $code in
+    0 | 2 | 3) ;;  # done, or wrong: another attempt would end in the same way
+    75) requeue "stopped on request" ;;
+    *) echo "$(date +%T) $code" >> "$FAILURES"  # a node, the network, a bug: the next attempt may be luckier
+       if [ "$(wc -l < "$FAILURES")" -le "${SPD_MAX_RETRIES:-2}" ]; then requeue "failed with exit code $code"; fi ;;
+  esac
   exit "$code"
 }
 
 requeue() {
   local starts=$((${SLURM_RESTART_COUNT:-0} + 1))
+  scontrol -o show job "$JOB" | grep -q " JobState=RUNNING " || return  # cancelled, or SLURM requeues it itself
   if [ "$starts" -gt "${SPD_MAX_REQUEUES:-20}" ]; then
-    echo "job $JOB: stopped, and started $starts times already: not requeued (SPD_MAX_REQUEUES); submit it again to go on"
+    echo "job $JOB: $1, and started $starts times already: not requeued (SPD_MAX_REQUEUES); submit it again to go on"
     return
   fi
-  echo "$(date +%T) job $JOB: stopped on request, requeued"
+  echo "$(date +%T) job $JOB: $1, requeued"
   scontrol requeue "$JOB" && sleep 60  # SLURM ends this script
 }

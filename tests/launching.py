@@ -16,6 +16,8 @@ from pathlib import Path
 
 import ranks  # noqa: F401 - sets up the fork server
 
+from spd_dist.runtime.artifacts import read_json
+
 SETTINGS = ["metrics.wandb=disabled", "distributed.timeout_seconds=60", "distributed.threads=1"]
 
 SMALL = [
@@ -26,12 +28,28 @@ SMALL = [
 ]  # fmt: skip
 """A run of seconds: seven calibration examples on four shards, ten prompts, six test problems."""
 
+VARY = {"cost", "seconds", "tokens_per_second", "num_new_tokens", "hook_calls", "leakage"}
+"""Of the report: times, and what is counted of the last attempt only."""
+
 
 def free_port() -> int:
     """A port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def results(run: Path) -> dict[str, object]:
+    """What must not depend on ranks or kills: corpus and answers to the byte, and every number of the report."""
+    files = [*run.glob("**/completions.jsonl"), *run.glob("evaluate/*/*.jsonl")]
+    texts = {str(file.relative_to(run)): file.read_text() for file in files}
+    return {"report": without(read_json(run / "report.json"), VARY), **texts}
+
+
+def without(value: object, names: set[str]) -> object:
+    if isinstance(value, dict):
+        return {key: without(item, names) for key, item in value.items() if key not in names}
+    return [without(item, names) for item in value] if isinstance(value, list) else value
 
 
 class Launch:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import SMALL, Launch, free_port, launch
+from launching import SMALL, Launch, free_port, launch, results
 from peft import PeftModel
 from tiny import save_tiny_model, tiny_model
 from transformers import AutoModelForCausalLM
@@ -18,9 +18,6 @@ from transformers import AutoModelForCausalLM
 from spd_dist.runtime.artifacts import read_json
 from spd_dist.runtime.jsonl import read_jsonl
 from spd_dist.runtime.subspace_file import load_subspace
-
-VARY = {"cost", "seconds", "tokens_per_second", "num_new_tokens", "hook_calls", "leakage"}
-"""Of the report: times, and what is counted of the last attempt only."""
 
 
 @pytest.fixture(scope="module")
@@ -39,19 +36,6 @@ def undisturbed(words, tmp_path_factory) -> Path:
     output = launch(2, [*words, f"run_dir={folder / 'run'}"], folder / "log")
     assert "SPD against BASE" in output
     return folder / "run"
-
-
-def results(run: Path) -> dict[str, object]:
-    """What must not depend on ranks or kills: corpus and answers to the byte, and every number of the report."""
-    files = [*run.glob("**/completions.jsonl"), *run.glob("evaluate/*/*.jsonl")]
-    texts = {str(file.relative_to(run)): file.read_text() for file in files}
-    return {"report": without(read_json(run / "report.json"), VARY), **texts}
-
-
-def without(value: object, names: set[str]) -> object:
-    if isinstance(value, dict):
-        return {key: without(item, names) for key, item in value.items() if key not in names}
-    return [without(item, names) for item in value] if isinstance(value, list) else value
 
 
 def losses(run: Path) -> torch.Tensor:
