@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ LAUNCHERS = {
     "deepspeed", "ds", "deepspeed.launcher.runner", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run",
     "pdsh", "srun", "mpirun", "mpiexec", "orted",
 }  # fmt: skip
+LAUNCH = "deepspeed.launcher.launch"
 SHELLS = {"bash", "sh", "dash", "zsh", "ksh"}
 
 
@@ -42,10 +43,13 @@ def watch_launchers(environment: Mapping[str, str], end: Callable[[], None] | No
         thread.start()
 
 
-def launchers_above(pid: int, find: Callable[[int], Process | None] | None = None) -> list[Process]:
+def launchers_above(
+    pid: int, find: Callable[[int], Process | None] | None = None, everyone: Iterable[Process] | None = None
+) -> list[Process]:
     """The parent of `pid`, and every launcher above it; for ranks started over ssh, up to the session's sshd.
 
-    A terminal or a login shell above a launcher is not one of them: a run may outlive it.
+    A terminal or a login shell above a launcher is not one of them: a run may outlive it. `find` and `everyone` are how
+    to look at processes, for tests.
     """
     find = find or read_process
     own = find(pid)
@@ -54,13 +58,31 @@ def launchers_above(pid: int, find: Callable[[int], Process | None] | None = Non
     while found is not None and found.pid > 1 and (not chain or _is_launcher(found)):
         chain.append(found)
         found = find(found.parent)
-    if chain and "deepspeed.launcher.launch" in chain[-1].words and found is not None:
+    if chain and LAUNCH in chain[-1].words and found is not None:
         # Only pdsh starts it without a runner: from a shell of sshd, or from sshd itself.
         over = find(found.parent) if _name(found) in SHELLS else None
         session = next((one for one in (found, over) if one is not None and _name(one).startswith("sshd")), None)
         if session is not None:
-            chain.append(session)
+            chain += [session, *_pdsh_of(chain[-1], find, every_process() if everyone is None else everyone)]
     return chain
+
+
+def _pdsh_of(launch: Process, find: Callable[[int], Process | None], everyone: Iterable[Process]) -> Iterator[Process]:
+    """The pdsh that started `launch` over ssh, and its own launcher, if they run on this host: pdsh outlives a kill."""
+    names = [word for word in launch.words if word.startswith(("--world_info=", "--master_addr=", "--master_port="))]
+    for one in everyone:
+        command = " ".join(one.words)
+        if _name(one) == "pdsh" and all(name in command for name in names):
+            yield one
+            above = find(one.parent)
+            if above is not None and _is_launcher(above):
+                yield above
+
+
+def every_process() -> Iterator[Process]:
+    """All that run on this host."""
+    found = (read_process(int(folder.name)) for folder in Path("/proc").glob("[0-9]*"))
+    return (one for one in found if one is not None)
 
 
 def is_running(process: Process) -> bool:

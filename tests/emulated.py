@@ -64,7 +64,7 @@ class Run:
     ) -> str:
         """Submit a batch script for it; the job's id."""
         log = f"--output={self.folder.parent}/%x.out"
-        return sbatch(*SBATCH, log, *options, script, *self.arguments(*more), **env)
+        return sbatch(*SBATCH, log, *options, script, *self.arguments(*more), **variables)
 
     def log(self) -> str:
         """What its jobs printed."""

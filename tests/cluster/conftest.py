@@ -28,7 +28,15 @@ def cluster():
 def words(tmp_path_factory) -> tuple[str, ...]:
     model = save_tiny_model(tmp_path_factory.mktemp("policy") / "model")
     slower = ["calibrate.num_examples=16", "calibrate.batch_size=1"]  # a stage must last long enough to be disturbed
-    return (f"model.name={model}", *SMALL, *slower, *SETTINGS, "evaluate.arms=[base,spd]")
+    return (
+        "--config",
+        "configs/quickstart.yaml",
+        f"model.name={model}",
+        *SMALL,
+        *slower,
+        *SETTINGS,
+        "evaluate.arms=[base,spd]",
+    )
 
 
 @pytest.fixture

@@ -25,11 +25,23 @@ TREES = {  # from the rank upwards, and how many above it are its launchers
 }
 
 
+def test_by_pdsh_from_this_host_pdsh_and_its_runner_are_launchers():
+    remote = (*LAUNCH, "--master_addr=10.0.0.1", "--master_port=29500")
+    mine = ("pdsh", "-w", "a,b", "cd /x; " + " ".join(remote))
+    others = ("pdsh", "-w", "a,b", "cd /x; " + " ".join((*LAUNCH, "--master_addr=10.0.0.1", "--master_port=29501")))
+    table = [
+        Process(100, 99, 1, RANK), Process(99, 98, 1, remote), Process(98, 1, 1, ("sshd: me@notty",)),
+        Process(50, 49, 1, mine), Process(49, 48, 1, RUNNER), Process(48, 1, 1, ("-bash",)), Process(51, 47, 1, others),
+    ]  # fmt: skip
+    chain = launchers_above(100, {one.pid: one for one in table}.get, table)
+    assert [one.pid for one in chain] == [99, 98, 50, 49]
+
+
 @pytest.mark.parametrize(("tree", "num_launchers"), TREES.values(), ids=TREES)
 def test_launchers_are_told_from_shells_that_a_run_may_outlive(tree, num_launchers):
     pids = [100 - index for index in range(len(tree))]
     found = {pid: Process(pid, pid - 1, pid, words) for pid, words in zip(pids, tree, strict=True)}
-    chain = launchers_above(100, found.get)
+    chain = launchers_above(100, found.get, [])
     assert [one.words for one in chain] == (
         [*tree[1:num_launchers], tree[3]] if tree[2][:2] == ("bash", "-c") else tree[1 : num_launchers + 1]
     )
