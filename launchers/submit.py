@@ -30,9 +30,10 @@ CHAIN = {  # job -> the first and the last stage that it runs
     "evaluate": ("evaluate", "evaluate"),
 }
 TASK = """\
-[ "$SLURM_ARRAY_TASK_COUNT" = 1 ] || export SPD_TASK=$(((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN) / SLURM_ARRAY_TASK_STEP))
+index=$(((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN) / SLURM_ARRAY_TASK_STEP))
+[ "$SLURM_ARRAY_TASK_COUNT" = 1 ] || SPD_TASK=$index  # its own status and request to stop
 launch --from generate --until generate {words} \\
-  generate.num_tasks="$SLURM_ARRAY_TASK_COUNT" generate.task_index="${{SPD_TASK:-0}}\""""
+  generate.num_tasks="$SLURM_ARRAY_TASK_COUNT" generate.task_index="$index\""""
 POINT = """\
 words=$(python launchers/sweep.py words {words} "$SLURM_ARRAY_TASK_ID") || exit $?
 mapfile -t words <<< "$words"
@@ -124,7 +125,9 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--array", metavar="0-N%%K", help="for generate and sweep: N + 1 tasks, K at a time")
     parser.add_argument("--launcher", choices=("srun", "deepspeed", "torchrun"), default="srun")
     parser.add_argument("--max-requeues", type=int, default=20)
-    parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="as in --sbatch=--partition=gpu")
+    parser.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="as in --sbatch=--partition=gpu"
+    )
     parser.add_argument("--dry-run", action="store_true", help="show the scripts, submit nothing")
     arguments = parser.parse_intermixed_args(words)
     given = arguments.config + arguments.words  # argparse gives --config every word that follows it
@@ -157,7 +160,8 @@ def plan(arguments: argparse.Namespace) -> tuple[Path, list[Job]]:
     if arguments.kind == "fused":
         return folder, [Job(command=f"launch {words}", nodes=_nodes(arguments, 1)[0], **common)]
     if arguments.kind == "generate":
-        job = dataclasses.replace(FILES["array_generate.sbatch"], **common, output=f"{folder}/slurm/%x-%A_%a.out")
+        common["output"] = f"{folder}/slurm/%x-%A_%a.out"
+        job = dataclasses.replace(FILES["array_generate.sbatch"], **common)
         array, nodes = arguments.array or job.array, _nodes(arguments, 1)[0]
         return folder, [dataclasses.replace(job, command=TASK.format(words=words), array=array, nodes=nodes)]
     jobs = []
@@ -202,8 +206,8 @@ def check_margin(time: str, margin_seconds: int) -> None:
     total = ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
     if total < 2 * margin_seconds + 60:
         raise ConfigError(
-            f"--time: {time} is too short for --margin-seconds {margin_seconds}: the job would be stopped before it has "
-            "done anything; it must be at least twice the margin and a minute"
+            f"--time: {time} is too short for --margin-seconds {margin_seconds}: the job would be stopped before it "
+            "has done anything; it must be at least twice the margin and a minute"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -112,9 +113,9 @@ def thaw(pids: Sequence[int]) -> None:
         os.kill(pid, signal.SIGCONT)
 
 
-def state(job: str) -> str:
-    """What SLURM says of a job: RUNNING, COMPLETED, ..."""
-    return described(job)["JobState"]
+def states(job: str) -> set[str]:
+    """What SLURM says of a job: RUNNING, COMPLETED, ...; of all tasks, if it is an array."""
+    return set(re.findall(r"JobState=(\S+)", run_on("node0", "scontrol", "-o", "show", "job", job)))
 
 
 def described(job: str) -> dict[str, str]:
@@ -133,8 +134,8 @@ def wait_for(happened: Callable[[], bool], seconds: float, told: Callable[[], st
 
 def ended(job: str, expected: str, run: Run, seconds: float = 240) -> None:
     """Wait until a job has ended, and as it should."""
-    wait_for(lambda: state(job) in DONE, seconds, lambda: f"{described(job)}\n{run.log()}")
-    assert state(job) == expected, f"{described(job)}\n{run.log()}"
+    wait_for(lambda: states(job) <= DONE, seconds, lambda: f"{described(job)}\n{run.log()}")
+    assert states(job) == {expected}, f"{described(job)}\n{run.log()}"
 
 
 def link(host: str, up: bool) -> None:

@@ -1,0 +1,120 @@
+"""From a grid to runs, and back to one table."""
+
+from __future__ import annotations
+
+import csv
+import json
+import runpy
+import time
+from pathlib import Path
+
+import pytest
+
+SWEEP = runpy.run_path("launchers/sweep.py")
+main, points = SWEEP["main"], SWEEP["points"]
+
+
+def write(folder: Path, **changes: object) -> Path:
+    sweep = {
+        "folder": str(folder / "runs"),
+        "config": ["configs/quickstart.yaml"],
+        "overrides": {"project.rank_rule": "fraction", "evaluate.arms": ["base", "spd"]},
+        "grid": {"project.fraction": [0.25, 0.5], "calibrate.layers": [["middle", "last"], [2]], "seed": [1, 2]},
+    }
+    file = folder / "sweep.yaml"
+    file.write_text(json.dumps({key: value for key, value in (sweep | changes).items() if value is not None}))
+    return file
+
+
+@pytest.fixture
+def plan(tmp_path, capsys) -> Path:
+    assert main(["plan", str(write(tmp_path))]) == 0
+    assert "8 points" in capsys.readouterr().out
+    return tmp_path / "runs" / "plan.json"
+
+
+def error(capsys, *words: object, code: int = 2) -> str:
+    assert main([*map(str, words)]) == code
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs/sweeps").glob("*.yaml")), ids=str)
+def test_every_shipped_sweep_plans_and_says_how(path, tmp_path):
+    assert path.read_text().startswith(f"# python launchers/sweep.py plan {path}\n")
+    _, found = points(path)
+    assert len({point.run_dir for point in found}) == len(found)
+    for point in found:
+        SWEEP["load_config"](*SWEEP["split_words"](point.words))
+
+
+def test_every_combination_is_a_run_of_its_own_whose_words_are_read_back(plan, capsys):
+    assert main(["words", str(plan), "2"]) == 0
+    words = capsys.readouterr().out.splitlines()
+    assert words == [
+        "--config", "configs/quickstart.yaml", "project.rank_rule=fraction", "evaluate.arms=[base,spd]",
+        "project.fraction=0.25", "calibrate.layers=[2]", "seed=1",
+        f"run_dir={plan.parent}/002-fraction0.25-layers-2-seed1",
+    ]  # fmt: skip
+    config = SWEEP["load_config"](*SWEEP["split_words"](words))
+    assert (config.calibrate.layers, config.project.fraction, config.evaluate.arms) == ((2,), 0.25, ("base", "spd"))
+    assert "has the points 0 to 7, and no 8; correct --array" in error(capsys, "words", plan, 8)
+
+
+def test_a_wrong_sweep_is_refused_with_what_is_wrong(tmp_path, capsys):
+    assert "cannot be read as YAML" in error(capsys, "plan", tmp_path / "none.yaml")
+    assert "a sweep has folder, config, overrides and grid, not" in error(capsys, "plan", write(tmp_path, grids={}))
+    assert "grid.seed: 3 is not a list of values; write [3]" in error(capsys, "plan", write(tmp_path, grid={"seed": 3}))
+    wrong = write(tmp_path, grid={"project.fractoin": [0.5]})
+    assert "the nearest valid key is project.fraction" in error(capsys, "plan", wrong)
+    assert not (tmp_path / "runs").exists()
+    assert "is no plan" in error(capsys, "status", tmp_path / "plan.json")
+
+
+def test_a_plan_is_not_replaced_by_another(plan, tmp_path, capsys):
+    assert main(["plan", str(write(tmp_path))]) == 0
+    assert "is the plan of another sweep" in error(capsys, "plan", write(tmp_path, grid={"seed": [1]}))
+
+
+def put(file: Path, value: object) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(value))
+
+
+def test_status_says_of_each_run_how_it_is_and_where(plan, capsys):
+    runs = [point.run_dir for point in SWEEP["read_plan"](plan)]
+    put(runs[0] / "status.json", {"state": "failed", "reason": "DataError: no rows"})
+    for run, age in ((runs[1], 0), (runs[2], 3600)):
+        put(run / "status.json", {"state": "running", "reason": ""})
+        put(run / "project" / "manifest.json", {})
+        put(run / "heartbeat" / "rank_00000.json", {"place": "generate, 3/9", "time": time.time() - age})
+    assert main(["status", str(plan)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any("failed (DataError: no rows)" in line for line in lines)
+    assert any("running  " in line and "project" in line and "generate, 3/9, 0 s ago" in line for line in lines)
+    assert any("running? silent" in line and "3600 s ago" in line for line in lines)
+    assert sum("absent" in line for line in lines) == 5
+
+
+def report(seed: int, value: float, task: str = "arithmetic") -> dict:
+    arms = {arm: {"value": value + more, "interval": [0.1, 0.9], "num_examples": 10} for arm, more in
+            (("base", 0.0), ("spd", 0.1))}  # fmt: skip
+    comparisons = [{"before": "base", "after": "spd", "difference": 0.1}]
+    common = {"task": task, "metric": "accuracy", "examples": "x", "seed": seed}
+    return common | {"arms": arms, "comparisons": comparisons}
+
+
+def test_collect_puts_finished_runs_in_one_file_and_shows_the_spread_of_seeds(plan, capsys):
+    assert "no point is finished yet" in error(capsys, "collect", plan, code=3)
+    runs = [point.run_dir for point in SWEEP["read_plan"](plan)]
+    put(runs[0] / "report.json", report(1, 0.4))
+    put(runs[1] / "report.json", report(2, 0.6))
+    put(runs[6] / "report.json", report(1, 0.5))
+    assert main(["collect", str(plan)]) == 0
+    output = capsys.readouterr().out
+    assert "project.fraction=0.25, calibrate.layers=[middle,last]" in output
+    assert "2 seeds (1, 2)" in output
+    assert "one seed only" in output
+    assert "3 of 8 points, a line an arm" in output
+    rows = list(csv.DictReader((plan.parent / "results.csv").read_text().splitlines()))
+    assert len(rows) == 6
+    assert rows[1] | {"arm": "spd", "value": "0.5", "seed": "1", "project.fraction": "0.25"} == rows[1]
