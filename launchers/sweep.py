@@ -186,7 +186,7 @@ def collect(path: Path) -> None:
     """Write the numbers of all finished points side by side, and show the spread between seeds.
 
     Raises:
-        DataError: no point is finished, or reports have no common denominator.
+        DataError: no point is finished.
     """
     from spd_dist.runtime.seeds import over_seeds, seeds_text
 
@@ -204,7 +204,10 @@ def collect(path: Path) -> None:
         by_setting.setdefault(point.setting, []).append(point.run_dir)
     for setting, run_dirs in by_setting.items():
         print(f"\n{setting}")
-        print(seeds_text(over_seeds(run_dirs)) if len(run_dirs) > 1 else f"  one seed only: {run_dirs[0]}/report.html")
+        try:
+            print(seeds_text(over_seeds(run_dirs)))
+        except DataError as error:  # one seed only, or each seed has a test set of its own
+            print(f"  {error}")
     print(f"\n{target}: {len(finished)} of {len(read_plan(path))} points, a line an arm")
 
 

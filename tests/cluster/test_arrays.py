@@ -83,6 +83,6 @@ def test_a_sweep_is_planned_submitted_seen_and_collected(cluster, words, undistu
     status = run_on("node0", *python, "launchers/sweep.py", "status", plan)
     assert status.count("complete") >= 3, status
     collected = run_on("node0", *python, "launchers/sweep.py", "collect", plan)
-    assert "2 seeds (42, 43)" in collected
+    assert "their examples differ" in collected  # the seed makes the problems of this task
     assert len(list(csv.DictReader((plan.parent / "results.csv").read_text().splitlines()))) == 4
     assert results(points[0].folder) == undisturbed

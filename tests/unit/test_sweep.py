@@ -113,7 +113,7 @@ def test_collect_puts_finished_runs_in_one_file_and_shows_the_spread_of_seeds(pl
     output = capsys.readouterr().out
     assert "project.fraction=0.25, calibrate.layers=[middle,last]" in output
     assert "2 seeds (1, 2)" in output
-    assert "one seed only" in output
+    assert "a spread between seeds needs at least 2 runs, not 1" in output
     assert "3 of 8 points, a line an arm" in output
     rows = list(csv.DictReader((plan.parent / "results.csv").read_text().splitlines()))
     assert len(rows) == 6
