@@ -27,6 +27,7 @@ MAY_IMPORT = {  # besides itself
     "arms": set(),
     "signals": set(),
     "orphans": set(),
+    "preflight": BELOW | {"models", "data", "runtime"},
     "run": BELOW | {"models", "data", "runtime", "arms", "signals"},
     "pipeline": BELOW | {"models", "data", "runtime", "stages", "arms", "signals", "run"},
     "rounds": BELOW | {"models", "data", "runtime", "arms", "signals", "run", "pipeline"},

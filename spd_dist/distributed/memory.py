@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+from typing import NamedTuple
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -18,6 +19,26 @@ def free_bytes(world: World) -> int:
         return int(accelerator.available_memory(world.local_rank))
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world.size)
     return int(accelerator.available_memory()) // ranks_here
+
+
+class Device(NamedTuple):
+    """What a rank computes on."""
+
+    name: str
+    num_visible: int
+    """Devices that this process sees; 0 on the CPU."""
+    free_bytes: int
+    """Of this rank: on the CPU, its part of what the host has left."""
+
+
+def describe_device(local_rank: int, local_size: int) -> Device:
+    """The device of a rank that has not joined the others yet."""
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        return Device("cpu", 0, int(accelerator.available_memory()) // local_size)
+    index = local_rank if accelerator.device_count() > 1 else 0
+    name = torch.get_device_module(accelerator.device_name()).get_device_name(index)
+    return Device(name, accelerator.device_count(), int(accelerator.available_memory(index)))
 
 
 def peak_bytes(world: World) -> int:

@@ -104,9 +104,19 @@ def _slurm_rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
         "RANK": environment["SLURM_PROCID"],
         "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
         "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(_tasks_on_node(environment)),
         "MASTER_ADDR": address,
         "MASTER_PORT": port,
     }
+
+
+def _tasks_on_node(environment: Mapping[str, str]) -> int:
+    """`2(x3),1` are the tasks of four nodes."""
+    tasks: list[int] = []
+    for part in environment["SLURM_STEP_TASKS_PER_NODE"].split(","):
+        count, _, times = part.partition("(x")
+        tasks += [int(count)] * int(times.rstrip(")") or 1)
+    return tasks[int(environment["SLURM_NODEID"])]
 
 
 def _first_host(nodelist: str) -> str:

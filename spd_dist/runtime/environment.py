@@ -28,7 +28,7 @@ def environment(world: World) -> dict[str, Any]:
     return {
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
-        "versions": {package: version for package in PACKAGES if (version := _version(package))},
+        "versions": {package: version for package in PACKAGES if (version := version_of(package))},
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "world_size": world.size,
@@ -42,7 +42,8 @@ def environment(world: World) -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The installed version of a package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

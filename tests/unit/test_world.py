@@ -9,6 +9,7 @@ DEEPSPEED = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "
 SRUN = {
     "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "778800", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8",
     "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NODELIST": "gpu-a[03-05,9],gpu-b1",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_NODEID": "1",
 }  # fmt: skip
 
 
@@ -19,7 +20,8 @@ def test_a_launcher_that_sets_the_rank_is_taken_at_its_word():
 def test_srun_ranks_meet_on_the_first_node_of_the_step_and_a_port_of_the_job():
     port = str(10000 + 778800 % 20000)
     expected = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "gpu-a03", "MASTER_PORT": port}
-    assert rendezvous(SRUN) == expected
+    assert rendezvous(SRUN) == expected | {"LOCAL_WORLD_SIZE": "2"}
+    assert rendezvous(SRUN | {"SLURM_NODEID": "2"})["LOCAL_WORLD_SIZE"] == "1"
 
 
 @pytest.mark.parametrize(

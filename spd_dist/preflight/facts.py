@@ -1,0 +1,115 @@
+"""What one rank finds on its host, without asking the others."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import platform
+import shutil
+import socket
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import spd_dist
+from spd_dist.config import Config
+from spd_dist.data.sources import load_rows
+from spd_dist.data.tasks import find_task
+from spd_dist.distributed.memory import describe_device
+from spd_dist.errors import UserError
+from spd_dist.models.reachable import find_model
+from spd_dist.runtime.artifacts import content_hash
+from spd_dist.runtime.environment import PACKAGES, version_of
+from spd_dist.runtime.run_folder import result_settings
+
+SPLITS = ("train", "calibration", "test")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One rank's host, as plain data."""
+
+    rank: int
+    host: str
+    python: str
+    code: str
+    """Hash of the package's source files."""
+    versions: Mapping[str, str]
+    config: str
+    """Hash of the settings that results depend on."""
+    device: str
+    num_devices: int
+    local_size: int
+    num_cores: int
+    free_memory_gib: float
+    """Of this rank: on its accelerator, or its part of the host's."""
+    free_disk_gib: Mapping[str, float]
+    """By what the disk is for: `run_dir`, `temporary`."""
+    model_gib: float = 0.0
+    reachable: Mapping[str, str] = field(default_factory=dict)
+    """What was found of model and data; two hosts should have found the same."""
+    faults: Mapping[str, str] = field(default_factory=dict)
+    """What could not be done here, and why."""
+
+
+def gather_facts(config: Config, environment: Mapping[str, str]) -> Facts:
+    """This rank's facts. Model and data are looked for by the first rank of each host only."""
+    local_rank = int(environment.get("LOCAL_RANK", environment.get("SLURM_LOCALID", "0")))
+    local_size = int(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or 1)
+    reachable, faults, model_gib = _find_inputs(config) if local_rank == 0 else ({}, {}, 0.0)
+    disks, unwritable = _disks(Path(config.run_dir))
+    device = describe_device(local_rank, local_size)
+    return Facts(
+        rank=int(environment.get("RANK", environment.get("SLURM_PROCID", "0"))),
+        host=socket.gethostname(),
+        python=platform.python_version(),
+        code=_code_hash(),
+        versions={package: version for package in PACKAGES if (version := version_of(package))},
+        config=content_hash(result_settings(dataclasses.asdict(config)))[:12],
+        device=device.name,
+        num_devices=device.num_visible,
+        local_size=local_size,
+        num_cores=len(os.sched_getaffinity(0)),
+        free_memory_gib=device.free_bytes / 2**30,
+        free_disk_gib=disks,
+        model_gib=model_gib,
+        reachable=reachable,
+        faults=faults | unwritable,
+    )
+
+
+def _find_inputs(config: Config) -> tuple[dict[str, str], dict[str, str], float]:
+    found, faults, model_gib = {}, {}, 0.0
+    try:
+        model = find_model(config.model)
+        model_gib = model.num_bytes / 2**30
+        found["model"] = f"{model.architecture}, {model.num_bytes} bytes"
+    except UserError as error:
+        faults["model"] = str(error)
+    for split in SPLITS:
+        try:
+            rows: list[Any] = load_rows(find_task(config.data.task), split, config.data, config.seed)
+            found[f"{split} rows"] = f"{len(rows)}, {content_hash(rows)[:12]}"
+        except UserError as error:
+            faults[f"{split} rows"] = str(error)
+    return found, faults, model_gib
+
+
+def _disks(run_dir: Path) -> tuple[dict[str, float], dict[str, str]]:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return {}, {"run_dir": f"{run_dir} cannot be made: {error.strerror}"}
+    folders = {"run_dir": run_dir, "temporary": Path(tempfile.gettempdir())}
+    return {name: shutil.disk_usage(folder).free / 2**30 for name, folder in folders.items()}, {}
+
+
+def _code_hash() -> str:
+    package = Path(spd_dist.__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        digest.update(str(file.relative_to(package)).encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
