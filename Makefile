@@ -1,5 +1,6 @@
 # make quickstart   sets up this machine, then runs the method on a real small model: 2 CPU ranks, or every GPU
 # make test         sets up, then passes the tests
+# make test-cluster passes those on two emulated hosts with a real SLURM: needs root, installs SLURM and pdsh by apt-get
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
@@ -13,7 +14,7 @@ ifeq ($(HAS_GPU),0)
   RANKS := --num_accelerators 2 --quiet
 endif
 
-.PHONY: install quickstart test lint
+.PHONY: install quickstart test test-cluster lint
 
 install: $(VENV)/.installed
 
@@ -32,6 +33,11 @@ quickstart: install
 test: install
 	PATH="$(BIN):$$PATH" TOKENIZERS_PARALLELISM=false DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 \
 	  $(BIN)/python -m pytest -m "not slow and not cluster and not gpu"
+
+test-cluster: install
+	tests/cluster/install.sh
+	PATH="$(BIN):$$PATH" TOKENIZERS_PARALLELISM=false DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest -m cluster tests/cluster
 
 lint: install
 	$(BIN)/ruff check .

@@ -63,7 +63,7 @@ def find_subspace(run: Run, *, wanted: bool) -> None:
             sites = discover_sites(policy.model, config.calibrate.layers, whole_keys=config.project.insertion == "rope")
         plan = {"num_shards": config.calibrate.num_shards, "planned_rank": config.project.planned_rank}
         left = Unfinished(folder / "unfinished", config.calibrate.num_shards, world)
-        with run.progress("calibrate", None, "examples") as progress, left:
+        with run.progress("calibrate", len(examples), "examples") as progress, left:
             told = {"taken": left.num_taken, "progress": progress, "stop_if_asked": run.stop_if_asked}
             gradients = calibrate(policy, examples, sites, config.calibrate, world, **told)
             sketches = sketch(gradients, sites, config.sketch, initial=left.shards, keep=left.keep, world=world, **plan)
