@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from spd_dist.arms import Arm, chosen
 from spd_dist.config import Config
 from spd_dist.errors import ConfigError
 
@@ -39,7 +40,25 @@ def load_config(paths: Iterable[str | Path] = (), overrides: Iterable[str] = ())
         raise ConfigError(f"{error.full_key}: an interpolation does not resolve: {error}") from error
     config = _build(Config, plain, "")
     _check_across_fields(config)
+    for arm in chosen(config.evaluate.arms):
+        config_of_arm(config, arm)
     return config
+
+
+def config_of_arm(config: Config, arm: Arm) -> Config:
+    """The run's config with the settings that the arm has for its own.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type, or a value out of bounds.
+    """
+    if not arm.settings:
+        return config
+    merged = OmegaConf.create(_plain(dataclasses.asdict(config)))
+    for word in arm.settings:
+        merged = OmegaConf.merge(merged, _read_override(word)[1])
+    own = _build(Config, OmegaConf.to_container(merged, resolve=True), "")
+    _check_across_fields(own)
+    return own
 
 
 def to_yaml(config: Config) -> str:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from spd_dist.arms import Arm
 from spd_dist.config import Config
+from spd_dist.data.controls import ended
 from spd_dist.data.held_out import TestSet, make_test_set
+from spd_dist.data.prompts import make_references
 from spd_dist.data.sources import check_leaks, load_rows
 from spd_dist.data.tasks import find_task
 from spd_dist.data.tasks.protocol import Row, Split
@@ -19,7 +21,11 @@ from spd_dist.distributed.collectives import any_rank, gather_objects, on_main, 
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError, StopRequested
 from spd_dist.models.policy import Policy, load_policy, load_replica, load_tokenizer
-from spd_dist.runtime.artifacts import content_hash
+from spd_dist.overrides import config_of_arm
+from spd_dist.runtime.answers import answers_path, answers_summary, read_answers
+from spd_dist.runtime.artifacts import content_hash, read_json, write_json
+from spd_dist.runtime.completions import read_completions
+from spd_dist.runtime.manifests import MANIFEST, why_not_complete
 from spd_dist.runtime.metrics import MetricLogger
 from spd_dist.runtime.page import write_page
 from spd_dist.runtime.progress import Progress
@@ -27,31 +33,56 @@ from spd_dist.runtime.report import log_report, report_text, write_report
 from spd_dist.runtime.run_folder import RunFolder, settings_hash
 from spd_dist.runtime.wandb_mirror import open_mirror
 from spd_dist.signals import STOP_FILE, StopSignals
+from spd_dist.types import Completion
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Run:
     """What the stages of one run share. Every method but `progress` is a collective."""
 
-    def __init__(self, config: Config, world: World, signals: StopSignals) -> None:
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        signals: StopSignals,
+        *,
+        job: str = "",
+        others: Sequence[Path] = (),
+        rounds_before: Sequence[Path] = (),
+    ) -> None:
         """Open the run folder and the metrics.
+
+        Args:
+            config: Its whole config.
+            world: This process among all.
+            signals: Requests to stop.
+            job: As of `RunFolder`: what this process is called, if several share the folder.
+            others: As of `RunFolder`: runs whose finished stages are as good as one's own.
+            rounds_before: The folders of earlier rounds, if this is a later one.
 
         Raises:
             ConfigError: the folder holds a run of another config, or `data.task` is unknown.
         """
         self.config, self.world, self.signals = config, world, signals
         self.plain = dataclasses.asdict(config)
-        self.folder = RunFolder(config.run_dir, self.plain, world)
+        self.folder = RunFolder(config.run_dir, self.plain, world, job=job, others=others)
+        self._stop_folder = self.folder.workplace("")
         with together("removing the request to stop"):
             if world.is_main:
-                (self.folder.path / STOP_FILE).unlink(missing_ok=True)
+                (self._stop_folder / STOP_FILE).unlink(missing_ok=True)
         with together("finding the task"):
             self.task = find_task(config.data.task)
-        mirror = open_mirror(config.metrics, self.folder.path, self.plain) if world.is_main else None
-        self.metrics = MetricLogger(self.folder.path / "metrics", world.rank, mirror)
+        kind = {"job": job} if job else {}
+        mirror = open_mirror(config.metrics, self.folder.path, self.plain, **kind) if world.is_main else None
+        prefix = f"{job}_" if job else ""
+        self.metrics = MetricLogger(self.folder.path / "metrics", world.rank, mirror, prefix=prefix)
         self._rows: dict[Split, list[Row]] = {}
         self._policy: Policy | None = None
+        self.rounds_before = tuple(rounds_before)
+        self._student_before = on_main("reading the round before", self._hash_of_student_before)
+        self._once: dict[Hashable, Any] = {}
 
     def rows(self, split: Split) -> list[Row]:
         """The rows of a split, the same on every rank.
@@ -61,13 +92,45 @@ class Run:
         """
         if split not in self._rows:
             with together(f"reading the {split} rows"):
-                self._rows[split] = load_rows(self.task, split, self.config.data, self.config.seed)
+                self._rows[split] = load_rows(self.task, split, self.config.data)
         return self._rows[split]
 
-    def subspace_inputs(self) -> dict[str, str]:
-        """What the subspace depends on."""
-        settings = self.settings("model", "data", "calibrate", "sketch", "reduce", "project")
-        return {"settings": settings, "calibration": content_hash(self.rows("calibration"))}
+    def _hash_of_student_before(self) -> str | None:
+        if not self.rounds_before:
+            return None
+        return content_hash(read_json(self.rounds_before[-1] / "finetune" / MANIFEST)["outputs"])
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gave when it was first called with this key: for work that several stages of this run share."""
+        if key not in self._once:
+            self._once[key] = make()
+        return self._once[key]
+
+    def config_of(self, arm: Arm) -> Config:
+        """The config as one arm has it."""
+        return self.once(arm, lambda: config_of_arm(self.config, arm))
+
+    def earlier(self, stage: str) -> list[tuple[int, Path]]:
+        """The folders of a stage in the rounds before, by their numbers; of those that did it."""
+        folders = [(number, path / stage) for number, path in enumerate(self.rounds_before, 1)]
+        return [(number, folder) for number, folder in folders if (folder / MANIFEST).exists()]
+
+    def corpus(self, arm: Arm, policy: Policy) -> list[Completion]:
+        """What an arm's student learns from: its own completions, or the reference answers of the calibration set."""
+        config, rows = self.config_of(arm), self.rows("calibration")
+        with together("reading what the student learns from"):
+            ends = policy.eos_token_ids
+            if arm.learns_from == "references":
+                rows = rows[: config.calibrate.num_examples]
+                return make_references(rows, self.task, policy.tokenizer, config.data, eos_token_ids=ends)
+            own = read_completions(self.folder.folder(arm.stage("generate")) / "completions")
+            if arm.learns_from == "itself, ended":
+                return ended(own, policy.tokenizer.decode, eos_token_ids=ends)
+            return own
+
+    def questions(self) -> dict[str, str]:
+        """What the arms are asked, by example id."""
+        return {row["id"]: self.task.prompt(row) for row in self.rows("test")}
 
     def test_set(self) -> TestSet:
         """The held-out examples, as every arm is asked them.
@@ -97,7 +160,7 @@ class Run:
             return self.policy()
         self.release_policy()
         student = self.folder.folder(arm.stage("finetune"))
-        if self.config.finetune.mode == "lora":
+        if self.config_of(arm).finetune.mode == "lora":
             return load_replica(self.config.model, self.config.distributed, self.world, adapter=student / "adapter")
         model = dataclasses.replace(self.config.model, name=str(student / "model"), revision=None)
         return load_policy(model, self.config.distributed, self.world)
@@ -133,9 +196,13 @@ class Run:
         self.folder.finish(stage, inputs, outputs, seconds=seconds, extra=extra)
         log.info("%s: complete, %.1f s", stage, seconds)
 
-    def settings(self, *sections: str) -> str:
-        """The hash of the settings of `sections` that results depend on."""
-        return settings_hash(self.plain, "seed", *sections)
+    def settings(self, *names: str, arm: Arm | None = None) -> str:
+        """The hash of the settings of these sections and keys that results depend on, as an arm has them.
+
+        Of a later round's model, the path says nothing: it is the student of the round before.
+        """
+        found = settings_hash(self.plain if arm is None else dataclasses.asdict(self.config_of(arm)), *names)
+        return content_hash([found, self._student_before]) if "model" in names and self._student_before else found
 
     def progress(self, stage: str, total: int | None, unit: str) -> Progress:
         """A counter whose lines and metrics carry the stage's name. Where ranks decode, it heeds requests to stop."""
@@ -154,19 +221,19 @@ class Run:
 
     def should_stop(self) -> bool:
         """Whether any rank was asked to stop: all ranks hear the same, so that they stop at the same unit."""
-        return any_rank(self.signals.reason(self.folder.path) is not None)
+        return any_rank(self.signals.reason(self._stop_folder) is not None)
 
     def stop_alone(self) -> None:
         """Raise `StopRequested` on this rank if it was asked to stop, and ask the others: not within a collective."""
-        reason = self.signals.reason(self.folder.path)
+        reason = self.signals.reason(self._stop_folder)
         if reason is not None:
-            (self.folder.path / STOP_FILE).touch()
+            (self._stop_folder / STOP_FILE).touch()
             raise StopRequested(f"stopped on request ({reason}); start the same command again to go on")
 
     def stop_if_asked(self) -> None:
         """Raise `StopRequested` on every rank if any was asked to stop."""
         if self.should_stop():
-            reasons = filter(None, gather_objects(self.signals.reason(self.folder.path)))
+            reasons = filter(None, gather_objects(self.signals.reason(self._stop_folder)))
             stop = StopRequested(f"stopped on request ({next(reasons)}); start the same command again to go on")
             stop.is_shared = True
             raise stop
@@ -175,10 +242,11 @@ class Run:
         """Write the comparison of the arms, as data and as a page; the text for a terminal is given on every rank."""
         config, folder = self.config, self.folder.path
         sentences = {arm.name: arm.sentence for arm in arms}
-        questions = {row["id"]: self.task.prompt(row) for row in self.rows("test")}
+        questions = self.questions()
+        self._sum_up_answers(sentences)
 
         def write() -> str:
-            shared = check_leaks(self.task, config.data, config.seed, num_calibration=config.calibrate.num_examples)
+            shared = check_leaks(self.task, config.data, num_calibration=config.calibrate.num_examples)
             overlaps = [{name: value for name, value in vars(one).items() if name != "leaks"} for one in shared]
             found = write_report(
                 folder, sentences, task=self.task.name, metric=self.task.metric, seed=config.seed, overlaps=overlaps
@@ -188,3 +256,18 @@ class Run:
             return report_text(found, folder)
 
         return on_main("writing the report", write)
+
+    def _sum_up_answers(self, arms: Iterable[str]) -> None:
+        """Write `evaluate/summary.json` and the manifest of the whole stage, unless they are of these answers."""
+        answers = {arm: self.folder.output_hash(f"evaluate/{arm}") for arm in arms}
+        folder, task = self.folder.folder("evaluate"), self.task
+        if on_main("checking evaluate", lambda: why_not_complete(folder, answers)) is None:
+            return
+
+        def write() -> None:
+            rows = {arm: read_answers(answers_path(folder, arm, task.name)) for arm in answers}
+            summaries = {arm: {task.name: answers_summary(row, task.metric)} for arm, row in rows.items()}
+            write_json(folder / "summary.json", summaries)
+
+        on_main("writing the summary of the answers", write)
+        self.folder.finish("evaluate", answers, ["summary.json", *answers], seconds=0.0)
