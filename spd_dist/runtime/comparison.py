@@ -28,12 +28,13 @@ def comparisons(answers: Mapping[str, Sequence[Answer]], metric: str, seed: int)
     Raises:
         DataError: two arms did not answer the same examples.
     """
-    found = [_compared(before, after, answers, metric, seed) for before, after in _pairs(list(answers))]
+    found = [_compared(before, after, answers, metric, seed) for before, after in arm_pairs(list(answers))]
     adjusted = holm({f"{one['before']} {one['after']}": one["p_value"] for one in found})
     return [{**one, "p_holm": adjusted[f"{one['before']} {one['after']}"]} for one in found]
 
 
-def _pairs(arms: Sequence[str]) -> list[tuple[str, str]]:
+def arm_pairs(arms: Sequence[str]) -> list[tuple[str, str]]:
+    """The family of comparisons: every arm after the first, and the method (`spd`) after every other."""
     first, *others = arms
     controls = [arm for arm in others if arm != "spd"] if "spd" in others else []
     return list(chain(((first, arm) for arm in others), ((arm, "spd") for arm in controls)))
@@ -83,10 +84,15 @@ def verdict(found: Sequence[Mapping[str, Any]], metric: str) -> str:
     """One sentence on the method against the untouched model and plain self-retraining: no more than is shown."""
     if not found:
         return "One arm alone: there is nothing to compare."
-    last = "spd" if any(one["after"] == "spd" for one in found) else found[-1]["after"]
-    wanted = [one for one in found if one["after"] == last and one["before"] in (found[0]["before"], "psr")]
+    last, wanted = wanted_of(found)
     clauses = [_clause(one, metric, len(found)) for one in wanted]
     return f"{last.upper()} {'; '.join(clauses)}."
+
+
+def wanted_of(found: Sequence[Mapping[str, Any]]) -> tuple[str, list[Mapping[str, Any]]]:
+    """The arm that a verdict is about, and its comparisons with the first arm and with plain self-retraining."""
+    last = "spd" if any(one["after"] == "spd" for one in found) else found[-1]["after"]
+    return last, [one for one in found if one["after"] == last and one["before"] in (found[0]["before"], "psr")]
 
 
 def _clause(one: Mapping[str, Any], metric: str, num_comparisons: int) -> str:
