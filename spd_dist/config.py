@@ -230,3 +230,18 @@ class Config:
     def section(self, name: str) -> Mapping[str, Any]:
         """One section as plain data, for hashes and manifests."""
         return dataclasses.asdict(getattr(self, name))
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Arms under one protocol, over seeds: a run for each seed, and one comparison of all."""
+
+    folder: str = setting("runs/experiment", "of a run folder for each seed, and of the comparison")
+    seeds: tuple[int, ...] = setting((1, 2, 3), "of the runs, at least two; all answer the same test problems")
+    arms: tuple[str, ...] = setting(("base", "psr", "ssd", "spd", "random", "identity"), "as evaluate.arms")
+    run: Config = field(default_factory=Config)
+
+    def config_of(self, seed: int) -> Config:
+        """The config of one run."""
+        evaluate = dataclasses.replace(self.run.evaluate, arms=self.arms)
+        return dataclasses.replace(self.run, run_dir=f"{self.folder}/seed_{seed}", seed=seed, evaluate=evaluate)

@@ -29,7 +29,9 @@ MAY_IMPORT = {  # besides itself
     "run": BELOW | {"models", "data", "runtime", "arms", "signals", "overrides"},
     "inputs": {"arms", "run", "runtime"},
     "pipeline": BELOW | {"models", "data", "runtime", "stages", "arms", "run", "inputs"},
-    "rounds": BELOW | {"models", "data", "runtime", "arms", "signals", "run", "pipeline"},
+    "rounds": BELOW | {"models", "runtime", "signals", "run", "pipeline"},
+    "experiment": BELOW | {"data", "runtime", "signals", "rounds"},
+    "launch": BELOW | {"runtime"},
 }
 ONLY_IN = {
     "deepspeed": {"distributed"},

@@ -60,6 +60,7 @@ def _described(number: int, folder: Path, report: Mapping[str, Any]) -> dict[str
 def rounds_text(report: Mapping[str, Any], *, width: int = 100) -> str:
     """The rounds as tables for a terminal."""
     console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False)
+    console.print(f"{report['task']}: {len(report['rounds'])} rounds, each on the student of the one before")
     console.print(_arms_table(report))
     for one in report["progress"]:
         low, high = (amount(bound, report["metric"]).split()[0] for bound in one["interval"])
@@ -81,8 +82,7 @@ def moved(sites: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _arms_table(report: Mapping[str, Any]) -> Table:
-    title = f"{report['task']}: {len(report['rounds'])} rounds, each on the student of the one before"
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", collapse_padding=True, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.add_column("arm", no_wrap=True)
     for one in report["rounds"]:
         table.add_column(f"round {one['round']}", justify="right", no_wrap=True)

@@ -16,7 +16,7 @@ from spd_dist.errors import DataError
 from spd_dist.runtime.answers import answers_path, read_answers, values_by_id
 from spd_dist.runtime.artifacts import read_json
 from spd_dist.runtime.comparison import SIGNIFICANCE, amount, arm_pairs, notes, wanted_of
-from spd_dist.runtime.statistics import between_seeds, crossed, holm
+from spd_dist.runtime.statistics import Crossed, between_seeds, crossed, crossed_share, holm
 from spd_dist.types import Answer
 
 DIAGNOSTICS = (
@@ -70,7 +70,9 @@ def answers_of(run_folder: Path, report: Mapping[str, Any]) -> Answers:
 def _arm(arm: str, by_seed: Sequence[Answers], reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One arm's metric, and the means of its diagnostics."""
     each = [report["arms"][arm] for report in reports]
-    spread = _spread([values_by_id(answers[arm], reports[0]["metric"]) for answers in by_seed])
+    metric = reports[0]["metric"]
+    values = [values_by_id(answers[arm], metric) for answers in by_seed]
+    spread = _spread(values, crossed(values) if metric == "nll" else crossed_share(values))
     means = {name: statistics.fmean(one[name] for one in each) for name in DIAGNOSTICS}
     return {"sentence": each[0]["sentence"], **spread, **means}
 
@@ -80,15 +82,16 @@ def _comparisons(by_seed: Sequence[Answers], metric: str) -> list[dict[str, Any]
     for before, after in arm_pairs(list(by_seed[0])):
         pairs = [(values_by_id(each[before], metric), values_by_id(each[after], metric)) for each in by_seed]
         differences = [{key: b[key] - a[key] for key in a} for a, b in pairs]
-        found.append({"before": before, "after": after, **_spread(differences)})
+        spread = _spread(differences, crossed(differences))
+        found.append({"before": before, "after": after, "difference": spread["mean"], **spread})
     adjusted = holm({f"{one['before']} {one['after']}": one["p_value"] for one in found})
     return [{**one, "p_holm": adjusted[f"{one['before']} {one['after']}"]} for one in found]
 
 
-def _spread(by_seed: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+def _spread(by_seed: Sequence[Mapping[str, float]], both: Crossed) -> dict[str, Any]:
     """The mean over seeds and examples with its interval, and each seed's own mean with their spread."""
     values = [statistics.fmean(one.values()) for one in by_seed]
-    both, seeds = crossed(by_seed), between_seeds(values)
+    seeds = between_seeds(values)
     return {
         "mean": both.mean,
         "interval": list(both.interval),
@@ -114,8 +117,11 @@ def _clause(one: Mapping[str, Any], metric: str, num_comparisons: int) -> str:
     bounds = f"{amount(low, metric).split()[0]} to {amount(high, metric).split()[0]}"
     against = f"against {one['before'].upper()}: {amount(one['mean'], metric)} (95 % interval {bounds})"
     if low <= 0 <= high:
-        smallest = amount(one["detectable_difference"], metric, signed=False)
-        return f"{against}, so no difference is shown; this experiment would find about {smallest}"
+        smallest = one["detectable_difference"]
+        needs = (
+            "" if smallest is None else f"; this experiment would find about {amount(smallest, metric, signed=False)}"
+        )
+        return f"{against}, so no difference is shown{needs}"
     if one["p_holm"] >= SIGNIFICANCE:
         return f"{against}, which does not survive the correction for {num_comparisons} comparisons"
     is_better = (low > 0) != (metric == "nll")

@@ -62,18 +62,21 @@ class Crossed(NamedTuple):
     interval: Interval
     p_value: float
     """Two-sided, against zero."""
-    detectable: float
-    """The smallest mean that such a test finds in four of five cases."""
+    detectable: float | None
+    """The smallest mean that such a test finds in four of five cases; None where nothing varies."""
 
 
 def wilson_interval(num_correct: int, num_examples: int, confidence: float = 0.95) -> Interval:
     """Wilson's score interval of a proportion (Wilson 1927): it holds near 0 and 1, where the normal one does not."""
     if not 0 <= num_correct <= num_examples or num_examples == 0:
         raise ValueError(f"{num_correct} of {num_examples} is not a proportion")
-    z = norm.ppf(0.5 + confidence / 2)
-    share, spread = num_correct / num_examples, z * z / num_examples
+    return _wilson(num_correct / num_examples, num_examples, norm.ppf(0.5 + confidence / 2))
+
+
+def _wilson(share: float, num_examples: float, quantile: float) -> Interval:
+    spread = quantile * quantile / num_examples
     middle = share + spread / 2
-    half = z * math.sqrt(share * (1 - share) / num_examples + spread / (4 * num_examples))
+    half = quantile * math.sqrt(share * (1 - share) / num_examples + spread / (4 * num_examples))
     return Interval(max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread)))
 
 
@@ -233,9 +236,22 @@ def crossed(by_seed: Sequence[Mapping[str, float]], confidence: float = 0.95) ->
     total = max(examples + seeds - rest, examples, seeds)
     error = math.sqrt(total / value_SN.numel())
     if not error > 1e-12:
-        return Crossed(mean.item(), Interval(mean.item(), mean.item()), 1.0, 0.0)
+        return Crossed(mean.item(), Interval(mean.item(), mean.item()), 1.0, None)
     freedom = total**2 / sum(part**2 / freedom for part, freedom in zip(parts, freedoms, strict=True))
     half = float(t.ppf(0.5 + confidence / 2, freedom)) * error
     p_value = float(2 * t.sf(abs(mean.item()) / error, freedom))
     detectable = half + float(t.ppf(0.8, freedom)) * error
     return Crossed(mean.item(), Interval(mean.item() - half, mean.item() + half), p_value, detectable)
+
+
+def crossed_share(by_seed: Sequence[Mapping[str, float]], confidence: float = 0.95) -> Crossed:
+    """`crossed` of values that are 0 or 1: its interval is Wilson's, for as many examples as have the same variance.
+
+    Raises:
+        DataError: as of `crossed`.
+    """
+    found = crossed(by_seed, confidence)
+    half, quantile, num_examples = found.interval.high - found.mean, norm.ppf(0.5 + confidence / 2), len(by_seed[0])
+    if half > 0:
+        num_examples = found.mean * (1 - found.mean) * (quantile / half) ** 2
+    return found._replace(interval=_wilson(found.mean, num_examples, quantile))

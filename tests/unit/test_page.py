@@ -12,10 +12,11 @@ from spd_dist.overrides import load_config, to_yaml
 from spd_dist.runtime.answers import answers_path, write_merged
 from spd_dist.runtime.metrics import MetricLogger
 from spd_dist.runtime.page import write_page
-from spd_dist.runtime.page.figures import principal_angles
-from spd_dist.runtime.page.page import NUM_SHOWN, side_by_side, training_losses
+from spd_dist.runtime.page.figures import angles
+from spd_dist.runtime.page.page import NUM_SHOWN, side_by_side
 from spd_dist.runtime.report import write_report
-from spd_dist.types import Certificate, KVSite, SiteSubspace, Subspace
+from spd_dist.runtime.training_log import training_losses
+from spd_dist.types import Certificate, KVSite, SiteSubspace
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -45,7 +46,7 @@ def test_the_page_holds_verdict_numbers_figures_costs_and_settings(folder):
     figures = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
     assert len(figures) == 4
     assert all(ElementTree.fromstring(figure) is not None for figure in figures)
-    assert "<td>arms/psr/generate</td><td>1800.0</td><td>2</td><td>1.000</td>" in text
+    assert "<td>arms/psr/generate</td><td>1,234</td><td>1800.0</td><td>2</td><td>1.000</td>" in text
     assert "<td>train</td><td>test</td><td>96</td><td>2</td><td>1</td>" in text
     assert "2 exact and 1 near copies of test problems" in text
     assert "<td>finetune.num_epochs</td><td>5</td><td>3</td>" in text
@@ -71,7 +72,7 @@ def test_what_models_and_data_say_is_shown_and_never_run(folder):
 
 
 def test_examples_on_which_arms_differ_come_first():
-    examples = side_by_side({"base": answers(10, num=30), "spd": answers(20, num=30)}, {})
+    examples = side_by_side([{"base": answers(10, num=30), "spd": answers(20, num=30)}], {})
     assert [example["id"] for example in examples[:10]] == [f"p{index}" for index in range(10, 20)]
     assert {example["kind"] for example in examples[10:]} == {"same"}
 
@@ -97,15 +98,17 @@ def test_a_step_that_was_done_again_counts_once(folder):
     assert losses["spd"][8] == 0.125
 
 
-def test_principal_angles_are_zero_between_equal_and_ninety_between_orthogonal_subspaces():
+def test_principal_angles_are_drawn_where_there_is_a_pair():
     eye_DD = torch.eye(4)
     parts = {"key": eye_DD[:, :2], "value": eye_DD[:, 2:]}
     sites = {
         KVSite(1, kind, f"{kind}_proj", ((0, 4),)): SiteSubspace(basis_DR, torch.ones(4), 1.0, Certificate())
         for kind, basis_DR in parts.items()
     }
-    assert principal_angles(Subspace(sites)) is not None
-    assert principal_angles(Subspace(dict(list(sites.items())[:1]))) is None
+    key, value = sites.values()
+    drawing = angles("angles", {"apart": (key, value), "same": (key, key)})
+    assert ElementTree.fromstring(drawing) is not None
+    assert angles("angles", {}) is None
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")

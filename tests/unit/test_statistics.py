@@ -18,6 +18,7 @@ from spd_dist.errors import DataError
 from spd_dist.runtime.statistics import (
     between_seeds,
     crossed,
+    crossed_share,
     detectable_difference,
     holm,
     mcnemar,
@@ -189,7 +190,7 @@ def test_crossed_intervals_hold_the_truth_in_95_of_100_experiments(num_seeds, se
 
 def test_arms_that_never_differ_show_nothing_and_other_examples_are_refused():
     same = crossed([by_id([0.0] * 5)] * 2)
-    assert (same.mean, same.p_value, same.interval) == (0, 1, (0, 0))
+    assert (same.mean, same.p_value, same.interval, same.detectable) == (0, 1, (0, 0), None)
     for by_seed in ([by_id([1, 2])], [by_id([1])] * 2, [by_id([1, 2]), by_id([1, 2, 3])]):
         with pytest.raises(DataError, match="make no interval; run at least 2 seeds on the same examples"):
             crossed(by_seed)
@@ -205,3 +206,12 @@ def test_the_detectable_mean_is_found_in_four_of_five_experiments():
         smallest.append(result.detectable)
     assert sorted(smallest)[200] == pytest.approx(0.43, abs=0.03)
     assert sum(found) / 400 == pytest.approx(0.8, abs=0.06)
+
+
+def test_a_share_over_seeds_has_wilsons_interval_and_stays_within_its_bounds():
+    deterministic = crossed_share([by_id([1.0] * 30 + [0.0] * 70)] * 3).interval
+    assert deterministic == pytest.approx(wilson_interval(30, 100), abs=0.002)
+    never = crossed_share([by_id([0.0] * 50)] * 2)
+    assert never.interval == wilson_interval(0, 50)
+    rare = crossed_share([by_id([1.0] + [0.0] * 15)] * 2)
+    assert 0 < rare.interval.low < 1 / 16 < rare.interval.high
