@@ -41,11 +41,16 @@ def load_experiment(paths: Iterable[str | Path], overrides: Iterable[str] = ()) 
     """
     own = {item.name for item in dataclasses.fields(Experiment)}
     words = [word if word.partition("=")[0].partition(".")[0] in own else f"run.{word}" for word in overrides]
-    plain = _merged(paths, words)
-    for key, instead in {"seed": "seeds", "run_dir": "folder", "evaluate.arms": "arms"}.items():
-        if OmegaConf.select(OmegaConf.create(plain), f"run.{key}") is not None:
-            raise ConfigError(f"run.{key}: not valid in an experiment, which has a run for each seed; set {instead}")
-    experiment = _build(Experiment, plain, "")
+    experiment = _build(Experiment, _merged(paths, words), "")
+    run, default = experiment.run, Config()
+    of_each_run = {
+        ("run.seed", "seeds"): (run.seed, default.seed),
+        ("run.run_dir", "folder"): (run.run_dir, default.run_dir),
+        ("run.evaluate.arms", "arms"): (run.evaluate.arms, default.evaluate.arms),
+    }
+    for (key, instead), (value, unset) in of_each_run.items():
+        if value != unset:
+            raise ConfigError(f"{key}: {value!r} is not valid in an experiment of a run a seed; set {instead}")
     if len(set(experiment.seeds)) < max(2, len(experiment.seeds)):
         raise ConfigError(
             f"seeds: {list(experiment.seeds)} is not valid; name at least two, each once, or use launchers/spd.py"

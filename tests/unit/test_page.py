@@ -49,7 +49,7 @@ def test_the_page_holds_verdict_numbers_figures_costs_and_settings(folder):
     assert "<td>arms/psr/generate</td><td>1,234</td><td>1800.0</td><td>2</td><td>1.000</td>" in text
     assert "<td>train</td><td>test</td><td>96</td><td>2</td><td>1</td>" in text
     assert "2 exact and 1 near copies of test problems" in text
-    assert "<td>finetune.num_epochs</td><td>5</td><td>3</td>" in text
+    assert '<td>finetune.num_epochs</td><td class="text">5</td><td class="text">3</td>' in text
     assert "<td>finetune.learning_rate</td>" not in text
 
 
