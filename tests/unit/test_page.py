@@ -1,12 +1,11 @@
 import html
 import re
-import shutil
-import subprocess
 import xml.etree.ElementTree as ElementTree
 
 import pytest
 import torch
 from answering import ARMS, answered_run, answers
+from browsing import CHROMIUM, screenshot, widths
 
 from spd_dist.overrides import load_config, to_yaml
 from spd_dist.runtime.answers import answers_path, write_merged
@@ -17,8 +16,6 @@ from spd_dist.runtime.page.page import NUM_SHOWN, side_by_side
 from spd_dist.runtime.report import write_report
 from spd_dist.runtime.training_log import training_losses
 from spd_dist.types import Certificate, KVSite, SiteSubspace
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 def page_of(folder):
@@ -115,23 +112,21 @@ def test_principal_angles_are_drawn_where_there_is_a_pair():
 @pytest.mark.parametrize("width", [390, 1200])
 def test_a_browser_shows_the_page_without_scrolling_sideways(folder, tmp_path, width):
     page_of(folder)
-    page = html.escape((folder / "report.html").read_text())
-    frame = (
-        f'<iframe id="f" style="width:{width}px;height:800px" srcdoc="{page}"></iframe>'
-        "<script>onload = () => { const d = document.getElementById('f').contentDocument.documentElement;"
-        "document.title = d.scrollWidth + ' of ' + d.clientWidth }</script>"
-    )
-    (tmp_path / "frame.html").write_text(frame)
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    dumped = subprocess.run(
-        [CHROMIUM, *flags, "--dump-dom", f"file://{tmp_path}/frame.html"], capture_output=True, text=True, check=True
-    ).stdout
-    scroll, client = map(int, re.search(r"<title>(\d+) of (\d+)</title>", dumped).groups())
+    client, scroll = widths(folder / "report.html", width, tmp_path)
     assert width - 20 <= client <= width
     assert scroll <= client
-    shot = tmp_path / "shot.png"
-    subprocess.run(
-        [CHROMIUM, *flags, f"--screenshot={shot}", f"--window-size={width},2000", f"file://{folder}/report.html"],
-        capture_output=True, check=True,
-    )  # fmt: skip
-    assert shot.stat().st_size > 20_000
+    assert screenshot(folder / "report.html", width, tmp_path).stat().st_size > 20_000
+
+
+def test_rounds_are_a_table_and_a_figure(folder):
+    site = {"mean_angle_degrees": 4.5, "largest_angle_degrees": 20.0, "overlap_fraction": 0.9, "energy_ratio": 0.8}
+    site |= {"energy_fraction_held": 0.7, "energy_fraction": 0.75}
+    report = write_report(folder, ARMS, task="arithmetic", metric="accuracy", seed=1)
+    arms = {arm: {"value": 0.5, "interval": [0.4, 0.6]} for arm in ARMS}
+    one = {"round": 1, "arms": arms, "drift": {}, "energy_fraction": {"layers.1.key": 0.8}}
+    two = one | {"round": 2, "drift": {"1": {"layers.1.key": site}}}
+    write_page(folder, report | {"rounds": [one, two], "progress": report["comparisons"]}, {})
+    text = (folder / "report.html").read_text()
+    assert "<th>round 2</th>" in text
+    assert "<td>layers.1.key</td><td>4.5</td><td>20.0</td>" in text
+    assert "Subspace over rounds" in text
