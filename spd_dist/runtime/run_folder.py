@@ -42,6 +42,7 @@ MAY_CHANGE = (
     "finetune.checkpointing",
     "finetune.checkpoint_every",
     "finetune.keep_checkpoints",
+    "evaluate.allow_code_execution",
     "evaluate.batch_size",
     "evaluate.placement",
     "distributed.zero_stage",
