@@ -84,14 +84,14 @@ def preview(config: Config, num_examples: int) -> int:
 def run(config: Config, arguments: argparse.Namespace, signals: StopSignals) -> int:
     """Join the other ranks and run the stages; every failure ends all ranks, and none waits for another for ever."""
     from spd_dist.distributed.world import join_world, leave_world
-    from spd_dist.pipeline import run_stages
+    from spd_dist.rounds import run_rounds
     from spd_dist.runtime.log import set_up_logging
 
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch|deepspeed")
     set_up_logging(int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))))
     world = join_world(config.distributed)
     try:
-        summary = run_stages(config, world, signals, first=arguments.first, last=arguments.last)
+        summary = run_rounds(config, world, signals, first=arguments.first, last=arguments.last)
     except UserError as error:
         if world.is_main or not error.is_shared:
             print(f"error: {error}", file=sys.stderr, flush=True)

@@ -171,6 +171,7 @@ class Finetune:
     keep_best: bool = setting(False, "save the weights of the epoch with the lowest validation loss, not the last ones")
     patience: int | None = setting(None, "stop after N epochs without a lower validation loss", at_least=1)
     merge: bool = setting(False, "lora: write the model with its adapters merged, too")
+    liger: bool = setting(False, "fused norms and MLPs of liger-kernel, on an accelerator")
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,8 @@ class Config:
 
     run_dir: str = setting("runs/spd", "the run's folder: artifacts, metrics, report")
     seed: int = setting(42, "of every generator", at_least=0)
+    rounds: int = setting(1, "times the method is done, each on the student of the one before", at_least=1)
+    refit: bool = setting(True, "rounds: estimate the subspace anew in each, instead of once")
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     calibrate: Calibrate = field(default_factory=Calibrate)

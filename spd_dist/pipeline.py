@@ -60,7 +60,7 @@ def find_subspace(run: Run, *, wanted: bool) -> None:
         policy = run.policy()
         with together("finding the supervised tokens and the sites"):
             examples, audit = make_examples(rows, run.task, policy.tokenizer, config.data, config.calibrate)
-            sites = discover_sites(policy.model, config.calibrate.layers)
+            sites = discover_sites(policy.model, config.calibrate.layers, whole_keys=config.project.insertion == "rope")
         num_shards = config.calibrate.num_shards
         own = sum(index % num_shards % world.size == world.rank for index in range(len(examples)))
         with run.progress("calibrate", own, "examples") as progress:
@@ -75,9 +75,7 @@ def find_subspace(run: Run, *, wanted: bool) -> None:
         on_main("writing the subspace", lambda: save_subspace(folder / "subspace.safetensors", found))
         on_main("writing the subspace's summary", lambda: write_json(folder / "summary.json", described))
 
-    settings = run.settings("model", "data", "calibrate", "sketch", "reduce", "project")
-    inputs = {"settings": settings, "calibration": content_hash(rows)}
-    run.do("project", inputs, ["subspace.safetensors", "summary.json"], work, wanted=wanted)
+    run.do("project", run.subspace_inputs(), ["subspace.safetensors", "summary.json"], work, wanted=wanted)
 
 
 def write_completions(run: Run, arm: Arm, *, wanted: bool) -> None:
@@ -110,7 +108,7 @@ def train_student(run: Run, arm: Arm, *, wanted: bool) -> None:
             completions = read_completions(run.folder.folder(arm.stage("generate")) / "completions")
         job = Job(
             folder, config.seed, run.world, config.distributed, run.should_stop, run.metrics_of(arm),
-            config.metrics.progress_seconds,
+            config.metrics.progress_seconds, run.facts_of(arm),
         )  # fmt: skip
         outcome = finetune(policy, completions, config.finetune, job)
         if config.finetune.mode == "full":

@@ -19,6 +19,7 @@ from spd_dist.distributed.collectives import any_rank, gather_objects, on_main, 
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError, StopRequested
 from spd_dist.models.policy import Policy, load_policy, load_replica, load_tokenizer
+from spd_dist.runtime.artifacts import content_hash
 from spd_dist.runtime.metrics import MetricLogger
 from spd_dist.runtime.page import write_page
 from spd_dist.runtime.progress import Progress
@@ -66,6 +67,11 @@ class Run:
             with together(f"reading the {split} rows"):
                 self._rows[split] = load_rows(self.task, split, self.config.data, self.config.seed)
         return self._rows[split]
+
+    def subspace_inputs(self) -> dict[str, str]:
+        """What the subspace depends on."""
+        settings = self.settings("model", "data", "calibrate", "sketch", "reduce", "project")
+        return {"settings": settings, "calibration": content_hash(self.rows("calibration"))}
 
     def test_set(self) -> TestSet:
         """The held-out examples, as every arm is asked them.
@@ -144,6 +150,11 @@ class Run:
     def metrics_of(self, arm: Arm) -> MetricLogger:
         """The metrics; names of other arms than the method's own carry the arm's name."""
         return self.metrics if arm.name == "spd" else self.metrics.labelled(arm.name)
+
+    def facts_of(self, arm: Arm) -> dict[str, str]:
+        """What a student's model card says of the run that it comes from."""
+        settings = self.settings(*(name for name in self.plain if name not in ("run_dir", "rounds", "metrics")))
+        return {"arm": f"{arm.name}: {arm.sentence}", "task": self.task.name, "config hash": settings[:16]}
 
     def should_stop(self) -> bool:
         """Whether any rank was asked to stop: all ranks hear the same, so that they stop at the same unit."""

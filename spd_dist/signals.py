@@ -20,6 +20,8 @@ class StopSignals:
     def __init__(self) -> None:
         self.received: list[str] = []
         self.started = time.monotonic()
+        self.also_in: Path | None = None
+        """Another folder whose stop file counts: that of the run which this one is a round of."""
 
     def install(self) -> None:
         """Take SIGTERM and SIGUSR1 as requests; a second SIGTERM ends the process at once."""
@@ -30,8 +32,9 @@ class StopSignals:
         """Why this process should stop now, or None."""
         if self.received:
             return self.received[0]
-        if (run_dir / STOP_FILE).exists():
-            return f"the file {run_dir / STOP_FILE}"
+        for folder in (run_dir, self.also_in or run_dir):
+            if (folder / STOP_FILE).exists():
+                return f"the file {folder / STOP_FILE}"
         if limit_seconds is not None and time.monotonic() - self.started >= limit_seconds:
             return f"the time limit of {limit_seconds:g} s"
         return None

@@ -65,6 +65,9 @@ def training_engine(
     """An engine that trains the parameters of `module` that want gradients, with AdamW unless `settings` name another.
 
     Vectors (biases, norms) are not decayed.
+
+    Raises:
+        ConfigError: DeepSpeed does not take the settings.
     """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = [
@@ -78,7 +81,12 @@ def training_engine(
         if "optimizer" in settings
         else {"optimizer": torch.optim.AdamW(groups, lr=learning_rate)}
     )
-    engine, *_ = deepspeed.initialize(model=module, config=dict(settings), **given)
+    try:
+        engine, *_ = deepspeed.initialize(model=module, config=dict(settings), **given)
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(
+            f"distributed.deepspeed, model.dtype: DeepSpeed does not take these settings: {error}; change them"
+        ) from error
     engine.checkpoint_engine = BackgroundWriter()
     # It puts scripts beside the checkpoints, on rank 0 alone, where a full disk would part it from the other ranks.
     engine._copy_recovery_script = lambda _: None

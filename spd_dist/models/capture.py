@@ -1,16 +1,20 @@
 """Gradients of a loss at the KV sites of a frozen model, at the cost of a forward and half a backward pass.
 
-Shapes: B examples, T tokens, F features a linear module puts out, D width of a site, N rows, E hidden width.
+No parameter needs a gradient, no activation below the lowest site is kept, and only logits that are looked at exist.
+
+Shapes: B examples, T tokens, N rows, F features that a linear module puts out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from spd_dist.errors import DataError
@@ -36,11 +40,19 @@ class Capture:
         return output.clone()  # some models write in place on what a linear module puts out
 
     def gradients(self, loss: Tensor, mask_BT: Tensor) -> dict[KVSite, Tensor]:
-        """The gradient of `loss` at every site, one row (N, D) a token of `mask_BT`, in row-major order.
+        """The gradient of `loss` at every site, one row (N, width) a token of `mask_BT`, in row-major order.
 
         It frees the graph: one call a forward pass.
+
+        Raises:
+            DataError: a site's module did not run.
         """
         outputs, self._outputs = self._outputs, {}  # recomputation in the backward pass records again
+        for site in self.sites:
+            if site.module not in outputs:
+                raise DataError(
+                    f"{site}: {site.module} took no part in the forward pass; find the sites of this model anew"
+                )
         grads = torch.autograd.grad(loss, list(outputs.values()))
         self._outputs = {}
         rows_NF = {name: grad.reshape(*mask_BT.shape, -1)[mask_BT] for name, grad in zip(outputs, grads, strict=True)}
@@ -59,31 +71,57 @@ def capture(model: PreTrainedModel, sites: Sequence[KVSite], *, checkpointing: b
     Args:
         model: what is called: under ZeRO-3 the engine's module.
         sites: as found by `discover_sites`.
-        checkpointing: recompute the activations of each layer in the backward pass, non-reentrant.
+        checkpointing: keep each layer's input only, and recompute the rest in the backward pass (non-reentrant).
     """
     caught = Capture(sites)
+    with ExitStack() as undo:
+        undo.enter_context(_frozen(model))
+        for name in {site.module: None for site in sites}:
+            hook = model.get_submodule(name).register_forward_hook(partial(_record, caught, name))
+            undo.callback(hook.remove)
+        if checkpointing:
+            undo.enter_context(_checkpointed(_layers_from(model, min(sites))))
+        yield caught
+
+
+def _record(caught: Capture, name: str, _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+    return caught.record(name, output)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Eval mode, so that nothing is dropped at random, and no parameter that needs a gradient."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     training = [module for module in model.modules() if module.training]
-    handles = []
+    model.eval()
+    for parameter in trained:
+        parameter.requires_grad_(False)
     try:
-        model.eval()
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        for name in {site.module: None for site in sites}:
-            hook = _recorder(caught, name)
-            handles.append(model.get_submodule(name).register_forward_hook(hook))
-        yield caught
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
         for parameter in trained:
             parameter.requires_grad_(True)
         for module in training:
             module.training = True
 
 
-def _recorder(caught: Capture, name: str) -> Any:
-    return lambda _module, _inputs, output: caught.record(name, output)
+def _layers_from(model: nn.Module, site: KVSite) -> list[nn.Module]:
+    """The site's layer and those above it: below, nothing is kept anyway."""
+    parts = site.module.split(".")
+    stack = parts[: next(index for index, part in enumerate(parts) if part.isdigit())]
+    return list(model.get_submodule(".".join(stack)).children())[site.layer :]
+
+
+@contextmanager
+def _checkpointed(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Recompute these layers. The switch of transformers would need train mode, and gradients of the embeddings."""
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 @contextmanager
@@ -95,7 +133,7 @@ def supervised_rows(model: PreTrainedModel, mask_BT: Tensor) -> Iterator[None]:
     """
     head = model.get_output_embeddings()
     if head is None:
-        raise DataError(f"model.name: {type(model).__name__} has no output embeddings, so it is no language model")
+        raise DataError(f"model.name: {type(model).__name__} has no output embeddings; choose a causal language model")
     handle = head.register_forward_pre_hook(lambda _module, inputs: (inputs[0][mask_BT], *inputs[1:]))
     try:
         yield

@@ -43,17 +43,18 @@ class Origin:
     states_HD: Tensor
     """Those of the first token, where RoPE turns nothing, with their graph."""
     leaves: Mapping[str, Sequence[Tensor]]
-    """What the linear modules that they are made of put out, by name: one leaf a call."""
+    """What the linear modules that they are made of put out, by name: one leaf a call, be it used here or not."""
 
     def features(self, module: str) -> tuple[tuple[int, ...], ...]:
-        """For each head, the output features of `module` that it is made of."""
+        """For each head, the output features of `module` that it is made of; the module has run once."""
         (leaf,) = self.leaves[module]
         return tuple(_nonzero_features(_gradients(head_D, [leaf])[0]) for head_D in self.states_HD)
 
     def states_of(self, module: str) -> Tensor:
-        """Which of the states `module` takes part in, as a mask (H, D)."""
+        """Which of the states `module` takes part in, as a mask (H, D); the module has run once."""
         weight_HD = torch.ones_like(self.states_HD, requires_grad=True)
-        (grad, *_) = torch.autograd.grad(self.states_HD, self.leaves[module], weight_HD, create_graph=True)
+        (leaf,) = self.leaves[module]
+        (grad,) = torch.autograd.grad(self.states_HD, leaf, weight_HD, create_graph=True)
         along = 0.5 + torch.rand(grad.shape, generator=torch.Generator().manual_seed(0))
         return torch.autograd.grad(grad, weight_HD, along, retain_graph=True)[0].ne(0)  # the Jacobian times `along`
 
@@ -194,8 +195,8 @@ def _origin(reader: str, kind: Kind, states_BHTD: Tensor, dyes: Mapping[str, _Dy
         return Origin(reader, kind, states_HD, {})
     flat = [leaf for calls in leaves.values() for leaf in calls]
     touched = {id(leaf) for leaf, grad in zip(flat, _gradients(states_HD, flat), strict=True) if grad is not None}
-    held = {name: [leaf for leaf in calls if id(leaf) in touched] for name, calls in leaves.items()}
-    return Origin(reader, kind, states_HD, {name: calls for name, calls in held.items() if calls})
+    held = {name: calls for name, calls in leaves.items() if any(id(leaf) in touched for leaf in calls)}
+    return Origin(reader, kind, states_HD, held)
 
 
 def _gradients(states: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor | None, ...]:

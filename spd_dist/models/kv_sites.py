@@ -93,11 +93,12 @@ def _obstacle(origin: Origin, layer: int, whole_keys: bool) -> str | None:
     main = _main_module(origin)
     if _layer_index(main) != layer:
         return f"it reads the {origin.kind}s of layer {_layer_index(main)}"
-    if len(origin.leaves[main]) > 1:
-        return f"{main} runs {len(origin.leaves[main])} times in a forward pass"
+    for module in modules:
+        if len(origin.leaves[module]) > 1:
+            return f"{_in_layer(module)} runs {len(origin.leaves[module])} times in a forward pass"
     in_parts = sum(origin.states_of(module).int() for module in modules).max() == 1
     if len(modules) > 1 and (whole_keys or origin.kind == "value" or not in_parts):
-        return f"its {origin.kind}s come from several modules, {' and '.join(modules)}"
+        return f"its {origin.kind}s come from several modules, {' and '.join(map(_in_layer, modules))}"
     return None
 
 
@@ -111,9 +112,17 @@ def _layer_index(name: str) -> int:
     return next((int(part) for part in name.split(".") if part.isdigit()), -1)
 
 
+def _in_layer(name: str) -> str:
+    """What follows the layer's index in a dotted name."""
+    return name.partition(f".{_layer_index(name)}.")[2] or name
+
+
 def _choose(layers: Layers, usable: list[int], reasons: Mapping[int, str], name: str) -> list[int]:
     if not usable:
-        detail = "; ".join(f"layer {layer}: {reason}" for layer, reason in sorted(reasons.items()))
+        layers_by_reason: dict[str, list[int]] = {}
+        for layer, reason in sorted(reasons.items()):
+            layers_by_reason.setdefault(reason, []).append(layer)
+        detail = "; ".join(f"layers {where}: {reason}" for reason, where in layers_by_reason.items())
         raise DataError(
             f"model.name: {name} has no layer to take keys and values from ({detail or 'it has no attention'}); "
             f"usable layers: none; choose a model with attention"

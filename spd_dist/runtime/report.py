@@ -112,7 +112,20 @@ def report_text(report: Mapping[str, Any], run_folder: str | Path, *, width: int
     console.print(f"Files: {run_folder}/")
     for what, path in report["artifacts"].items():
         console.print(f"  {path:<38} {what}")
+    console.print("Next:")
+    for command in next_commands(run_folder):
+        console.print(f"  {command}", soft_wrap=True)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+
+def next_commands(run_folder: str | Path) -> list[str]:
+    """What one may want to do with a finished run, as commands."""
+    return [
+        f"python launchers/corpus.py stats {run_folder}",
+        f"python launchers/compare.py {run_folder}",
+        f"python launchers/export.py {run_folder} --base MODEL_FOLDER --out FOLDER",
+        "deepspeed launchers/spd.py --config configs/presets/paper.yaml configs/qwen2.5-0.5b_gsm8k.yaml",
+    ]
 
 
 def arms_table(report: Mapping[str, Any]) -> Table:

@@ -29,6 +29,7 @@ STARTED = "started.json"
 
 MAY_CHANGE = (
     "run_dir",
+    "rounds",
     "metrics",
     "model.cache_dir",
     "calibrate.batch_size",
@@ -42,6 +43,9 @@ MAY_CHANGE = (
     "finetune.checkpointing",
     "finetune.checkpoint_every",
     "finetune.keep_checkpoints",
+    "finetune.keep_every",
+    "finetune.packing",
+    "finetune.merge",
     "evaluate.allow_code_execution",
     "evaluate.batch_size",
     "evaluate.placement",

@@ -1,67 +1,144 @@
+"""Sharded ranks, whatever they own, give the gradients of one whole model."""
+
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from families import family_model
 from ranks import run_on_ranks
 from tiny import tiny_model
+from transformers.integrations import HfDeepSpeedConfig
 
 from spd_dist.config import Calibrate, Distributed
+from spd_dist.distributed.collectives import gather_objects
 from spd_dist.distributed.world import World
-from spd_dist.distributed.zero import frozen_engine
+from spd_dist.distributed.zero import frozen_engine, sharding_settings, weights_fingerprint
+from spd_dist.errors import DataError
 from spd_dist.models.kv_sites import discover_sites
 from spd_dist.stages.calibrate import calibrate
 from spd_dist.types import SupervisedExample
 
+CPU = torch.device("cpu")
+ALONE = World(0, 1, 0, CPU)
+# Without persistent parameters, every one is sharded, gathered and released.
+SHARDED = Distributed(deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}})
 
-def examples(count):
+
+def random_examples(count):
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(6, 24, (count,), generator=generator).tolist()
     return [
         SupervisedExample(
-            str(i), tuple(torch.randint(3, 259, (n,), generator=generator).tolist()), (n - 3, n - 1), i % 3
+            str(index),
+            tuple(torch.randint(3, 259, (length,), generator=generator).tolist()),
+            (2, length - 2),
+            index % 3,
         )
-        for i, n in enumerate(lengths)
+        for index, length in enumerate(lengths)
     ]
 
 
-def rows_by_shard(policy, given, sites, config, world):
-    """All ranks' rows, as their sums by shard: what the sketches see."""
-    moments = {}
-    for batch in calibrate(policy, given, sites, config, world):
+def rows_by_shard(policy, examples, sites, config, world):
+    """What this rank yields: the rows of its shards, and their counts."""
+    rows, counts = {}, {}
+    for batch in calibrate(policy, examples, sites, config, world):
+        counts[batch.shard] = counts.get(batch.shard, 0) + batch.num_tokens + batch.num_zero_rows
         for site, grad_ND in batch.grad_ND.items():
-            key = (batch.shard, str(site))
-            moments[key] = moments.get(key, 0) + grad_ND.double().T @ grad_ND.double()
-    every = [None] * world.size
-    dist.all_gather_object(every, moments)
-    return {key: value for part in every for key, value in part.items()}
+            rows.setdefault((batch.shard, site), []).append(grad_ND)
+    return {key: torch.cat(parts) for key, parts in rows.items()}, counts
 
 
-def check(num_examples):
-    world = World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), torch.device("cpu"))
-    alone = World(0, 1, 0, torch.device("cpu"))
+def assert_same(found, expected):
+    (found_rows, found_counts), (expected_rows, expected_counts) = found, expected
+    assert found_counts == expected_counts
+    assert found_rows.keys() == expected_rows.keys()
+    for key, rows_ND in expected_rows.items():
+        torch.testing.assert_close(found_rows[key], rows_ND, rtol=0, atol=1e-5 * rows_ND.abs().max().item())
+
+
+def on_all_ranks(policy, examples, sites, config):
+    world = World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), CPU)
+    shares = gather_objects(rows_by_shard(policy, examples, sites, config, world))
+    for rank, (_, counts) in enumerate(shares):
+        assert all(shard % world.size == rank for shard in counts)
+    rows, counts = ({key: value for share in shares for key, value in share[part].items()} for part in (0, 1))
+    return rows, counts
+
+
+def check_sharded_against_whole():
     model = tiny_model()
     sites = discover_sites(model)
-    config = Calibrate(num_shards=3, batch_size=2)
     whole = SimpleNamespace(model=model, engine=None, pad_token_id=0)
-    given = examples(num_examples)
-    expected = {}
-    for batch in calibrate(whole, given, sites, config, alone):
-        for site, grad_ND in batch.grad_ND.items():
-            key = (batch.shard, str(site))
-            expected[key] = expected.get(key, 0) + grad_ND.double().T @ grad_ND.double()
-    engine = frozen_engine(
-        model, Distributed(deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}}), torch.float32
-    )
+    # Equal shares, unequal ones, and fewer examples or shards than ranks: some rank owns nothing.
+    cases = [
+        (random_examples(count), {"num_shards": shards}) for count, shards in [(8, 4), (7, 3), (1, 8), (5, 1), (0, 2)]
+    ]
+    cases += [(random_examples(5), {"num_shards": 5, "checkpointing": True})]
+    expected = []
+    for examples, settings in cases:
+        config = Calibrate(**settings, batch_size=2)
+        expected.append(rows_by_shard(whole, examples, sites, config, ALONE))
+        assert_same(on_all_ranks(whole, examples, sites, config), expected[-1])
+
+    engine = frozen_engine(model, SHARDED, torch.float32)
+    sharding = HfDeepSpeedConfig(sharding_settings(SHARDED, torch.float32))  # transformers would shard any new model
     assert discover_sites(engine.module) == sites
+    del sharding
+    before = weights_fingerprint(engine.module)
     sharded = SimpleNamespace(model=engine.module, engine=engine, pad_token_id=0)
-    found = rows_by_shard(sharded, given, sites, config, world)
-    assert found.keys() == expected.keys()
-    for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=0, atol=1e-5 * value.abs().max().item())
+    for (examples, settings), whole_result in zip(cases, expected, strict=True):
+        config = Calibrate(**settings, batch_size=2)
+        assert_same(on_all_ranks(sharded, examples, sites, config), whole_result)
+    assert weights_fingerprint(engine.module) == before
+    assert all(parameter.numel() == 0 for parameter in engine.module.parameters())  # none is left gathered
+    engine.destroy()
+
+
+def check_families():
+    examples = [
+        dataclasses.replace(example, tokens=tuple(3 + token % 60 for token in example.tokens))
+        for example in random_examples(5)
+    ]
+    # Fused, per head, latent, with experts that ranks choose differently, with layers that have no attention.
+    for name in ("phi3", "gpt2", "gpt_neox", "deepseek_v3", "qwen3_moe", "qwen3_next", "falcon_grouped"):
+        model = family_model(name)
+        sites, config = discover_sites(model), Calibrate(num_shards=3, batch_size=2, checkpointing=name == "qwen3_moe")
+        whole = SimpleNamespace(model=model, engine=None, pad_token_id=0)
+        expected = rows_by_shard(whole, examples, sites, config, ALONE)
+        engine = frozen_engine(model, SHARDED, torch.float32)
+        assert discover_sites(engine.module) == sites
+        sharded = SimpleNamespace(model=engine.module, engine=engine, pad_token_id=0)
+        assert_same(on_all_ranks(sharded, examples, sites, config), expected)
+        engine.destroy()
+
+
+def check_faults():
+    engine = frozen_engine(tiny_model(), SHARDED, torch.float32)
+    policy = SimpleNamespace(model=engine.module, engine=engine, pad_token_id=0)
+    world = World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), CPU)
+    sites, config = discover_sites(engine.module), Calibrate(num_shards=2, batch_size=1)
+    examples = random_examples(4)
+    bad = SupervisedExample("bad", (5, 6, 7), (0,))  # of shard 1, so of rank 1 alone
+    with pytest.raises(DataError, match="example bad"):
+        next(calibrate(policy, [examples[0], bad], sites, config, world))
+    # A loss that is not finite on one rank keeps the others in step, and its own rows say so.
+    nan = float("nan")
+    engine.module.model.norm.register_forward_hook(lambda *io: io[2] * nan if world.rank == 1 else io[2])
+    rows, _ = rows_by_shard(policy, examples, sites, config, world)
+    assert all(rows_ND.isfinite().all().item() == (world.rank != 1) for rows_ND in rows.values())
     engine.destroy()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_sharded_ranks_find_the_gradients_of_one_whole_model(world_size, tmp_path):
-    run_on_ranks(world_size, tmp_path / "store", check, 7)
+    run_on_ranks(world_size, tmp_path / "store", check_sharded_against_whole)
+
+
+def test_every_kind_of_architecture_can_be_sharded(tmp_path):
+    run_on_ranks(2, tmp_path / "store", check_families)
+
+
+def test_a_fault_of_one_rank_hangs_no_other(tmp_path):
+    run_on_ranks(2, tmp_path / "store", check_faults)

@@ -14,9 +14,11 @@ from finetuning import losses, train
 from ranks import run_on_ranks
 from tiny import save_tiny_model
 
+from spd_dist.distributed.collectives import gather_objects
 from spd_dist.errors import DataError, StopRequested
 from spd_dist.runtime.artifacts import read_json
 from spd_dist.runtime.jsonl import read_jsonl
+from spd_dist.signals import STOP_FILE, StopSignals
 
 FULL = {"mode": "full", "learning_rate": 1e-3}
 LORA: dict = {}
@@ -172,3 +174,34 @@ def test_a_killed_rank_is_named_by_the_others_and_the_run_resumes(model, tmp_pat
     rows = read_jsonl(tmp_path / "run/metrics/rank_00000.jsonl")
     last_of_each_step = {row["step"]: row["finetune/loss"] for row in rows if "finetune/loss" in row}
     assert torch.equal(torch.tensor(list(last_of_each_step.values()), dtype=torch.float64), curve(tmp_path / "whole"))
+
+
+def ask_one_rank_to_stop(model: Path, folder: Path) -> None:
+    signals = StopSignals()
+    signals.install()
+
+    def asked() -> bool:
+        return signals.reason(folder) is not None
+
+    def signal_itself() -> bool:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return asked()
+
+    for ask, step in [(after(2, signal_itself, rank=1), 2), (after(3, lambda: put_the_file(folder) and asked()), 5)]:
+        with pytest.raises(StopRequested, match=rf"stopped on request after step {step} of 9") as stop:
+            train(model, folder, num_epochs=3, job={"should_stop": ask})
+        assert stop.value.exit_code == 75
+        assert stop.value.is_shared
+        assert gather_objects(step) == [step, step]
+        signals.received.clear()
+    (folder / STOP_FILE).unlink(missing_ok=True)
+    assert [row["step"] for row in train(model, folder, num_epochs=3).rows] == [6, 7, 8, 9]
+
+
+def put_the_file(folder: Path) -> bool:
+    (folder / STOP_FILE).touch()
+    return True
+
+
+def test_sigterm_to_one_rank_and_the_preempt_file_stop_all_ranks_at_the_same_step(model, tmp_path):
+    run_on_ranks(2, tmp_path / "store", ask_one_rank_to_stop, model, tmp_path / "run")

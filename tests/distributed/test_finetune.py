@@ -135,11 +135,15 @@ def train_in_every_mode(model: Path, folder: Path) -> None:
     world = join_world(Distributed())
     expected = tiny_model()(TOKENS).logits
     offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    offload_all = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}}
+    muon = {"optimizer": {"type": "Muon", "params": {"lr": 1e-3}}}
     modes = {
         "rslora": {"lora_variant": "rslora", "merge": True},
         "dora": {"lora_variant": "dora", "merge": True},
         "offload": {"distributed": {"deepspeed": offload}},
+        "offload-all": {"distributed": {"deepspeed": offload_all}},
         "bf16": {"dtype": "bfloat16"},
+        "muon": {"mode": "full", "distributed": {"zero_stage": 2, "deepspeed": muon}},
         "bf16-full": {"dtype": "bfloat16", "mode": "full", "learning_rate": 1e-3, "distributed": {"zero_stage": 2}},
         "prototype": {"pads_in_loss": True, "loss_on": "completion", "stop_on_train_loss": True},
     }
@@ -203,6 +207,11 @@ def test_the_best_epoch_is_kept_and_training_stops_after_patience(model, tmp_pat
 def refuse_what_is_wrong(model: Path, folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"finetune\.lora_targets: \['c_attn'\] are no linear modules"):
         train(model, folder, lora_targets=("c_attn",))
+    with pytest.raises(ConfigError, match=r"finetune\.liger: True is not valid on the CPU; set finetune\.liger=false"):
+        train(model, folder, liger=True)
+    muon = {"optimizer": {"type": "Muon", "params": {"lr": 1e-3}}}
+    with pytest.raises(ConfigError, match=r"DeepSpeed does not take these settings: Muon and reduce scatter cannot"):
+        train(model, folder, mode="full", distributed={"deepspeed": muon})
     world = join_world(Distributed())
     policy = load_replica(Model(name=str(model)), Distributed(), world)
     with torch.no_grad():

@@ -165,7 +165,7 @@ def test_the_deepspeed_launcher_runs_two_ranks_and_ends_in_a_table(words, undist
         capture_output=True, text=True, timeout=240, check=False, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    for shown in ("base", "psr", "spd", "interval", "report.html", str(run)):
+    for shown in ("base", "psr", "spd", "interval", "report.html", f"launchers/corpus.py stats {run}"):
         assert shown in done.stdout
     for progress in ("calibrate: done, 4/4 examples", "finetune: done", "tokens/s"):
         assert progress in done.stderr

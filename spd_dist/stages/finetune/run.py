@@ -14,6 +14,7 @@ from spd_dist.errors import DataError
 from spd_dist.models.adapters import PeftModel, add_adapters, key_dropout
 from spd_dist.models.card import Card
 from spd_dist.models.dropout import TokenKeys
+from spd_dist.models.kernels import use_liger
 from spd_dist.models.policy import Policy
 from spd_dist.runtime.artifacts import content_hash
 from spd_dist.runtime.seeding import generator
@@ -47,6 +48,8 @@ def finetune(policy: Policy, completions: Sequence[Completion], config: Finetune
     _check_untouched(policy)
     with together("preparing the fine-tuning"):
         corpus = _corpus(policy, completions, config, job)
+        if config.liger:
+            use_liger(policy.model, job.world.device)
         adapted = None
         if config.mode == "lora":
             seeded = generator(job.seed, "finetune", "adapters")

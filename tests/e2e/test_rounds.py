@@ -1,0 +1,79 @@
+"""Rounds: each on the student of the one before, its subspace estimated anew or kept, every one resumed as a run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from launching import SMALL, Launch, launch
+from tiny import save_tiny_model
+
+from spd_dist.overrides import load_config
+from spd_dist.rounds import config_of_round
+from spd_dist.runtime.artifacts import read_json
+from spd_dist.runtime.subspace_file import load_subspace
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory) -> list[str]:
+    model = save_tiny_model(tmp_path_factory.mktemp("policy") / "model")
+    return [f"model.name={model}", *SMALL, "evaluate.arms=[base,spd]"]
+
+
+def without_times(report: dict) -> dict:
+    return {key: value for key, value in report.items() if key not in ("cost", "seconds")}
+
+
+def test_a_run_goes_on_for_more_rounds_and_resumes_after_a_kill_in_the_second(words, tmp_path):
+    run = tmp_path / "run"
+    words = [*words, f"run_dir={run}"]
+    launch(2, words, tmp_path / "log-1")
+    first = (run / "generate/completions").glob("*.jsonl")
+    before = {path.name: path.read_text() for path in first}
+    second = run / "rounds/2"
+    Launch(2, [*words, "rounds=2"], tmp_path / "log-2").kill_when((second / "generate").exists)
+    assert not (second / "report.json").exists()
+    output = launch(1, [*words, "rounds=2"], tmp_path / "log-3")
+    assert "Round 2" in output
+    assert {path.name: path.read_text() for path in (run / "generate/completions").glob("*.jsonl")} == before
+    report = read_json(run / "rounds.json")
+    assert [one["round"] for one in report["rounds"]] == [1, 2]
+    assert report["rounds"][1]["model"] == str(run / "finetune/model")
+    drift = report["rounds"][1]["drift"]
+    assert set(drift) == {f"layers.{layer}.{kind}" for layer in (2, 3) for kind in ("key", "value")}
+    assert all(0 < site["mean_angle_radians"] <= site["largest_angle_radians"] for site in drift.values())
+    assert all(site["energy_ratio"] > 0 for site in drift.values())
+    assert read_json(second / "evaluate/summary.json")["base"] == read_json(run / "evaluate/summary.json")["spd"], (
+        "the second round begins where the first ended"
+    )
+
+
+def test_a_frozen_subspace_is_that_of_the_first_round(words, tmp_path):
+    run = tmp_path / "run"
+    launch(2, [*words, f"run_dir={run}", "rounds=3", "refit=false", "finetune.mode=full"], tmp_path / "log")
+    bases = [
+        load_subspace(folder / "project/subspace.safetensors") for folder in (run, run / "rounds/2", run / "rounds/3")
+    ]
+    for later in bases[1:]:
+        assert all(torch.equal(later.sites[site].basis_DR, part.basis_DR) for site, part in bases[0].sites.items())
+    report = read_json(run / "rounds.json")
+    assert all(site["largest_angle_radians"] < 1e-6 for one in report["rounds"][1:] for site in one["drift"].values())
+
+
+def test_the_config_of_a_round_is_that_of_the_run_but_for_folder_and_model(tmp_path):
+    config = load_config(overrides=[f"run_dir={tmp_path}", "rounds=3", "model.revision=main"])
+    assert config_of_round(config, 1) == config
+    third = config_of_round(config, 3)
+    assert Path(third.run_dir) == tmp_path / "rounds/3"
+    assert third.model.name == str(tmp_path / "rounds/2/finetune/model")
+    assert third.model.revision is None
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--until", "project"], "rounds: 2 is not valid with --from calibrate --until project; leave them out"),
+        (["evaluate.arms=[base,psr]"], "rounds: 2 needs the arm that goes on; add spd to evaluate.arms"),
+    ],
+)
+def test_what_rounds_cannot_do_ends_with_2(words, tmp_path, extra, message):
+    assert message in launch(1, [*words, f"run_dir={tmp_path / 'run'}", "rounds=2", *extra], tmp_path / "log", code=2)
