@@ -47,15 +47,15 @@ class Bubblewrap:
         else:
             namespaces += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
         words = [shutil.which("bwrap") or "bwrap", *namespaces, "--die-with-parent", "--as-pid-1"]
+        words += ["--proc", "/proc", "--dev", "/dev"]
+        for folder, mib in layout.writable.items():
+            words += ["--perms", "1777", "--size", str(mib * 2**20), "--tmpfs", folder]
         for parent in sorted({str(parent) for target in layout.shown for parent in Path(target).parents} - {"/"}):
             words += ["--perms", "0755", "--dir", parent]  # else bwrap gives it the mode that it has outside
         for target, source in layout.shown.items():
             words += ["--ro-bind", source, target]
         for link, target in layout.links.items():
             words += ["--symlink", target, link]
-        words += ["--proc", "/proc", "--dev", "/dev"]
-        for folder, mib in layout.writable.items():
-            words += ["--perms", "1777", "--size", str(mib * 2**20), "--tmpfs", folder]
         return [*words, "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp", "--", *inner]
 
 

@@ -96,13 +96,13 @@ def make_root(layout: Mapping[str, Any]) -> None:
     devices = {f"/dev/{name}": f"/dev/{name}" for name in DEVICES}
     shown = {target: os.open(source, os.O_PATH) for target, source in {**layout["shown"], **devices}.items()}
     make_tmpfs(NEW_ROOT, "size=1m,mode=755")
+    for folder, mib in layout["writable"].items():
+        make_tmpfs(NEW_ROOT + folder, f"size={mib}m,mode=1777")
     for target, descriptor in shown.items():
         show(descriptor, NEW_ROOT + target)
         os.close(descriptor)
     for link, target in layout["links"].items():
         os.symlink(target, NEW_ROOT + link)
-    for folder, mib in layout["writable"].items():
-        make_tmpfs(NEW_ROOT + folder, f"size={mib}m,mode=1777")
     os.mkdir(f"{NEW_ROOT}/proc")
     check("mount", "proc", f"{NEW_ROOT}/proc", "proc", NO_SUID | NO_DEVICES | NO_EXEC, None)
     make_read_only(NEW_ROOT, 0)
@@ -122,7 +122,7 @@ def show(descriptor: int, target: str) -> None:
     """Let a file or folder of the host be seen at `target`, read-only with all that is mounted below it."""
     source = f"/proc/self/fd/{descriptor}"
     if os.path.isdir(source):
-        os.makedirs(target)
+        os.makedirs(target, exist_ok=True)
     else:
         os.makedirs(os.path.dirname(target), exist_ok=True)
         os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o444))
