@@ -39,7 +39,7 @@ def run_stages(config: Config, world: World, signals: StopSignals, *, first: str
     stages = STAGES[STAGES.index(first) : STAGES.index(last) + 1]
     arms = chosen(config.evaluate.arms)
     students = [arm for arm in arms if arm.trains]
-    run = Run(config, world, signals)
+    run = Run(config, world, signals, judges=last == "evaluate")
     with run.metrics:
         if any(arm.projects for arm in arms):
             find_subspace(run, wanted=first in STAGES[:4])

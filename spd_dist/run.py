@@ -13,7 +13,7 @@ from spd_dist.arms import Arm
 from spd_dist.config import Config
 from spd_dist.data.held_out import TestSet, make_test_set
 from spd_dist.data.sources import check_leaks, load_rows
-from spd_dist.data.tasks import find_task
+from spd_dist.data.tasks import Task, find_task, refusal, runs_code, with_execution
 from spd_dist.data.tasks.protocol import Row, Split
 from spd_dist.distributed.collectives import any_rank, gather_objects, on_main, together
 from spd_dist.distributed.world import World
@@ -25,6 +25,7 @@ from spd_dist.runtime.page import write_page
 from spd_dist.runtime.progress import Progress
 from spd_dist.runtime.report import log_report, report_text, write_report
 from spd_dist.runtime.run_folder import RunFolder, settings_hash
+from spd_dist.runtime.sandbox import open_sandbox
 from spd_dist.runtime.wandb_mirror import open_mirror
 from spd_dist.signals import STOP_FILE, StopSignals
 
@@ -34,11 +35,12 @@ log = logging.getLogger(__name__)
 class Run:
     """What the stages of one run share. Every method but `progress` is a collective."""
 
-    def __init__(self, config: Config, world: World, signals: StopSignals) -> None:
-        """Open the run folder and the metrics.
+    def __init__(self, config: Config, world: World, signals: StopSignals, *, judges: bool = False) -> None:
+        """Open the run folder and the metrics, and make sure that answers can be judged, if this run `judges` any.
 
         Raises:
-            ConfigError: the folder holds a run of another config, or `data.task` is unknown.
+            ConfigError: the folder holds a run of another config, `data.task` is unknown, or it is scored by running
+                programs and that isn't allowed, or no sandbox holds on this machine.
         """
         self.config, self.world, self.signals = config, world, signals
         self.plain = dataclasses.asdict(config)
@@ -48,6 +50,8 @@ class Run:
                 (self.folder.path / STOP_FILE).unlink(missing_ok=True)
         with together("finding the task"):
             self.task = find_task(config.data.task)
+            if judges:
+                self.task = able_to_judge(self.task, allowed=config.evaluate.allow_code_execution)
         mirror = open_mirror(config.metrics, self.folder.path, self.plain) if world.is_main else None
         self.metrics = MetricLogger(self.folder.path / "metrics", world.rank, mirror)
         self._rows: dict[Split, list[Row]] = {}
@@ -188,3 +192,16 @@ class Run:
             return report_text(found, folder)
 
         return on_main("writing the report", write)
+
+
+def able_to_judge(task: Task, *, allowed: bool) -> Task:
+    """The task, with a sandbox on this machine if it is scored by running programs.
+
+    Raises:
+        ConfigError: that isn't allowed, or no sandbox holds on this machine.
+    """
+    if not runs_code(task):
+        return task
+    if not allowed:
+        raise refusal(task.name)
+    return with_execution(task, open_sandbox().passes)

@@ -28,6 +28,7 @@ MAY_IMPORT = {  # besides itself
     "signals": set(),
     "run": BELOW | {"models", "data", "runtime", "arms", "signals"},
     "pipeline": BELOW | {"models", "data", "runtime", "stages", "arms", "signals", "run"},
+    "alone": BELOW | {"models", "data", "runtime", "stages", "arms", "signals", "run"},
     "rounds": BELOW | {"models", "data", "runtime", "arms", "signals", "run", "pipeline"},
 }
 ONLY_IN = {
