@@ -13,6 +13,7 @@ import torch
 from launching import SMALL, Launch, launch
 from memorised import save_memorised
 from peft import LoraConfig, get_peft_model
+from sandboxes import usable_sandbox
 from transformers import AutoModelForCausalLM
 
 from spd_dist.data.tasks import find_task
@@ -34,6 +35,12 @@ ANSWERS = {
     "cheat": "import os; os._exit(0)",
 }
 CORRECT = {"right": True, "wrong": False, "cheat": False}
+
+
+@pytest.fixture(scope="module")
+def needs_sandbox() -> None:
+    """Skip where programs cannot be run."""
+    usable_sandbox()
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +73,7 @@ def judged(file: Path) -> dict[str, bool]:
     return {row["id"]: row["correct"] for row in read_jsonl(file)}
 
 
+@pytest.mark.usefixtures("needs_sandbox")
 def test_a_run_judges_the_programs_that_its_arms_write(model, rows, tmp_path):
     run = tmp_path / "run"
     words = [
@@ -84,6 +92,7 @@ def words_for(model: Path, rows: Path, out: Path) -> list[str]:
     return [str(model), "--tasks", tasks, "--out", str(out), *limits]
 
 
+@pytest.mark.usefixtures("needs_sandbox")
 def test_a_model_alone_is_evaluated_on_several_tasks_whatever_the_ranks_and_kills(model, rows, tmp_path):
     one, killed = tmp_path / "one", tmp_path / "killed"
     output = launch(1, words_for(model, rows, one), tmp_path / "log", launcher=LAUNCHER)
@@ -102,6 +111,7 @@ def test_a_model_alone_is_evaluated_on_several_tasks_whatever_the_ranks_and_kill
     assert read_json(killed / "summary.json")["tasks"] == summary["tasks"]
 
 
+@pytest.mark.usefixtures("needs_sandbox")
 def test_an_adapter_makes_another_model(model, rows, adapter, tmp_path):
     words = [*words_for(model, rows, tmp_path / "out"), "--adapter", str(adapter), "data.num_test=3"]
     launch(2, words, tmp_path / "log", launcher=LAUNCHER)

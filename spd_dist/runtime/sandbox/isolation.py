@@ -12,8 +12,8 @@ from typing import Protocol
 
 from spd_dist.runtime.sandbox.layout import INSIDE, Layout, interpreter
 
-ISOLATED_PYTHON = ("-I", "-S", "-B")
-"""No variables, no user or site packages, no files written."""
+ISOLATED_PYTHON = ("-S", "-s", "-P", "-B")
+"""No site or user packages, nothing from the working folder, no files written; the variables are ours anyway."""
 
 
 class Isolation(Protocol):

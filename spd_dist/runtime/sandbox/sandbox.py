@@ -84,7 +84,7 @@ class Sandbox:
             judge = stack.enter_context(self._started("judge", [judge_to_host, judge_to_program]))
             for end in ends:
                 end.close()
-            if _received(host, START_SECONDS) != {"is_ready": True}:
+            if _received(host, START_SECONDS) != {"is_ready": True}:  # said before the program is loaded
                 raise SandboxError(f"a sandbox did not start: {_last_words(judge, candidate)}")
             Channel(host).send({"program": program, "tests": list(tests), "setup": setup})
             found = _received(host, self.limits.wall_seconds)
@@ -143,7 +143,8 @@ class Sandbox:
 def _environment() -> dict[str, str]:
     """No variable of ours but the one that the interpreter may need to start."""
     own = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
-    return {"HOME": "/tmp", "LANG": "C.UTF-8", "PATH": "/usr/bin:/bin", "OPENBLAS_NUM_THREADS": "1", **own}
+    same_sets = {"PYTHONHASHSEED": "0"}  # the order of a set, and so a verdict, does not change from run to run
+    return {"HOME": "/tmp", "LANG": "C.UTF-8", "PATH": "/usr/bin:/bin", "OPENBLAS_NUM_THREADS": "1"} | own | same_sets
 
 
 def _received(connection: socket.socket, seconds: float) -> Any:
@@ -165,7 +166,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(child), signal.SIGKILL)
     try:
-        process.wait(1 if inner else 0)
+        process.wait(10 if inner else 0)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
@@ -185,5 +186,6 @@ def _how_it_ended(candidate: subprocess.Popen[bytes]) -> str:
 def _last_words(*processes: subprocess.Popen[bytes]) -> str:
     for process in processes:
         _kill(process)
-    said = [process.stderr.read().decode(errors="replace").strip()[-300:] for process in processes if process.stderr]
-    return "; ".join(filter(None, said)) or f"exit codes {', '.join(str(process.returncode) for process in processes)}"
+    said = [process.stderr.read().decode(errors="replace").split("\n") for process in processes if process.stderr]
+    last = [lines[-1] for lines in ([line for line in text if line.strip()] for text in said) if lines]
+    return "; ".join(dict.fromkeys(last)) or f"exit codes {', '.join(str(one.returncode) for one in processes)}"

@@ -3,7 +3,8 @@
 A name that a test uses is either the judge's own (a builtin, something that the setup imports or assigns) or stands for
 an object of the program, in the other sandbox. Calling that object sends the arguments over and brings the result back
 as plain data; comparing is done here. So a program passes only by giving the right values: it can neither end before
-an assertion, nor redefine one, nor bring an object that equals everything.
+an assertion, nor redefine one, nor bring an object that equals everything. Arguments go over as copies: what a program
+does to them, a test does not see.
 """
 
 from __future__ import annotations

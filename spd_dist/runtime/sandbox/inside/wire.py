@@ -114,6 +114,8 @@ def _encode_rare(value: Any, number_of: Callable[[Any], int]) -> Any:
         return [type(value).__name__ if type(value) in (bytes, bytearray) else "bytes", bytes(value).hex()]
     if isinstance(value, range):
         return ["range", [value.start, value.stop, value.step]]
+    if isinstance(value, type) and _TYPES.get(value.__name__) is value:
+        return ["type", value.__name__]
     if type(value).__module__ == "numpy" and "item" in dir(value) and not value.shape:
         return encode(value.item(), number_of)
     return ["object", number_of(value)]
@@ -139,11 +141,17 @@ def decode(value: Any, object_of: Callable[[int], Any]) -> Any:
         case [("list" | "tuple" | "set" | "frozenset" | "complex" | "range") as kind, list(items)]:
             decoded = [decode(item, object_of) for item in items]
             return _OF_ITEMS[kind](decoded) if kind in _OF_ITEMS else _OF_ARGUMENTS[kind](*decoded)
+        case ["type", str(name)] if name in _TYPES:
+            return _TYPES[name]
         case [("int" | "float" | "bytes" | "bytearray") as kind, str(text)]:
             return _OF_TEXT[kind](text)
     raise ValueError(f"{str(value)[:80]!r} encodes nothing")
 
 
+_TYPES: Mapping[str, type] = {
+    kind.__name__: kind
+    for kind in (bool, bytes, complex, dict, float, frozenset, int, list, object, set, str, tuple, type(None))
+}
 _OF_ITEMS: Mapping[str, Callable[[list[Any]], Any]] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 _OF_ARGUMENTS: Mapping[str, Callable[..., Any]] = {"complex": complex, "range": range}
 _OF_TEXT: Mapping[str, Callable[[str], Any]] = {
