@@ -18,6 +18,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from spd import on_every_rank
+
 from spd_dist.config import Experiment
 from spd_dist.errors import ConfigError, UserError
 from spd_dist.overrides import load_experiment, to_yaml
@@ -72,7 +74,6 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
 def run(experiment: Experiment, arguments: argparse.Namespace, signals: StopSignals) -> int:
     """The experiment, on all ranks."""
     from spd_dist.experiment import jobs, report, run_experiment, unfinished
-    from spd_dist.launch import run_on_all_ranks
 
     if arguments.list:
         left = unfinished(experiment)
@@ -87,7 +88,7 @@ def run(experiment: Experiment, arguments: argparse.Namespace, signals: StopSign
             return report(experiment, world, signals)
         return run_experiment(experiment, world, signals, task=arguments.task, num_tasks=arguments.num_tasks)
 
-    return run_on_all_ranks(experiment.run.distributed, work)
+    return on_every_rank(experiment.run, work)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from spd_dist.config import STAGES, Config
@@ -18,6 +22,9 @@ from spd_dist.signals import StopSignals
 
 if TYPE_CHECKING:
     from spd_dist.distributed.world import World
+
+SECONDS_FOR_THE_CAUSE = 5
+"""A rank that fails since another one did ends this much later: the launcher takes the exit code of the first."""
 
 
 def main() -> int:
@@ -80,14 +87,46 @@ def preview(config: Config, num_examples: int) -> int:
 
 
 def run(config: Config, arguments: argparse.Namespace, signals: StopSignals) -> int:
-    """The stages, on all ranks."""
-    from spd_dist.launch import run_on_all_ranks
+    """Run the stages."""
     from spd_dist.rounds import run_rounds
 
-    def work(world: World) -> str:
-        return run_rounds(config, world, signals, first=arguments.first, last=arguments.last)
+    stages = {"first": arguments.first, "last": arguments.last}
+    return on_every_rank(config, lambda world: run_rounds(config, world, signals, **stages))
 
-    return run_on_all_ranks(config.distributed, work)
+
+def on_every_rank(config: Config, work: Callable[[World], str]) -> int:
+    """Join the other ranks and print what `work` gives; every failure ends all ranks, and none waits for ever."""
+    from spd_dist.distributed.world import join_world, leave_world
+    from spd_dist.runtime.log import set_up_logging
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch|deepspeed")
+    set_up_logging(int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))))
+    world = join_world(config.distributed)
+    try:
+        summary = work(world)
+    except UserError as error:
+        if world.is_main or not error.is_shared:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        if not error.is_shared:
+            end_now(error.exit_code)  # the others are inside a collective: only a closed connection reaches them
+        code = error.exit_code
+    except BaseException:  # noqa: BLE001 - printed, and no rank may be left waiting for this one
+        traceback.print_exc()
+        time.sleep(SECONDS_FOR_THE_CAUSE if world.size > 1 else 0)
+        end_now(1)
+    else:
+        if world.is_main:
+            print(summary, flush=True)
+        code = 0
+    leave_world()
+    return code
+
+
+def end_now(code: int) -> None:
+    """Leave without a word to the other ranks: closing the process group could wait for them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from spd_dist.config import STAGES, Config
 from spd_dist.data.prompts import make_examples, make_prompts
 from spd_dist.distributed.collectives import on_main, together
 from spd_dist.models.kv_sites import discover_sites
+from spd_dist.reporting import report
 from spd_dist.run import Run
 from spd_dist.runtime.artifacts import write_json
 from spd_dist.runtime.subspace_file import load_subspace, save_subspace
@@ -40,17 +41,18 @@ def run_stages(run: Run, *, first: str = STAGES[0], last: str = STAGES[-1], only
     """
     stages = STAGES[STAGES.index(first) : STAGES.index(last) + 1]
     arms = chosen(only or run.config.evaluate.arms)
+    writers, students = [arm for arm in arms if arm.writes], [arm for arm in arms if arm.trains]
     with run.metrics:
         for arm in {inputs.subspace_stage(run, arm): arm for arm in arms if arm.projects}.values():
             find_subspace(run, arm, wanted=first in STAGES[:4])
-        for arm in arms if last in STAGES[4:] else []:
+        for arm in writers if last in STAGES[4:] else []:
             write_completions(run, arm, wanted="generate" in stages)
-        for arm in arms if last in STAGES[5:] else []:
+        for arm in students if last in STAGES[5:] else []:
             train_student(run, arm, wanted="finetune" in stages)
         for arm in arms if last == "evaluate" else []:
             answer(run, arm)
         if last == "evaluate" and not only:
-            return run.report(arms)
+            return report(run, arms)
         return f"{run.folder.path}: {', '.join(only) or 'all arms'} complete up to {last}"
 
 
@@ -97,8 +99,6 @@ def _shards(config: Config) -> dict[str, Any]:
 
 def write_completions(run: Run, arm: Arm, *, wanted: bool) -> None:
     """Let the policy answer the training prompts, under the projection if the arm has one."""
-    if not arm.writes:
-        return
     config, rows = run.config_of(arm), run.rows("train")
 
     def work(folder: Path) -> dict[str, Any]:
@@ -118,8 +118,6 @@ def write_completions(run: Run, arm: Arm, *, wanted: bool) -> None:
 
 def train_student(run: Run, arm: Arm, *, wanted: bool) -> None:
     """Fine-tune the untouched policy on what the arm learns from."""
-    if not arm.trains:
-        return
     config = run.config_of(arm)
 
     def work(folder: Path) -> dict[str, Any]:

@@ -55,7 +55,8 @@ def run_rounds(
                 _merge_student(config_of_round(config, number - 1), world)
                 log.info("round %d of %d in %s", number, config.rounds, places[number - 1])
             before = places[: number - 1]
-            run = Run(config_of_round(config, number), world, signals, job=job, others=others, rounds_before=before)
+            settings, judges = config_of_round(config, number), last == "evaluate"
+            run = Run(settings, world, signals, judges=judges, job=job, others=others, rounds_before=before)
             texts.append(run_stages(run, first=first, last=last, only=only))
     if config.rounds == 1:
         return texts[0]

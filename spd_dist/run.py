@@ -14,23 +14,21 @@ from spd_dist.config import Config
 from spd_dist.data.controls import ended
 from spd_dist.data.held_out import TestSet, make_test_set
 from spd_dist.data.prompts import make_references
-from spd_dist.data.sources import check_leaks, load_rows
-from spd_dist.data.tasks import find_task
+from spd_dist.data.sources import load_rows
+from spd_dist.data.tasks import Task, find_task, refusal, runs_code, with_execution
 from spd_dist.data.tasks.protocol import Row, Split
 from spd_dist.distributed.collectives import any_rank, gather_objects, on_main, together
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError, StopRequested
 from spd_dist.models.policy import Policy, load_policy, load_replica, load_tokenizer
 from spd_dist.overrides import config_of_arm
-from spd_dist.runtime.answers import answers_path, answers_summary, read_answers
-from spd_dist.runtime.artifacts import content_hash, read_json, write_json
+from spd_dist.runtime.artifacts import content_hash, read_json
 from spd_dist.runtime.completions import read_completions
-from spd_dist.runtime.manifests import MANIFEST, why_not_complete
+from spd_dist.runtime.manifests import MANIFEST
 from spd_dist.runtime.metrics import MetricLogger
-from spd_dist.runtime.page import write_page
 from spd_dist.runtime.progress import Progress
-from spd_dist.runtime.report import log_report, report_text, write_report
 from spd_dist.runtime.run_folder import RunFolder, settings_hash
+from spd_dist.runtime.sandbox import open_sandbox
 from spd_dist.runtime.wandb_mirror import open_mirror
 from spd_dist.signals import STOP_FILE, StopSignals
 from spd_dist.types import Completion
@@ -48,22 +46,25 @@ class Run:
         world: World,
         signals: StopSignals,
         *,
+        judges: bool = False,
         job: str = "",
         others: Sequence[Path] = (),
         rounds_before: Sequence[Path] = (),
     ) -> None:
-        """Open the run folder and the metrics.
+        """Open the run folder and the metrics, and make sure that answers can be judged, if this run `judges` any.
 
         Args:
             config: Its whole config.
             world: This process among all.
             signals: Requests to stop.
+            judges: Whether it scores answers: programs need leave and a sandbox.
             job: As of `RunFolder`: what this process is called, if several share the folder.
             others: As of `RunFolder`: runs whose finished stages are as good as one's own.
             rounds_before: The folders of earlier rounds, if this is a later one.
 
         Raises:
-            ConfigError: the folder holds a run of another config, or `data.task` is unknown.
+            ConfigError: the folder holds a run of another config, `data.task` is unknown, or it is scored by running
+                programs and that isn't allowed, or no sandbox holds on this machine.
         """
         self.config, self.world, self.signals = config, world, signals
         self.plain = dataclasses.asdict(config)
@@ -74,6 +75,8 @@ class Run:
                 (self._stop_folder / STOP_FILE).unlink(missing_ok=True)
         with together("finding the task"):
             self.task = find_task(config.data.task)
+            if judges:
+                self.task = able_to_judge(self.task, allowed=config.evaluate.allow_code_execution)
         kind = {"job": job} if job else {}
         mirror = open_mirror(config.metrics, self.folder.path, self.plain, **kind) if world.is_main else None
         prefix = f"{job}_" if job else ""
@@ -238,36 +241,15 @@ class Run:
             stop.is_shared = True
             raise stop
 
-    def report(self, arms: Iterable[Arm]) -> str:
-        """Write the comparison of the arms, as data and as a page; the text for a terminal is given on every rank."""
-        config, folder = self.config, self.folder.path
-        sentences = {arm.name: arm.sentence for arm in arms}
-        questions = self.questions()
-        self._sum_up_answers(sentences)
 
-        def write() -> str:
-            shared = check_leaks(self.task, config.data, num_calibration=config.calibrate.num_examples)
-            overlaps = [{name: value for name, value in vars(one).items() if name != "leaks"} for one in shared]
-            found = write_report(
-                folder, sentences, task=self.task.name, metric=self.task.metric, seed=config.seed, overlaps=overlaps
-            )
-            write_page(folder, found, questions)
-            log_report(self.metrics, folder, found)
-            return report_text(found, folder)
+def able_to_judge(task: Task, *, allowed: bool) -> Task:
+    """The task, with a sandbox on this machine if it is scored by running programs.
 
-        return on_main("writing the report", write)
-
-    def _sum_up_answers(self, arms: Iterable[str]) -> None:
-        """Write `evaluate/summary.json` and the manifest of the whole stage, unless they are of these answers."""
-        answers = {arm: self.folder.output_hash(f"evaluate/{arm}") for arm in arms}
-        folder, task = self.folder.folder("evaluate"), self.task
-        if on_main("checking evaluate", lambda: why_not_complete(folder, answers)) is None:
-            return
-
-        def write() -> None:
-            rows = {arm: read_answers(answers_path(folder, arm, task.name)) for arm in answers}
-            summaries = {arm: {task.name: answers_summary(row, task.metric)} for arm, row in rows.items()}
-            write_json(folder / "summary.json", summaries)
-
-        on_main("writing the summary of the answers", write)
-        self.folder.finish("evaluate", answers, ["summary.json", *answers], seconds=0.0)
+    Raises:
+        ConfigError: that isn't allowed, or no sandbox holds on this machine.
+    """
+    if not runs_code(task):
+        return task
+    if not allowed:
+        raise refusal(task.name)
+    return with_execution(task, open_sandbox().passes)

@@ -98,4 +98,5 @@ def _launch(rank: int, world_size: int, port: int, launcher: str, words: list[st
     }
     os.environ |= {name: str(value) for name, value in variables.items()}
     sys.argv = [launcher, *words]
+    sys.path.insert(0, str(Path(launcher).parent))  # as for a script
     runpy.run_path(launcher, run_name="__main__")

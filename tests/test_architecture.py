@@ -28,10 +28,11 @@ MAY_IMPORT = {  # besides itself
     "signals": set(),
     "run": BELOW | {"models", "data", "runtime", "arms", "signals", "overrides"},
     "inputs": {"arms", "run", "runtime"},
-    "pipeline": BELOW | {"models", "data", "runtime", "stages", "arms", "run", "inputs"},
+    "reporting": BELOW | {"data", "runtime", "arms", "run"},
+    "pipeline": BELOW | {"models", "data", "runtime", "stages", "arms", "run", "inputs", "reporting"},
+    "alone": BELOW | {"models", "data", "runtime", "stages", "arms", "signals", "run"},
     "rounds": BELOW | {"models", "runtime", "signals", "run", "pipeline"},
     "experiment": BELOW | {"data", "runtime", "signals", "rounds"},
-    "launch": BELOW | {"runtime"},
 }
 ONLY_IN = {
     "deepspeed": {"distributed"},

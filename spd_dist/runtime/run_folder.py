@@ -52,6 +52,7 @@ MAY_CHANGE = (
     "finetune.packing",
     "finetune.merge",
     "evaluate.arms",
+    "evaluate.allow_code_execution",
     "evaluate.batch_size",
     "evaluate.placement",
     "distributed.zero_stage",
