@@ -6,70 +6,106 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from spd_dist.arms import Arm
 from spd_dist.config import Config
+from spd_dist.data.controls import ended
 from spd_dist.data.held_out import TestSet, make_test_set
-from spd_dist.data.sources import check_leaks, load_rows
-from spd_dist.data.tasks import find_task
+from spd_dist.data.prompts import make_references
+from spd_dist.data.sources import load_rows
+from spd_dist.data.tasks import Task, find_task, refusal, runs_code, with_execution
 from spd_dist.data.tasks.protocol import Row, Split
 from spd_dist.distributed.collectives import any_rank, gather_objects, on_main, together
 from spd_dist.distributed.heartbeat import Heartbeat, naming_lagging_ranks, telling_of_silence
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError, StopRequested
 from spd_dist.models.policy import Policy, load_policy, load_replica, load_tokenizer
-from spd_dist.runtime.artifacts import content_hash
+from spd_dist.overrides import config_of_arm
+from spd_dist.runtime.artifacts import content_hash, read_json
+from spd_dist.runtime.completions import read_completions
+from spd_dist.runtime.manifests import MANIFEST
 from spd_dist.runtime.metrics import MetricLogger
-from spd_dist.runtime.page import write_page
 from spd_dist.runtime.progress import Progress
-from spd_dist.runtime.report import log_report, report_text, write_report
 from spd_dist.runtime.run_folder import RunFolder, settings_hash
+from spd_dist.runtime.sandbox import open_sandbox
 from spd_dist.runtime.status import kept_status
 from spd_dist.runtime.wandb_mirror import open_mirror
 from spd_dist.signals import STOP_FILE, StopSignals, stop_file
+from spd_dist.types import Completion
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Run:
     """What the stages of one run share. Every method but `progress` is a collective."""
 
-    def __init__(self, config: Config, world: World, signals: StopSignals) -> None:
-        """Open the run folder and the metrics.
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        signals: StopSignals,
+        *,
+        judges: bool = False,
+        job: str = "",
+        others: Sequence[Path] = (),
+        rounds_before: Sequence[Path] = (),
+    ) -> None:
+        """Open the run folder and the metrics, and make sure that answers can be judged, if this run `judges` any.
+
+        Args:
+            config: Its whole config.
+            world: This process among all.
+            signals: Requests to stop.
+            judges: Whether it scores answers: programs need leave and a sandbox.
+            job: As of `RunFolder`: what this process is called, if several share the folder.
+            others: As of `RunFolder`: runs whose finished stages are as good as one's own.
+            rounds_before: The folders of earlier rounds, if this is a later one.
 
         Raises:
-            ConfigError: the folder holds a run of another config, or `data.task` is unknown.
+            ConfigError: the folder holds a run of another config, `data.task` is unknown, or it is scored by running
+                programs and that isn't allowed, or no sandbox holds on this machine.
         """
         self.config, self.world, self.signals = config, world, signals
         self.plain = dataclasses.asdict(config)
-        self.folder = RunFolder(config.run_dir, self.plain, world)
+        self.folder = RunFolder(config.run_dir, self.plain, world, job=job, others=others)
         self.task_index = config.generate.task_index if config.generate.num_tasks > 1 else None
-        self.stop_files = (self.folder.path / STOP_FILE, self.folder.path / stop_file(self.task_index))
+        self.stop_files = [self.folder.workplace("") / name for name in (STOP_FILE, stop_file(self.task_index))]
         on_main("removing the request to stop", lambda: [file.unlink(missing_ok=True) for file in self.stop_files])
         distributed = config.distributed
         signals.limit(os.environ, distributed.time_limit_seconds, distributed.time_margin_seconds)
         with together("finding the task"):
             self.task = find_task(config.data.task)
-        mirror = open_mirror(config.metrics, self.folder.path, self.plain) if world.is_main else None
-        task = "" if self.task_index is None else f"task_{self.task_index:05d}_"
-        self.metrics = MetricLogger(self.folder.path / "metrics", world.rank, mirror, prefix=task)
-        self.heartbeat = Heartbeat(self.folder.path / "heartbeat" / task.rstrip("_"), world)
+            if judges:
+                self.task = able_to_judge(self.task, allowed=config.evaluate.allow_code_execution)
+        kind = {"job": job} if job else {}
+        mirror = open_mirror(config.metrics, self.folder.path, self.plain, **kind) if world.is_main else None
+        self.part = job or ("" if self.task_index is None else f"task-{self.task_index:05d}")
+        prefix = f"{self.part}_" if self.part else ""
+        self.metrics = MetricLogger(self.folder.path / "metrics", world.rank, mirror, prefix=prefix)
+        self.heartbeat = Heartbeat(self.folder.path / "heartbeat" / self.part, world)
         self._rows: dict[Split, list[Row]] = {}
         self._policy: Policy | None = None
+        self.rounds_before = tuple(rounds_before)
+        self._student_before = on_main("reading the round before", self._hash_of_student_before)
+        self._once: dict[Hashable, Any] = {}
 
     @contextmanager
-    def opened(self, last: str) -> Iterator[None]:
-        """Run the stages up to `last` in here: a status is kept, and a collective that fails says where ranks are."""
-        name = "status.json" if self.task_index is None else f"status.task-{self.task_index:05d}.json"
-        path = (self.signals.also_in or self.folder.path) / name
+    def opened(self) -> Iterator[None]:
+        """Run stages in here: a collective that fails or hangs says where ranks are."""
         naming = naming_lagging_ranks(self.heartbeat)
         telling = telling_of_silence(self.heartbeat, self.config.distributed.timeout_seconds)
-        with self.metrics, kept_status(path, self.world, last), naming, telling:
+        with self.metrics, naming, telling:
             yield
+
+    def kept_status(self, last: str) -> AbstractContextManager[None]:
+        """Within, `status.json` says how the run up to stage `last` stands; each of several jobs has its own."""
+        name = f"status.{self.part}.json" if self.part else "status.json"
+        return kept_status(self.folder.path / name, self.world, last)
 
     def rows(self, split: Split) -> list[Row]:
         """The rows of a split, the same on every rank.
@@ -79,13 +115,45 @@ class Run:
         """
         if split not in self._rows:
             with together(f"reading the {split} rows"):
-                self._rows[split] = load_rows(self.task, split, self.config.data, self.config.seed)
+                self._rows[split] = load_rows(self.task, split, self.config.data)
         return self._rows[split]
 
-    def subspace_inputs(self) -> dict[str, str]:
-        """What the subspace depends on."""
-        settings = self.settings("model", "data", "calibrate", "sketch", "reduce", "project")
-        return {"settings": settings, "calibration": content_hash(self.rows("calibration"))}
+    def _hash_of_student_before(self) -> str | None:
+        if not self.rounds_before:
+            return None
+        return content_hash(read_json(self.rounds_before[-1] / "finetune" / MANIFEST)["outputs"])
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gave when it was first called with this key: for work that several stages of this run share."""
+        if key not in self._once:
+            self._once[key] = make()
+        return self._once[key]
+
+    def config_of(self, arm: Arm) -> Config:
+        """The config as one arm has it."""
+        return self.once(arm, lambda: config_of_arm(self.config, arm))
+
+    def earlier(self, stage: str) -> list[tuple[int, Path]]:
+        """The folders of a stage in the rounds before, by their numbers; of those that did it."""
+        folders = [(number, path / stage) for number, path in enumerate(self.rounds_before, 1)]
+        return [(number, folder) for number, folder in folders if (folder / MANIFEST).exists()]
+
+    def corpus(self, arm: Arm, policy: Policy) -> list[Completion]:
+        """What an arm's student learns from: its own completions, or the reference answers of the calibration set."""
+        config, rows = self.config_of(arm), self.rows("calibration")
+        with together("reading what the student learns from"):
+            ends = policy.eos_token_ids
+            if arm.learns_from == "references":
+                rows = rows[: config.calibrate.num_examples]
+                return make_references(rows, self.task, policy.tokenizer, config.data, eos_token_ids=ends)
+            own = read_completions(self.folder.folder(arm.stage("generate")) / "completions")
+            if arm.learns_from == "itself, ended":
+                return ended(own, policy.tokenizer.decode, eos_token_ids=ends)
+            return own
+
+    def questions(self) -> dict[str, str]:
+        """What the arms are asked, by example id."""
+        return {row["id"]: self.task.prompt(row) for row in self.rows("test")}
 
     def test_set(self) -> TestSet:
         """The held-out examples, as every arm is asked them.
@@ -115,7 +183,7 @@ class Run:
             return self.policy()
         self.release_policy()
         student = self.folder.folder(arm.stage("finetune"))
-        if self.config.finetune.mode == "lora":
+        if self.config_of(arm).finetune.mode == "lora":
             return load_replica(self.config.model, self.config.distributed, self.world, adapter=student / "adapter")
         model = dataclasses.replace(self.config.model, name=str(student / "model"), revision=None)
         return load_policy(model, self.config.distributed, self.world)
@@ -152,9 +220,13 @@ class Run:
         self.folder.finish(stage, inputs, outputs, seconds=seconds, extra=extra)
         log.info("%s: complete, %.1f s", stage, seconds)
 
-    def settings(self, *sections: str) -> str:
-        """The hash of the settings of `sections` that results depend on."""
-        return settings_hash(self.plain, "seed", *sections)
+    def settings(self, *names: str, arm: Arm | None = None) -> str:
+        """The hash of the settings of these sections and keys that results depend on, as an arm has them.
+
+        Of a later round's model, the path says nothing: it is the student of the round before.
+        """
+        found = settings_hash(self.plain if arm is None else dataclasses.asdict(self.config_of(arm)), *names)
+        return content_hash([found, self._student_before]) if "model" in names and self._student_before else found
 
     def progress(self, stage: str, total: int | None, unit: str) -> Progress:
         """A counter whose lines and metrics carry the stage's name. Where ranks decode, it heeds requests to stop."""
@@ -202,20 +274,15 @@ class Run:
             stop.is_shared = True
             raise stop
 
-    def report(self, arms: Iterable[Arm]) -> str:
-        """Write the comparison of the arms, as data and as a page; the text for a terminal is given on every rank."""
-        config, folder = self.config, self.folder.path
-        sentences = {arm.name: arm.sentence for arm in arms}
-        questions = {row["id"]: self.task.prompt(row) for row in self.rows("test")}
 
-        def write() -> str:
-            shared = check_leaks(self.task, config.data, config.seed, num_calibration=config.calibrate.num_examples)
-            overlaps = [{name: value for name, value in vars(one).items() if name != "leaks"} for one in shared]
-            found = write_report(
-                folder, sentences, task=self.task.name, metric=self.task.metric, seed=config.seed, overlaps=overlaps
-            )
-            write_page(folder, found, questions)
-            log_report(self.metrics, folder, found)
-            return report_text(found, folder)
+def able_to_judge(task: Task, *, allowed: bool) -> Task:
+    """The task, with a sandbox on this machine if it is scored by running programs.
 
-        return on_main("writing the report", write)
+    Raises:
+        ConfigError: that isn't allowed, or no sandbox holds on this machine.
+    """
+    if not runs_code(task):
+        return task
+    if not allowed:
+        raise refusal(task.name)
+    return with_execution(task, open_sandbox().passes)

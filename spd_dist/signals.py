@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -39,8 +40,8 @@ class StopSignals:
         self.received: list[str] = []
         self.started = time.time()
         self.deadline: float | None = None
-        self.also_in: Path | None = None
-        """Another folder whose stop file counts: that of the run which this one is a round of."""
+        self.also_in: list[Path] = []
+        """Other folders whose stop file counts (`watching`)."""
 
     def install(self) -> None:
         """Take SIGTERM and SIGUSR1 as requests. Repeated ones change nothing: launchers and SLURM send their own."""
@@ -59,8 +60,17 @@ class StopSignals:
             return self.received[0]
         if self.deadline is not None and time.time() >= self.deadline:
             return "the time limit"
-        others = () if self.also_in is None else (self.also_in / STOP_FILE,)
+        others = (folder / STOP_FILE for folder in self.also_in)
         return next((f"the file {file}" for file in (*files, *others) if file.exists()), None)
+
+    @contextmanager
+    def watching(self, folder: Path) -> Iterator[None]:
+        """Within, a stop file in `folder` counts, too: that of an experiment, or of the run that a round is of."""
+        self.also_in.append(folder)
+        try:
+            yield
+        finally:
+            self.also_in.remove(folder)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received.append(signal.Signals(number).name)

@@ -91,7 +91,7 @@ def _find_inputs(config: Config) -> tuple[dict[str, str], dict[str, str], float]
         faults["model"] = str(error)
     for split in SPLITS:
         try:
-            rows: list[Any] = load_rows(find_task(config.data.task), split, config.data, config.seed)
+            rows: list[Any] = load_rows(find_task(config.data.task), split, config.data)
             found[f"{split} rows"] = f"{len(rows)}, {content_hash(rows)[:12]}"
         except UserError as error:
             faults[f"{split} rows"] = str(error)

@@ -38,7 +38,7 @@ class MetricLogger:
             folder: The run's `metrics/`.
             rank: Of this process.
             mirror: Given on rank 0 only.
-            prefix: In front of the file's name, for jobs that share a run folder, such as `task_00003_`.
+            prefix: In front of the file's name, for jobs that share a run folder, such as `task-00003_`.
         """
         self.path = Path(folder) / f"{prefix}rank_{rank:05d}.jsonl"
         self._writer = JsonlWriter(self.path)

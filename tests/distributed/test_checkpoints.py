@@ -181,7 +181,7 @@ def ask_one_rank_to_stop(model: Path, folder: Path) -> None:
     signals.install()
 
     def asked() -> bool:
-        return signals.reason(folder) is not None
+        return signals.reason(folder / STOP_FILE) is not None
 
     def signal_itself() -> bool:
         os.kill(os.getpid(), signal.SIGTERM)

@@ -40,11 +40,11 @@ def test_a_line_torn_by_a_kill_is_dropped_and_logging_goes_on(tmp_path):
 
 
 def test_rows_of_all_ranks_are_read_in_the_order_of_time(tmp_path):
-    with MetricLogger(tmp_path, 0) as zero, MetricLogger(tmp_path, 1, prefix="task_00001_") as one:
+    with MetricLogger(tmp_path, 0) as zero, MetricLogger(tmp_path, 1, prefix="task-00001_") as one:
         for step in range(4):
             (zero, one)[step % 2].log("generate", {"x": step}, step)
     assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1, 2, 3]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["rank_00000.jsonl", "task_00001_rank_00001.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rank_00000.jsonl", "task-00001_rank_00001.jsonl"]
 
 
 def test_values_that_json_lacks_stay_visible(tmp_path):

@@ -36,9 +36,11 @@ def test_a_file_is_a_request_and_tasks_of_an_array_have_one_each(signals, tmp_pa
 
 
 def test_the_file_of_the_run_that_this_is_a_round_of_is_a_request(signals, tmp_path):
-    signals.also_in = tmp_path
     (tmp_path / STOP_FILE).touch()
-    assert signals.reason(tmp_path / "rounds" / "2" / STOP_FILE) == f"the file {tmp_path / STOP_FILE}"
+    own = tmp_path / "rounds" / "2" / STOP_FILE
+    with signals.watching(tmp_path):
+        assert signals.reason(own) == f"the file {tmp_path / STOP_FILE}"
+    assert signals.reason(own) is None
 
 
 def test_the_time_limit_is_a_request_once_it_has_passed_since_the_start(signals):

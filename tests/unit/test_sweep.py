@@ -9,6 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+from answering import ARMS, answers
+
+from spd_dist.runtime.answers import answers_path, write_merged
+from spd_dist.runtime.report import write_report
 
 SWEEP = runpy.run_path("launchers/sweep.py")
 main, points = SWEEP["main"], SWEEP["points"]
@@ -95,20 +99,18 @@ def test_status_says_of_each_run_how_it_is_and_where(plan, capsys):
     assert sum("absent" in line for line in lines) == 5
 
 
-def report(seed: int, value: float, task: str = "arithmetic") -> dict:
-    arms = {arm: {"value": value + more, "interval": [0.1, 0.9], "num_examples": 10} for arm, more in
-            (("base", 0.0), ("spd", 0.1))}  # fmt: skip
-    comparisons = [{"before": "base", "after": "spd", "difference": 0.1}]
-    common = {"task": task, "metric": "accuracy", "examples": "x", "seed": seed}
-    return common | {"arms": arms, "comparisons": comparisons}
+def finish(run: Path, seed: int, num_correct: int) -> None:
+    for arm, more in (("base", 0), ("spd", 1)):
+        write_merged(answers_path(run / "evaluate", arm, "arithmetic"), answers(num_correct + more, num=10))
+    write_report(run, {arm: ARMS[arm] for arm in ("base", "spd")}, task="arithmetic", metric="accuracy", seed=seed)
 
 
 def test_collect_puts_finished_runs_in_one_file_and_shows_the_spread_of_seeds(plan, capsys):
     assert "no point is finished yet" in error(capsys, "collect", plan, code=3)
     runs = [point.run_dir for point in SWEEP["read_plan"](plan)]
-    put(runs[0] / "report.json", report(1, 0.4))
-    put(runs[1] / "report.json", report(2, 0.6))
-    put(runs[6] / "report.json", report(1, 0.5))
+    finish(runs[0], 1, 4)
+    finish(runs[1], 2, 6)
+    finish(runs[6], 1, 5)
     assert main(["collect", str(plan)]) == 0
     output = capsys.readouterr().out
     assert "project.fraction=0.25, calibrate.layers=[middle,last]" in output
