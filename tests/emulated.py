@@ -76,7 +76,20 @@ class Run:
         beats = self.folder.glob("heartbeat/**/*.json")
         return " | ".join(sorted(json.loads(file.read_text())["place"] for file in beats))
 
-    def freeze_when(self, happened: Callable[[], bool], seconds: float = 120) -> list[int]:
+    def metrics(self) -> str:
+        """What rank 0 has logged."""
+        file = self.folder / "metrics" / "rank_00000.jsonl"
+        return file.read_text() if file.exists() else ""
+
+    def has_completions(self) -> bool:
+        """Whether a rank has written one."""
+        return any(part.stat().st_size for part in self.folder.glob("generate/completions/part-*.jsonl"))
+
+    def checkpoints(self) -> set[Path]:
+        """Those of the student that are whole."""
+        return {file.parent for file in self.folder.glob("finetune/checkpoints/step_????????/COMPLETE.json")}
+
+    def freeze_when(self, happened: Callable[[], object], seconds: float = 120) -> list[int]:
         """Stop all ranks in the middle of what they do, as soon as something is seen; their pids, for `thaw`."""
         deadline = time.monotonic() + seconds
         while not happened():
@@ -136,6 +149,12 @@ def ended(job: str, expected: str, run: Run, seconds: float = 240) -> None:
     """Wait until a job has ended, and as it should."""
     wait_for(lambda: states(job) <= DONE, seconds, lambda: f"{described(job)}\n{run.log()}")
     assert states(job) == {expected}, f"{described(job)}\n{run.log()}"
+
+
+def cancel_all() -> None:
+    """End every job, so that none is in the way of the next test."""
+    run_on("node0", "scancel", "--user=root", check=False)
+    wait_for(lambda: not run_on("node0", "squeue", "--noheader", check=False).strip(), 60)
 
 
 def link(host: str, up: bool) -> None:

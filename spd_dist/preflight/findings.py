@@ -70,8 +70,12 @@ def _versions(facts: Facts) -> str:
     return ", ".join(f"{package} {version}" for package, version in facts.versions.items())
 
 
+def _visible(facts: Facts) -> str:
+    return f"{facts.num_devices} x {facts.device}" if facts.num_devices else facts.device
+
+
 def _devices(facts: Sequence[Facts]) -> Iterator[Finding]:
-    yield from _same("device", facts, lambda one: one.device, "ranks of one run need devices of one kind")
+    yield from _same("device", facts, _visible, "every host must show as many devices, of one kind")
     faults = []
     for host, ranks in _by_host(facts).items():
         first, num_ranks = ranks[0], len(ranks)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from emulated import HERE, Run, ended
+from emulated import HERE, Run, cancel_all, ended
 from launching import SETTINGS, SMALL, results
 from tiny import save_tiny_model
 
@@ -27,7 +28,7 @@ def cluster():
 @pytest.fixture(scope="session")
 def words(tmp_path_factory) -> tuple[str, ...]:
     model = save_tiny_model(tmp_path_factory.mktemp("policy") / "model")
-    slower = ["calibrate.num_examples=16", "calibrate.batch_size=1"]  # a stage must last long enough to be disturbed
+    slower = ["calibrate.num_examples=40", "calibrate.batch_size=1"]  # a stage must last long enough to be disturbed
     return (
         "--config",
         "configs/quickstart.yaml",
@@ -40,8 +41,9 @@ def words(tmp_path_factory) -> tuple[str, ...]:
 
 
 @pytest.fixture
-def run(cluster, words, tmp_path) -> Run:
-    return Run(tmp_path / "run", words)
+def run(cluster, words, tmp_path) -> Iterator[Run]:
+    yield Run(tmp_path / "run", words)
+    cancel_all()
 
 
 @pytest.fixture(scope="session")

@@ -21,19 +21,16 @@ def restarts(job: str) -> int:
     return int(described(job)["Restarts"])
 
 
-def has_lines(run: Run) -> bool:
-    return any(part.stat().st_size for part in run.folder.glob("generate/completions/part-*.jsonl"))
-
-
 MIDDLE = {  # a stage, and how to see that it is at work
-    "calibrate": lambda run: "calibrate, " in run.place() and not (run.folder / "project" / "summary.json").exists(),
-    "generate": has_lines,
-    "finetune": lambda run: any(run.folder.glob("finetune/checkpoints/step_*/COMPLETE.json")),
+    "calibrate": lambda run: '"calibrate/done_count"' in run.metrics(),
+    "generate": Run.has_completions,
+    "finetune": Run.checkpoints,
 }
 
 
 def test_a_job_that_is_pre_empted_in_every_stage_goes_on_by_itself(run, undisturbed):
-    job = run.submit("--nodes=2", "--partition=cheap", more=["generate.batch_size=1"])
+    more = ["generate.batch_size=1", "metrics.progress_seconds=0.001"]
+    job = run.submit("--nodes=2", "--partition=cheap", more=more)
     for count, is_at_work in enumerate(MIDDLE.values(), 1):
         run.freeze_when(lambda is_at_work=is_at_work: is_at_work(run))
         # SLURM itself lets them go on, with SIGCONT, when it asks them to end.
@@ -50,7 +47,7 @@ def test_a_job_that_is_pre_empted_in_every_stage_goes_on_by_itself(run, undistur
 
 def test_a_job_survives_its_node_its_time_limit_and_is_gone_when_cancelled(run, undisturbed):
     job = run.submit("--nodes=2", more=["generate.batch_size=1"])
-    pids = run.freeze_when(lambda: has_lines(run))
+    pids = run.freeze_when(run.has_completions)
     power_off("node1")
     thaw([pid for pid in pids if Path(f"/proc/{pid}").exists()])
     wait_for(lambda: restarts(job) == 1, 60, run.log)
@@ -58,7 +55,7 @@ def test_a_job_survives_its_node_its_time_limit_and_is_gone_when_cancelled(run, 
     assert lines
     subprocess.run([HERE / "up.sh"], check=True)
 
-    pids = run.freeze_when(lambda: MIDDLE["finetune"](run))
+    pids = run.freeze_when(run.checkpoints)
     assert lines.items() <= read_lines(run).items()
     run_on("node0", "scontrol", "update", f"JobId={job}", "TimeLimit=1")
     wait_for(lambda: f"job {job}: asked to stop by USR1" in run.log(), 60, run.log)

@@ -19,7 +19,7 @@ def test_torchrun_in_a_job_ends_in_the_same_run(run, undisturbed):
 
 def test_deepspeed_in_a_job_ends_in_the_same_run_also_after_a_request_to_stop(run, undisturbed):
     job = run.submit("--nodes=2", more=["generate.batch_size=1"], SPD_LAUNCHER="deepspeed")
-    pids = run.freeze_when(lambda: has_lines(run))
+    pids = run.freeze_when(run.has_completions)
     run_on("node0", "scancel", "--signal=USR1", "--batch", job)
     wait_for(lambda: "asked to stop by USR1" in run.log(), 30, run.log)
     thaw(pids)
@@ -32,16 +32,17 @@ def test_deepspeed_in_a_job_ends_in_the_same_run_also_after_a_request_to_stop(ru
 def test_deepspeed_by_ssh_ends_in_the_same_run_also_after_a_kill_of_the_launcher(run, undisturbed, tmp_path):
     command = by_ssh(run, tmp_path)
     first = start_on("node0", *command, "generate.batch_size=1", DS_ENV_FILE=str(tmp_path / "environment"))
-    pids = run.freeze_when(lambda: has_lines(run))
+    pids = run.freeze_when(run.has_completions)
     (launcher,) = [pid for pid, words in processes() if "--hostfile" in words and words[1].endswith("/deepspeed")]
     os.kill(launcher, signal.SIGKILL)
     thaw(pids)
     wait_for(lambda: not run.ranks(), 30, lambda: str(run.ranks()))
     assert "its launcher was killed, so it ends, too" in first.communicate(timeout=30)[0]
-    assert not (run.folder / "finetune").exists()
+    assert not (run.folder / "report.json").exists()
+    before = run.checkpoints()  # within the second that its ranks notice it in, they may have come so far
 
     second = start_on("node0", *command, DS_ENV_FILE=str(tmp_path / "environment"))
-    pids = run.freeze_when(lambda: any(run.folder.glob("finetune/checkpoints/step_*/COMPLETE.json")))
+    pids = run.freeze_when(lambda: run.checkpoints() - before)
     (run.folder / "PREEMPT").touch()
     thaw(pids)
     output, _ = second.communicate(timeout=120)
@@ -51,10 +52,6 @@ def test_deepspeed_by_ssh_ends_in_the_same_run_also_after_a_kill_of_the_launcher
     output = run_on("node0", *command, "distributed.interface=eth0", DS_ENV_FILE=str(tmp_path / "environment"))
     assert "finetune: goes on after step" in output
     assert results(run.folder) == undisturbed
-
-
-def has_lines(run: Run) -> bool:
-    return any(part.stat().st_size for part in run.folder.glob("generate/completions/part-*.jsonl"))
 
 
 def by_ssh(run: Run, folder) -> list[str]:

@@ -42,7 +42,7 @@ def both_fail(started: dict[str, subprocess.Popen]) -> dict[str, str]:
 
 def test_a_cut_link_fails_both_sides_in_time_and_the_run_goes_on(run, undisturbed, tmp_path):
     started = launch(run, tmp_path, "generate.batch_size=1")
-    pids = run.freeze_when(lambda: any(part.stat().st_size for part in run.folder.glob("generate/*/part-*.jsonl")))
+    pids = run.freeze_when(run.has_completions)
     link("node1", up=False)
     thaw(pids)
     both_fail(started)
@@ -51,14 +51,14 @@ def test_a_cut_link_fails_both_sides_in_time_and_the_run_goes_on(run, undisturbe
     assert lines
 
     started = launch(run, tmp_path)
-    pids = run.freeze_when(lambda: any(run.folder.glob("finetune/checkpoints/step_*/COMPLETE.json")))
+    pids = run.freeze_when(run.checkpoints)
     assert lines.items() <= completions(run).items()
-    checkpoints = set(run.folder.glob("finetune/checkpoints/step_*/COMPLETE.json"))
+    checkpoints = run.checkpoints()
     link("node1", up=False)
     thaw(pids)
     both_fail(started)
     link("node1", up=True)
-    assert checkpoints <= set(run.folder.glob("finetune/checkpoints/step_*/COMPLETE.json"))
+    assert checkpoints <= run.checkpoints()
 
     started = launch(run, tmp_path)
     outputs = {host: side.communicate(timeout=240)[0] for host, side in started.items()}

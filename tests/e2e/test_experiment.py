@@ -100,6 +100,8 @@ def test_an_array_of_jobs_in_any_order_ends_in_the_same_comparison(config, whole
         key: theirs[key] for key in ("arms", "comparisons", "verdict", "examples")
     }
     assert not (folder / "seed_1/jobs").exists()
+    states = {file.name: read_json(file)["state"] for file in (folder / "seed_1").glob("status*.json")}
+    assert states == dict.fromkeys(["status.json", *(f"status.{arm}.json" for arm in ARMS)], "complete")
 
 
 def test_every_arm_of_the_table_runs_in_one_run(config, tmp_path):

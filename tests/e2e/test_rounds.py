@@ -28,8 +28,10 @@ def test_a_run_goes_on_for_more_rounds_and_resumes_after_a_kill_in_the_second(wo
     second = run / "rounds/2"
     Launch(2, [*words, "rounds=2"], tmp_path / "log-2").kill_when((second / "generate").exists)
     assert not (second / "report.json").exists()
+    assert read_json(run / "status.json")["state"] == "running", "a run is complete with its last round"
     output = launch(1, [*words, "rounds=2"], tmp_path / "log-3")
     assert "Round 2" in output
+    assert read_json(run / "status.json")["state"] == "complete"
     assert {path.name: path.read_text() for path in (run / "generate/completions").glob("*.jsonl")} == before
     report = read_json(run / "report.json")
     first, last = report["rounds"]
