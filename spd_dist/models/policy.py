@@ -8,7 +8,14 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.integrations import HfDeepSpeedConfig
 
 from spd_dist.config import Distributed, Model
@@ -90,6 +97,15 @@ def load_replica(config: Model, distributed: Distributed, world: World, *, adapt
             merged = PeftModel.from_pretrained(policy.model, adapter).merge_and_unload()
         policy.model = merged.eval().requires_grad_(False)
     return policy
+
+
+def load_settings(config: Model) -> PretrainedConfig:
+    """The model's own configuration alone: of a hub name, a folder, a GGUF file, or a config.json.
+
+    Raises:
+        DataError: no such model.
+    """
+    return _read(AutoConfig, _local_source(config), config)
 
 
 def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
