@@ -2,7 +2,7 @@
 
 Two gloo ranks on this machine run the stages on random weights, each in a process of its own; measured is how far a
 rank's resident memory grows over what it held before it loaded the model. Predicted is from the model's config alone.
-`python benchmarks/plan.py [--json FILE] [--sizes small large]`; about six minutes on two CPU cores.
+`python benchmarks/plan.py [--json FILE] [--sizes small large]`; about five minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import socket
 import tempfile
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,9 @@ VOCABULARY = {"warm-up": 512, "small": 16384, "large": 32768}
 SECTIONS = {
     "data": Data(max_prompt_tokens=192),
     "calibrate": Calibrate(batch_size=4, max_tokens=256, num_shards=4),
-    "generate": Generate(batch_size=16, max_new_tokens=16, max_empty_rate=1.0),
+    "generate": Generate(batch_size=16, max_new_tokens=6, max_empty_rate=1.0),
     "finetune": Finetune(micro_batch_size=4, global_batch_size=8, max_tokens=384, num_epochs=1, checkpoint_every=1000),
-    "evaluate": Evaluate(batch_size=16, max_new_tokens=16),
+    "evaluate": Evaluate(batch_size=16, max_new_tokens=6),
     "distributed": Distributed(threads=1),
 }
 STAGES = {
@@ -187,18 +188,18 @@ def run_stages(size: str, folder: Path, world: World, meter: Meter) -> None:
     """The stages as a run has them, on random tokens."""
     config = config_of(size, folder)
     policy = load_policy(config.model, config.distributed, world)
-    held = meter.peak("calibrate", lambda: find_projection(policy, config, world))
-    prompts = [Prompt(str(index), "", tokens(192)) for index in range(3 * RANKS * config.generate.batch_size)]
-    for stage in STAGES:
-        verb, placement, _ = STAGES[stage]
+    held = meter.peak("calibrate", partial(find_projection, policy, config, world))
+    prompts = [Prompt(str(index), "", tokens(192)) for index in range(2 * RANKS * config.generate.batch_size)]
+    for stage, (verb, placement, _) in STAGES.items():
         scratch = folder / f"{size} {stage}"
         if verb == "generate":
             settings = dataclasses.replace(config.generate, placement=placement)
-            meter.peak(stage, lambda: generate(policy, prompts, held, settings, seed=0, folder=scratch, world=world))
+            options = {"seed": 0, "folder": scratch, "world": world}
+            meter.peak(stage, partial(generate, policy, prompts, held, settings, **options))
         if verb == "finetune":
             settings = config_of(size, folder, stage).finetune
             job = Job(scratch, 0, world, config.distributed)
-            meter.peak(stage, lambda: finetune(policy, completions(settings), settings, job))
+            meter.peak(stage, partial(finetune, policy, completions(settings), settings, job))
     policy.release()
 
 

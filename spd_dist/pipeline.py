@@ -15,7 +15,7 @@ from spd_dist.data.prompts import make_examples, make_prompts
 from spd_dist.distributed.collectives import on_main, together
 from spd_dist.distributed.world import World
 from spd_dist.models.kv_sites import discover_sites
-from spd_dist.run import Run
+from spd_dist.run import Run, job_type
 from spd_dist.runtime.artifacts import content_hash, write_json
 from spd_dist.runtime.completions import read_completions
 from spd_dist.runtime.subspace_file import load_subspace, save_subspace
@@ -39,7 +39,7 @@ def run_stages(config: Config, world: World, signals: StopSignals, *, first: str
     stages = STAGES[STAGES.index(first) : STAGES.index(last) + 1]
     arms = chosen(config.evaluate.arms)
     students = [arm for arm in arms if arm.trains]
-    run = Run(config, world, signals)
+    run = Run(config, world, signals, job=job_type(first, last))
     with run.metrics:
         if any(arm.projects for arm in arms):
             find_subspace(run, wanted=first in STAGES[:4])
@@ -87,7 +87,7 @@ def write_completions(run: Run, arm: Arm, *, wanted: bool) -> None:
         with together("rendering the training prompts"):
             prompts = make_prompts(rows, run.task, policy.tokenizer, config.data)
         total = len(prompts) * config.generate.num_samples
-        with run.progress("generate", total // run.world.size, f"completions of {arm.name}") as progress:
+        with run.progress("generate", total // run.world.size, "completions", arm) as progress:
             return generate(
                 policy, prompts, _projection(run, arm), settings_of(arm.name, config.generate),
                 seed=config.seed, folder=folder, world=run.world, progress=progress,
@@ -133,7 +133,7 @@ def evaluate_arms(run: Run, arms: list[Arm]) -> str:
                 summaries[arm.name] = {run.task.name: summary_of(folder, arm.name, test_set)}
                 continue
             run.stop_if_asked()
-            with run.progress("evaluate", None, f"answers of {arm.name}") as progress:
+            with run.progress("evaluate", None, "answers", arm) as progress:
                 answered = evaluate_arm(
                     run.policy_of(arm), test_set, config.evaluate, arm=arm.name, folder=folder, world=run.world,
                     projection=None if arm.trains else _projection(run, arm), progress=progress,

@@ -9,22 +9,25 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from spd_dist.arms import Arm
-from spd_dist.config import Config
+from spd_dist.arms import ARMS, Arm
+from spd_dist.config import STAGES, Config
 from spd_dist.data.held_out import TestSet, make_test_set
 from spd_dist.data.sources import check_leaks, load_rows
 from spd_dist.data.tasks import find_task
 from spd_dist.data.tasks.protocol import Row, Split
-from spd_dist.distributed.collectives import any_rank, gather_objects, on_main, together
+from spd_dist.distributed.collectives import any_rank, gather_objects, max_over_ranks, on_main, together
+from spd_dist.distributed.memory import forget_peak, peak_bytes
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError, StopRequested
 from spd_dist.models.policy import Policy, load_policy, load_replica, load_tokenizer
 from spd_dist.runtime.artifacts import content_hash
 from spd_dist.runtime.metrics import MetricLogger
 from spd_dist.runtime.page import write_page
+from spd_dist.runtime.products import product_of, report_product
 from spd_dist.runtime.progress import Progress
 from spd_dist.runtime.report import log_report, report_text, write_report
 from spd_dist.runtime.run_folder import RunFolder, settings_hash
+from spd_dist.runtime.show import show_cost, show_stage
 from spd_dist.runtime.wandb_mirror import open_mirror
 from spd_dist.signals import STOP_FILE, StopSignals
 
@@ -34,13 +37,13 @@ log = logging.getLogger(__name__)
 class Run:
     """What the stages of one run share. Every method but `progress` is a collective."""
 
-    def __init__(self, config: Config, world: World, signals: StopSignals) -> None:
-        """Open the run folder and the metrics.
+    def __init__(self, config: Config, world: World, signals: StopSignals, *, job: str = "pipeline") -> None:
+        """Open the run folder and the metrics; `job` is what W&B calls this part of the run.
 
         Raises:
             ConfigError: the folder holds a run of another config, or `data.task` is unknown.
         """
-        self.config, self.world, self.signals = config, world, signals
+        self.config, self.world, self.signals, self.job = config, world, signals, job
         self.plain = dataclasses.asdict(config)
         self.folder = RunFolder(config.run_dir, self.plain, world)
         with together("removing the request to stop"):
@@ -48,7 +51,7 @@ class Run:
                 (self.folder.path / STOP_FILE).unlink(missing_ok=True)
         with together("finding the task"):
             self.task = find_task(config.data.task)
-        mirror = open_mirror(config.metrics, self.folder.path, self.plain) if world.is_main else None
+        mirror = open_mirror(config.metrics, self.folder.path, self.plain, job=job) if world.is_main else None
         self.metrics = MetricLogger(self.folder.path / "metrics", world.rank, mirror)
         self._rows: dict[Split, list[Row]] = {}
         self._policy: Policy | None = None
@@ -118,30 +121,48 @@ class Run:
             StopRequested: between two stages, if the run was asked to stop.
         """
         if self.folder.is_complete(stage, inputs):
+            self._show(stage, is_input=True)
             return
         if not wanted:
             verb = stage.split("/")[-1]
             raise DataError(f"{self.folder.folder(stage)} is not complete; run that stage first: --from {verb}")
         self.stop_if_asked()
         began = time.monotonic()
+        forget_peak(self.world)
         folder = self.folder.start(stage, inputs)
         extra = work(folder)
         if extra is not None and not extra.get("is_complete", True):
             log.info("%s: this task of the array is done, others are not", stage)
             return
         seconds = time.monotonic() - began
-        self.folder.finish(stage, inputs, outputs, seconds=seconds, extra=extra)
+        peak = {"peak_memory_gib": round(max_over_ranks(peak_bytes(self.world)) / 2**30, 3)}
+        self.folder.finish(stage, inputs, outputs, seconds=seconds, extra=(extra or {}) | peak)
+        self._show(stage, is_input=False)
         log.info("%s: complete, %.1f s", stage, seconds)
+
+    def _show(self, stage: str, *, is_input: bool) -> None:
+        """Show what a stage made; or that this job goes on from it, unless it is one that makes everything."""
+        label = stage.split("/")[1] if "/" in stage else "spd"
+
+        def show() -> None:
+            if not is_input:
+                show_stage(self.metrics_of(ARMS[label]), self.folder.path, stage)
+            product = product_of(self.folder.path, stage)
+            if product is not None and not (is_input and self.job == "pipeline"):
+                self.metrics.product(product, is_input=is_input)
+
+        on_main(f"showing what {stage} made", show)
 
     def settings(self, *sections: str) -> str:
         """The hash of the settings of `sections` that results depend on."""
         return settings_hash(self.plain, "seed", *sections)
 
-    def progress(self, stage: str, total: int | None, unit: str) -> Progress:
+    def progress(self, stage: str, total: int | None, unit: str, arm: Arm | None = None) -> Progress:
         """A counter whose lines and metrics carry the stage's name. Where ranks decode, it heeds requests to stop."""
         check = self.stop_alone if stage in ("generate", "evaluate") else None
         every_seconds = self.config.metrics.progress_seconds
-        return Progress(stage, total, unit, self.metrics, every_seconds=every_seconds, check=check)
+        unit, metrics = (unit, self.metrics) if arm is None else (f"{unit} of {arm.name}", self.metrics_of(arm))
+        return Progress(stage, total, unit, metrics, every_seconds=every_seconds, check=check)
 
     def metrics_of(self, arm: Arm) -> MetricLogger:
         """The metrics; names of other arms than the method's own carry the arm's name."""
@@ -185,6 +206,14 @@ class Run:
             )
             write_page(folder, found, questions)
             log_report(self.metrics, folder, found)
+            show_cost(self.metrics, found["cost"])
+            self.metrics.product(report_product(folder, found), is_input=False)
             return report_text(found, folder)
 
         return on_main("writing the report", write)
+
+
+def job_type(first: str, last: str) -> str:
+    """What a job from one stage to another is called: by the folder that it fills, or `pipeline` if it fills several."""
+    jobs = {"project" if stage in STAGES[:4] else stage for stage in (first, last)}
+    return jobs.pop() if len(jobs) == 1 else "pipeline"

@@ -27,6 +27,7 @@ MAY_IMPORT = {  # besides itself
     "arms": set(),
     "signals": set(),
     "run": BELOW | {"models", "data", "runtime", "arms", "signals"},
+    "planner": BELOW | {"models", "runtime", "stages", "arms"},
     "pipeline": BELOW | {"models", "data", "runtime", "stages", "arms", "signals", "run"},
     "rounds": BELOW | {"models", "data", "runtime", "arms", "signals", "run", "pipeline"},
 }

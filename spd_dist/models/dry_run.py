@@ -172,8 +172,10 @@ def _lowest_sites(model: PreTrainedModel) -> list[KVSite]:
 
 
 def _make_fake_(model: nn.Module) -> FakeTensorMode:
-    """Turn meta parameters and buffers into fake ones on the CPU: there attention runs by its flash kernel, which
-    keeps what those of accelerators keep."""
+    """Turn meta parameters and buffers into fake ones.
+
+    On the CPU: there attention runs by its flash kernel, which keeps what those of accelerators keep.
+    """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     made: dict[int, Tensor] = {}
     for module in model.modules():

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from spd_dist.distributed.zero import whole_shape
@@ -51,6 +50,16 @@ class Outline:
     def num_multiplied(self) -> int:
         """Parameters that one token is multiplied by."""
         return self.num_parameters - self.num_embedded - self.num_idle
+
+    @property
+    def forward_flops(self) -> int:
+        """Of one token, without attention: a multiplication and an addition a weight."""
+        return 2 * self.num_multiplied
+
+    @property
+    def training_flops(self) -> int:
+        """As many again for the gradient of the input, and for that of each weight that is trained."""
+        return 2 * self.forward_flops + 2 * sum(self.trained)
 
 
 class DecodeBytes(NamedTuple):

@@ -7,15 +7,20 @@ seconds   a stage and a placement -> operations, bytes, and what takes longest
 plan      the placement that fits each stage; the smallest cluster
 """
 
-from spd_dist.planner.cluster import DEVICES, Cluster, Device, Workload
-
+from spd_dist.planner.cluster import DEVICES, Cluster, Device, Workload, device_named
+from spd_dist.planner.plan import Plan, StagePlan, plan_run, smallest_cluster
 from spd_dist.planner.profile import Profile, profile_of
 
 __all__ = [
     "DEVICES",
     "Cluster",
     "Device",
+    "Plan",
     "Profile",
+    "StagePlan",
     "Workload",
+    "device_named",
+    "plan_run",
     "profile_of",
+    "smallest_cluster",
 ]

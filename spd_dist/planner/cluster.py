@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from spd_dist.config import Config
 from spd_dist.distributed.memory import PEAK_FLOPS
+from spd_dist.errors import ConfigError
 
 GIB = 2**30
 
@@ -30,7 +31,18 @@ DEVICES = {
     "A100": Device(PEAK_FLOPS["A100"], 2.0e12, 300e9, 25e9),
     "L40S": Device(PEAK_FLOPS["L40S"], 0.86e12, 32e9, 12.5e9),
 }
-"""By the names that `--gpu` takes."""
+"""By name."""
+
+
+def device_named(name: str) -> Device:
+    """One of `DEVICES`.
+
+    Raises:
+        ConfigError: it is not among them.
+    """
+    if name not in DEVICES:
+        raise ConfigError(f"--gpu: {name} is not known; give the one that is most like it of {', '.join(DEVICES)}")
+    return DEVICES[name]
 
 
 @dataclass(frozen=True)

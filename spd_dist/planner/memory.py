@@ -40,8 +40,7 @@ class Need:
 
 
 def need(stage: str, placement: Placement, profile: Profile, config: Config, cluster: Cluster) -> Need:
-    """What a rank of `cluster` needs for a stage: `calibrate` (with sketch, reduce and project), `generate`,
-    `finetune` or `evaluate`."""
+    """What a rank of `cluster` needs for a stage of `STAGES`."""
     return STAGES[stage](placement, profile, config, cluster)
 
 
@@ -74,10 +73,9 @@ def _calibrate(placement: Placement, profile: Profile, config: Config, cluster: 
     # Gradients at the sites and their rows; the dry run has those of one layer's keys and values.
     num_tokens = calibrate.batch_size * calibrate.max_tokens
     rows = 2 * profile.element_bytes * num_tokens * sum(widths[2:])
-    # The moments of all shards of the sites in flight: sent, received, and the sum.
-    moments = FLOAT64 * widths[0] ** 2
+    # The moments of the sites in flight: packed and joined to be sent, and received of all shards to be summed.
     in_flight = min(len(widths), cluster.num_ranks)
-    exchange = moments * (2 * in_flight * own_shards + 2 * calibrate.num_shards)
+    exchange = FLOAT64 * widths[0] ** 2 * (2 * in_flight * own_shards + calibrate.num_shards + 1)
     working = max(profile.calibrate_peak + rows, exchange)
     return Need({**weights.device, "sketches": sketches, "activations": working}, weights.host)
 
@@ -110,6 +108,16 @@ def _decoding(weights: Need, profile: Profile, config: Config, batch_size: int, 
 
 
 def _finetune(placement: Placement, profile: Profile, config: Config, cluster: Cluster) -> Need:
+    """Training, or the check of the saved model afterwards, which rank 0 reads back whole."""
+    training = _training(placement, profile, config, cluster)
+    if config.finetune.mode == "lora" and not config.finetune.merge:
+        return training
+    held = {name: training.device[name] for name in ("weights", "shards", "trained") if name in training.device}
+    check = Need({**held, "saved model": profile.weight_bytes}, training.host)
+    return max(training, check, key=lambda one: one.device_bytes)
+
+
+def _training(placement: Placement, profile: Profile, config: Config, cluster: Cluster) -> Need:
     zero, student, size = Zero.of(config.distributed), profile.student, profile.element_bytes
     num_trained = sum(student.trained)
     if placement == "replica":

@@ -46,8 +46,10 @@ class Zero:
         return sum(size for size in sizes if size < self.param_persistence_threshold)
 
     def gathered_forward(self, sizes: Iterable[int]) -> int:
-        """Whole at a time in a forward pass: what is computed with, and what is fetched ahead, which is copied once
-        when it arrives."""
+        """Whole at a time in a forward pass: what is computed with, and what is fetched ahead.
+
+        What is fetched ahead is there twice, as it is copied out of the bucket in which it arrives.
+        """
         sizes = [size for size in sizes if size >= self.param_persistence_threshold]
         return min(sum(sizes), max(sizes, default=0) + 2 * self.prefetch_bucket_size)
 

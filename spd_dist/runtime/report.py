@@ -64,7 +64,7 @@ def write_report(
 
 
 def cost(run_folder: Path) -> dict[str, dict[str, Any]]:
-    """Seconds, ranks and device hours of every finished stage, by its folder; of the attempt that finished it."""
+    """Seconds, ranks, device hours and peak memory of every finished stage, by its folder; of its last attempt."""
     found = {}
     for file in sorted(run_folder.rglob("manifest.json"), key=lambda file: file.stat().st_mtime_ns):
         manifest = read_json(file)
@@ -73,6 +73,7 @@ def cost(run_folder: Path) -> dict[str, dict[str, Any]]:
             "seconds": seconds,
             "world_size": world_size,
             "device_hours": seconds * world_size / 3600,
+            "peak_memory_gib": manifest.get("extra", {}).get("peak_memory_gib"),
             "finished_at": manifest["finished_at"],
         }
     return found
@@ -88,6 +89,8 @@ def log_report(metrics: MetricLogger, run_folder: Path, report: Mapping[str, Any
     rows = [[arm, *(summary[name] for name in columns)] for arm, summary in report["arms"].items()]
     metrics.table("evaluate", "arms", ["arm", *columns], rows)
     answers = [read_answers(answers_path(run_folder / "evaluate", arm, task)) for arm in report["arms"]]
+    for arm, given in zip(report["arms"], answers, strict=True):
+        metrics.histogram("evaluate", f"{arm}_length_tokens", [one.num_tokens for one in given])
     samples = [[row[0].id, row[0].gold, *(one.output for one in row)] for row in zip(*answers, strict=True)]
     metrics.table("evaluate", "answers", ["id", "gold", *report["arms"]], samples[:NUM_SAMPLES])
 

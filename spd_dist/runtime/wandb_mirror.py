@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 import logging
 import netrc
 import os
+import re
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +17,7 @@ from urllib.parse import urlsplit
 
 from spd_dist.config import Metrics
 from spd_dist.runtime.artifacts import content_hash
-from spd_dist.runtime.metrics import Value
+from spd_dist.runtime.metrics import Product, Value
 from spd_dist.runtime.run_folder import result_settings
 
 log = logging.getLogger(__name__)
@@ -49,6 +51,14 @@ class WandbMirror:
         data = [list(row) for row in rows]
         self._try("logging a table", lambda: self._run.log({key: self._wandb.Table(columns=list(columns), data=data)}))
 
+    def histogram(self, key: str, values: Sequence[float]) -> None:
+        """Show how values are distributed."""
+        self._try("logging a histogram", lambda: self._run.log({key: self._wandb.Histogram(list(values))}))
+
+    def product(self, product: Product, *, is_input: bool) -> None:
+        """Show an artifact as an output of this run, or as its input; the same files are the same version."""
+        self._try("logging an artifact", lambda: self._product(product, is_input))
+
     def finish(self, exit_code: int) -> None:
         """Close the run with `exit_code`."""
         offline = self._run is not None and self._run.settings.mode == "offline"
@@ -60,6 +70,22 @@ class WandbMirror:
     def _finish(self, exit_code: int) -> None:
         self._run.finish(exit_code=exit_code)
         self._wandb.teardown(exit_code)  # waits for its service, which may still be writing an offline run
+
+    def _product(self, product: Product, is_input: bool) -> None:
+        name = re.sub(r"[^\w.-]", "-", f"{self._run.group.rpartition('-')[0]}-{product.name}")
+        artifact = self._wandb.Artifact(name, type=product.kind, metadata=dict(product.metadata))
+        for path in product.paths:
+            if not product.is_copied:
+                artifact.add_reference(path.resolve().as_uri(), name=path.name, max_objects=100_000)
+            elif path.is_dir():
+                artifact.add_dir(str(path), name=path.name, policy="immutable")
+            else:
+                artifact.add_file(str(path), name=path.name, policy="immutable")
+        if is_input:
+            # As `use_artifact` does with a draft; but that refuses to work offline, and waits for the server.
+            self._run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
+        else:
+            self._run.log_artifact(artifact, aliases=["latest", f"seed{self._run.config['seed']}"])
 
     def _log(self, row: Mapping[str, Value]) -> None:
         axis, *names = row
@@ -112,6 +138,7 @@ def open_mirror(
     server = os.environ.get("WANDB_BASE_URL") or wandb.setup().settings.base_url
     quiet = {name: value for name, value in QUIET.items() if name in wandb.Settings.model_fields}
     folder = Path(run_folder).resolve()
+    identity = _identity(config, folder, settings, job)
     for mode in _modes(config.wandb, server):
         try:
             run = wandb.init(
@@ -122,9 +149,12 @@ def open_mirror(
                 mode=mode,
                 resume="allow",
                 job_type=job,
+                tags=_tags(settings),
                 settings=wandb.Settings(init_timeout=init_seconds, base_url=server, **quiet),
-                **_identity(config, folder, settings, job),
+                **identity,
             )
+            described = identity | {"mode": mode, "task_index": settings.get("generate", {}).get("task_index", 0)}
+            (folder / "wandb" / f"{identity['name']}.json").write_text(json.dumps(described), encoding="utf-8")
         except failures as error:
             log.warning("W&B: %s does not work: %s", mode, error)
             wandb.teardown()  # or its service holds the id that the next mode wants
@@ -142,6 +172,12 @@ def _identity(config: Metrics, folder: Path, settings: Mapping[str, Any], job: s
     identity = f"{group}|{folder}|{job}|{seed}|{task}"
     name = f"{job}-seed{seed}" + (f"-task{task}" if task else "")
     return {"group": group, "id": hashlib.blake2b(identity.encode(), digest_size=6).hexdigest(), "name": name}
+
+
+def _tags(settings: Mapping[str, Any]) -> list[str]:
+    """Model and task, to find a run by."""
+    names = [Path(settings.get("model", {}).get("name", "")).name, settings.get("data", {}).get("task", "")]
+    return [name[:64] for name in names if name]
 
 
 def _failures(wandb: Any) -> tuple[type[Exception], ...]:

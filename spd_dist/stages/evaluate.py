@@ -113,8 +113,11 @@ class _Answering:
 
     def opened(self) -> AbstractContextManager[HFEngine]:
         """The engine, placed: the body holds no collective."""
-        settings = Generate(placement=self.config.placement, batch_size=self.config.batch_size)
-        longest = max(len(prompt.tokens) for prompt in self.test_set.prompts) + self.config.max_new_tokens
+        config = self.config
+        settings = Generate(
+            placement=config.placement, batch_size=config.batch_size, max_new_tokens=config.max_new_tokens
+        )
+        longest = max(len(prompt.tokens) for prompt in self.test_set.prompts) + config.max_new_tokens
         placement = choose_placement(self.policy, settings, self.world, longest)
         return opened(self.policy, self.projection, settings, self.world, placement)
 

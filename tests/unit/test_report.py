@@ -68,6 +68,9 @@ def test_the_report_is_in_the_metrics_and_on_the_mirror(run_folder):
         def table(self, key, columns, rows):
             shown[key] = (list(columns), list(rows))
 
+        def histogram(self, key, values):
+            shown[key] = list(values)
+
         def finish(self, exit_code):
             pass
 
@@ -81,3 +84,4 @@ def test_the_report_is_in_the_metrics_and_on_the_mirror(run_folder):
     assert columns == ["id", "gold", "base", "psr", "spd"]
     assert rows[0] == ["p0", "4", "#### True", "#### True", "#### True"]
     assert [row[0] for row in shown["evaluate/arms"][1]] == list(ARMS)
+    assert len(shown["evaluate/spd_length_tokens"]) == report["arms"]["spd"]["num_examples"]

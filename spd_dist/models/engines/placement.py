@@ -16,6 +16,7 @@ from spd_dist.distributed.memory import free_bytes
 from spd_dist.distributed.world import World
 from spd_dist.distributed.zero import full_replica
 from spd_dist.errors import ConfigError
+from spd_dist.models.outline import decode_bytes, outline_of
 from spd_dist.models.policy import Policy
 
 HEADROOM = 0.85
@@ -45,17 +46,15 @@ def choose_placement(policy: Policy, config: Generate, world: World, max_length:
 
 
 def needed_bytes(policy: Policy, config: Generate, max_length: int) -> int:
-    """Whole weights, keys and values of a full batch, and its logits in float32 with what sampling makes of them."""
-    parameters = list(policy.model.parameters())
-    numels = [parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel() for parameter in parameters]
-    settings = policy.model.config.get_text_config().to_dict()
-    num_heads = settings.get("num_attention_heads") or settings.get("n_head") or 1
-    hidden = settings.get("hidden_size") or settings.get("n_embd") or 0
-    num_kv_heads = settings.get("num_key_value_heads") or num_heads
-    kv_width = num_kv_heads * (settings.get("head_dim") or hidden // num_heads)
-    num_layers = settings.get("num_hidden_layers") or settings.get("n_layer") or 0
-    cache = 2 * num_layers * kv_width * config.batch_size * max_length * parameters[0].element_size()
-    return sum(numels) * parameters[0].element_size() + cache + 16 * config.batch_size * settings.get("vocab_size", 0)
+    """What a rank needs beside its shards to decode by itself."""
+    needed = decode_bytes(
+        outline_of(policy.model),
+        batch_size=config.batch_size,
+        prompt_tokens=max(1, max_length - config.max_new_tokens),
+        new_tokens=config.max_new_tokens,
+        element_bytes=policy.model.dtype.itemsize,
+    )
+    return sum(needed)
 
 
 @contextmanager
