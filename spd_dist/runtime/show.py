@@ -56,7 +56,8 @@ def show_corpus(metrics: MetricLogger, folder: Path) -> None:
     """Rates, lengths, and the first completions."""
     completions = read_completions(folder / "completions")
     stats = corpus_stats(completions)
-    rates = {name: value for name, value in vars(stats).items() if name.endswith(("_rate", "_tokens"))}
+    rates = {name: value for name, value in vars(stats).items() if name.endswith("_rate")}
+    rates |= {"mean_tokens": stats.mean_tokens, "median_tokens": stats.median_tokens, "max_tokens": stats.max_tokens}
     metrics.log("generate", rates, stats.num_completions)
     metrics.histogram("generate", "length_tokens", [len(one.tokens) for one in completions])
     samples = [[one.id, one.sample, one.text, one.finish_reason, len(one.tokens)] for one in completions[:NUM_SAMPLES]]
@@ -66,7 +67,8 @@ def show_corpus(metrics: MetricLogger, folder: Path) -> None:
 def show_cost(metrics: MetricLogger, cost: Mapping[str, Mapping[str, Any]]) -> None:
     """What each stage took of the machines: as metrics, and as a table."""
     for number, (stage, entry) in enumerate(cost.items(), 1):
-        values = {f"{stage.replace('/', '_')}_{name}": entry[name] for name in COST if entry[name] is not None}
+        label = stage.removeprefix("arms/").replace("/", "_")
+        values = {f"{label}_{name}": entry[name] for name in COST if entry[name] is not None}
         metrics.log("cost", values, number)
     columns = ["stage", "world_size", *COST]
     rows = [[stage, entry["world_size"], *(entry[name] for name in COST)] for stage, entry in cost.items()]

@@ -28,7 +28,6 @@ QUIET = {
     "disable_git": True,
     "disable_code": True,
     "disable_job_creation": True,
-    "finish_timeout": 120.0,  # seconds
     "x_disable_meta": True,
     "x_transaction_log_flush_interval": 0.5,  # a killed run loses half a second, not 15
 }
@@ -37,10 +36,12 @@ QUIET = {
 class WandbMirror:
     """One W&B run, written by one process."""
 
-    def __init__(self, wandb: Any, run: Any, failures: tuple[type[Exception], ...]) -> None:
-        """Adopt an open run; `failures` are the exceptions that only warn."""
-        self._wandb, self._run, self._failures = wandb, run, failures
+    def __init__(self, wandb: Any, run: Any, failures: tuple[type[Exception], ...], folder: Path) -> None:
+        """Adopt an open run of a run folder; `failures` are the exceptions that only warn."""
+        self._wandb, self._run, self._failures, self._folder = wandb, run, failures, folder
         self._defined: set[str] = set()
+        self._ill: set[str] = set()
+        """What failed once: it is not tried again, and told once."""
 
     def log(self, row: Mapping[str, Value]) -> None:
         """Show a row; each stage of it has its own step axis, so that a resumed run's points fall in place."""
@@ -60,27 +61,24 @@ class WandbMirror:
         self._try("logging an artifact", lambda: self._product(product, is_input))
 
     def finish(self, exit_code: int) -> None:
-        """Close the run with `exit_code`."""
-        offline = self._run is not None and self._run.settings.mode == "offline"
-        folder = Path(self._run.dir).parent if offline else None
-        self._try("finishing", lambda: self._finish(exit_code))
-        if self._run is not None and folder is not None:
-            log.info("W&B: offline; to upload: wandb sync %s", folder)
-
-    def _finish(self, exit_code: int) -> None:
-        self._run.finish(exit_code=exit_code)
-        self._wandb.teardown(exit_code)  # waits for its service, which may still be writing an offline run
+        """Close the run with `exit_code`; what the server does not take in time stays in the run's folder."""
+        self._try("finishing", lambda: self._run.finish(exit_code=exit_code))
+        # Waits for its service, which may still be writing an offline run.
+        self._try("closing", lambda: self._wandb.teardown(exit_code))
+        log.info("W&B: to upload what the server has not: python launchers/wandb_sync.py %s", self._folder)
 
     def _product(self, product: Product, is_input: bool) -> None:
         name = re.sub(r"[^\w.-]", "-", f"{self._run.group.rpartition('-')[0]}-{product.name}")
         artifact = self._wandb.Artifact(name, type=product.kind, metadata=dict(product.metadata))
         for path in product.paths:
-            if not product.is_copied:
-                artifact.add_reference(path.resolve().as_uri(), name=path.name, max_objects=100_000)
-            elif path.is_dir():
-                artifact.add_dir(str(path), name=path.name, policy="immutable")
-            else:
-                artifact.add_file(str(path), name=path.name, policy="immutable")
+            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+                name = file.relative_to(path.parent).as_posix()
+                if file.is_dir():
+                    continue
+                if product.is_copied:
+                    artifact.add_file(str(file), name=name, policy="immutable")  # not copied beside the run, too
+                else:
+                    artifact.add_reference(file.resolve().as_uri(), name=name)
         if is_input:
             # As `use_artifact` does with a draft; but that refuses to work offline, and waits for the server.
             self._run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
@@ -98,13 +96,13 @@ class WandbMirror:
         self._run.log(dict(row))
 
     def _try(self, doing: str, action: Callable[[], Any]) -> None:
-        if self._run is None:
+        if doing in self._ill:
             return
         try:
             action()
         except self._failures as error:
-            self._run = None
-            log.warning("W&B: %s failed, no more is sent; metrics go on in the run's folder: %s", doing, error)
+            self._ill.add(doing)
+            log.warning("W&B: %s failed, no more of that is sent; all is in the run's folder: %s", doing, error)
 
 
 def open_mirror(
@@ -114,6 +112,7 @@ def open_mirror(
     *,
     job: str = "pipeline",
     init_seconds: float = 60.0,
+    finish_seconds: float = 120.0,
 ) -> WandbMirror | None:
     """The W&B run of `metrics.wandb`, or None if there is none to have: then a line of the log says why.
 
@@ -126,6 +125,7 @@ def open_mirror(
         settings: The whole config as plain data, shown with the run.
         job: `job_type` of the run.
         init_seconds: How long the server has to answer.
+        finish_seconds: How long it has at the end, to take what it has not taken yet.
     """
     if config.wandb == "disabled":
         return None
@@ -150,7 +150,9 @@ def open_mirror(
                 resume="allow",
                 job_type=job,
                 tags=_tags(settings),
-                settings=wandb.Settings(init_timeout=init_seconds, base_url=server, **quiet),
+                settings=wandb.Settings(
+                    init_timeout=init_seconds, finish_timeout=finish_seconds, base_url=server, **quiet
+                ),
                 **identity,
             )
             described = identity | {"mode": mode, "task_index": settings.get("generate", {}).get("task_index", 0)}
@@ -160,7 +162,7 @@ def open_mirror(
             wandb.teardown()  # or its service holds the id that the next mode wants
             continue
         log.info("W&B: %s, %s", mode, run.url if mode == "online" else f"files in {folder}/wandb")
-        return WandbMirror(wandb, run, failures)
+        return WandbMirror(wandb, run, failures, folder)
     return None
 
 

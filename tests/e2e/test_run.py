@@ -14,9 +14,11 @@ from launching import SMALL, Launch, free_port, launch
 from peft import PeftModel
 from tiny import save_tiny_model, tiny_model
 from transformers import AutoModelForCausalLM
+from wandb_log import read_offline_run
 
 from spd_dist.runtime.artifacts import read_json
 from spd_dist.runtime.jsonl import read_jsonl
+from spd_dist.runtime.panels import SECTIONS, logged_metrics, plots
 from spd_dist.runtime.subspace_file import load_subspace
 
 VARY = {"cost", "seconds", "tokens_per_second", "num_new_tokens", "hook_calls", "leakage"}
@@ -170,4 +172,22 @@ def test_the_deepspeed_launcher_runs_two_ranks_and_ends_in_a_table(words, undist
     for progress in ("calibrate: done, 4/4 examples", "finetune: done", "tokens/s"):
         assert progress in done.stderr
     assert results(run) == results(undisturbed)
-    assert list(run.glob("wandb/offline-run-*/run-*.wandb"))
+    check_dashboard(run)
+
+
+def check_dashboard(run: Path) -> None:
+    """Every metric of a panel was logged to W&B, over its axis, and every number that was logged is on a panel."""
+    mirrored = read_offline_run(run)
+    logged = {name for row in mirrored.history for name in row if "/" in name}
+    media = {name.removesuffix("/_type") for name in logged if name.endswith("/_type")}
+    numbers = {name for name in logged if not name.startswith(tuple(f"{one}/" for one in media))}
+    shown = [plot for panels in SECTIONS.values() for plot in plots(panels, logged_metrics(run))]
+    metrics = {name for plot in shown for name in plot.metrics}
+    assert metrics <= numbers | media
+    axes = {plot.axis for plot in shown if plot.axis is not None}
+    assert axes <= numbers <= metrics | axes | {"cost/step"}
+    assert media <= metrics
+    assert {panel.title for panels in SECTIONS.values() for panel in panels} == {plot.panel.title for plot in shown}
+    made = {artifact.name.removeprefix("run-"): artifact for artifact in mirrored.artifacts}
+    assert {"subspace", "corpus", "adapter", "psr-corpus", "psr-adapter", "report"} <= made.keys()
+    assert {"subspace", "settings", "train"} == made["corpus"].metadata["inputs"].keys()

@@ -2,22 +2,9 @@ import json
 import math
 
 import pytest
+from recording import Recorder
 
 from spd_dist.runtime.metrics import MetricLogger, read_metrics
-
-
-class Recorder:
-    def __init__(self):
-        self.rows, self.tables, self.exit_code = [], [], None
-
-    def log(self, row):
-        self.rows.append(dict(row))
-
-    def table(self, key, columns, rows):
-        self.tables.append((key, list(columns), [list(row) for row in rows]))
-
-    def finish(self, exit_code):
-        self.exit_code = exit_code
 
 
 def test_a_line_holds_time_stage_step_and_named_values(tmp_path):
