@@ -46,7 +46,11 @@ def main() -> None:
     peaks = {name: peak_gib(name, options) for name in options.sides}
     pin_threads(options.threads)
     sequences = make_sequences(options.sequences)
-    epochs = {name: make_epoch(name, sequences) for name in options.sides}
+    # TRL first: once our process group is there, it would train through DDP, which costs it time.
+    made = {
+        name: make_epoch(name, sequences) for name in sorted(options.sides, key=lambda name: not name.startswith("TRL"))
+    }
+    epochs = {name: made[name] for name in options.sides}
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     seconds = interleaved_seconds(epochs, repeats=options.repeats, clock=clock)
     num_tokens = sum(map(len, sequences))

@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
+from transformers.pytorch_utils import Conv1D
 
 from spd_dist.config import Finetune
 from spd_dist.distributed.zero import gather_as_one, gathered, is_sharded
@@ -29,7 +30,8 @@ def add_adapters(model: nn.Module, config: Finetune, *, generator: torch.Generat
     Raises:
         ConfigError: no module of the model has one of the names.
     """
-    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear = (nn.Linear, Conv1D)
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, linear)}
     missing = [target for target in config.lora_targets if target not in names]
     if missing or not config.lora_targets:
         raise ConfigError(

@@ -42,8 +42,8 @@ def calibrate(
     """The gradient rows of the examples whose logical shards this rank owns, micro-batch by micro-batch.
 
     Every rank is given all examples, in the same order. The loss of an example is the mean negative log-likelihood of
-    its targets, and losses are summed: an example's rows do not depend on what it is batched with, nor on the world size.
-    If the policy is sharded this is a collective: ranks run the same number of micro-batches (a rank with fewer examples
+    its targets, and losses are summed: an example's rows do not depend on its batch, nor on the world size. If the
+    policy is sharded this is a collective: ranks run the same number of micro-batches (a rank with fewer examples
     throws its last ones away), so all must exhaust the iterator.
 
     Raises:

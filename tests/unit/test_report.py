@@ -56,7 +56,9 @@ def test_the_text_is_a_table_a_verdict_and_where_everything_is(run_folder):
     assert "SPD against BASE" in text
     assert "Time: project 9 s" in text
     assert any(line.startswith("  finetune/adapter ") for line in lines)
-    assert max(map(len, lines)) <= 100
+    prose, commands = lines[: lines.index("Next:")], lines[lines.index("Next:") + 1 :]
+    assert max(map(len, prose)) <= 100
+    assert f"  python launchers/corpus.py stats {run_folder}" in commands, "whole, to be copied"
 
 
 def test_the_report_is_in_the_metrics_and_on_the_mirror(run_folder):

@@ -15,6 +15,9 @@ from spd_dist.models.next_token_loss import Student, check_tail_
 from spd_dist.stages.finetune.batches import collate
 from spd_dist.stages.finetune.sequences import TrainingSequence
 
+LEAK = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
+"""More than rounding explains."""
+
 log = logging.getLogger(__name__)
 
 
@@ -36,21 +39,21 @@ def check_student(
     if config.packing:
         leak = _leak(student, sequences, world, varlen=varlen)
         with together("checking that packed sequences do not see each other"):
-            if leak > 1e-2:
+            if leak > LEAK[student.model.dtype]:
                 raise ConfigError(
-                    f"finetune.packing: True is not valid for this model: a sequence's loss changes by {leak:.1%} with "
+                    f"finetune.packing: True is not valid for this model: a token's loss changes by {leak:.2%} with "
                     "what is packed in front of it; set finetune.packing=false"
                 )
 
 
 @torch.no_grad()
 def _leak(student: Student, sequences: Sequence[TrainingSequence], world: World, *, varlen: bool) -> float:
-    """How much the loss of a sequence depends on a sequence in front of it in the same row."""
+    """How much the loss of a token depends on a sequence in front of its own in the same row, relative to the mean."""
     second = max(range(min(len(sequences), 64)), key=lambda index: sequences[index].num_targets)
     first = (second + 1) % len(sequences)
     losses = []
     for row in ([second], [first, second]):
         batch = collate([row], sequences, lambda _: 0, pad_token_id=0, varlen=varlen).to(world.device)
         _, loss_N = student(batch.token_BT, batch.source_N, batch.label_N, **batch.context)
-        losses.append(loss_N[batch.owner_N == second].sum())
-    return ((losses[1] - losses[0]).abs() / losses[0]).item()
+        losses.append(loss_N[batch.owner_N == second])
+    return ((losses[1] - losses[0]).abs().max() / losses[0].mean()).item()
