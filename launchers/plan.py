@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ COLUMNS = ("stage", "placement", "GiB a rank", "of which", "received", "time", "
 
 def main(words: Sequence[str] | None = None) -> int:
     """Parse, plan, print, and turn the outcome into an exit code."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch|transformers|deepspeed")
     arguments = parse_arguments(words)
     try:
         config = load_config(arguments.config, arguments.overrides)
@@ -113,7 +115,10 @@ def read_workload(config: Config, arguments: argparse.Namespace) -> Workload:
 
 def described(cluster: Cluster | None) -> str:
     """A cluster in words."""
-    return "none" if cluster is None else f"{cluster.nodes} nodes of {cluster.gpus_per_node} GPUs"
+    if cluster is None:
+        return "none"
+    counts = (cluster.nodes, "node"), (cluster.gpus_per_node, "GPU")
+    return " of ".join(f"{count} {word}{'s' if count > 1 else ''}" for count, word in counts)
 
 
 def title_of(profile: Profile, plan: Plan) -> str:

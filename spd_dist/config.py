@@ -184,6 +184,10 @@ class Evaluate:
     placement: Literal["auto", "replica", "layerwise"] = setting("auto", "as generate.placement")
     allow_code_execution: bool = setting(False, "run model-written code, in the sandbox")
 
+    def decoding(self) -> Generate:
+        """The settings of the decode loop that it shares with generate."""
+        return Generate(placement=self.placement, batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
+
 
 @dataclass(frozen=True)
 class Distributed:

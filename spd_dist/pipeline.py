@@ -135,8 +135,8 @@ def evaluate_arms(run: Run, arms: list[Arm]) -> str:
             run.stop_if_asked()
             with run.progress("evaluate", None, "answers", arm) as progress:
                 answered = evaluate_arm(
-                    run.policy_of(arm), test_set, config.evaluate, arm=arm.name, folder=folder, world=run.world,
-                    projection=None if arm.trains else _projection(run, arm), progress=progress,
+                    run.policy_of(arm, test_set), test_set, config.evaluate, arm=arm.name, folder=folder,
+                    world=run.world, projection=None if arm.trains else _projection(run, arm), progress=progress,
                 )  # fmt: skip
             summaries[arm.name] = {run.task.name: answered}
         on_main("writing the summary of the answers", lambda: write_json(folder / "summary.json", summaries))

@@ -69,7 +69,8 @@ def config_of_round(config: Config, number: int) -> Config:
         return config
     student = _folder(config, number - 1) / STUDENT
     model = dataclasses.replace(config.model, name=str(student), revision=None)
-    return dataclasses.replace(config, run_dir=str(_folder(config, number)), model=model)
+    metrics = dataclasses.replace(config.metrics, experiment=config.metrics.experiment or Path(config.run_dir).name)
+    return dataclasses.replace(config, run_dir=str(_folder(config, number)), model=model, metrics=metrics)
 
 
 def _folder(config: Config, number: int) -> Path:

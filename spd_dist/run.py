@@ -19,7 +19,8 @@ from spd_dist.distributed.collectives import any_rank, gather_objects, max_over_
 from spd_dist.distributed.memory import forget_peak, peak_bytes
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError, StopRequested
-from spd_dist.models.policy import Policy, load_policy, load_replica, load_tokenizer
+from spd_dist.models.engines.placement import will_be_whole
+from spd_dist.models.policy import Policy, load_adapted, load_policy, load_replica, load_tokenizer
 from spd_dist.runtime.artifacts import content_hash
 from spd_dist.runtime.metrics import MetricLogger
 from spd_dist.runtime.page import write_page
@@ -94,14 +95,18 @@ class Run:
             self._policy.release()
             self._policy = None
 
-    def policy_of(self, arm: Arm) -> Policy:
-        """The policy that answers for an arm: its student whole on every rank, or the untouched policy."""
+    def policy_of(self, arm: Arm, test_set: TestSet) -> Policy:
+        """The policy that answers for an arm: the untouched one, or its student, whole on every rank if that fits."""
         if not arm.trains:
             return self.policy()
         self.release_policy()
         student = self.folder.folder(arm.stage("finetune"))
         if self.config.finetune.mode == "lora":
-            return load_replica(self.config.model, self.config.distributed, self.world, adapter=student / "adapter")
+            decoding = self.config.evaluate.decoding()
+            longest = max(len(prompt.tokens) for prompt in test_set.prompts) + decoding.max_new_tokens
+            whole = will_be_whole(self.config.model, self.config.distributed, decoding, self.world, longest)
+            load = load_replica if whole else load_adapted
+            return load(self.config.model, self.config.distributed, self.world, adapter=student / "adapter")
         model = dataclasses.replace(self.config.model, name=str(student / "model"), revision=None)
         return load_policy(model, self.config.distributed, self.world)
 
@@ -214,6 +219,6 @@ class Run:
 
 
 def job_type(first: str, last: str) -> str:
-    """What a job from one stage to another is called: by the folder that it fills, or `pipeline` if it fills several."""
+    """What W&B calls a job from one stage to another: the folder that it fills, or `pipeline` if there are several."""
     jobs = {"project" if stage in STAGES[:4] else stage for stage in (first, last)}
     return jobs.pop() if len(jobs) == 1 else "pipeline"

@@ -9,9 +9,9 @@ Shapes: B examples, T tokens, N supervised tokens, D hidden width.
 
 from __future__ import annotations
 
-import copy
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,18 +20,18 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 
 from spd_dist.config import Calibrate, Finetune
+from spd_dist.distributed.zero import linear_of_zero3
 from spd_dist.errors import DataError
 from spd_dist.models.adapters import add_adapters, key_dropout
 from spd_dist.models.capture import Capture, capture
 from spd_dist.models.dropout import TokenKeys, token_key
 from spd_dist.models.kv_sites import discover_sites
+from spd_dist.models.meta import FOREIGN_FAULTS, first_line, meta_model
 from spd_dist.models.next_token_loss import Student
 from spd_dist.types import KVSite
-
-FOREIGN_FAULTS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -63,37 +63,9 @@ class LiveBytes(TorchDispatchMode):
         self.live -= num_bytes
 
 
-def meta_model(config: PretrainedConfig, dtype: torch.dtype, *, num_layers: int | None = None) -> PreTrainedModel:
-    """The model of `config` without weights, frozen and in eval mode; with its first layers only, if so many are asked.
-
-    Raises:
-        DataError: transformers can't build it.
-    """
-    config = config if num_layers is None else shallow(config, num_layers)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except FOREIGN_FAULTS as error:
-        raise DataError(
-            f"model.name: no {config.model_type} model can be built from its config ({type(error).__name__}: {error}); "
-            "choose a causal language model that transformers knows"
-        ) from error
-    return model.eval().requires_grad_(False)
-
-
-def shallow(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
-    """A copy of `config` with `num_layers` layers; lists that have an entry a layer are cut."""
-    config = copy.deepcopy(config)
-    text = config.get_text_config()
-    depth = text.num_hidden_layers
-    for name, value in list(vars(text).items()):
-        if isinstance(value, list | tuple) and len(value) == depth:
-            setattr(text, name, value[:num_layers])
-    text.num_hidden_layers = num_layers
-    return config
-
-
-def calibrate_peak(config: PretrainedConfig, calibrate: Calibrate, dtype: torch.dtype, *, num_layers: int) -> int:
+def calibrate_peak(
+    config: PretrainedConfig, calibrate: Calibrate, dtype: torch.dtype, *, num_layers: int, is_sharded: bool = False
+) -> int:
     """Bytes that capturing the gradients of one micro-batch takes beside the weights: examples as long as they may be.
 
     Half of their tokens are supervised, and one layer's keys and values are sites.
@@ -103,6 +75,7 @@ def calibrate_peak(config: PretrainedConfig, calibrate: Calibrate, dtype: torch.
         calibrate: Its section.
         dtype: Of the weights.
         num_layers: From the lowest site's to the last; below, nothing is kept.
+        is_sharded: Whether ZeRO-3 runs the linear layers.
     """
 
     def run(model: PreTrainedModel) -> tuple[int, int]:
@@ -112,13 +85,14 @@ def calibrate_peak(config: PretrainedConfig, calibrate: Calibrate, dtype: torch.
             peak = _capture(model, caught, calibrate)
         return model.config.get_text_config().num_hidden_layers - sites[0].layer, peak
 
-    return _extrapolated(config, dtype, run, num_layers)
+    with linear_of_zero3() if is_sharded else nullcontext():
+        return _extrapolated(config, dtype, run, num_layers)
 
 
-def finetune_peak(config: PretrainedConfig, finetune: Finetune, dtype: torch.dtype) -> int:
+def finetune_peak(config: PretrainedConfig, finetune: Finetune, dtype: torch.dtype, *, is_sharded: bool = False) -> int:
     """Bytes that one micro-batch of fine-tuning takes beside parameters, their gradients and the optimizer.
 
-    Sequences are as long as they may be, and all their tokens are supervised.
+    Sequences are as long as they may be, and all their tokens are supervised. `is_sharded`: by ZeRO-3.
     """
 
     def run(model: PreTrainedModel) -> tuple[int, int]:
@@ -129,10 +103,11 @@ def finetune_peak(config: PretrainedConfig, finetune: Finetune, dtype: torch.dty
         keys = key_dropout(adapted) if adapted is not None else None
         if finetune.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        with _make_fake_(model):
+        with _make_fake_(model), nullcontext() if finetune.packing else _without_packing():
             return num_layers, _train(Student(model).train(), keys, finetune)
 
-    return _extrapolated(config, dtype, run, config.get_text_config().num_hidden_layers)
+    with linear_of_zero3() if is_sharded else nullcontext():
+        return _extrapolated(config, dtype, run, config.get_text_config().num_hidden_layers)
 
 
 def _extrapolated(
@@ -149,9 +124,20 @@ def _extrapolated(
     except FOREIGN_FAULTS as error:
         raise DataError(
             f"model.name: what a {config.model_type} model holds can't be told without running it "
-            f"({type(error).__name__}: {error}); mixtures of experts need model.dtype=bfloat16, others a trial run"
+            f"({first_line(error)}); mixtures of experts need model.dtype=bfloat16, others a trial run"
         ) from error
     return round(low + (high - low) / (many - few) * (num_layers - few))
+
+
+@contextmanager
+def _without_packing() -> Iterator[None]:
+    """Transformers makes masks for packed sequences if their positions say so; those of fake tensors say nothing."""
+    found = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda _: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = found
 
 
 def _period(config: PretrainedConfig) -> int:

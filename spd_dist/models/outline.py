@@ -128,9 +128,10 @@ def _head_width(settings: Mapping[str, Any], text: PretrainedConfig) -> int:
 
 
 def _kv_width(settings: Mapping[str, Any], text: PretrainedConfig) -> int:
-    if settings.get("kv_lora_rank"):  # multi-head latent attention: the cache keeps what it makes of the latents
-        by_head = settings["qk_nope_head_dim"] + settings["qk_rope_head_dim"] + settings["v_head_dim"]
-        return text.num_attention_heads * by_head
+    if settings.get("kv_lora_rank"):  # multi-head latent attention: the cache keeps the latents
+        return settings["kv_lora_rank"] + settings["qk_rope_head_dim"]
+    if settings.get("multi_query") and not settings.get("new_decoder_architecture"):
+        return 2 * _head_width(settings, text)
     num_heads = settings.get("num_key_value_heads") or text.num_attention_heads
     return 2 * num_heads * _head_width(settings, text)
 

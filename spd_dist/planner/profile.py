@@ -8,8 +8,9 @@ import torch
 
 from spd_dist.config import Config
 from spd_dist.models.adapters import add_adapters
-from spd_dist.models.dry_run import calibrate_peak, finetune_peak, meta_model
+from spd_dist.models.dry_run import calibrate_peak, finetune_peak
 from spd_dist.models.kv_sites import discover_sites
+from spd_dist.models.meta import meta_model
 from spd_dist.models.outline import Outline, outline_of
 from spd_dist.models.policy import load_settings, resolve_dtype
 from spd_dist.types import KVSite
@@ -57,6 +58,7 @@ def profile_of(config: Config, device: torch.device | None = None) -> Profile:
         add_adapters(model, config.finetune, generator=torch.Generator())
     else:
         model.requires_grad_(True)
+    sharded = {"is_sharded": config.distributed.zero_stage == 3}
     head = policy.vocabulary_size * policy.hidden_size
     in_layers = policy.num_multiplied - head
     return Profile(
@@ -66,6 +68,6 @@ def profile_of(config: Config, device: torch.device | None = None) -> Profile:
         sites=sites,
         element_bytes=dtype.itemsize,
         num_captured=head + in_layers * num_above // policy.num_layers,
-        calibrate_peak=calibrate_peak(settings, config.calibrate, dtype, num_layers=num_above),
-        finetune_peak=finetune_peak(settings, config.finetune, dtype),
+        calibrate_peak=calibrate_peak(settings, config.calibrate, dtype, num_layers=num_above, **sharded),
+        finetune_peak=finetune_peak(settings, config.finetune, dtype, **sharded),
     )

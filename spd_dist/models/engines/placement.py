@@ -8,16 +8,18 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
+from transformers import PreTrainedModel
 
-from spd_dist.config import Generate
+from spd_dist.config import Distributed, Generate, Model
 from spd_dist.distributed.collectives import all_ranks, together
 from spd_dist.distributed.lockstep import LockStep
 from spd_dist.distributed.memory import free_bytes
 from spd_dist.distributed.world import World
 from spd_dist.distributed.zero import full_replica
 from spd_dist.errors import ConfigError
+from spd_dist.models.meta import meta_model
 from spd_dist.models.outline import decode_bytes, outline_of
-from spd_dist.models.policy import Policy
+from spd_dist.models.policy import Policy, load_settings, resolve_dtype
 
 HEADROOM = 0.85
 Placement = Literal["replica", "layerwise"]
@@ -45,14 +47,27 @@ def choose_placement(policy: Policy, config: Generate, world: World, max_length:
     return placement
 
 
+def will_be_whole(model: Model, distributed: Distributed, config: Generate, world: World, max_length: int) -> bool:
+    """Whether a model is to be loaded whole on every rank to decode by itself, told from its config. A collective."""
+    if distributed.zero_stage < 3 or config.placement != "auto":
+        return config.placement != "layerwise"
+    with together("reading the model's configuration"):
+        skeleton = meta_model(load_settings(model), resolve_dtype(model.dtype, world.device))
+    return all_ranks(_needed_bytes(skeleton, config, max_length) <= HEADROOM * free_bytes(world))
+
+
 def needed_bytes(policy: Policy, config: Generate, max_length: int) -> int:
     """What a rank needs beside its shards to decode by itself."""
+    return _needed_bytes(policy.model, config, max_length)
+
+
+def _needed_bytes(model: PreTrainedModel, config: Generate, max_length: int) -> int:
     needed = decode_bytes(
-        outline_of(policy.model),
+        outline_of(model),
         batch_size=config.batch_size,
         prompt_tokens=max(1, max_length - config.max_new_tokens),
         new_tokens=config.max_new_tokens,
-        element_bytes=policy.model.dtype.itemsize,
+        element_bytes=model.dtype.itemsize,
     )
     return sum(needed)
 
