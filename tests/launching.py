@@ -40,7 +40,7 @@ class Launch:
     def __init__(self, world_size: int, words: Sequence[str], log: Path, launcher: str = "launchers/spd.py") -> None:
         port = free_port()
         context = multiprocessing.get_context("forkserver")
-        arguments = [(rank, world_size, port, launcher, [*words, *SETTINGS], log) for rank in range(world_size)]
+        arguments = [(rank, world_size, port, launcher, [*SETTINGS, *words], log) for rank in range(world_size)]
         self.log = log
         self.ranks = [context.Process(target=_launch, args=args) for args in arguments]
         for rank in self.ranks:

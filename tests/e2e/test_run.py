@@ -139,11 +139,23 @@ def test_stages_run_as_separate_jobs_on_different_numbers_of_ranks(words, undist
     launch(1, [*arguments, "--until", "project"], log)
     assert not (run / "generate").exists()
     launch(3, [*arguments, "--from", "generate", "--until", "generate"], log)
-    launch(2, [*arguments, "--from", "finetune"], log)
+    launch(2, [*arguments, "--from", "finetune", "--until", "finetune", "metrics.wandb=offline"], log)
+    check_lineage(run)
+    launch(2, [*arguments, "--from", "evaluate"], log)
     expected = results(undisturbed)
     assert {name: value for name, value in results(run).items() if name != "report"} == {
         name: value for name, value in expected.items() if name != "report"
     }
+
+
+def check_lineage(run: Path) -> None:
+    """The job is its stage's, and its artifacts are what it went on from and what it made."""
+    job = read_offline_run(run)
+    assert job.job_type == "finetune"
+    made = [(artifact.name, artifact.is_input) for artifact in job.artifacts]
+    used = ("run-subspace", "run-psr-corpus", "run-corpus")
+    assert {name for name, is_input in made if is_input} == set(used)
+    assert [name for name, is_input in made if not is_input] == ["run-psr-adapter", "run-adapter"]
 
 
 def test_a_request_to_stop_ends_all_ranks_with_75_and_the_run_goes_on(words, undisturbed, tmp_path):
