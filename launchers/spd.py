@@ -12,11 +12,16 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from spd_dist.config import STAGES, Config
 from spd_dist.errors import UserError
 from spd_dist.overrides import load_config, to_yaml
 from spd_dist.signals import StopSignals
+
+if TYPE_CHECKING:
+    from spd_dist.distributed.world import World
 
 SECONDS_FOR_THE_CAUSE = 5
 """A rank that fails since another one did ends this much later: the launcher takes the exit code of the first."""
@@ -82,16 +87,23 @@ def preview(config: Config, num_examples: int) -> int:
 
 
 def run(config: Config, arguments: argparse.Namespace, signals: StopSignals) -> int:
-    """Join the other ranks and run the stages; every failure ends all ranks, and none waits for another for ever."""
-    from spd_dist.distributed.world import join_world, leave_world
+    """Run the stages."""
     from spd_dist.rounds import run_rounds
+
+    stages = {"first": arguments.first, "last": arguments.last}
+    return on_every_rank(config, lambda world: run_rounds(config, world, signals, **stages))
+
+
+def on_every_rank(config: Config, work: Callable[[World], str]) -> int:
+    """Join the other ranks and print what `work` gives; every failure ends all ranks, and none waits for ever."""
+    from spd_dist.distributed.world import join_world, leave_world
     from spd_dist.runtime.log import set_up_logging
 
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch|deepspeed")
     set_up_logging(int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))))
     world = join_world(config.distributed)
     try:
-        summary = run_rounds(config, world, signals, first=arguments.first, last=arguments.last)
+        summary = work(world)
     except UserError as error:
         if world.is_main or not error.is_shared:
             print(f"error: {error}", file=sys.stderr, flush=True)

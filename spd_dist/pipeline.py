@@ -15,7 +15,7 @@ from spd_dist.data.prompts import make_examples, make_prompts
 from spd_dist.distributed.collectives import on_main, together
 from spd_dist.distributed.world import World
 from spd_dist.models.kv_sites import discover_sites
-from spd_dist.run import Run, job_type
+from spd_dist.run import Run
 from spd_dist.runtime.artifacts import content_hash, write_json
 from spd_dist.runtime.completions import read_completions
 from spd_dist.runtime.subspace_file import load_subspace, save_subspace
@@ -39,7 +39,7 @@ def run_stages(config: Config, world: World, signals: StopSignals, *, first: str
     stages = STAGES[STAGES.index(first) : STAGES.index(last) + 1]
     arms = chosen(config.evaluate.arms)
     students = [arm for arm in arms if arm.trains]
-    run = Run(config, world, signals, job=job_type(first, last))
+    run = Run(config, world, signals, first=first, last=last)
     with run.metrics:
         if any(arm.projects for arm in arms):
             find_subspace(run, wanted=first in STAGES[:4])

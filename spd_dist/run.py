@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -13,7 +14,7 @@ from spd_dist.arms import ARMS, Arm
 from spd_dist.config import STAGES, Config
 from spd_dist.data.held_out import TestSet, make_test_set
 from spd_dist.data.sources import check_leaks, load_rows
-from spd_dist.data.tasks import find_task
+from spd_dist.data.tasks import Task, find_task, refusal, runs_code, with_execution
 from spd_dist.data.tasks.protocol import Row, Split
 from spd_dist.distributed.collectives import any_rank, gather_objects, max_over_ranks, on_main, together
 from spd_dist.distributed.memory import forget_peak, peak_bytes
@@ -28,6 +29,7 @@ from spd_dist.runtime.products import product_of, report_product
 from spd_dist.runtime.progress import Progress
 from spd_dist.runtime.report import log_report, report_text, write_report
 from spd_dist.runtime.run_folder import RunFolder, settings_hash
+from spd_dist.runtime.sandbox import open_sandbox
 from spd_dist.runtime.show import show_cost, show_stage
 from spd_dist.runtime.wandb_mirror import open_mirror
 from spd_dist.signals import STOP_FILE, StopSignals
@@ -38,13 +40,18 @@ log = logging.getLogger(__name__)
 class Run:
     """What the stages of one run share. Every method but `progress` is a collective."""
 
-    def __init__(self, config: Config, world: World, signals: StopSignals, *, job: str = "pipeline") -> None:
-        """Open the run folder and the metrics; `job` is what W&B calls this part of the run.
+    def __init__(
+        self, config: Config, world: World, signals: StopSignals, *, first: str = "calibrate", last: str = "project"
+    ) -> None:
+        """Open the run folder and the metrics for a job from one stage to another.
+
+        If it evaluates, make sure that answers can be judged.
 
         Raises:
-            ConfigError: the folder holds a run of another config, or `data.task` is unknown.
+            ConfigError: the folder holds a run of another config, `data.task` is unknown, or it is scored by running
+                programs and that isn't allowed, or no sandbox holds on this machine.
         """
-        self.config, self.world, self.signals, self.job = config, world, signals, job
+        self.config, self.world, self.signals, self.job = config, world, signals, job_type(first, last)
         self.plain = dataclasses.asdict(config)
         self.folder = RunFolder(config.run_dir, self.plain, world)
         with together("removing the request to stop"):
@@ -52,8 +59,12 @@ class Run:
                 (self.folder.path / STOP_FILE).unlink(missing_ok=True)
         with together("finding the task"):
             self.task = find_task(config.data.task)
-        mirror = open_mirror(config.metrics, self.folder.path, self.plain, job=job) if world.is_main else None
-        self.metrics = MetricLogger(self.folder.path / "metrics", world.rank, mirror)
+            if last == "evaluate":
+                self.task = able_to_judge(self.task, allowed=config.evaluate.allow_code_execution)
+        opening = functools.partial(open_mirror, config.metrics, self.folder.path, self.plain, job=self.job)
+        self.metrics = MetricLogger(
+            self.folder.path / "metrics", world.rank, opening=opening if world.is_main else None
+        )
         self._rows: dict[Split, list[Row]] = {}
         self._policy: Policy | None = None
 
@@ -222,3 +233,16 @@ def job_type(first: str, last: str) -> str:
     """What W&B calls a job from one stage to another: the folder that it fills, or `pipeline` if there are several."""
     jobs = {"project" if stage in STAGES[:4] else stage for stage in (first, last)}
     return jobs.pop() if len(jobs) == 1 else "pipeline"
+
+
+def able_to_judge(task: Task, *, allowed: bool) -> Task:
+    """The task, with a sandbox on this machine if it is scored by running programs.
+
+    Raises:
+        ConfigError: that isn't allowed, or no sandbox holds on this machine.
+    """
+    if not runs_code(task):
+        return task
+    if not allowed:
+        raise refusal(task.name)
+    return with_execution(task, open_sandbox().passes)

@@ -39,8 +39,10 @@ class Launch:
 
     def __init__(self, world_size: int, words: Sequence[str], log: Path, launcher: str = "launchers/spd.py") -> None:
         port = free_port()
+        given = {word.partition("=")[0] for word in words}
+        settings = [setting for setting in SETTINGS if setting.partition("=")[0] not in given]
         context = multiprocessing.get_context("forkserver")
-        arguments = [(rank, world_size, port, launcher, [*SETTINGS, *words], log) for rank in range(world_size)]
+        arguments = [(rank, world_size, port, launcher, [*words, *settings], log) for rank in range(world_size)]
         self.log = log
         self.ranks = [context.Process(target=_launch, args=args) for args in arguments]
         for rank in self.ranks:
@@ -75,9 +77,11 @@ class Launch:
         return self.log.read_text(errors="replace")
 
 
-def launch(world_size: int, words: Sequence[str], log: Path, *, code: int = 0) -> str:
+def launch(
+    world_size: int, words: Sequence[str], log: Path, *, code: int = 0, launcher: str = "launchers/spd.py"
+) -> str:
     """Run to the end, expect every rank to exit with `code`, and give what was printed."""
-    started = Launch(world_size, words, log)
+    started = Launch(world_size, words, log, launcher)
     codes = started.wait()
     assert codes == [code] * world_size, f"{codes}\n{started.output()}"
     return started.output()
@@ -96,4 +100,5 @@ def _launch(rank: int, world_size: int, port: int, launcher: str, words: list[st
     }
     os.environ |= {name: str(value) for name, value in variables.items()}
     sys.argv = [launcher, *words]
+    sys.path.insert(0, str(Path(launcher).parent))  # as for a script
     runpy.run_path(launcher, run_name="__main__")

@@ -29,6 +29,7 @@ MAY_IMPORT = {  # besides itself
     "run": BELOW | {"models", "data", "runtime", "arms", "signals"},
     "planner": BELOW | {"models", "runtime", "stages", "arms"},
     "pipeline": BELOW | {"models", "data", "runtime", "stages", "arms", "signals", "run"},
+    "alone": BELOW | {"models", "data", "runtime", "stages", "arms", "signals", "run"},
     "rounds": BELOW | {"models", "data", "runtime", "arms", "signals", "run", "pipeline"},
 }
 ONLY_IN = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -53,18 +53,27 @@ class Mirror(Protocol):
 class MetricLogger:
     """Writes one line a call, flushed; keys are `STAGE/NAME_UNIT`, and each stage counts its own steps."""
 
-    def __init__(self, folder: str | Path, rank: int = 0, mirror: Mirror | None = None, *, prefix: str = "") -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        rank: int = 0,
+        mirror: Mirror | None = None,
+        *,
+        opening: Callable[[], Mirror | None] | None = None,
+        prefix: str = "",
+    ) -> None:
         """Open this rank's file to append.
 
         Args:
             folder: The run's `metrics/`.
             rank: Of this process.
             mirror: Given on rank 0 only.
+            opening: Makes the mirror when the logger is entered: of a process, one run at a time is mirrored.
             prefix: In front of the file's name, for jobs that share a run folder, such as `task_00003_`.
         """
         self.path = Path(folder) / f"{prefix}rank_{rank:05d}.jsonl"
         self._writer = JsonlWriter(self.path)
-        self._mirror = mirror
+        self._mirror, self._opening = mirror, opening
         self._label = ""
 
     def labelled(self, label: str) -> MetricLogger:
@@ -107,6 +116,8 @@ class MetricLogger:
             self._mirror.finish(exit_code)
 
     def __enter__(self) -> MetricLogger:
+        if self._opening is not None:
+            self._mirror = self._opening()
         return self
 
     def __exit__(

@@ -36,7 +36,7 @@ class Plot:
 
 SECTIONS: Mapping[str, tuple[Panel, ...]] = {
     "Arms": (
-        Panel("Results by arm", ("evaluate/*_accuracy", "evaluate/*_nll", "evaluate/*_exact_match"), "bars"),
+        Panel("Results by arm", ("evaluate/*accuracy", "evaluate/*nll"), "bars"),
         Panel("Paired differences", ("evaluate/*_difference",), "bars"),
         Panel("Arms", ("evaluate/arms",), "table"),
         Panel("Answers side by side", ("evaluate/answers",), "table"),

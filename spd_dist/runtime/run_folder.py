@@ -46,6 +46,7 @@ MAY_CHANGE = (
     "finetune.keep_every",
     "finetune.packing",
     "finetune.merge",
+    "evaluate.allow_code_execution",
     "evaluate.batch_size",
     "evaluate.placement",
     "distributed.zero_stage",

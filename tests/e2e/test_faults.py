@@ -35,6 +35,10 @@ def fail(folder: Path, words: list[str], *, code: int) -> str:
             "finetune.num_epoch=1",
             "finetune.num_epoch: unknown key (value 1); the nearest valid key is finetune.num_epochs",
         ),
+        (
+            "data.task=mbpp",
+            "evaluate.allow_code_execution: false, but mbpp is scored by running model-written programs",
+        ),
         ("data.task=arithmetics", "data.task: 'arithmetics' is not a task; the nearest is arithmetic"),
         ("project.rank_rule=fixed", "project.rank: None is not valid with project.rank_rule=fixed; set project.rank=N"),
     ],

@@ -63,6 +63,15 @@ def test_another_arm_has_names_and_steps_of_its_own(tmp_path):
     assert mirror.rows[0] == {"finetune/psr_step": 1, "finetune/psr_loss": 3.0}
 
 
+def test_a_mirror_can_wait_until_the_logger_is_entered(tmp_path):
+    mirror, opened = Recorder(), []
+    metrics = MetricLogger(tmp_path, opening=lambda: opened.append(True) or mirror)
+    assert not opened
+    with metrics:
+        metrics.labelled("psr").log("finetune", {"loss": 1.0}, 1)
+    assert (mirror.rows, mirror.exit_code) == ([{"finetune/psr_step": 1, "finetune/psr_loss": 1.0}], 0)
+
+
 def test_the_mirror_hears_that_the_run_failed(tmp_path):
     mirror = Recorder()
     with pytest.raises(KeyError), MetricLogger(tmp_path, mirror=mirror):

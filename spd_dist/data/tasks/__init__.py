@@ -11,13 +11,13 @@ from spd_dist.data.tasks.bbh import BBH
 from spd_dist.data.tasks.codealpaca import CODEALPACA
 from spd_dist.data.tasks.competition_math import MATH
 from spd_dist.data.tasks.described import read_task
-from spd_dist.data.tasks.mbpp import MBPP, MBPP_SANITIZED, Execute, Mbpp
+from spd_dist.data.tasks.mbpp import MBPP, MBPP_SANITIZED, Execute, Mbpp, refusal
 from spd_dist.data.tasks.mmlu import MMLU
 from spd_dist.data.tasks.protocol import Row, Score, Split, Task
 from spd_dist.data.tasks.word_problems import ARITHMETIC, GSM8K, SVAMP
 from spd_dist.errors import ConfigError
 
-__all__ = ["TASKS", "Execute", "Row", "Score", "Split", "Task", "find_task", "with_execution"]
+__all__ = ["TASKS", "Execute", "Row", "Score", "Split", "Task", "find_task", "refusal", "runs_code", "with_execution"]
 
 ENTRY_POINTS = "spd_dist.tasks"
 _BUILT_IN: tuple[Task, ...] = (ARITHMETIC, GSM8K, SVAMP, MATH, MBPP, MBPP_SANITIZED, CODEALPACA, MMLU, BBH)
@@ -43,6 +43,11 @@ def find_task(name: str) -> Task:
         f"data.task: {name!r} is not a task; the nearest is {nearest}; "
         f"known are {', '.join(known)}, and paths of .yaml files"
     )
+
+
+def runs_code(task: Task) -> bool:
+    """Whether the task is scored by running programs that a model wrote."""
+    return isinstance(task, Mbpp)
 
 
 def with_execution(task: Task, execute: Execute) -> Task:

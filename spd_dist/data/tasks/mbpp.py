@@ -65,10 +65,7 @@ class Mbpp:
             ConfigError: nothing was given to run programs with.
         """
         if self.execute is None:
-            raise ConfigError(
-                f"evaluate.allow_code_execution: false, but {self.name} is scored by running model-written programs; "
-                "set evaluate.allow_code_execution=true to run them in the sandbox, or evaluate another task"
-            )
+            raise refusal(self.name)
         strict = fenced(output)
         lenient = python_in(output)
         program = strict if strict is not None else lenient
@@ -77,6 +74,14 @@ class Mbpp:
         return Score(
             correct, program, row["code"], strict, lenient, in_form, in_form or (correct and program == lenient)
         )
+
+
+def refusal(name: str) -> ConfigError:
+    """What there is to say where a task must run programs and nobody allowed it."""
+    return ConfigError(
+        f"evaluate.allow_code_execution: false, but {name} is scored by running model-written programs; "
+        "set evaluate.allow_code_execution=true to run them in the sandbox, or evaluate another task"
+    )
 
 
 def python_in(text: str) -> str | None:

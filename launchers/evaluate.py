@@ -1,0 +1,174 @@
+"""Evaluate a model by itself: `python launchers/evaluate.py MODEL --tasks gsm8k,mbpp [section.key=value ...]`.
+
+MODEL is what model.name takes: a hub name, a folder, a GGUF file. Also by deepspeed, torchrun or srun, on any number of
+ranks. A task is a name or a YAML file, or NAME=SOURCE with the test rows' own source (data.test). In the folder (--out)
+are every answer, in TASK/evaluate/model/TASK.jsonl, and all numbers, in summary.json; start the same command again to
+go on where it stopped. Programs run in a sandbox, and only with evaluate.allow_code_execution=true.
+
+With --lm-eval EleutherAI's harness answers instead, where the package lm_eval is installed, with its own prompts.
+Exit codes: 0 done, 2 the config is wrong, 3 the data or the model is wrong, 75 stopped on request, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spd import on_every_rank
+
+from spd_dist.config import Config
+from spd_dist.errors import ConfigError, UserError
+from spd_dist.overrides import load_config
+from spd_dist.signals import StopSignals
+
+if TYPE_CHECKING:
+    from spd_dist.distributed.world import World
+
+DEFAULTS = ("metrics.wandb=disabled",)
+HARNESS_NAMES = {"math": "hendrycks_math"}
+NOT_IN_THE_HARNESS = ("arithmetic", "svamp", "codealpaca")
+"""Where it has a task of that name, it is another one."""
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Parse, check, evaluate, and turn the outcome into an exit code."""
+    signals = StopSignals()
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    arguments = parse_arguments(words)
+    try:
+        tasks = named_tasks(arguments.tasks)
+        out = arguments.out or default_folder(arguments.model, arguments.adapter)
+        own = [f"model.name={arguments.model}", f"run_dir={out}"]
+        config = load_config(arguments.config, [*DEFAULTS, *arguments.overrides, *own])
+        if arguments.lm_eval:
+            return subprocess.run(harness_command(config, list(tasks), arguments.adapter), check=False).returncode
+    except UserError as error:
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    signals.install()
+
+    def work(world: World) -> str:
+        from spd_dist.alone import evaluate_alone
+
+        summary = evaluate_alone(config, tasks, adapter=arguments.adapter, world=world, signals=signals)
+        return table(summary, config.run_dir)
+
+    return on_every_rank(config, work)
+
+
+def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; `--local_rank` is what the deepspeed launcher adds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as for spd.py")
+    parser.add_argument("--tasks", required=True, metavar="T1,T2", help="names, YAML files, or NAME=SOURCE")
+    parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="a LoRA adapter, merged into the model")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="runs/evaluate/MODEL if not given")
+    parser.add_argument("--config", nargs=1, action="extend", default=[], metavar="YAML", help="later files win")
+    parser.add_argument("--lm-eval", action="store_true", help="let EleutherAI's harness do it, as a cross-check")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_intermixed_args(words)
+
+
+def named_tasks(words: str) -> dict[str, str | None]:
+    """The tasks, each with its source or None.
+
+    Raises:
+        ConfigError: none is named, or one twice.
+    """
+    parts = [word.partition("=") for word in words.split(",") if word.strip()]
+    tasks = {name.strip(): source.strip() or None for name, _, source in parts}
+    if len(tasks) != len(parts) or not tasks:
+        raise ConfigError(f"--tasks: {words!r} names no task, or one twice; give names as in gsm8k,mbpp")
+    return tasks
+
+
+def default_folder(model: str, adapter: Path | None) -> Path:
+    """One folder a model and adapter."""
+    names = [model.removeprefix("package:"), *([] if adapter is None else [str(adapter.resolve())])]
+    return Path("runs/evaluate") / "+".join(name.strip("/").replace("/", "_") for name in names)
+
+
+def table(summary: Mapping[str, Any], folder: str) -> str:
+    """One row a task, for a terminal.
+
+    `ended` are the answers that the model ended by itself, `strict` and `lenient` those that a result could be
+    extracted from, and `loops` those that repeat themselves.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    named = summary["model"] if summary["adapter"] is None else f"{summary['model']} with {summary['adapter']}"
+    console = Console(file=io.StringIO(), width=100, color_system=None, highlight=False)
+    found = Table(title=f"{named}: greedy", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    found.add_column("task")
+    for name in ("metric", "value", "95 %\ninterval", "n", "ended\n%", "strict\n%", "lenient\n%", "tokens", "loops\n%"):
+        found.add_column(name, justify="right", no_wrap=True)
+    for task, one in summary["tasks"].items():
+        numbers = [one["value"], *one["interval"]]
+        value, low, high = (f"{x:.3f}" if one["metric"] == "nll" else f"{100 * x:.1f}" for x in numbers)
+        shares = ("ended_fraction", "strict_extraction_fraction", "lenient_extraction_fraction")
+        found.add_row(
+            task, "nll" if one["metric"] == "nll" else "right %", value, f"{low} to {high}", str(one["num_examples"]),
+            *(f"{100 * one[share]:.0f}" for share in shares), f"{one['mean_tokens']:.0f}",
+            f"{100 * one['repetition_fraction']:.0f}",
+        )  # fmt: skip
+    console.print(found)
+    console.print(f"Files: {folder}/summary.json, and every answer in {folder}/TASK/evaluate/model/", soft_wrap=True)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+
+def harness_command(config: Config, tasks: Sequence[str], adapter: Path | None) -> list[str]:
+    """What runs the harness on the same model and tasks.
+
+    Raises:
+        ConfigError: it is not installed, this is one of many ranks, or a task is not for it.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError(
+            "--lm-eval: the package lm_eval is not installed; pip install 'lm_eval[hf]', or drop --lm-eval"
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("--lm-eval: it takes one process; start this file by python, not by deepspeed or torchrun")
+    for task in tasks:
+        if task in NOT_IN_THE_HARNESS:
+            raise ConfigError(f"--lm-eval: the harness has no task that is our {task}; name others, as gsm8k,mmlu")
+        if task.startswith(("mbpp", "humaneval")):
+            raise ConfigError(
+                f"--lm-eval: the harness would run the programs of {task} outside of a sandbox; leave that task out"
+            )
+    model = {"pretrained": model_folder(config), "dtype": config.model.dtype, "revision": config.model.revision}
+    model |= {"peft": adapter, "trust_remote_code": config.model.trust_remote_code or None}
+    words = {
+        "--model": "hf",
+        "--model_args": ",".join(f"{name}={value}" for name, value in model.items() if value is not None),
+        "--tasks": ",".join(HARNESS_NAMES.get(task, task) for task in tasks),
+        "--batch_size": str(config.evaluate.batch_size),
+        "--output_path": str(Path(config.run_dir) / "lm_eval"),
+        "--seed": str(config.seed),
+    }
+    if config.data.num_test is not None:
+        words["--limit"] = str(config.data.num_test)
+    flags = ["--log_samples", *(["--apply_chat_template"] if config.data.template == "chat" else [])]
+    return [sys.executable, "-m", "lm_eval", *(word for pair in words.items() for word in pair), *flags]
+
+
+def model_folder(config: Config) -> str:
+    """What transformers can load: a GGUF file as the folder that it is converted into."""
+    from spd_dist.models.gguf import converted, find_gguf
+
+    gguf = find_gguf(config.model.name)
+    return config.model.name if gguf is None else str(converted(gguf, config.model.cache_dir))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

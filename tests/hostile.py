@@ -1,0 +1,145 @@
+"""Programs that a sandbox must survive: none is right, and none may pass, reach out, stay, or slow its neighbours."""
+
+from __future__ import annotations
+
+TESTS = ["assert double(2) == 4", "assert double(5) == 10"]
+HONEST = "def double(x):\n    return 2 * x"
+
+_FUNCTION = "def double(x):\n    "
+
+CHEATS = {
+    "ends before the assertions": "import os\nos._exit(0)",
+    "ends inside of the call": f"import os\n{_FUNCTION}os._exit(0)",
+    "exits politely": f"import sys\n{HONEST}\nsys.exit(0)",
+    "exits politely inside of the call": f"import sys\n{_FUNCTION}sys.exit(0)",
+    "equals everything": (
+        "class Anything:\n    def __eq__(self, other): return True\n    def __hash__(self): return 4\n"
+        f"    def __bool__(self): return True\n{_FUNCTION}return Anything()"
+    ),
+    "an integer that equals everything": (
+        f"class Four(int):\n    __eq__ = lambda self, other: True\n    __ne__ = lambda self, other: False\n"
+        f"    __hash__ = int.__hash__\n{_FUNCTION}return Four(7)"
+    ),
+    "redefines the builtins": (
+        "import builtins\nclass Never(BaseException): pass\nbuiltins.AssertionError = Never\n"
+        f"builtins.int = builtins.set = builtins.len = lambda *a: 4\n{_FUNCTION}return 7"
+    ),
+    "compiles assertions away": (
+        "import builtins, ast, sys\nreal = builtins.compile\n"
+        "builtins.compile = lambda *a, **k: real('pass', 'x', 'exec')\n"
+        "builtins.exec = lambda *a: None\nast.parse = None\nsys.flags = None\n" + _FUNCTION + "return 7"
+    ),
+    "says that it passed": f"print('passed', True, 0, flush=True)\n{_FUNCTION}print('passed')\n    return True",
+    "raises what the judge may expect": f"{_FUNCTION}raise AssertionError('passed')",
+    "raises the end of an iteration": f"{_FUNCTION}raise StopIteration(4)",
+    "says on every descriptor that it passed": (
+        "import os, json, struct\n"
+        "body = json.dumps({'passed': True, 'reason': 'passed', 'has_ended': False, 'value': 4}).encode()\n"
+        "for descriptor in range(64):\n    try: os.write(descriptor, struct.pack('!I', len(body)) + body)\n"
+        f"    except OSError: pass\n{_FUNCTION}return 7"
+    ),
+    "patches the code that serves it": (
+        "import sys\nfor name, module in list(sys.modules.items()):\n"
+        "    if 'inside' in name:\n        for key in ('encode', 'decode', 'verdict', 'findings'):\n"
+        f"            if key in vars(module): setattr(module, key, lambda *a, **k: True)\n{_FUNCTION}return 7"
+    ),
+    "looks for the expected value": (
+        "import gc, sys\ndef double(x):\n    frame = sys._getframe()\n    while frame:\n"
+        "        for value in list(frame.f_locals.values()) + gc.get_objects():\n"
+        "            if type(value).__name__ == 'Compare': return value.comparators[0].value\n"
+        "        frame = frame.f_back\n    return 7"
+    ),
+    "returns what never ends": f"{_FUNCTION}while True:\n        yield 4",
+    "returns itself without end": f"{_FUNCTION}endless = []\n    endless.append(endless)\n    return endless",
+    "returns too much": f"{_FUNCTION}return 'x' * 40_000_000",
+    "closes its connection": f"import os\n{_FUNCTION}os.closerange(0, 64)\n    return 4",
+    "sends rubbish": f"import os\n{_FUNCTION}[os.write(d, b'\\xff' * 4096) for d in range(3, 8)]\n    return 4",
+    "crashes the interpreter": f"import ctypes\n{_FUNCTION}ctypes.string_at(1)",
+    "recurses": f"{_FUNCTION}return double(x)",
+}
+"""Those that want to pass, or break what judges them."""
+
+GREEDY = {
+    "fork bomb": "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
+    "fork bomb of sleepers": f"import os, time\n{_FUNCTION}while True:\n        if not os.fork(): time.sleep(1000)",
+    "thread bomb": (
+        "import threading, time\n"
+        f"{_FUNCTION}while True: threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()"
+    ),
+    "10 GB": f"{_FUNCTION}return len(bytearray(10 * 2**30)) and 4",
+    "10 GB in many processes": (
+        f"import os, time\n{_FUNCTION}for _ in range(11):\n        if os.fork() == 0: break\n"
+        "    block = b'x' * (900 * 2**20)\n    time.sleep(1000)"
+    ),
+    "fills /tmp": (f"{_FUNCTION}for n in range(10_000): open(f'/tmp/{{n}}', 'wb').write(bytes(10**6))\n    return 4"),
+    "one huge file": f"{_FUNCTION}file = open('/tmp/x', 'wb')\n    while True: file.write(bytes(10**6))",
+    "infinite output": "while True:\n    print('x' * 10_000)",
+    "infinite errors": "import os\nwhile True:\n    os.write(2, b'x' * 10_000)\n    os.write(1, b'x' * 10_000)",
+    "endless loop": f"{_FUNCTION}while True: pass",
+    "endless loops of many": f"import os\n{_FUNCTION}for _ in range(3): os.fork()\n    while True: pass",
+}
+"""Those that take all they can."""
+
+STUBBORN = {
+    "catches every signal": (
+        "import signal, time\nfor number in range(1, 65):\n    try: signal.signal(number, lambda *a: None)\n"
+        f"    except (OSError, ValueError): pass\n{_FUNCTION}while True: time.sleep(1000)"
+    ),
+    "leaves a daemon": (
+        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: time.sleep(1000)\n"
+        f"    os._exit(0)\n{_FUNCTION}return 7"
+    ),
+    "kills its parent": (
+        "import os, signal\nfor number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGSTOP):\n"
+        f"    os.kill(os.getppid(), number)\n{_FUNCTION}return 7"
+    ),
+    "kills everything": f"import os, signal\nos.kill(-1, signal.SIGKILL)\n{_FUNCTION}return 7",
+    "sleeps": f"import time\n{_FUNCTION}time.sleep(1000)",
+}
+"""Those that do not want to end, or want others to end."""
+
+
+def reads(path: str) -> str:
+    """Gives what a file of the host holds."""
+    return f"{_FUNCTION}return open({path!r}).read()"
+
+
+def writes(path: str) -> str:
+    """Writes a file of the host."""
+    return f"{_FUNCTION}open({path!r}, 'w').write('written')\n    return 4"
+
+
+def connects(port: int) -> str:
+    """Talks to a server on the host."""
+    return f"import socket\n{_FUNCTION}return 4 if socket.create_connection(('127.0.0.1', {port})) else 7"
+
+
+def achieves(statement: str) -> str:
+    """Right if `statement` does what it says: raises nothing and gives nothing below 0."""
+    return (
+        "import ctypes, os, resource\nlibc = ctypes.CDLL(None)\n"
+        f"{_FUNCTION}done = {statement}\n    return 2 * x if done is None or done >= 0 else 'refused'"
+    )
+
+
+REFUSED = [
+    "os.open('/proc/1/mem', os.O_RDWR)",
+    "os.open('/proc/1/environ', os.O_RDONLY)",
+    "len(os.listdir('/proc/1/fd'))",
+    "libc.ptrace(16, 1, 0, 0)",
+    "libc.unshare(0x10000000)",
+    "libc.syscall(56, 0x10000000 | 17, 0, 0, 0, 0)",
+    "libc.mount(b'tmpfs', b'/tmp', b'tmpfs', 0, None)",
+    "os.memfd_create('x')",
+    "libc.socket(1, 1, 0)",
+    "libc.shmget(0, 4096, 0o1600)",
+    "os.setuid(0)",
+    "os.nice(-1)",
+    "os.chroot('/tmp')",
+    "os.mkdir('/new')",
+    "os.mkdir('/dev/new')",
+    "os.mkdir('/usr/new')",
+    "os.remove('/guest/spd_dist/runtime/sandbox/inside/judge.py')",
+    "resource.setrlimit(resource.RLIMIT_AS, (2 ** 40, 2 ** 40))",
+]
+"""What `achieves` must not."""
