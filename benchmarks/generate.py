@@ -70,7 +70,7 @@ def requests(policy: Policy, count: int) -> list[Request]:
     """The first training prompts of the arithmetic task."""
     data = Data(num_train=count)
     task = find_task(data.task)
-    prompts = make_prompts(load_rows(task, "train", data, SEED)[:count], task, policy.tokenizer, data)
+    prompts = make_prompts(load_rows(task, "train", data)[:count], task, policy.tokenizer, data)
     return [Request(prompt.id, 0, prompt.tokens, row_seed(SEED, prompt.id, 0)) for prompt in prompts]
 
 

@@ -76,7 +76,7 @@ def preview(config: Config, num_examples: int) -> int:
     console = Console()
     try:
         task, tokenizer = find_task(config.data.task), load_tokenizer(config.model)
-        rows = load_rows(task, "calibration", config.data, config.seed)[:num_examples]
+        rows = load_rows(task, "calibration", config.data)[:num_examples]
         colour = console.is_terminal
         for text in preview_masks(rows, task, tokenizer, config.data, config.calibrate, colour=colour):
             console.print(text, soft_wrap=True)

@@ -1,9 +1,25 @@
-"""The arms of a comparison: which policy answers, and what it learned from."""
+"""The arms of a comparison, one a row: what each learns from, and the few settings that it has for its own.
+
+`NAME@KEY=VALUE` is a variant of an arm: `spd@rank=16`, `random@mode=isotropic`, `psr@generate.temperature=1`. A key
+without a section is one of `project`. All arms share data, model and evaluation.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
+
+from spd_dist.errors import ConfigError
+
+Corpus = Literal["nothing", "itself", "itself, ended", "references"]
+"""What an arm is fine-tuned on: its own completions, those cut to end in EOS, or the calibration set's answers."""
+
+MAY_VARY = ("calibrate", "sketch", "reduce", "project", "generate", "finetune")
+RANK_RULES = {"rank": "fixed", "fraction": "fraction", "energy": "energy"}
+"""A variant that names one of these keys means the rule, too."""
 
 
 @dataclass(frozen=True)
@@ -11,29 +27,88 @@ class Arm:
     """How one arm's policy comes to be."""
 
     name: str
-    trains: bool
-    """Whether it is fine-tuned on completions of its own."""
+    learns_from: Corpus
     projects: bool
-    """Whether its completions (its answers, if it does not train) come from the projected policy."""
+    """Whether its completions (its answers, if it learns from nothing) come from the projected policy."""
     sentence: str
+    settings: tuple[str, ...] = ()
+    """Overrides of the run's config, for this arm alone."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is a student, and not the untouched model."""
+        return self.learns_from != "nothing"
+
+    @property
+    def writes(self) -> bool:
+        """Whether it needs completions of its own."""
+        return self.learns_from.startswith("itself")
 
     def stage(self, verb: str) -> str:
         """The folder of one of its stages: the method's own arm at the top of the run, the others beside each other."""
         return verb if self.name == "spd" else f"arms/{self.name}/{verb}"
 
 
+SSD = (
+    "generate.temperature=${generate.ssd_temperature}",
+    "generate.top_p=${generate.ssd_top_p}",
+    "generate.top_k=${generate.ssd_top_k}",
+    "generate.min_p=0.0",
+)
+
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm("base", trains=False, projects=False, sentence="the untouched model"),
-        Arm("psr", trains=True, projects=False, sentence="plain self-retraining: no projection"),
-        Arm("ssd", trains=True, projects=False, sentence="simple self-distillation: arXiv 2604.01193's sampling"),
-        Arm("spd", trains=True, projects=True, sentence="self-policy distillation"),
-        Arm("projected", trains=False, projects=True, sentence="the projected model itself, not fine-tuned"),
+        Arm("base", "nothing", False, "the untouched model"),
+        Arm("psr", "itself", False, "plain self-retraining: no projection"),
+        Arm("ssd", "itself", False, "simple self-distillation: arXiv 2604.01193's sampling", SSD),
+        Arm("spd", "itself", True, "self-policy distillation"),
+        Arm("projected", "nothing", True, "the projected model itself, not fine-tuned"),
+        Arm("random", "itself", True, "control: a random subspace of the same rank", ("project.mode=random",)),
+        Arm("identity", "itself", True, "control: projected to everything", ("project.mode=identity",)),
+        Arm("full", "itself", True, "control: the gradient of the whole sequence", ("calibrate.mask=full",)),
+        Arm("termination", "itself, ended", False, "control: as psr, every completion cut to end in EOS"),
+        Arm("supervised", "references", False, "control: fine-tuned on the calibration set's answers"),
     )
-}
+}  # fmt: skip
 
 
 def chosen(names: Iterable[str]) -> list[Arm]:
-    """The arms of `evaluate.arms`, in their order."""
-    return [ARMS[name] for name in names]
+    """The arms of `evaluate.arms`, in their order.
+
+    Raises:
+        ConfigError: none, an unknown one, one twice, or a variant of what all arms share.
+    """
+    names = list(names)
+    arms = [_arm(name) for name in names]
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if not arms or repeated is not None:
+        what = "an empty list" if repeated is None else f"{repeated} twice"
+        raise ConfigError(f"evaluate.arms: {what} is not valid; name each arm once, as in [base,psr,spd]")
+    return arms
+
+
+def _arm(name: str) -> Arm:
+    base, *changes = name.split("@")
+    if base not in ARMS:
+        (nearest,) = difflib.get_close_matches(base, ARMS, 1, 0)
+        raise ConfigError(
+            f"evaluate.arms: {name!r} is not an arm; the nearest is {nearest}, and there are {', '.join(ARMS)}"
+        )
+    words = [word for change in changes for word in _words(name, change)]
+    if not words:
+        return dataclasses.replace(ARMS[base], name=name)
+    sentence = f"{ARMS[base].sentence}, with {', '.join(changes)}"
+    return dataclasses.replace(ARMS[base], name=name, sentence=sentence, settings=(*ARMS[base].settings, *words))
+
+
+def _words(name: str, change: str) -> list[str]:
+    key, _, value = change.partition("=")
+    section, _, field = key.rpartition(".")
+    section = section or "project"
+    if section not in MAY_VARY or not value or "/" in value:
+        raise ConfigError(
+            f"evaluate.arms: {name!r} is not a variant; write NAME@KEY=VALUE, with a key of {', '.join(MAY_VARY)}"
+        )
+    rule = RANK_RULES.get(field) if section == "project" else None
+    return ([f"project.rank_rule={rule}"] if rule else []) + [f"{section}.{field}={value}"]

@@ -14,7 +14,6 @@ from typing import Any, Literal
 STAGES = ("calibrate", "sketch", "reduce", "project", "generate", "finetune", "evaluate")
 """The method's verbs, in their order: modules, config sections, metric prefixes, and words after --from and --until."""
 
-ArmName = Literal["base", "psr", "ssd", "spd", "projected"]
 Bound = float | None
 
 
@@ -44,6 +43,7 @@ class Data:
     """The task, and where its rows come from."""
 
     task: str = setting("arithmetic", "a registered task: its prompts, target spans and scoring")
+    seed: int = setting(42, "order and splits of what is built in: runs of other seeds have the same test", at_least=0)
     train: str | None = setting(None, "training prompts: hub name or file; the task's own if not given")
     calibration: str | None = setting(None, "calibration examples; the task's own split, else the first training rows")
     test: str | None = setting(None, "held-out examples; the task's own test split if not given")
@@ -178,7 +178,7 @@ class Finetune:
 class Evaluate:
     """Greedy answers of every arm to the held-out examples."""
 
-    arms: tuple[ArmName, ...] = setting(("base", "psr", "spd", "projected"), "what is compared: spd_dist/arms.py")
+    arms: tuple[str, ...] = setting(("base", "psr", "spd", "projected"), "what is compared: spd_dist/arms.py")
     max_new_tokens: int = setting(256, "an answer is cut there", at_least=1)
     batch_size: int = setting(32, "examples answered together", at_least=1)
     placement: Literal["auto", "replica", "layerwise"] = setting("auto", "as generate.placement")
@@ -234,3 +234,20 @@ class Config:
     def section(self, name: str) -> Mapping[str, Any]:
         """One section as plain data, for hashes and manifests."""
         return dataclasses.asdict(getattr(self, name))
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Arms under one protocol, over seeds: a run for each seed, and one comparison of all."""
+
+    folder: str = setting("runs/experiment", "of a run folder for each seed, and of the comparison")
+    seeds: tuple[int, ...] = setting((1, 2, 3), "of the runs, at least two; all answer the same test problems")
+    arms: tuple[str, ...] = setting(("base", "psr", "ssd", "spd", "random", "identity"), "as evaluate.arms")
+    run: Config = field(default_factory=Config)
+
+    def config_of(self, seed: int) -> Config:
+        """The config of one run."""
+        run_dir, evaluate = f"{self.folder}/seed_{seed}", dataclasses.replace(self.run.evaluate, arms=self.arms)
+        name = self.run.metrics.experiment or self.folder.rstrip("/").rpartition("/")[2]
+        metrics = dataclasses.replace(self.run.metrics, experiment=name)
+        return dataclasses.replace(self.run, run_dir=run_dir, seed=seed, evaluate=evaluate, metrics=metrics)

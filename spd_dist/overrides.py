@@ -17,7 +17,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from spd_dist.config import Config
+from spd_dist.arms import Arm, chosen
+from spd_dist.config import Config, Experiment
 from spd_dist.errors import ConfigError
 
 
@@ -27,6 +28,38 @@ def load_config(paths: Iterable[str | Path] = (), overrides: Iterable[str] = ())
     Raises:
         ConfigError: an unreadable file, an unknown key, a wrong type, or a value out of bounds.
     """
+    config = _build(Config, _merged(paths, overrides), "")
+    _check(config)
+    return config
+
+
+def load_experiment(paths: Iterable[str | Path], overrides: Iterable[str] = ()) -> Experiment:
+    """The experiment of YAML files and `key=value` words; a word with a key of a run is taken as one of `run`.
+
+    Raises:
+        ConfigError: as of `load_config`; fewer than two seeds, or one twice; a key of `run` that the experiment sets.
+    """
+    own = {item.name for item in dataclasses.fields(Experiment)}
+    words = [word if word.partition("=")[0].partition(".")[0] in own else f"run.{word}" for word in overrides]
+    experiment = _build(Experiment, _merged(paths, words), "")
+    run, default = experiment.run, Config()
+    of_each_run = {
+        ("run.seed", "seeds"): (run.seed, default.seed),
+        ("run.run_dir", "folder"): (run.run_dir, default.run_dir),
+        ("run.evaluate.arms", "arms"): (run.evaluate.arms, default.evaluate.arms),
+    }
+    for (key, instead), (value, unset) in of_each_run.items():
+        if value != unset:
+            raise ConfigError(f"{key}: {value!r} is not valid in an experiment of a run a seed; set {instead}")
+    if len(set(experiment.seeds)) < max(2, len(experiment.seeds)):
+        raise ConfigError(
+            f"seeds: {list(experiment.seeds)} is not valid; name at least two, each once, or use launchers/spd.py"
+        )
+    _check(experiment.config_of(experiment.seeds[0]))
+    return experiment
+
+
+def _merged(paths: Iterable[str | Path], overrides: Iterable[str]) -> dict[str, Any]:
     merged = OmegaConf.create()
     for source, values in [*map(_read_file, paths), *map(_read_override, overrides)]:
         try:
@@ -34,16 +67,35 @@ def load_config(paths: Iterable[str | Path] = (), overrides: Iterable[str] = ())
         except (OmegaConfBaseException, TypeError, ValueError) as error:
             raise ConfigError(f"{source} does not merge with what stands before it: {error}") from error
     try:
-        plain = OmegaConf.to_container(merged, resolve=True)
+        return OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: an interpolation does not resolve: {error}") from error
-    config = _build(Config, plain, "")
+
+
+def _check(config: Config) -> None:
     _check_across_fields(config)
-    return config
+    for arm in chosen(config.evaluate.arms):
+        config_of_arm(config, arm)
 
 
-def to_yaml(config: Config) -> str:
-    """Every field of `config`, as YAML that `load_config` reads back."""
+def config_of_arm(config: Config, arm: Arm) -> Config:
+    """The run's config with the settings that the arm has for its own.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type, or a value out of bounds.
+    """
+    if not arm.settings:
+        return config
+    merged = OmegaConf.create(_plain(dataclasses.asdict(config)))
+    for word in arm.settings:
+        merged = OmegaConf.merge(merged, _read_override(word)[1])
+    own = _build(Config, OmegaConf.to_container(merged, resolve=True), "")
+    _check_across_fields(own)
+    return own
+
+
+def to_yaml(config: Config | Experiment) -> str:
+    """Every field of `config`, as YAML that can be read back."""
     return OmegaConf.to_yaml(OmegaConf.create(_plain(dataclasses.asdict(config))))
 
 

@@ -6,14 +6,16 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from spd_dist.arms import ARMS, Arm
+from spd_dist.arms import Arm
 from spd_dist.config import STAGES, Config
+from spd_dist.data.controls import ended
 from spd_dist.data.held_out import TestSet, make_test_set
-from spd_dist.data.sources import check_leaks, load_rows
+from spd_dist.data.prompts import make_references
+from spd_dist.data.sources import load_rows
 from spd_dist.data.tasks import Task, find_task, refusal, runs_code, with_execution
 from spd_dist.data.tasks.protocol import Row, Split
 from spd_dist.distributed.collectives import any_rank, gather_objects, max_over_ranks, on_main, together
@@ -22,51 +24,76 @@ from spd_dist.distributed.world import World
 from spd_dist.errors import DataError, StopRequested
 from spd_dist.models.engines.placement import will_be_whole
 from spd_dist.models.policy import Policy, load_adapted, load_policy, load_replica, load_tokenizer
-from spd_dist.runtime.artifacts import content_hash
+from spd_dist.overrides import config_of_arm
+from spd_dist.runtime.artifacts import content_hash, read_json
+from spd_dist.runtime.completions import read_completions
+from spd_dist.runtime.manifests import MANIFEST
 from spd_dist.runtime.metrics import MetricLogger
-from spd_dist.runtime.page import write_page
-from spd_dist.runtime.products import product_of, report_product
+from spd_dist.runtime.products import product_of
 from spd_dist.runtime.progress import Progress
-from spd_dist.runtime.report import log_report, report_text, write_report
 from spd_dist.runtime.run_folder import RunFolder, settings_hash
 from spd_dist.runtime.sandbox import open_sandbox
-from spd_dist.runtime.show import show_cost, show_stage
+from spd_dist.runtime.show import show_stage
 from spd_dist.runtime.wandb_mirror import open_mirror
 from spd_dist.signals import STOP_FILE, StopSignals
+from spd_dist.types import Completion
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Run:
     """What the stages of one run share. Every method but `progress` is a collective."""
 
     def __init__(
-        self, config: Config, world: World, signals: StopSignals, *, first: str = "calibrate", last: str = "project"
+        self,
+        config: Config,
+        world: World,
+        signals: StopSignals,
+        *,
+        first: str = "calibrate",
+        last: str = "project",
+        job: str = "",
+        others: Sequence[Path] = (),
+        rounds_before: Sequence[Path] = (),
     ) -> None:
-        """Open the run folder and the metrics for a job from one stage to another.
+        """Open the run folder and the metrics for a part of a run: from one stage to another.
 
-        If it evaluates, make sure that answers can be judged.
+        Args:
+            config: Its whole config.
+            world: This process among all.
+            signals: Requests to stop.
+            first: The first stage of this part.
+            last: The last one; if it is `evaluate`, programs to score need leave and a sandbox.
+            job: As of `RunFolder`: what this process is called, if several share the folder.
+            others: As of `RunFolder`: runs whose finished stages are as good as one's own.
+            rounds_before: The folders of earlier rounds, if this is a later one.
 
         Raises:
             ConfigError: the folder holds a run of another config, `data.task` is unknown, or it is scored by running
                 programs and that isn't allowed, or no sandbox holds on this machine.
         """
-        self.config, self.world, self.signals, self.job = config, world, signals, job_type(first, last)
+        self.config, self.world, self.signals, self.job = config, world, signals, job or job_type(first, last)
         self.plain = dataclasses.asdict(config)
-        self.folder = RunFolder(config.run_dir, self.plain, world)
+        self.folder = RunFolder(config.run_dir, self.plain, world, job=job, others=others)
+        self._stop_folder = self.folder.workplace("")
         with together("removing the request to stop"):
             if world.is_main:
-                (self.folder.path / STOP_FILE).unlink(missing_ok=True)
+                (self._stop_folder / STOP_FILE).unlink(missing_ok=True)
         with together("finding the task"):
             self.task = find_task(config.data.task)
             if last == "evaluate":
                 self.task = able_to_judge(self.task, allowed=config.evaluate.allow_code_execution)
         opening = functools.partial(open_mirror, config.metrics, self.folder.path, self.plain, job=self.job)
+        prefix = f"{job}_" if job else ""
         self.metrics = MetricLogger(
-            self.folder.path / "metrics", world.rank, opening=opening if world.is_main else None
+            self.folder.path / "metrics", world.rank, opening=opening if world.is_main else None, prefix=prefix
         )
         self._rows: dict[Split, list[Row]] = {}
         self._policy: Policy | None = None
+        self.rounds_before = tuple(rounds_before)
+        self._student_before = on_main("reading the round before", self._hash_of_student_before)
+        self._once: dict[Hashable, Any] = {}
 
     def rows(self, split: Split) -> list[Row]:
         """The rows of a split, the same on every rank.
@@ -76,13 +103,45 @@ class Run:
         """
         if split not in self._rows:
             with together(f"reading the {split} rows"):
-                self._rows[split] = load_rows(self.task, split, self.config.data, self.config.seed)
+                self._rows[split] = load_rows(self.task, split, self.config.data)
         return self._rows[split]
 
-    def subspace_inputs(self) -> dict[str, str]:
-        """What the subspace depends on."""
-        settings = self.settings("model", "data", "calibrate", "sketch", "reduce", "project")
-        return {"settings": settings, "calibration": content_hash(self.rows("calibration"))}
+    def _hash_of_student_before(self) -> str | None:
+        if not self.rounds_before:
+            return None
+        return content_hash(read_json(self.rounds_before[-1] / "finetune" / MANIFEST)["outputs"])
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gave when it was first called with this key: for work that several stages of this run share."""
+        if key not in self._once:
+            self._once[key] = make()
+        return self._once[key]
+
+    def config_of(self, arm: Arm) -> Config:
+        """The config as one arm has it."""
+        return self.once(arm, lambda: config_of_arm(self.config, arm))
+
+    def earlier(self, stage: str) -> list[tuple[int, Path]]:
+        """The folders of a stage in the rounds before, by their numbers; of those that did it."""
+        folders = [(number, path / stage) for number, path in enumerate(self.rounds_before, 1)]
+        return [(number, folder) for number, folder in folders if (folder / MANIFEST).exists()]
+
+    def corpus(self, arm: Arm, policy: Policy) -> list[Completion]:
+        """What an arm's student learns from: its own completions, or the reference answers of the calibration set."""
+        config, rows = self.config_of(arm), self.rows("calibration")
+        with together("reading what the student learns from"):
+            ends = policy.eos_token_ids
+            if arm.learns_from == "references":
+                rows = rows[: config.calibrate.num_examples]
+                return make_references(rows, self.task, policy.tokenizer, config.data, eos_token_ids=ends)
+            own = read_completions(self.folder.folder(arm.stage("generate")) / "completions")
+            if arm.learns_from == "itself, ended":
+                return ended(own, policy.tokenizer.decode, eos_token_ids=ends)
+            return own
+
+    def questions(self) -> dict[str, str]:
+        """What the arms are asked, by example id."""
+        return {row["id"]: self.task.prompt(row) for row in self.rows("test")}
 
     def test_set(self) -> TestSet:
         """The held-out examples, as every arm is asked them.
@@ -112,7 +171,7 @@ class Run:
             return self.policy()
         self.release_policy()
         student = self.folder.folder(arm.stage("finetune"))
-        if self.config.finetune.mode == "lora":
+        if self.config_of(arm).finetune.mode == "lora":
             decoding = self.config.evaluate.decoding()
             longest = max(len(prompt.tokens) for prompt in test_set.prompts) + decoding.max_new_tokens
             whole = will_be_whole(self.config.model, self.config.distributed, decoding, self.world, longest)
@@ -158,20 +217,24 @@ class Run:
 
     def _show(self, stage: str, *, is_input: bool) -> None:
         """Show what a stage made; or that this job goes on from it, unless it is one that makes everything."""
-        label = stage.split("/")[1] if "/" in stage else "spd"
+        metrics = self._metrics_of(stage.split("/")[1] if stage.startswith("arms/") else "spd")
 
         def show() -> None:
             if not is_input:
-                show_stage(self.metrics_of(ARMS[label]), self.folder.path, stage)
+                show_stage(metrics, self.folder.path, stage)
             product = product_of(self.folder.path, stage)
             if product is not None and not (is_input and self.job == "pipeline"):
                 self.metrics.product(product, is_input=is_input)
 
         on_main(f"showing what {stage} made", show)
 
-    def settings(self, *sections: str) -> str:
-        """The hash of the settings of `sections` that results depend on."""
-        return settings_hash(self.plain, "seed", *sections)
+    def settings(self, *names: str, arm: Arm | None = None) -> str:
+        """The hash of the settings of these sections and keys that results depend on, as an arm has them.
+
+        Of a later round's model, the path says nothing: it is the student of the round before.
+        """
+        found = settings_hash(self.plain if arm is None else dataclasses.asdict(self.config_of(arm)), *names)
+        return content_hash([found, self._student_before]) if "model" in names and self._student_before else found
 
     def progress(self, stage: str, total: int | None, unit: str, arm: Arm | None = None) -> Progress:
         """A counter whose lines and metrics carry the stage's name. Where ranks decode, it heeds requests to stop."""
@@ -182,7 +245,10 @@ class Run:
 
     def metrics_of(self, arm: Arm) -> MetricLogger:
         """The metrics; names of other arms than the method's own carry the arm's name."""
-        return self.metrics if arm.name == "spd" else self.metrics.labelled(arm.name)
+        return self._metrics_of(arm.name)
+
+    def _metrics_of(self, name: str) -> MetricLogger:
+        return self.metrics if name == "spd" else self.metrics.labelled(name)
 
     def facts_of(self, arm: Arm) -> dict[str, str]:
         """What a student's model card says of the run that it comes from."""
@@ -191,42 +257,22 @@ class Run:
 
     def should_stop(self) -> bool:
         """Whether any rank was asked to stop: all ranks hear the same, so that they stop at the same unit."""
-        return any_rank(self.signals.reason(self.folder.path) is not None)
+        return any_rank(self.signals.reason(self._stop_folder) is not None)
 
     def stop_alone(self) -> None:
         """Raise `StopRequested` on this rank if it was asked to stop, and ask the others: not within a collective."""
-        reason = self.signals.reason(self.folder.path)
+        reason = self.signals.reason(self._stop_folder)
         if reason is not None:
-            (self.folder.path / STOP_FILE).touch()
+            (self._stop_folder / STOP_FILE).touch()
             raise StopRequested(f"stopped on request ({reason}); start the same command again to go on")
 
     def stop_if_asked(self) -> None:
         """Raise `StopRequested` on every rank if any was asked to stop."""
         if self.should_stop():
-            reasons = filter(None, gather_objects(self.signals.reason(self.folder.path)))
+            reasons = filter(None, gather_objects(self.signals.reason(self._stop_folder)))
             stop = StopRequested(f"stopped on request ({next(reasons)}); start the same command again to go on")
             stop.is_shared = True
             raise stop
-
-    def report(self, arms: Iterable[Arm]) -> str:
-        """Write the comparison of the arms, as data and as a page; the text for a terminal is given on every rank."""
-        config, folder = self.config, self.folder.path
-        sentences = {arm.name: arm.sentence for arm in arms}
-        questions = {row["id"]: self.task.prompt(row) for row in self.rows("test")}
-
-        def write() -> str:
-            shared = check_leaks(self.task, config.data, config.seed, num_calibration=config.calibrate.num_examples)
-            overlaps = [{name: value for name, value in vars(one).items() if name != "leaks"} for one in shared]
-            found = write_report(
-                folder, sentences, task=self.task.name, metric=self.task.metric, seed=config.seed, overlaps=overlaps
-            )
-            write_page(folder, found, questions)
-            log_report(self.metrics, folder, found)
-            show_cost(self.metrics, found["cost"])
-            self.metrics.product(report_product(folder, found), is_input=False)
-            return report_text(found, folder)
-
-        return on_main("writing the report", write)
 
 
 def job_type(first: str, last: str) -> str:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -20,8 +22,8 @@ class StopSignals:
     def __init__(self) -> None:
         self.received: list[str] = []
         self.started = time.monotonic()
-        self.also_in: Path | None = None
-        """Another folder whose stop file counts: that of the run which this one is a round of."""
+        self.also_in: list[Path] = []
+        """Other folders whose stop file counts (`watching`)."""
 
     def install(self) -> None:
         """Take SIGTERM and SIGUSR1 as requests; a second SIGTERM ends the process at once."""
@@ -32,12 +34,21 @@ class StopSignals:
         """Why this process should stop now, or None."""
         if self.received:
             return self.received[0]
-        for folder in (run_dir, self.also_in or run_dir):
+        for folder in (run_dir, *self.also_in):
             if (folder / STOP_FILE).exists():
                 return f"the file {folder / STOP_FILE}"
         if limit_seconds is not None and time.monotonic() - self.started >= limit_seconds:
             return f"the time limit of {limit_seconds:g} s"
         return None
+
+    @contextmanager
+    def watching(self, folder: Path) -> Iterator[None]:
+        """Within, a stop file in `folder` counts, too: that of an experiment, or of the run that a round is of."""
+        self.also_in.append(folder)
+        try:
+            yield
+        finally:
+            self.also_in.remove(folder)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received.append(signal.Signals(number).name)

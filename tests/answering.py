@@ -30,6 +30,10 @@ def answered_run(folder: Path) -> Path:
         write_merged(answers_path(folder / "evaluate", arm, "arithmetic"), rows)
     site = {"spectrum": [4.0, 2.0, 1.0, 0.0], "rank": 2, "energy_fraction": 6 / 7}
     write_json(folder / "project" / "summary.json", {"sites": {"layers.1.key": site}})
+    corpus = {"num_tokens": 1234, "mean_tokens": 12.34, "num_completions": 100, "finish_reasons": {"stop": 80}}
+    write_json(folder / "arms/psr/generate/summary.json", corpus | {"empty_rate": 0.0, "repetition_rate": 0.01})
+    student = {"num_sequences": 100, "num_targets": 2000, "num_steps": 25, "epochs": [{"epoch": 1, "loss": 1.5}]}
+    write_json(folder / "arms/psr/finetune/summary.json", student)
     write_json(folder / "project" / "manifest.json", manifest("project", 9.0))
     write_json(folder / "arms" / "psr" / "generate" / "manifest.json", manifest("arms/psr/generate", 1800.0))
     (folder / "finetune" / "adapter").mkdir(parents=True)

@@ -28,19 +28,19 @@ class Source:
     rows: slice
 
 
-def load_rows(task: Task, split: Split, config: Data, seed: int) -> list[Row]:
+def load_rows(task: Task, split: Split, config: Data) -> list[Row]:
     """The rows of a split, each with an `id` of its own, in the order of their source.
 
     Calibration examples are the task's own split where it has one, else the training rows from the first on, whatever
-    `data.num_train` says. `seed` orders and splits what is built in, and nothing else. `data.leaks=remove` drops the
-    training and calibration rows whose problem is in the test split.
+    `data.num_train` says. `data.leaks=remove` drops the training and calibration rows whose problem is in the test
+    split.
 
     Raises:
         DataError: no source; a file or line that cannot be read; a field missing or of another type; an id twice.
     """
-    rows = _load_all(task, split, config, seed)
+    rows = _load_all(task, split, config)
     if split != "test" and config.leaks == "remove":
-        test_rows = _load_all(task, "test", config, seed)
+        test_rows = _load_all(task, "test", config)
         rows = without_leaks(
             rows, find_leaks({split: rows, "test": test_rows}, task, similarity=config.leak_similarity)
         )
@@ -49,12 +49,12 @@ def load_rows(task: Task, split: Split, config: Data, seed: int) -> list[Row]:
     return rows[: {"train": config.num_train, "calibration": None, "test": config.num_test}[split]]
 
 
-def check_leaks(task: Task, config: Data, seed: int, *, num_calibration: int) -> list[LeakReport]:
+def check_leaks(task: Task, config: Data, *, num_calibration: int) -> list[LeakReport]:
     """What calibration, training and test rows of a run share; a split without a source is skipped."""
     used: dict[str, list[Row]] = {}
     for split, limit in (("calibration", num_calibration), ("train", None), ("test", None)):
         if sources_of(task, split, config):
-            used[split] = load_rows(task, split, config, seed)[:limit]
+            used[split] = load_rows(task, split, config)[:limit]
     return find_leaks(used, task, similarity=config.leak_similarity)
 
 
@@ -67,12 +67,12 @@ def sources_of(task: Task, split: Split, config: Data) -> str | None:
     return own or sources_of(task, "train", config)
 
 
-def _load_all(task: Task, split: Split, config: Data, seed: int) -> list[Row]:
+def _load_all(task: Task, split: Split, config: Data) -> list[Row]:
     sources = sources_of(task, split, config)
     if sources is None:
         raise DataError(f"data.{split}: the task {task.name!r} has no {split} split of its own; set data.{split}=PATH")
     default = "train" if split == "calibration" else split
-    located = [item for text in sources.split(",") for item in _read(parse_source(text.strip(), default), seed)]
+    located = [item for text in sources.split(",") for item in _read(parse_source(text.strip(), default), config.seed)]
     rows = list(_normalised(task, located, f"data.{split}"))
     if not rows:
         raise DataError(f"data.{split}: {sources} holds no rows; name a source that does")

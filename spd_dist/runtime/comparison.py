@@ -15,6 +15,12 @@ from spd_dist.types import Answer
 SIGNIFICANCE = 0.05
 NOTEWORTHY = 0.1
 """A shift of a diagnostic by so much could explain a gain, and is put in words."""
+DIAGNOSTICS = {
+    "ended_fraction": ("Answers that end by themselves", " A gain may be of that."),
+    "strict_extraction_fraction": ("Answers in the form that was asked for", " A gain may be of form."),
+    "lenient_extraction_fraction": ("Answers that a result can be taken from", ""),
+    "repetition_fraction": ("Answers that repeat themselves", ""),
+}
 
 
 def comparisons(answers: Mapping[str, Sequence[Answer]], metric: str, seed: int) -> list[dict[str, Any]]:
@@ -28,12 +34,13 @@ def comparisons(answers: Mapping[str, Sequence[Answer]], metric: str, seed: int)
     Raises:
         DataError: two arms did not answer the same examples.
     """
-    found = [_compared(before, after, answers, metric, seed) for before, after in _pairs(list(answers))]
+    found = [_compared(before, after, answers, metric, seed) for before, after in arm_pairs(list(answers))]
     adjusted = holm({f"{one['before']} {one['after']}": one["p_value"] for one in found})
     return [{**one, "p_holm": adjusted[f"{one['before']} {one['after']}"]} for one in found]
 
 
-def _pairs(arms: Sequence[str]) -> list[tuple[str, str]]:
+def arm_pairs(arms: Sequence[str]) -> list[tuple[str, str]]:
+    """The family of comparisons: every arm after the first, and the method (`spd`) after every other."""
     first, *others = arms
     controls = [arm for arm in others if arm != "spd"] if "spd" in others else []
     return list(chain(((first, arm) for arm in others), ((arm, "spd") for arm in controls)))
@@ -62,7 +69,18 @@ def _compared(
         "p_value": test.p_value,
         "num_gained": test.num_gained,
         "num_lost": test.num_lost,
+        **_gained_by(answers[before], answers[after]),
         "detectable_difference": smallest if smallest < 1 else None,
+    }
+
+
+def _gained_by(before: Sequence[Answer], after: Sequence[Answer]) -> dict[str, int]:
+    """Gains that may be of ending or of form: answers that had been cut, or had been right in another form."""
+    others = {answer.id: answer for answer in before}
+    gained = [(others[answer.id], answer) for answer in after if answer.correct and not others[answer.id].correct]
+    return {
+        "num_gained_by_ending": sum(a.finish_reason == "length" and b.finish_reason == "stop" for a, b in gained),
+        "num_gained_by_form": sum(a.lenient_correct for a, _ in gained),
     }
 
 
@@ -83,10 +101,15 @@ def verdict(found: Sequence[Mapping[str, Any]], metric: str) -> str:
     """One sentence on the method against the untouched model and plain self-retraining: no more than is shown."""
     if not found:
         return "One arm alone: there is nothing to compare."
-    last = "spd" if any(one["after"] == "spd" for one in found) else found[-1]["after"]
-    wanted = [one for one in found if one["after"] == last and one["before"] in (found[0]["before"], "psr")]
+    last, wanted = wanted_of(found)
     clauses = [_clause(one, metric, len(found)) for one in wanted]
     return f"{last.upper()} {'; '.join(clauses)}."
+
+
+def wanted_of(found: Sequence[Mapping[str, Any]]) -> tuple[str, list[Mapping[str, Any]]]:
+    """The arm that a verdict is about, and its comparisons with the first arm and with plain self-retraining."""
+    last = "spd" if any(one["after"] == "spd" for one in found) else found[-1]["after"]
+    return last, [one for one in found if one["after"] == last and one["before"] in (found[0]["before"], "psr")]
 
 
 def _clause(one: Mapping[str, Any], metric: str, num_comparisons: int) -> str:
@@ -113,21 +136,15 @@ def amount(value: float, metric: str, *, signed: bool = True) -> str:
 
 
 def notes(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What else changed between the first arm and each other, that could be taken for a gain in skill."""
+    """What else changed between the first arm and others, that could be taken for a gain in skill: one line a kind."""
     first, *others = summaries
-    diagnostics = {
-        "ended_fraction": "ends {after:.0%} of its answers by itself, {first} {before:.0%}: a gain may be of that",
-        "strict_extraction_fraction": "answers in the form that was asked for in {after:.0%}, {first} in {before:.0%}: "
-        "a gain may be of form",
-        "lenient_extraction_fraction": "says what can be taken as an answer in {after:.0%}, {first} in {before:.0%}",
-        "repetition_fraction": "repeats itself in {after:.0%} of its answers, {first} in {before:.0%}",
-    }
     found = []
-    for arm in others:
-        for name, sentence in diagnostics.items():
-            before, after = summaries[first][name], summaries[arm][name]
-            if abs(after - before) >= NOTEWORTHY:
-                found.append(f"{arm.upper()} {sentence.format(before=before, after=after, first=first.upper())}.")
+    for name, (what, warning) in DIAGNOSTICS.items():
+        share = {arm: summary[name] for arm, summary in summaries.items()}
+        shifted = [arm for arm in others if abs(share[arm] - share[first]) >= NOTEWORTHY]
+        if shifted:
+            named = ", ".join(f"{arm.upper()} {share[arm]:.0%}" for arm in (first, *shifted))
+            found.append(f"{what}: {named}.{warning}")
     return found
 
 

@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from spd_dist.config import STAGES
 from spd_dist.runtime.answers import answers_path, answers_summary, read_answers
 from spd_dist.runtime.artifacts import content_hash, read_json, write_json
 from spd_dist.runtime.comparison import amount, comparisons, notes, overlap_notes, verdict
@@ -44,7 +45,7 @@ def write_report(
     """
     answers = {arm: read_answers(answers_path(run_folder / "evaluate", arm, task)) for arm in arms}
     summaries = {arm: answers_summary(answers[arm], metric) for arm in arms}
-    found = comparisons(answers, metric, seed)
+    found, stages = comparisons(answers, metric, seed), _summaries(run_folder)
     report = {
         "task": task,
         "metric": metric,
@@ -55,27 +56,46 @@ def write_report(
         "overlaps": [dict(one) for one in overlaps],
         "arms": {arm: {"sentence": sentence, **summaries[arm]} for arm, sentence in arms.items()},
         "comparisons": found,
-        "cost": cost(run_folder),
-        "stages": _summaries(run_folder),
+        "cost": cost(run_folder, _tokens(stages, summaries)),
+        "stages": stages,
         "artifacts": _artifacts(run_folder),
     }
     write_json(run_folder / "report.json", report)
     return report
 
 
-def cost(run_folder: Path) -> dict[str, dict[str, Any]]:
-    """Seconds, ranks, device hours and peak memory of every finished stage, by its folder; of its last attempt."""
+def cost(run_folder: Path, tokens: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """Tokens, seconds, ranks, device hours and peak memory of every finished stage, by its folder; of its last attempt.
+
+    What was taken over from another arm or run took none.
+    """
     found = {}
     for file in sorted(run_folder.rglob("manifest.json"), key=lambda file: file.stat().st_mtime_ns):
-        manifest = read_json(file)
+        manifest, stage = read_json(file), file.parent.relative_to(run_folder).as_posix()
+        if stage.endswith("evaluate"):
+            continue  # the sum of what its arms did
         seconds, world_size = manifest["seconds"], manifest["world_size"]
-        found[manifest["stage"]] = {
+        found[stage] = {
+            "tokens": 0 if "taken_from" in manifest else tokens.get(stage),
             "seconds": seconds,
             "world_size": world_size,
             "device_hours": seconds * world_size / 3600,
             "peak_memory_gib": manifest.get("extra", {}).get("peak_memory_gib"),
             "finished_at": manifest["finished_at"],
         }
+    return found
+
+
+def _tokens(stages: Mapping[str, Mapping[str, Any]], arms: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """What each stage read, wrote or was trained on, as far as summaries say."""
+    found = {f"evaluate/{arm}": summary["num_tokens"] for arm, summary in arms.items()}
+    for stage, summary in stages.items():
+        if stage.endswith("project") and "masks" in summary:
+            found[stage] = summary["masks"]["num_tokens"]
+        elif stage.endswith("generate"):
+            found[stage] = summary["num_tokens"]
+        elif stage.endswith("finetune"):
+            found[stage] = summary["num_targets"] * len(summary["epochs"])
     return found
 
 
@@ -110,8 +130,11 @@ def report_text(report: Mapping[str, Any], run_folder: str | Path, *, width: int
     if smallest:
         named = [f"{one['after']} - {one['before']} {100 * one['detectable_difference']:.1f}" for one in smallest]
         console.print(f"Smallest difference found in 4 runs of 5, in points: {', '.join(named)}")
-    seconds = [f"{stage} {entry['seconds']:.0f} s" for stage, entry in report["cost"].items()]
-    console.print(f"Time: {', '.join(seconds) or 'not recorded'}")
+    seconds = {}
+    for stage, entry in report["cost"].items():
+        verb = next(part for part in stage.split("/")[::-1] if part in STAGES)
+        seconds[verb] = seconds.get(verb, 0.0) + entry["seconds"]
+    console.print(f"Time: {', '.join(f'{verb} {each:.0f} s' for verb, each in seconds.items()) or 'not recorded'}")
     console.print(f"Files: {run_folder}/")
     for what, path in report["artifacts"].items():
         console.print(f"  {path:<38} {what}")

@@ -7,8 +7,7 @@ rank hears what it found: all methods but `folder` are collectives.
 from __future__ import annotations
 
 import logging
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,18 @@ from yaml import YAMLError
 from spd_dist.distributed.collectives import any_rank, on_main
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError
-from spd_dist.runtime.artifacts import content_hash, corrupt, missing, read_json, sha256_of, write_json, write_text
+from spd_dist.runtime.artifacts import content_hash, corrupt, read_json, write_json, write_text
 from spd_dist.runtime.environment import environment
-
-MANIFEST = "manifest.json"
-STARTED = "started.json"
-"""The inputs that the unfinished work in a stage's folder was made from."""
+from spd_dist.runtime.manifests import (
+    MANIFEST,
+    STARTED,
+    described,
+    find_finished,
+    publish,
+    set_aside,
+    take_over,
+    why_not_complete,
+)
 
 MAY_CHANGE = (
     "run_dir",
@@ -46,6 +51,7 @@ MAY_CHANGE = (
     "finetune.keep_every",
     "finetune.packing",
     "finetune.merge",
+    "evaluate.arms",
     "evaluate.allow_code_execution",
     "evaluate.batch_size",
     "evaluate.placement",
@@ -62,34 +68,62 @@ log = logging.getLogger(__name__)
 class RunFolder:
     """The folder of one run, as it was opened by all ranks."""
 
-    def __init__(self, path: str | Path, config: Mapping[str, Any], world: World) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        config: Mapping[str, Any],
+        world: World,
+        *,
+        job: str = "",
+        others: Sequence[Path] = (),
+    ) -> None:
         """Open or make the folder, and write `config.yaml` and `environment.json`.
+
+        Args:
+            path: Where it is.
+            config: The run's, as plain data.
+            world: This process among all.
+            job: A name, if several jobs share the folder and may run at the same time: each works in `jobs/NAME`, and
+                publishes what it has finished.
+            others: Runs whose finished stages are as good as one's own, if they have the same inputs.
 
         Raises:
             ConfigError: the folder holds a run of another config, or is not a folder.
         """
         self.path = Path(path)
         self.world = world
-        described = environment(world)
-        on_main("opening the run folder", lambda: self._open(config, described))
+        self.job, self.others = job, tuple(others)
+        machine = environment(world)
+        on_main("opening the run folder", lambda: self._open(config, machine))
 
     def folder(self, stage: str) -> Path:
-        """Where a stage's files are."""
+        """Where a finished stage's files are."""
         return self.path / stage
 
+    def workplace(self, stage: str) -> Path:
+        """Where a stage is at work: in its folder, unless jobs share the run."""
+        return self.path / "jobs" / self.job / stage if self.job else self.folder(stage)
+
     def is_complete(self, stage: str, inputs: Mapping[str, str]) -> bool:
-        """Whether the stage was finished from these inputs and its outputs are untouched; if not, the log says why."""
-        reason = on_main(f"checking {stage}", lambda: self._why_not_complete(stage, inputs))
+        """Whether the stage was finished from these inputs and its outputs are untouched; if not, the log says why.
+
+        What another arm or another run has finished from the same inputs is copied, and is as good.
+        """
+        reason = on_main(f"checking {stage}", lambda: why_not_complete(self.folder(stage), inputs))
         if reason is None:
             log.info("%s: complete, skipped", stage)
-        elif self._is_known(stage):
+            return True
+        source = on_main(f"looking for {stage} elsewhere", lambda: self._take_over(stage, inputs))
+        if source is not None:
+            log.info("%s: complete, taken from %s", stage, source)
+        elif any((self.folder(stage) / name).exists() for name in (MANIFEST, STARTED)):
             log.info("%s: done again, since %s", stage, reason)
-        return reason is None
+        return source is not None
 
     def start(self, stage: str, inputs: Mapping[str, str]) -> Path:
         """The stage's folder, ready to work in: unfinished work of the same inputs is kept, other work removed."""
         on_main(f"starting {stage}", lambda: self._start(stage, inputs))
-        return self.folder(stage)
+        return self.workplace(stage)
 
     def finish(
         self,
@@ -112,7 +146,7 @@ class RunFolder:
         Raises:
             DataError: an output is missing.
         """
-        paths = [self.folder(stage) / output for output in outputs]
+        folder = self.workplace(stage)
         if self.world.size > 1:
             any_rank(False)  # outputs of the other ranks are whole from here on
 
@@ -120,14 +154,16 @@ class RunFolder:
             manifest = {
                 "stage": stage,
                 "inputs": dict(inputs),
-                "outputs": self._described(stage, paths),
+                "outputs": described(folder, [folder / output for output in outputs]),
                 "seconds": round(seconds, 3),
                 "world_size": self.world.size,
                 "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
                 "extra": dict(extra or {}),
             }
-            write_json(self.folder(stage) / MANIFEST, manifest)
-            (self.folder(stage) / STARTED).unlink(missing_ok=True)
+            write_json(folder / MANIFEST, manifest)
+            (folder / STARTED).unlink(missing_ok=True)
+            if self.job:
+                publish(folder, self.folder(stage))
             return manifest
 
         return on_main(f"finishing {stage}", write)
@@ -144,7 +180,7 @@ class RunFolder:
         """One hash of all outputs of a finished stage: the input of the stages after it."""
         return content_hash(self.manifest(stage)["outputs"])
 
-    def _open(self, config: Mapping[str, Any], described: Mapping[str, Any]) -> None:
+    def _open(self, config: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"run_dir: {self.path} is a file; name a folder")
         plain = OmegaConf.create(dict(config))
@@ -156,61 +192,31 @@ class RunFolder:
         if (self.path / "environment.json").exists():
             last = read_json(self.path / "environment.json")
             earlier = [*last.pop("earlier", []), last]
-        write_json(self.path / "environment.json", {**described, "earlier": earlier})
+        write_json(self.path / "environment.json", {**machine, "earlier": earlier})
 
-    def _is_known(self, stage: str) -> bool:
-        return (self.folder(stage) / MANIFEST).exists() or (self.folder(stage) / STARTED).exists()
-
-    def _why_not_complete(self, stage: str, inputs: Mapping[str, str]) -> str | None:
-        file = self.folder(stage) / MANIFEST
-        if not file.exists():
-            return "it was not finished"
-        manifest = read_json(file)
-        before = manifest["inputs"]
-        changed = [name for name in sorted(inputs.keys() | before.keys()) if inputs.get(name) != before.get(name)]
-        if changed:
-            return f"its input {', '.join(changed)} changed"
-        for name, output in manifest["outputs"].items():
-            path = self.folder(stage) / name
-            if not path.exists():
-                return f"its output {name} is gone"
-            if path.stat().st_size != output["bytes"] or sha256_of(path) != output["sha256"]:
-                return f"its output {name} was changed"
-        return None
+    def _take_over(self, stage: str, inputs: Mapping[str, str]) -> Path | None:
+        source = find_finished((self.path, *self.others), inputs)
+        if source is not None:
+            take_over(source, self.folder(stage), stage)
+        return source
 
     def _start(self, stage: str, inputs: Mapping[str, str]) -> None:
-        folder = self.folder(stage)
+        folder = self.workplace(stage)
         started = folder / STARTED
-        other_inputs = started.exists() and read_json(started) != dict(inputs)
-        if other_inputs or (folder / MANIFEST).exists():
-            stale = folder.with_name(f".{folder.name}.stale")
-            shutil.rmtree(stale, ignore_errors=True)
-            folder.rename(stale)  # at once: a kill here leaves nothing that looks like this stage
-            shutil.rmtree(stale)
+        if (folder / MANIFEST).exists() or (started.exists() and read_json(started) != dict(inputs)):
+            set_aside(folder)
         write_json(started, dict(inputs))
-
-    def _described(self, stage: str, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
-        """Size and hash of every file, by its name inside the stage's folder."""
-        described = {}
-        for path in paths:
-            if not path.exists():
-                raise missing(path)
-            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-                if file.is_file():
-                    name = file.relative_to(self.folder(stage)).as_posix()
-                    described[name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
-        return described
 
 
 def result_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that results depend on, by dotted key: all but `MAY_CHANGE`."""
-    return {key: value for key, value in settings_by_key(config).items() if not _may_change(key)}
+    return {key: value for key, value in settings_by_key(config).items() if not _is_of(key, MAY_CHANGE)}
 
 
-def settings_hash(config: Mapping[str, Any], *sections: str) -> str:
-    """The hash of the settings in `sections` that results depend on; a top-level key (`seed`) is a section, too."""
+def settings_hash(config: Mapping[str, Any], *names: str) -> str:
+    """The hash of the settings that results depend on, of these sections and keys (`generate`, `project.rank`)."""
     settings = result_settings(config)
-    return content_hash({key: value for key, value in settings.items() if key.partition(".")[0] in sections})
+    return content_hash({key: value for key, value in settings.items() if _is_of(key, names)})
 
 
 def _refuse_another_config(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
@@ -238,8 +244,8 @@ def settings_by_key(config: Mapping[str, Any], prefix: str = "") -> dict[str, An
     return flat
 
 
-def _may_change(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE)
+def _is_of(key: str, names: Iterable[str]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

@@ -51,11 +51,6 @@ class Progress(Protocol):
         """Count `units` more as done."""
 
 
-def is_answered(folder: Path, arm: str, test_set: TestSet) -> bool:
-    """Whether an earlier attempt finished this arm, so that its policy need not be loaded. A collective."""
-    return on_main("looking for answers", answers_path(folder, arm, test_set.task.name).exists)
-
-
 def evaluate_arm(
     policy: Policy,
     test_set: TestSet,
@@ -92,12 +87,6 @@ def evaluate_arm(
     if todo is not None:
         _answer(answering, todo, _likelihoods(answering), progress)
     return on_main("merging the answers", lambda: _merge(test_set, answering.merged))
-
-
-def summary_of(folder: Path, arm: str, test_set: TestSet) -> dict[str, Any]:
-    """The summary of an arm that `is_answered`. A collective."""
-    merged = answers_path(folder, arm, test_set.task.name)
-    return on_main("reading the answers", lambda: _merge(test_set, merged))
 
 
 @dataclass(frozen=True)

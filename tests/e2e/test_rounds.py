@@ -19,10 +19,6 @@ def words(tmp_path_factory) -> list[str]:
     return [f"model.name={model}", *SMALL, "evaluate.arms=[base,spd]"]
 
 
-def without_times(report: dict) -> dict:
-    return {key: value for key, value in report.items() if key not in ("cost", "seconds")}
-
-
 def test_a_run_goes_on_for_more_rounds_and_resumes_after_a_kill_in_the_second(words, tmp_path):
     run = tmp_path / "run"
     words = [*words, f"run_dir={run}"]
@@ -35,13 +31,18 @@ def test_a_run_goes_on_for_more_rounds_and_resumes_after_a_kill_in_the_second(wo
     output = launch(1, [*words, "rounds=2"], tmp_path / "log-3")
     assert "Round 2" in output
     assert {path.name: path.read_text() for path in (run / "generate/completions").glob("*.jsonl")} == before
-    report = read_json(run / "rounds.json")
-    assert [one["round"] for one in report["rounds"]] == [1, 2]
-    assert report["rounds"][1]["model"] == str(run / "finetune/model")
-    drift = report["rounds"][1]["drift"]
+    report = read_json(run / "report.json")
+    first, last = report["rounds"]
+    assert (first["round"], first["drift"], last["round"], set(last["drift"])) == (1, {}, 2, {"1"})
+    drift = last["drift"]["1"]
     assert set(drift) == {f"layers.{layer}.{kind}" for layer in (2, 3) for kind in ("key", "value")}
-    assert all(0 < site["mean_angle_radians"] <= site["largest_angle_radians"] for site in drift.values())
-    assert all(site["energy_ratio"] > 0 for site in drift.values())
+    for site in drift.values():
+        assert 0 < site["mean_angle_degrees"] <= site["largest_angle_degrees"] == max(site["angles_degrees"])
+        assert 0 < site["energy_fraction_held"] <= site["energy_fraction"] <= 1
+        assert site["energy_ratio"] > 0
+    assert [(one["before"], one["after"]) for one in report["progress"]] == [("base", "round 1"), ("base", "round 2")]
+    assert "Subspace of round 2 against round 1: mean principal angle" in output
+    assert "<h2>Rounds</h2>" in (run / "report.html").read_text()
     assert read_json(second / "evaluate/summary.json")["base"] == read_json(run / "evaluate/summary.json")["spd"], (
         "the second round begins where the first ended"
     )
@@ -55,8 +56,10 @@ def test_a_frozen_subspace_is_that_of_the_first_round(words, tmp_path):
     ]
     for later in bases[1:]:
         assert all(torch.equal(later.sites[site].basis_DR, part.basis_DR) for site, part in bases[0].sites.items())
-    report = read_json(run / "rounds.json")
-    assert all(site["largest_angle_radians"] < 1e-6 for one in report["rounds"][1:] for site in one["drift"].values())
+    third = read_json(run / "report.json")["rounds"][2]
+    assert set(third["drift"]) == {"1", "2"}
+    assert third["drift"]["1"] == third["drift"]["2"], "both are the subspace of round 1"
+    assert all(site["largest_angle_degrees"] > 0 for site in third["drift"]["1"].values()), "the gradients still move"
 
 
 def test_the_config_of_a_round_is_that_of_the_run_but_for_folder_and_model(tmp_path):

@@ -90,8 +90,8 @@ def test_identical_outputs_are_counted():
 def test_a_model_that_only_learned_to_stop_is_put_in_words():
     before = answers_summary(answers(100, finish_reason="length"), "accuracy")
     after = answers_summary(answers(130), "accuracy")
-    found = notes({"base": before, "spd": after})
-    assert found == ["SPD ends 100% of its answers by itself, BASE 0%: a gain may be of that."]
+    found = notes({"base": before, "psr": before, "spd": after})
+    assert found == ["Answers that end by themselves: BASE 0%, SPD 100%. A gain may be of that."]
     assert notes({"base": after, "spd": after}) == []
 
 
@@ -102,3 +102,14 @@ def test_test_problems_that_an_arm_may_have_seen_are_put_in_words():
     assert overlap_notes([none, overlap, inside]) == [
         "2 exact and 1 near copies of test problems are among the 96 train rows; data.leaks=remove drops them."
     ]
+
+
+def test_gains_that_may_be_of_ending_or_of_form_are_counted():
+    before = answers(0, num=20, finish_reason="length", lenient_correct=False)
+    before[0] = dataclasses.replace(before[0], lenient_correct=True)
+    after = [
+        dataclasses.replace(row, finish_reason="stop" if index < 5 else "length")
+        for index, row in enumerate(answers(8, num=20))
+    ]
+    (one,) = comparisons({"base": before, "spd": after}, "accuracy", 0)
+    assert (one["num_gained"], one["num_gained_by_ending"], one["num_gained_by_form"]) == (8, 5, 1)

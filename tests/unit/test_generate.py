@@ -21,7 +21,7 @@ from spd_dist.errors import ConfigError, DataError
 from spd_dist.models.policy import Policy
 from spd_dist.runtime.completions import read_completions
 from spd_dist.runtime.seeding import row_seed
-from spd_dist.stages.generate import generate, settings_of
+from spd_dist.stages.generate import generate
 from spd_dist.stages.generate.merge import Attempt, check_leakage
 from spd_dist.types import Prompt
 
@@ -185,13 +185,6 @@ def test_leakage_beyond_rounding_is_an_error():
     check_leakage(attempt, torch.bfloat16)
     with pytest.raises(DataError, match=r"leakage \|\|z\(I-P\)\|\| / \|\|z\|\| is 2.00e-05, above 1e-05"):
         check_leakage(attempt, torch.float32)
-
-
-def test_ssd_samples_as_its_paper_says():
-    settings = settings_of("ssd", Generate(min_p=0.1, max_new_tokens=99))
-    assert (settings.temperature, settings.top_p, settings.top_k, settings.min_p) == (1.6, 0.8, 20, 0.0)
-    assert settings.max_new_tokens == 99
-    assert settings_of("psr", CONFIG) == CONFIG
 
 
 def test_fixed_shapes_make_a_bfloat16_corpus_independent_of_kills(model, tmp_path):

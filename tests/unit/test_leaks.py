@@ -57,7 +57,7 @@ def test_the_known_duplicates_of_mbpp_are_found():
         train=f"{REAL_ROWS}/mbpp/train.jsonl, {REAL_ROWS}/mbpp/validation.jsonl", test=f"{REAL_ROWS}/mbpp/test.jsonl"
     )
     task = find_task("mbpp")
-    train, test = (load_rows(task, split, config, 0) for split in ("train", "test"))
+    train, test = (load_rows(task, split, config) for split in ("train", "test"))
     [report] = find_leaks({"train": train, "test": test}, task, similarity=0.5)
     assert len(train) == 464
     assert report.num_near == 28

@@ -1,23 +1,21 @@
 import html
 import re
-import shutil
-import subprocess
 import xml.etree.ElementTree as ElementTree
 
 import pytest
 import torch
 from answering import ARMS, answered_run, answers
+from browsing import CHROMIUM, screenshot, widths
 
 from spd_dist.overrides import load_config, to_yaml
 from spd_dist.runtime.answers import answers_path, write_merged
 from spd_dist.runtime.metrics import MetricLogger
 from spd_dist.runtime.page import write_page
-from spd_dist.runtime.page.figures import principal_angles
-from spd_dist.runtime.page.page import NUM_SHOWN, side_by_side, training_losses
+from spd_dist.runtime.page.figures import angles
+from spd_dist.runtime.page.page import NUM_SHOWN, side_by_side
 from spd_dist.runtime.report import write_report
-from spd_dist.types import Certificate, KVSite, SiteSubspace, Subspace
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+from spd_dist.runtime.training_log import training_losses
+from spd_dist.types import Certificate, KVSite, SiteSubspace
 
 
 def page_of(folder):
@@ -45,10 +43,10 @@ def test_the_page_holds_verdict_numbers_figures_costs_and_settings(folder):
     figures = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
     assert len(figures) == 4
     assert all(ElementTree.fromstring(figure) is not None for figure in figures)
-    assert "<td>arms/psr/generate</td><td>1800.0</td><td>2</td><td>1.000</td>" in text
+    assert "<td>arms/psr/generate</td><td>1,234</td><td>1800.0</td><td>2</td><td>1.000</td>" in text
     assert "<td>train</td><td>test</td><td>96</td><td>2</td><td>1</td>" in text
     assert "2 exact and 1 near copies of test problems" in text
-    assert "<td>finetune.num_epochs</td><td>5</td><td>3</td>" in text
+    assert '<td>finetune.num_epochs</td><td class="text">5</td><td class="text">3</td>' in text
     assert "<td>finetune.learning_rate</td>" not in text
 
 
@@ -71,7 +69,7 @@ def test_what_models_and_data_say_is_shown_and_never_run(folder):
 
 
 def test_examples_on_which_arms_differ_come_first():
-    examples = side_by_side({"base": answers(10, num=30), "spd": answers(20, num=30)}, {})
+    examples = side_by_side([{"base": answers(10, num=30), "spd": answers(20, num=30)}], {})
     assert [example["id"] for example in examples[:10]] == [f"p{index}" for index in range(10, 20)]
     assert {example["kind"] for example in examples[10:]} == {"same"}
 
@@ -97,38 +95,38 @@ def test_a_step_that_was_done_again_counts_once(folder):
     assert losses["spd"][8] == 0.125
 
 
-def test_principal_angles_are_zero_between_equal_and_ninety_between_orthogonal_subspaces():
+def test_principal_angles_are_drawn_where_there_is_a_pair():
     eye_DD = torch.eye(4)
     parts = {"key": eye_DD[:, :2], "value": eye_DD[:, 2:]}
     sites = {
         KVSite(1, kind, f"{kind}_proj", ((0, 4),)): SiteSubspace(basis_DR, torch.ones(4), 1.0, Certificate())
         for kind, basis_DR in parts.items()
     }
-    assert principal_angles(Subspace(sites)) is not None
-    assert principal_angles(Subspace(dict(list(sites.items())[:1]))) is None
+    key, value = sites.values()
+    drawing = angles("angles", {"apart": (key, value), "same": (key, key)})
+    assert ElementTree.fromstring(drawing) is not None
+    assert angles("angles", {}) is None
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 @pytest.mark.parametrize("width", [390, 1200])
 def test_a_browser_shows_the_page_without_scrolling_sideways(folder, tmp_path, width):
     page_of(folder)
-    page = html.escape((folder / "report.html").read_text())
-    frame = (
-        f'<iframe id="f" style="width:{width}px;height:800px" srcdoc="{page}"></iframe>'
-        "<script>onload = () => { const d = document.getElementById('f').contentDocument.documentElement;"
-        "document.title = d.scrollWidth + ' of ' + d.clientWidth }</script>"
-    )
-    (tmp_path / "frame.html").write_text(frame)
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    dumped = subprocess.run(
-        [CHROMIUM, *flags, "--dump-dom", f"file://{tmp_path}/frame.html"], capture_output=True, text=True, check=True
-    ).stdout
-    scroll, client = map(int, re.search(r"<title>(\d+) of (\d+)</title>", dumped).groups())
+    client, scroll = widths(folder / "report.html", width, tmp_path)
     assert width - 20 <= client <= width
     assert scroll <= client
-    shot = tmp_path / "shot.png"
-    subprocess.run(
-        [CHROMIUM, *flags, f"--screenshot={shot}", f"--window-size={width},2000", f"file://{folder}/report.html"],
-        capture_output=True, check=True,
-    )  # fmt: skip
-    assert shot.stat().st_size > 20_000
+    assert screenshot(folder / "report.html", width, tmp_path).stat().st_size > 20_000
+
+
+def test_rounds_are_a_table_and_a_figure(folder):
+    site = {"mean_angle_degrees": 4.5, "largest_angle_degrees": 20.0, "overlap_fraction": 0.9, "energy_ratio": 0.8}
+    site |= {"energy_fraction_held": 0.7, "energy_fraction": 0.75}
+    report = write_report(folder, ARMS, task="arithmetic", metric="accuracy", seed=1)
+    arms = {arm: {"value": 0.5, "interval": [0.4, 0.6]} for arm in ARMS}
+    one = {"round": 1, "arms": arms, "drift": {}, "energy_fraction": {"layers.1.key": 0.8}}
+    two = one | {"round": 2, "drift": {"1": {"layers.1.key": site}}}
+    write_page(folder, report | {"rounds": [one, two], "progress": report["comparisons"]}, {})
+    text = (folder / "report.html").read_text()
+    assert "<th>round 2</th>" in text
+    assert "<td>layers.1.key</td><td>4.5</td><td>20.0</td>" in text
+    assert "Subspace over rounds" in text

@@ -23,7 +23,7 @@ from spd_dist.errors import ConfigError, DataError
 
 TOKENIZER = tiny_tokenizer()
 TASK = find_task("arithmetic")
-ROWS = load_rows(TASK, "calibration", Data(), 42)
+ROWS = load_rows(TASK, "calibration", Data())
 CHAT, PLAIN, CALIBRATE = Data(), Data(template="plain"), Calibrate()
 MBPP_ROW = {
     "id": "m1",

@@ -28,7 +28,8 @@ def test_the_report_on_disk_holds_every_number(run_folder):
         ("base", "psr"), ("base", "spd"), ("psr", "spd"),
     ]  # fmt: skip
     assert report["cost"]["arms/psr/generate"]["device_hours"] == 1.0
-    assert list(report["stages"]) == ["project"]
+    assert set(report["stages"]) == {"project", "arms/psr/generate", "arms/psr/finetune"}
+    assert report["cost"]["arms/psr/generate"]["tokens"] == 1234
     assert report["artifacts"]["the adapter"] == "finetune/adapter"
     assert report["verdict"].startswith("SPD against BASE: +20.0 points")
 

@@ -1,11 +1,12 @@
 import pytest
 from answering import ARMS, answers
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
 
 from spd_dist.errors import DataError
 from spd_dist.runtime.answers import answers_path, write_merged
 from spd_dist.runtime.report import write_report
-from spd_dist.runtime.seeds import over_seeds, seeds_text
+from spd_dist.runtime.seeds import over_seeds, seeds_text, seeds_verdict
 
 
 def run(folder, seed, *, spd=90, num=150, arms=ARMS, task="arithmetic"):
@@ -26,15 +27,43 @@ def test_arms_and_differences_are_averaged_with_their_spread(tmp_path):
     assert result["arms"]["base"]["standard_deviation"] == pytest.approx(0, abs=1e-12)
     (difference,) = [one for one in result["comparisons"] if (one["before"], one["after"]) == ("base", "spd")]
     assert difference["mean"] == pytest.approx(0.2066667)
-    assert difference["interval"] == pytest.approx(stats.t.interval(0.95, 2, 0.2066667, stats.sem([0.16, 0.2, 0.26])))
+    seeds = stats.t.interval(0.95, 2, 0.2066667, stats.sem([0.16, 0.2, 0.26]))
+    assert difference["seed_interval"] == pytest.approx(seeds)
+    assert difference["values"] == pytest.approx([0.16, 0.2, 0.26])
 
 
 def test_the_table_shows_every_seed(tmp_path):
     folders = [run(tmp_path / str(seed), seed, spd=spd) for seed, spd in ((1, 84), (2, 90))]
     lines = seeds_text(over_seeds(folders)).splitlines()
     assert lines[0] == "arithmetic: 2 seeds (1, 2), n 150 each"
-    assert any(line.split() == ["spd", "58.0", "sd", "2.8", "32.6", "to", "83.4", "56.0", "60.0"] for line in lines)
-    assert any(line.split()[:4] == ["spd", "-", "base", "+18.0"] for line in lines)
+    (row,) = [line.split() for line in lines if line.split()[:1] == ["spd"] and line.split()[1] != "-"]
+    assert (row[1], row[-3:]) == ("58.0", ["2.8", "56.0", "60.0"])
+    (row,) = [line.split() for line in lines if line.split()[:3] == ["spd", "-", "base"]]
+    assert (row[3], row[-2:]) == ("+18.0", ["+16.0", "+20.0"])
+    assert max(map(len, lines)) <= 100
+
+
+def test_the_verdict_speaks_of_seeds_and_examples_and_says_no_more_than_is_shown(tmp_path):
+    folders = [run(tmp_path / str(seed), seed, spd=spd) for seed, spd in ((1, 84), (2, 90), (3, 99))]
+    text = seeds_text(over_seeds(folders))
+    assert "SPD, over 3 seeds and 150 examples, against BASE: +20.7 points (95 % interval" in text
+    assert "a gain beyond chance over examples and seeds" in text
+    unclear = over_seeds([run(tmp_path / f"u{seed}", seed, spd=spd) for seed, spd in ((1, 60), (2, 61))])
+    assert "no difference is shown; this experiment would find about" in unclear["verdict"]
+
+
+def test_what_differs_by_chance_does_not_survive_the_correction_of_a_large_family():
+    one = {"before": "base", "after": "spd", "mean": 0.02, "interval": [0.001, 0.039], "p_holm": 0.2}
+    verdict = seeds_verdict([one] * 9, "accuracy", 3, 500)
+    assert "does not survive the correction for 9 comparisons" in verdict
+    assert seeds_verdict([], "accuracy", 3, 500) == "One arm alone: there is nothing to compare."
+
+
+def test_the_family_of_all_comparisons_is_corrected_by_holm(tmp_path):
+    result = over_seeds([run(tmp_path / str(seed), seed, spd=spd) for seed, spd in ((1, 70), (2, 74), (3, 73))])
+    p_values = [one["p_value"] for one in result["comparisons"]]
+    assert [one["p_holm"] for one in result["comparisons"]] == pytest.approx(multipletests(p_values, method="holm")[1])
+    assert len(p_values) == 3
 
 
 def test_runs_without_a_common_denominator_are_refused(tmp_path):

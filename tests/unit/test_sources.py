@@ -13,6 +13,7 @@ from spd_dist.config import Data
 from spd_dist.data.sources import Source, check_leaks, load_rows, parse_source, sources_of
 from spd_dist.data.tasks import find_task
 from spd_dist.errors import DataError
+from spd_dist.overrides import load_config
 
 GSM8K, ARITHMETIC = find_task("gsm8k"), find_task("arithmetic")
 
@@ -32,7 +33,7 @@ def write(path: Path, rows) -> str:
 
 
 def ids(split, config, task=GSM8K):
-    return [row["id"] for row in load_rows(task, split, config, 0)]
+    return [row["id"] for row in load_rows(task, split, config)]
 
 
 def test_rows_keep_the_order_of_their_file_and_are_cut_by_count(tmp_path):
@@ -57,8 +58,8 @@ def test_parquet_and_jsonl_hold_the_same_rows(tmp_path):
     rows = [row(number) for number in range(3)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
     jsonl = write(tmp_path / "rows.jsonl", rows)
-    assert load_rows(GSM8K, "train", Data(train=str(tmp_path / "rows.parquet")), 0) == load_rows(
-        GSM8K, "train", Data(train=jsonl), 0
+    assert load_rows(GSM8K, "train", Data(train=str(tmp_path / "rows.parquet"))) == load_rows(
+        GSM8K, "train", Data(train=jsonl)
     )
 
 
@@ -109,10 +110,10 @@ def test_the_hub_is_asked_for_config_and_split(monkeypatch):
     asked = []
     rows = [{"question": "Half of 4?", "answer": "4/2\n#### 2"}, {"question": "Half of 2?", "answer": "2/2\n#### 1"}]
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or rows)
-    found = load_rows(GSM8K, "test", Data(), 0)
+    found = load_rows(GSM8K, "test", Data())
     assert [row["id"] for row in found] == ["openai/gsm8k:main:test/0", "openai/gsm8k:main:test/1"]
     assert [row["answer"] for row in found] == ["2", "1"]
-    load_rows(GSM8K, "calibration", Data(calibration="a/b"), 0)
+    load_rows(GSM8K, "calibration", Data(calibration="a/b"))
     assert asked == [(("openai/gsm8k", "main"), {"split": "test"}), (("a/b", None), {"split": "train"})]
 
 
@@ -121,14 +122,14 @@ def test_an_unreachable_hub_is_one_clear_error(monkeypatch):
     with pytest.raises(
         DataError, match=r"hub data set openai/gsm8k:main:train: cannot be loaded: .*or give a local path: data\.train"
     ):
-        load_rows(GSM8K, "train", Data(), 0)
+        load_rows(GSM8K, "train", Data())
 
 
 def test_a_task_without_the_split_says_what_to_set():
     with pytest.raises(
         DataError, match=r"data\.train: the task 'bbh' has no train split of its own; set data\.train=PATH"
     ):
-        load_rows(find_task("bbh"), "train", Data(), 0)
+        load_rows(find_task("bbh"), "train", Data())
 
 
 MISSING = r"rows\.jsonl, line 1, field '{}': missing, the row has id, {}"
@@ -148,24 +149,24 @@ def test_a_wrong_file_names_line_field_and_remedy(tmp_path, content, message):
     path = tmp_path / "rows.jsonl"
     path.write_text(content)
     with pytest.raises(DataError, match=message):
-        load_rows(GSM8K, "train", Data(train=str(path)), 0)
+        load_rows(GSM8K, "train", Data(train=str(path)))
 
 
 def test_a_line_that_is_not_utf8_is_named(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(json.dumps(row(0)).encode() + b'\n{"id": "\xff"}\n')
     with pytest.raises(DataError, match=r"rows\.jsonl, line 2: not JSON"):
-        load_rows(GSM8K, "train", Data(train=str(path)), 0)
+        load_rows(GSM8K, "train", Data(train=str(path)))
 
 
 def test_a_missing_file_and_other_formats_are_named(tmp_path):
     with pytest.raises(DataError, match=r"nowhere\.jsonl: no such file \(from .*\); correct the path"):
-        load_rows(GSM8K, "train", Data(train=str(tmp_path / "nowhere.jsonl")), 0)
+        load_rows(GSM8K, "train", Data(train=str(tmp_path / "nowhere.jsonl")))
     with pytest.raises(DataError, match=r"rows\.csv: a local file must be \.jsonl or \.parquet; convert it"):
-        load_rows(GSM8K, "train", Data(train="rows.csv"), 0)
+        load_rows(GSM8K, "train", Data(train="rows.csv"))
     (tmp_path / "rows.parquet").write_text("no parquet")
     with pytest.raises(DataError, match=r"rows\.parquet: not readable as Parquet"):
-        load_rows(GSM8K, "train", Data(train=str(tmp_path / "rows.parquet")), 0)
+        load_rows(GSM8K, "train", Data(train=str(tmp_path / "rows.parquet")))
 
 
 @pytest.mark.parametrize("source", ["builtin:algebra:train", "builtin:arithmetic:dev", "builtin"])
@@ -173,7 +174,7 @@ def test_what_is_not_built_in_is_refused(source):
     with pytest.raises(
         DataError, match=r"not built in; there is builtin:arithmetic:SPLIT, of calibration, test, train"
     ):
-        load_rows(ARITHMETIC, "test", Data(test=source), 0)
+        load_rows(ARITHMETIC, "test", Data(test=source))
 
 
 def story(number, words="apples in the old blue box on the kitchen table of his aunt"):
@@ -194,7 +195,7 @@ def leaking(tmp_path):
 
 def test_shared_problems_are_reported(tmp_path):
     reports = {
-        (report.split, report.other): report for report in check_leaks(GSM8K, leaking(tmp_path), 0, num_calibration=1)
+        (report.split, report.other): report for report in check_leaks(GSM8K, leaking(tmp_path), num_calibration=1)
     }
     leaked = reports["train", "test"]
     assert (leaked.num_rows, leaked.num_exact, leaked.num_near) == (3, 1, 1)
@@ -218,10 +219,16 @@ def test_nothing_left_after_removal_is_an_error(tmp_path):
     with pytest.raises(
         DataError, match=r"data\.leaks=remove: every train row is also in the test split; correct data\.train"
     ):
-        load_rows(GSM8K, "train", replace(config, test=config.train), 0)
+        load_rows(GSM8K, "train", replace(config, test=config.train))
 
 
 def test_a_split_without_a_source_is_not_compared(tmp_path):
     task = find_task("bbh")
     path = write(tmp_path / "rows.jsonl", [{"id": "1", "task": "t", "input": "?", "target": "Yes"}])
-    assert check_leaks(task, Data(test=path), 0, num_calibration=1) == []
+    assert check_leaks(task, Data(test=path), num_calibration=1) == []
+
+
+def test_the_test_set_of_a_run_does_not_depend_on_its_seed_but_on_that_of_the_data():
+    rows = {seed: load_rows(ARITHMETIC, "test", load_config(overrides=[f"seed={seed}"]).data) for seed in (1, 2)}
+    assert rows[1] == rows[2]
+    assert load_rows(ARITHMETIC, "test", Data(seed=7)) != rows[1]

@@ -17,6 +17,8 @@ from statsmodels.stats.weightstats import DescrStatsW
 from spd_dist.errors import DataError
 from spd_dist.runtime.statistics import (
     between_seeds,
+    crossed,
+    crossed_share,
     detectable_difference,
     holm,
     mcnemar,
@@ -153,3 +155,63 @@ def test_one_seed_has_no_spread():
 def test_the_mean_of_one_value_has_no_interval():
     with pytest.raises(DataError, match=r"the mean of 1 values has no interval; raise data.num_test"):
         mean_interval([0.5])
+
+
+def by_id(values):
+    return {f"p{index}": float(value) for index, value in enumerate(values)}
+
+
+def test_with_one_source_of_chance_the_crossed_test_is_the_t_test_over_that_source():
+    values = torch.randn(40, generator=torch.Generator().manual_seed(0)).tolist()
+    over_examples = crossed([by_id(values)] * 3)
+    assert over_examples.p_value == pytest.approx(stats.ttest_1samp(values, 0).pvalue)
+    assert over_examples.interval == pytest.approx(DescrStatsW(values).tconfint_mean(0.05))
+    over_seeds = crossed([by_id([value] * 30) for value in values[:4]])
+    assert over_seeds.p_value == pytest.approx(stats.ttest_1samp(values[:4], 0).pvalue)
+    assert over_seeds.interval == pytest.approx(DescrStatsW(values[:4]).tconfint_mean(0.05))
+
+
+@pytest.mark.parametrize(
+    ("num_seeds", "seeds", "examples"), [(3, 0.05, 1.0), (3, 0.5, 0.2), (2, 0.02, 1.0), (5, 0.0, 0.5)]
+)
+def test_crossed_intervals_hold_the_truth_in_95_of_100_experiments(num_seeds, seeds, examples):
+    draws = torch.Generator().manual_seed(1)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=draws, dtype=torch.float64)
+
+    num_held = 0
+    for _ in range(400):
+        value_SN = normal(num_seeds, 60) + normal(num_seeds, 1) * seeds**0.5 + normal(60) * examples**0.5
+        low, high = crossed([by_id(row) for row in value_SN.tolist()]).interval
+        num_held += low <= 0 <= high
+    assert 0.92 <= num_held / 400 <= 0.985
+
+
+def test_arms_that_never_differ_show_nothing_and_other_examples_are_refused():
+    same = crossed([by_id([0.0] * 5)] * 2)
+    assert (same.mean, same.p_value, same.interval, same.detectable) == (0, 1, (0, 0), None)
+    for by_seed in ([by_id([1, 2])], [by_id([1])] * 2, [by_id([1, 2]), by_id([1, 2, 3])]):
+        with pytest.raises(DataError, match="make no interval; run at least 2 seeds on the same examples"):
+            crossed(by_seed)
+
+
+def test_the_detectable_mean_is_found_in_four_of_five_experiments():
+    draws, found, smallest = torch.Generator().manual_seed(2), [], []
+    for _ in range(400):
+        examples_N = torch.randn(60, generator=draws, dtype=torch.float64)
+        value_SN = torch.randn(3, 60, generator=draws, dtype=torch.float64) + examples_N + 0.43
+        result = crossed([by_id(row) for row in value_SN.tolist()])
+        found.append(result.p_value < 0.05)
+        smallest.append(result.detectable)
+    assert sorted(smallest)[200] == pytest.approx(0.43, abs=0.03)
+    assert sum(found) / 400 == pytest.approx(0.8, abs=0.06)
+
+
+def test_a_share_over_seeds_has_wilsons_interval_and_stays_within_its_bounds():
+    deterministic = crossed_share([by_id([1.0] * 30 + [0.0] * 70)] * 3).interval
+    assert deterministic == pytest.approx(wilson_interval(30, 100), abs=0.002)
+    never = crossed_share([by_id([0.0] * 50)] * 2)
+    assert never.interval == wilson_interval(0, 50)
+    rare = crossed_share([by_id([1.0] + [0.0] * 15)] * 2)
+    assert 0 < rare.interval.low < 1 / 16 < rare.interval.high

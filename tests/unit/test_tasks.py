@@ -245,7 +245,7 @@ def test_a_task_needs_no_code(tmp_path):
     path.write_text(DESCRIPTION)
     (tmp_path / "rows.jsonl").write_text(json.dumps({"q": "Half of 4?", "a": 2}))
     task = find_task(str(path))
-    [row] = load_rows(task, "train", Data(train=str(tmp_path / "rows.jsonl")), 0)
+    [row] = load_rows(task, "train", Data(train=str(tmp_path / "rows.jsonl")))
     assert (task.name, task.metric, task.sources) == ("trivia", "accuracy", {"train": "trivia.jsonl"})
     assert task.prompt(row) == "Question: Half of 4?\nAnswer in \\boxed{}:"
     assert marked(task, row) == [" 2"]
@@ -315,7 +315,7 @@ REAL = {
 def test_every_real_row_has_its_span_and_accepts_its_reference(name):
     file, count = REAL[name]
     task = with_execution(find_task(name), lambda code, tests, setup: True)
-    rows = load_rows(task, "test", Data(task=name, test=f"{REAL_ROWS}/{file}.jsonl"), 0)
+    rows = load_rows(task, "test", Data(task=name, test=f"{REAL_ROWS}/{file}.jsonl"))
     assert len(rows) == count
     for row in rows:
         assert task.target_spans(row), row["id"]

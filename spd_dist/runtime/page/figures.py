@@ -8,16 +8,17 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
-from itertools import combinations
 from typing import Any
 
 import matplotlib as mpl
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from spd_dist.runtime.comparison import amount
-from spd_dist.types import Answer, Subspace
+from spd_dist.runtime.subspaces import principal_angles
+from spd_dist.types import SiteSubspace
 
 STYLE = {
     "font.family": "sans-serif",
@@ -27,10 +28,12 @@ STYLE = {
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.25,
-    "legend.frameon": False,
 }
-NUM_PAIRS = 8
-WIDTH_INCHES = 6.4
+INK, EDGE = "#345", "#a33"
+NUM_BARS = 24
+WIDTH_INCHES = 5.2
+Lengths = Sequence[tuple[int, bool]]
+"""Tokens of each answer, and whether it ended by itself."""
 
 
 def svg(name: str, figure: Figure) -> str:
@@ -41,23 +44,29 @@ def svg(name: str, figure: Figure) -> str:
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
-def _blank(height_inches: float, num_columns: int = 1) -> tuple[Figure, Any]:
+def _blank(height_inches: float, num_columns: int = 1, **options: Any) -> tuple[Figure, Any]:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
-        return figure, figure.subplots(1, num_columns)
+        return figure, figure.subplots(1, num_columns, **options)
+
+
+def _legend(axes: Axes, **options: Any) -> None:
+    axes.legend(fontsize=8, frameon=False, labelspacing=0.3, **options)
 
 
 def forest(comparisons: Sequence[Mapping[str, Any]], metric: str) -> str:
-    """Every paired difference with its 95 % interval; filled where the interval leaves out zero."""
+    """Every paired difference with its 95 % interval, filled where it leaves out zero; dots are single seeds."""
     figure, axes = _blank(0.8 + 0.35 * len(comparisons))
     scale = 1 if metric == "nll" else 100
     for row, one in enumerate(reversed(comparisons)):
         low, high = (scale * bound for bound in one["interval"])
         shown = low > 0 or high < 0
-        axes.plot([low, high], [row, row], color="#345", linewidth=1.5)
-        axes.plot(scale * one["difference"], row, "o", color="#345", markerfacecolor="#345" if shown else "white")
+        axes.plot([low, high], [row, row], color=INK, linewidth=1.5)
+        each = [scale * value for value in one.get("values", ())]
+        axes.plot(each, [row - 0.22] * len(each), ".", color=INK, alpha=0.5, markersize=4)
+        axes.plot(scale * one["difference"], row, "o", color=INK, markerfacecolor=INK if shown else "white")
         axes.annotate(amount(one["difference"], metric), (high, row), (4, 4), textcoords="offset points", fontsize=8)
-    axes.axvline(0, color="#a33", linewidth=1)
+    axes.axvline(0, color=EDGE, linewidth=1)
     axes.set_yticks(range(len(comparisons)), [f"{one['after']} - {one['before']}" for one in reversed(comparisons)])
     axes.set_ylim(-0.6, len(comparisons) - 0.4)
     axes.set_xlabel("nats a token (left is better)" if metric == "nll" else "percentage points (right is better)")
@@ -80,45 +89,48 @@ def spectra(project: Mapping[str, Any]) -> str:
     right.set_ylabel("energy kept")
     right.set_ylim(0, 1.02)
     if len(project["sites"]) <= 8:
-        left.legend(fontsize=7)
+        _legend(left)
     return svg("spectra", figure)
 
 
-def principal_angles(subspace: Subspace) -> str | None:
-    """The angles between the subspaces of sites of one width, pair by pair; None where there is no such pair."""
-    pairs = [(a, b) for a, b in combinations(sorted(subspace.sites), 2) if a.width == b.width][:NUM_PAIRS]
+def angles(name: str, pairs: Mapping[str, tuple[SiteSubspace, SiteSubspace]]) -> str | None:
+    """The principal angles of each pair, smallest first; None where there is no pair."""
     if not pairs:
         return None
     figure, axes = _blank(2.8)
-    for a, b in pairs:
-        cosine_R = torch.linalg.svdvals(subspace.sites[a].basis_DR.double().T @ subspace.sites[b].basis_DR.double())
-        angle_R = cosine_R.clamp(max=1).arccos() * (180 / math.pi)
-        axes.plot(range(1, len(angle_R) + 1), angle_R.sort().values, linewidth=1, label=f"{a} and {b}")
+    for label, (before, after) in pairs.items():
+        angle_R = principal_angles(before, after) * (180 / math.pi)
+        axes.plot(range(1, len(angle_R) + 1), angle_R, linewidth=1, label=label)
     axes.set_xlabel("principal angle")
     axes.set_ylabel("degrees")
-    axes.set_ylim(0, 92)
-    axes.legend(fontsize=7)
-    return svg("angles", figure)
+    axes.set_ylim(-2, 92)
+    _legend(axes)
+    return svg(name, figure)
 
 
-def lengths(answers: Mapping[str, Sequence[Answer]]) -> str:
-    """How long each arm's answers are, and how they ended."""
-    figure, (left, right) = _blank(2.6, 2)
-    longest = max(answer.num_tokens for rows in answers.values() for answer in rows)
-    edges = [longest * index / 24 for index in range(25)]
-    for arm, rows in answers.items():
-        left.hist([answer.num_tokens for answer in rows], bins=edges, histtype="step", linewidth=1.3, label=arm)
-    left.set_xlabel("tokens of an answer")
-    left.set_ylabel("answers")
-    left.legend(fontsize=8)
+def lengths(name: str, answers: Mapping[str, Lengths]) -> str:
+    """How long each arm's answers are, as a histogram a row, and how they ended."""
+    figure, (left, right) = _blank(0.9 + 0.42 * len(answers), 2, sharey=True, width_ratios=(3, 2))
+    longest = max((num_tokens for rows in answers.values() for num_tokens, _ in rows), default=1)
+    edges = [longest * index / NUM_BARS for index in range(NUM_BARS + 1)]
     arms = list(answers)[::-1]
-    ended = [sum(answer.finish_reason == "stop" for answer in answers[arm]) / len(answers[arm]) for arm in arms]
-    right.barh(arms, ended, color="#567", label="ended by itself")
-    right.barh(arms, [1 - share for share in ended], left=ended, color="#dcb", label="cut at the limit")
+    for row, arm in enumerate(arms):
+        count_B = torch.zeros(NUM_BARS)
+        for num_tokens, _ in answers[arm]:
+            count_B[min(NUM_BARS - 1, int(NUM_BARS * num_tokens / max(longest, 1)))] += 1
+        height_B = 0.8 * count_B / count_B.max().clamp(min=1)
+        left.stairs((row - 0.4 + height_B).tolist(), edges, baseline=row - 0.4, fill=True, color=INK, alpha=0.65)
+        ended = sum(is_ended for _, is_ended in answers[arm]) / max(1, len(answers[arm]))
+        right.barh(row, ended, color="#567", label="ended by itself" if row == 0 else None)
+        right.barh(row, 1 - ended, left=ended, color="#dcb", label="cut at the limit" if row == 0 else None)
+    left.set_yticks(range(len(arms)), arms)
+    left.set_ylim(-0.6, len(arms) - 0.4)
+    left.set_xlabel("tokens")
+    right.set_xlabel("share")
     right.set_xlim(0, 1)
     right.grid(visible=False)
-    right.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
-    return svg("lengths", figure)
+    figure.legend(loc="outside upper right", fontsize=8, frameon=False, ncols=2)
+    return svg(name, figure)
 
 
 def curves(losses: Mapping[str, Mapping[int, float]]) -> str:
@@ -129,5 +141,34 @@ def curves(losses: Mapping[str, Mapping[int, float]]) -> str:
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats a token)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(fontsize=8)
+    _legend(axes, ncols=1 + (len(losses) > 5))
     return svg("curves", figure)
+
+
+def rounds(found: Sequence[Mapping[str, Any]]) -> str | None:
+    """What each round's subspace and the first one's hold of its energy, and how far apart they are: site means."""
+    later = [one for one in found if "1" in one["drift"]]
+    if not later:
+        return None
+    figure, (left, right) = _blank(2.6, 2)
+    numbers = [one["round"] for one in found]
+
+    def mean(sites: Sequence[float]) -> float:
+        return sum(sites) / len(sites)
+
+    def over_sites(name: str, first: float) -> list[float]:
+        return [first, *(mean([site[name] for site in one["drift"]["1"].values()]) for one in later)]
+
+    start = mean(list(found[0]["energy_fraction"].values()))
+    own, held = over_sites("energy_fraction", start), over_sites("energy_fraction_held", start)
+    angle = over_sites("mean_angle_degrees", 0.0)
+    left.plot(numbers, own, "o-", color=INK, label="its own subspace")
+    left.plot(numbers, held, "o--", color=EDGE, label="that of round 1")
+    left.set_ylabel("energy held")
+    _legend(left)
+    right.plot(numbers, angle, "o-", color=INK)
+    right.set_ylabel("mean angle to round 1 (degrees)")
+    for axes in (left, right):
+        axes.set_xlabel("round")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return svg("rounds", figure)

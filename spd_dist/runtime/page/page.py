@@ -1,27 +1,25 @@
-"""What the page shows, and where it comes from."""
+"""The page of one run: what it shows, and where it comes from."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-from omegaconf import OmegaConf
-
-from spd_dist.config import Config
 from spd_dist.runtime.answers import answers_path, read_answers
-from spd_dist.runtime.artifacts import read_json, write_text
-from spd_dist.runtime.metrics import read_metrics
+from spd_dist.runtime.artifacts import write_text
+from spd_dist.runtime.completions import read_completions
 from spd_dist.runtime.page import figures
-from spd_dist.runtime.run_folder import settings_by_key
+from spd_dist.runtime.page.render import drawn, render
 from spd_dist.runtime.subspace_file import load_subspace
-from spd_dist.types import Answer
+from spd_dist.runtime.training_log import training_losses
+from spd_dist.types import Answer, SiteSubspace
 
 NUM_SHOWN = 200
-"""Examples on the page; those on which arms differ come first."""
+"""Examples on a page; those on which arms differ come first."""
+NUM_PAIRS = 8
+"""Curves in a figure of principal angles."""
 
 
 def write_page(run_folder: Path, report: Mapping[str, Any], questions: Mapping[str, str]) -> None:
@@ -36,89 +34,126 @@ def write_page(run_folder: Path, report: Mapping[str, Any], questions: Mapping[s
         DataError: an artifact that the page shows is corrupt.
     """
     answers = {arm: read_answers(answers_path(run_folder / "evaluate", arm, report["task"])) for arm in report["arms"]}
-    loader = PackageLoader("spd_dist.runtime.page", ".")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, loader=loader, trim_blocks=True, lstrip_blocks=True
-    )
-    text = environment.get_template("page.html.j2").render(
+    found = [
+        *drawn_comparisons(report, {arm: [lengths_of(rows)] for arm, rows in answers.items()}),
+        *_drawn_training(run_folder, report),
+        *drawn_subspaces(run_folder, report),
+    ]
+    text = render(
+        "page.html.j2",
+        report["metric"],
+        run_folder,
+        title=f"{report['task']}, seed {report['seed']}: {len(report['arms'])} arms",
         report=report,
-        figures=_figures(run_folder, report, answers),
-        examples=side_by_side(answers, questions)[:NUM_SHOWN],
+        figures=[one for one in found if one["svg"]],
+        examples=side_by_side([answers], questions)[:NUM_SHOWN],
         num_examples=len(next(iter(answers.values()))),
-        differing=_config_diff(run_folder),
-        environment=_environment(run_folder),
-        percent=lambda value: f"{100 * value:.1f}",
-        signed=lambda value: f"{100 * value:+.1f}" if report["metric"] != "nll" else f"{value:+.3f}",
-        value=lambda value: f"{100 * value:.1f}" if report["metric"] != "nll" else f"{value:.3f}",
+        num_seeds=1,
+        learned=learned(report),
     )
     write_text(run_folder / "report.html", text)
 
 
-def side_by_side(answers: Mapping[str, Sequence[Answer]], questions: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Every example with all arms' answers: first where arms differ in being right, then in what they say."""
+def side_by_side(
+    by_seed: Sequence[Mapping[str, Sequence[Answer]]], questions: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """Every example with all arms' answers under the first seed, and how often each arm was right over the seeds.
+
+    Those come first on which arms differ most in being right, then those on which they say other things.
+    """
     examples = []
-    for rows in zip(*answers.values(), strict=True):
-        differs = 2 * (len({row.correct for row in rows}) > 1) + (len({row.output for row in rows}) > 1)
+    for number, rows in enumerate(zip(*by_seed[0].values(), strict=True)):
+        right = {arm: sum(answers[arm][number].correct for answers in by_seed) for arm in by_seed[0]}
+        differs = max(right.values()) - min(right.values()), len({row.output for row in rows}) > 1
         examples.append(
             {
                 "id": rows[0].id,
                 "question": questions.get(rows[0].id, ""),
                 "gold": rows[0].gold,
-                "kind": ("same", "other words", "right and wrong", "right and wrong")[differs],
+                "kind": "right and wrong" if differs[0] else "other words" if differs[1] else "same",
                 "differs": differs,
-                "answers": dict(zip(answers, rows, strict=True)),
+                "num_right": right,
+                "answers": dict(zip(by_seed[0], rows, strict=True)),
             }
         )
-    return sorted(examples, key=lambda example: -example["differs"])
+    return sorted(examples, key=lambda example: example["differs"], reverse=True)
 
 
-def _figures(
-    run_folder: Path, report: Mapping[str, Any], answers: Mapping[str, Sequence[Answer]]
+def lengths_of(answers: Sequence[Answer]) -> figures.Lengths:
+    """Of answers: tokens, and whether each ended by itself."""
+    return [(answer.num_tokens, answer.finish_reason == "stop") for answer in answers]
+
+
+def drawn_comparisons(
+    report: Mapping[str, Any], lengths: Mapping[str, Sequence[figures.Lengths]]
 ) -> list[dict[str, Any]]:
-    """Title, sentence and SVG of what there is to draw."""
-    found: list[tuple[str, str, str | None]] = []
+    """The forest of differences, and the lengths of each arm's answers over all seeds."""
+    pooled = {arm: [one for rows in seeds for one in rows] for arm, seeds in lengths.items()}
+    sentence = "A model that only learned to stop shows it here."
+    found = [drawn("Answers: lengths and endings", sentence, figures.lengths("lengths", pooled))]
     if report["comparisons"]:
-        sentence = "Same examples, 95 % bootstrap intervals; a hollow dot is a difference that is not shown."
-        found.append(("Paired differences", sentence, figures.forest(report["comparisons"], report["metric"])))
-    found.append(("Lengths and endings", "A model that only learned to stop shows it here.", figures.lengths(answers)))
+        sentence = "Same examples, 95 % intervals; a hollow dot is a difference that is not shown."
+        drawing = figures.forest(report["comparisons"], report["metric"])
+        return [drawn("Paired differences", sentence, drawing), *found]
+    return found
+
+
+def _drawn_training(run_folder: Path, report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    corpora = {}
+    for arm in report["arms"]:
+        folder = run_folder / ("generate" if arm == "spd" else f"arms/{arm}/generate") / "completions"
+        if folder.exists():
+            corpora[arm] = [(len(one.tokens), one.finish_reason == "stop") for one in read_completions(folder)]
+    found = []
+    if corpora:
+        sentence = "What each student learned from: a student ends as often as its corpus does."
+        found.append(drawn("Completions: lengths and endings", sentence, figures.lengths("corpora", corpora)))
     losses = training_losses(run_folder)
     if losses:
-        found.append(("Training", "Loss of each student on its own corpus.", figures.curves(losses)))
+        found.append(drawn("Training", "Loss of each student on its own corpus.", figures.curves(losses)))
+    return found
+
+
+def drawn_subspaces(run_folder: Path, report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Spectra, energies and principal angles: between sites, between arms, between rounds."""
+    found = []
     if "project" in report["stages"]:
         sentence = "Spectrum of the gradients at each site, and how much of it the subspace keeps."
-        found.append(("Capability subspace", sentence, figures.spectra(report["stages"]["project"])))
+        found.append(drawn("Capability subspace", sentence, figures.spectra(report["stages"]["project"])))
     file = run_folder / "project" / "subspace.safetensors"
     if file.exists():
+        own = load_subspace(file).sites
         sentence = "90 degrees: nothing in common; 0: a shared direction."
-        found.append(("Principal angles between sites", sentence, figures.principal_angles(load_subspace(file))))
-    return [{"title": title, "sentence": text, "svg": Markup(drawn)} for title, text, drawn in found if drawn]
+        found.append(drawn("Principal angles between sites", sentence, figures.angles("angles", _site_pairs(own))))
+        others = {arm: run_folder / "arms" / arm / "project" / file.name for arm in report["arms"]}
+        pairs: dict[str, tuple[SiteSubspace, SiteSubspace]] = {}
+        for arm, path in others.items():
+            if path.exists():
+                sites = load_subspace(path).sites
+                pairs |= {f"{arm}, {site}": (own[site], part) for site, part in sites.items() if site in own}
+        sentence = "Of the arms that have a subspace of their own, against that of spd."
+        drawing = figures.angles("arms", dict(list(pairs.items())[:NUM_PAIRS]))
+        found.append(drawn("Principal angles between arms", sentence, drawing))
+    if "rounds" in report:
+        sentence = "How far the gradients moved from the subspace of the first round; means over the sites."
+        found.append(drawn("Subspace over rounds", sentence, figures.rounds(report["rounds"])))
+    return found
 
 
-def training_losses(run_folder: Path) -> dict[str, dict[int, float]]:
-    """Loss by step of every arm that was fine-tuned; of a step that was done again after a kill, the last."""
-    losses: dict[str, dict[int, float]] = {}
-    for row in read_metrics(run_folder / "metrics"):
-        for key, value in row.items():
-            name = key.removeprefix("finetune/")
-            is_loss = name == "loss" or (
-                name.endswith("_loss") and not name.endswith(("epoch_loss", "validation_loss"))
-            )
-            if key != name and is_loss and isinstance(value, float):
-                losses.setdefault(name.removesuffix("loss").rstrip("_") or "spd", {})[row["step"]] = value
-    return {arm: dict(sorted(by_step.items())) for arm, by_step in sorted(losses.items())}
+def _site_pairs(sites: Mapping[Any, SiteSubspace]) -> dict[str, tuple[SiteSubspace, SiteSubspace]]:
+    """Sites of one width, pair by pair."""
+    pairs = [(a, b) for a, b in combinations(sorted(sites), 2) if a.width == b.width][:NUM_PAIRS]
+    return {f"{a} and {b}": (sites[a], sites[b]) for a, b in pairs}
 
 
-def _config_diff(run_folder: Path) -> list[tuple[str, Any, Any]]:
-    """Key, default and value of every setting that is not the default."""
-    file = run_folder / "config.yaml"
-    if not file.exists():
-        return []
-    ours = settings_by_key(OmegaConf.to_container(OmegaConf.load(file)))
-    default = settings_by_key(dataclasses.asdict(Config()))
-    keys = sorted(ours.keys() | default.keys())
-    return [(key, default.get(key), ours.get(key)) for key in keys if ours.get(key) != default.get(key)]
-
-
-def _environment(run_folder: Path) -> Mapping[str, Any]:
-    file = run_folder / "environment.json"
-    return read_json(file) if file.exists() else {}
+def learned(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row an arm that trained: its corpus, steps and losses, as far as there are summaries."""
+    rows = []
+    for arm in report["arms"]:
+        prefix = "" if arm == "spd" else f"arms/{arm}/"
+        corpus, student = (report["stages"].get(f"{prefix}{verb}", {}) for verb in ("generate", "finetune"))
+        if student:
+            epochs = student["epochs"]
+            losses = [epochs[0]["loss"], epochs[-1]["loss"]] if epochs else []
+            rows.append({"arm": arm, "corpus": corpus, "student": student, "losses": losses})
+    return rows

@@ -47,7 +47,7 @@ def generate(
     Args:
         policy: The untouched policy; so it is left.
         prompts: In the corpus's order.
-        projection: None for plain self-training (PSR), and for SSD with its sampling (`settings_of`).
+        projection: None for plain self-training, as of PSR and SSD.
         config: Its section.
         seed: The run's; with prompt id and sample index it makes a completion.
         folder: The stage's.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
 from spd_dist.config import Generate
@@ -23,19 +22,6 @@ def sampling_of(config: Generate) -> Sampling:
         min_p=config.min_p,
         repetition_penalty=config.repetition_penalty,
         max_new_tokens=config.max_new_tokens,
-    )
-
-
-def settings_of(arm: str, config: Generate) -> Generate:
-    """The section as an arm samples by it.
-
-    `ssd` is simple self-distillation: hotter, and truncated (arXiv 2604.01193). The defaults of `ssd_temperature`,
-    `ssd_top_p` and `ssd_top_k` are 1.6, 0.8 and 20, those of its instruct models.
-    """
-    if arm != "ssd":
-        return config
-    return dataclasses.replace(
-        config, temperature=config.ssd_temperature, top_p=config.ssd_top_p, top_k=config.ssd_top_k, min_p=0.0
     )
 
 

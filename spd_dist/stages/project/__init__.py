@@ -2,11 +2,13 @@
 
 subspace.py  moments -> Subspace, the same on every rank
 bounds.py    what its certificate proves of it
+drift.py     how far it moved since earlier rounds
 operators.py Subspace -> Projection, by `project.mode`
 summary.py   what `project/summary.json` says of it
 """
 
 from spd_dist.stages.project.bounds import angle_bound, certified_energy_fraction, certified_energy_share
+from spd_dist.stages.project.drift import drift
 from spd_dist.stages.project.operators import projection
 from spd_dist.stages.project.subspace import subspace
 from spd_dist.stages.project.summary import summary
@@ -15,6 +17,7 @@ __all__ = [
     "angle_bound",
     "certified_energy_fraction",
     "certified_energy_share",
+    "drift",
     "projection",
     "subspace",
     "summary",

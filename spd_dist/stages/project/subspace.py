@@ -79,7 +79,7 @@ def check_same(whole: Subspace, world: World) -> None:
 
 
 def _cut(site: KVSite, moments: SiteMoments, config: Project) -> SiteSubspace:
-    eigenvalue_D, vector_DD = _spectrum(_second_moment(moments, config), blocks(site, config.insertion))
+    eigenvalue_D, vector_DD = _spectrum(second_moment(moments, config), blocks(site, config.insertion))
     total, largest = eigenvalue_D.sum(), eigenvalue_D[0]
     if not largest > 0:
         raise DataError(
@@ -108,7 +108,7 @@ def _cut(site: KVSite, moments: SiteMoments, config: Project) -> SiteSubspace:
     )
 
 
-def _second_moment(moments: SiteMoments, config: Project) -> Tensor:
+def second_moment(moments: SiteMoments, config: Project) -> Tensor:
     """About zero, or about the rows' mean: taking the mean off leaves the sketch's error as it is."""
     if not config.centered or not moments.certificate.num_rows:
         return moments.gram_DD

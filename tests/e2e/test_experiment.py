@@ -1,0 +1,139 @@
+"""Experiments by their launcher: killed and resumed, or an array of jobs in any order, they end in one comparison."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from launching import SMALL, Launch, launch
+from tiny import save_tiny_model
+
+from spd_dist.arms import ARMS as ARMS_OF_ALL
+from spd_dist.runtime.artifacts import read_json
+
+LAUNCHER = "launchers/experiment.py"
+CORPORA = ("psr", "ssd", "random", "identity", "full", "termination")
+ARMS = ("base", "psr", "spd", "projected", "termination", "spd@rank=4")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    """Two seeds of six arms."""
+    folder = tmp_path_factory.mktemp("experiment")
+    model = save_tiny_model(folder / "model")
+    (folder / "run.yaml").write_text(f"model: {{name: {model}}}\n")
+    file = folder / "experiment.yaml"
+    file.write_text(f"seeds: [1, 2]\narms: [{', '.join(ARMS)}]\nrun:\n  model: {{name: {model}}}\n")
+    return file
+
+
+def words(config: Path, folder: Path) -> list[str]:
+    return [
+        "--config",
+        str(config),
+        f"folder={folder}",
+        *SMALL,
+        "data.num_train=6",
+        "finetune.num_epochs=1",
+        "finetune.checkpoint_every=9",
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory) -> Path:
+    """The experiment as one process group of two ranks, killed on its way."""
+    folder = tmp_path_factory.mktemp("whole") / "experiment"
+    log = folder.with_name("log")
+    Launch(2, words(config, folder), log, LAUNCHER).kill_when((folder / "seed_2/finetune/started.json").exists)
+    assert not (folder / "report.json").exists()
+    output = launch(2, words(config, folder), log, launcher=LAUNCHER)
+    assert "SPD, over 2 seeds and 6 examples, against BASE:" in output
+    return folder
+
+
+def answers(folder: Path) -> dict[str, str]:
+    return {str(file.relative_to(folder)): file.read_text() for file in folder.glob("seed_*/evaluate/*/*.jsonl")}
+
+
+def test_every_arm_answers_the_same_examples_under_every_seed(whole):
+    assert len(answers(whole)) == 2 * len(ARMS)
+    report = read_json(whole / "report.json")
+    assert list(report["arms"]) == list(ARMS)
+    assert (report["seeds"], report["num_examples"]) == ([1, 2], 6)
+    assert len(report["comparisons"]) == 2 * len(ARMS) - 3
+    assert "<svg" in (whole / "report.html").read_text()
+    for seed in (1, 2):
+        assert (whole / f"seed_{seed}" / "report.html").is_file()
+
+
+def test_what_arms_and_seeds_have_in_common_is_done_once(whole):
+    first, second = (whole / "seed_1", whole / "seed_2")
+
+    def source(stage: str) -> str | None:
+        return read_json(second / stage / "manifest.json").get("taken_from")
+
+    for shared in ("project", "arms/spd@rank=4/project", "evaluate/base", "evaluate/projected"):
+        assert source(shared) == str(first / shared)
+    assert source("arms/termination/generate") == str(second / "arms/psr/generate")
+    for own in ("generate", "finetune", "evaluate/spd", "arms/psr/generate"):
+        assert source(own) is None
+    ranks = [
+        {site["rank"] for site in read_json(first / stage / "summary.json")["sites"].values()}
+        for stage in ("project", "arms/spd@rank=4/project")
+    ]
+    assert ranks == [{8}, {4}]
+
+
+def test_an_array_of_jobs_in_any_order_ends_in_the_same_comparison(config, whole, tmp_path):
+    folder = tmp_path / "experiment"
+    array = [*words(config, folder), "--num-tasks", "2", "--task"]
+    output = launch(1, [*array[:-3], "--report"], tmp_path / "early", code=3, launcher=LAUNCHER)
+    assert "unfinished: base of seed 1; psr of seed 1; spd of seed 1; projected of seed 1; and 8 more" in output
+    together = [Launch(1, [*array, task], tmp_path / f"log-{task}", LAUNCHER) for task in ("1", "0")]
+    together[1].kill_when((folder / "seed_1/jobs/spd").exists)
+    assert together[0].wait() == [0], together[0].output()
+    assert not (folder / "report.json").exists()
+    launch(2, [*array, "0"], tmp_path / "log-0", launcher=LAUNCHER)
+    assert answers(folder) == answers(whole)
+    ours, theirs = (read_json(each / "report.json") for each in (folder, whole))
+    assert {key: ours[key] for key in ("arms", "comparisons", "verdict", "examples")} == {
+        key: theirs[key] for key in ("arms", "comparisons", "verdict", "examples")
+    }
+    assert not (folder / "seed_1/jobs").exists()
+
+
+def test_every_arm_of_the_table_runs_in_one_run(config, tmp_path):
+    run = tmp_path / "run"
+    settings = [
+        "--config",
+        str(config.with_name("run.yaml")),
+        f"run_dir={run}",
+        f"evaluate.arms=[{','.join(ARMS_OF_ALL)}]",
+    ]
+    launch(1, [*settings, *words(config, run)[3:], "data.num_train=4"], tmp_path / "log")
+    report = read_json(run / "report.json")
+    assert list(report["arms"]) == list(ARMS_OF_ALL)
+    assert (run / "arms/full/project/subspace.safetensors").is_file()
+    for shared in ("random", "identity"):
+        assert not (run / "arms" / shared / "project").exists()
+    assert not (run / "arms/supervised/generate").exists()
+    assert report["stages"]["arms/supervised/finetune"]["num_sequences"] == 7, "the calibration set"
+    corpora = {arm: (run / "arms" / arm / "generate/completions/completions.jsonl").read_text() for arm in CORPORA}
+    assert corpora["identity"] == corpora["psr"] == corpora["termination"]
+    assert len(set(corpora.values())) == len(CORPORA) - 2
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["seeds=[1]"], "seeds: [1] is not valid; name at least two, each once"),
+        (["seed=3"], "run.seed: 3 is not valid in an experiment of a run a seed; set seeds"),
+        (["finetune.num_epoch=3"], "run.finetune.num_epoch: unknown key"),
+        (["--task", "3", "--num-tasks", "3"], "--task: 3 is not valid; it must be below --num-tasks 3"),
+        (["arms=[base,spdd]"], "evaluate.arms: 'spdd' is not an arm"),
+    ],
+)
+def test_what_is_wrong_with_an_experiment_ends_with_2(config, tmp_path, extra, message):
+    output = launch(1, [*words(config, tmp_path / "e"), *extra], tmp_path / "log", code=2, launcher=LAUNCHER)
+    assert message in output
+    assert not (tmp_path / "e").exists()

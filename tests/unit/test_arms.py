@@ -1,0 +1,78 @@
+"""The arms: one protocol, few differences, and variants that name theirs."""
+
+import dataclasses
+
+import pytest
+
+from spd_dist.arms import ARMS, chosen
+from spd_dist.config import Config
+from spd_dist.errors import ConfigError
+from spd_dist.overrides import config_of_arm, load_config
+
+
+def differing(name: str, *overrides: str) -> dict[str, object]:
+    """What an arm has for its own, by dotted key."""
+    config = load_config(overrides=[f"evaluate.arms=[{name}]", *overrides])
+    (arm,) = chosen([name])
+    common, own = dataclasses.asdict(config), dataclasses.asdict(config_of_arm(config, arm))
+    return {
+        f"{section}.{key}": own[section][key]
+        for section in own
+        if isinstance(own[section], dict)
+        for key in own[section]
+        if own[section][key] != common[section][key]
+    }
+
+
+def test_every_arm_of_the_table_can_be_evaluated():
+    names = ["base", "psr", "ssd", "spd", "projected", "random", "identity", "full", "termination", "supervised"]
+    assert list(ARMS) == names
+    assert load_config(overrides=[f"evaluate.arms=[{','.join(names)}]"]).evaluate.arms == tuple(names)
+
+
+def test_arms_differ_from_the_run_in_what_their_names_say_only():
+    for name in ("base", "psr", "spd", "projected", "termination", "supervised"):
+        assert differing(name) == {}
+    assert differing("random") == {"project.mode": "random"}
+    assert differing("identity") == {"project.mode": "identity"}
+    assert differing("full") == {"calibrate.mask": "full"}
+
+
+def test_ssd_samples_as_its_paper_says_and_as_the_config_says():
+    sampling = {"generate.temperature": 1.6, "generate.top_p": 0.8, "generate.top_k": 20}
+    assert differing("ssd") == sampling
+    assert differing("ssd", "generate.min_p=0.1") == {**sampling, "generate.min_p": 0.0}
+    assert differing("ssd", "generate.ssd_temperature=1.1")["generate.temperature"] == 1.1
+
+
+def test_a_variant_has_the_settings_that_it_names_and_the_rule_that_goes_with_its_rank():
+    assert differing("spd@rank=16") == {"project.rank_rule": "fixed", "project.rank": 16}
+    assert differing("spd@energy=0.9") == {"project.rank_rule": "energy", "project.energy": 0.9}
+    assert differing("random@mode=isotropic@rho=0.2") == {"project.mode": "isotropic", "project.rho": 0.2}
+    assert differing("psr@generate.temperature=1") == {"generate.temperature": 1.0}
+    (arm,) = chosen(["spd@rank=16"])
+    assert arm.sentence == "self-policy distillation, with rank=16"
+    assert arm.stage("generate") == "arms/spd@rank=16/generate"
+
+
+@pytest.mark.parametrize(
+    ("arms", "message"),
+    [
+        ("[]", "evaluate.arms: an empty list is not valid; name each arm once"),
+        ("[spd,psr,spd]", "evaluate.arms: spd twice is not valid; name each arm once"),
+        ("[spdd]", "evaluate.arms: 'spdd' is not an arm; the nearest is spd, and there are base, psr"),
+        ("[spd@model.name=x]", "'spd@model.name=x' is not a variant; write NAME@KEY=VALUE, with a key of calibrate"),
+        ("[spd@rank]", "'spd@rank' is not a variant"),
+        ("[spd@calibrate.mask=../x]", "is not a variant"),
+        ("[spd@rnk=3]", "project.rnk: unknown key .*; the nearest valid key is project.rank"),
+        ("[spd@rank=0]", "project.rank: 0 is out of bounds"),
+    ],
+)
+def test_what_is_not_an_arm_is_refused_before_anything_is_loaded(arms, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(overrides=[f"evaluate.arms={arms}"])
+
+
+def test_the_config_of_an_arm_without_settings_is_the_runs_own():
+    config = Config()
+    assert config_of_arm(config, ARMS["psr"]) is config

@@ -1,0 +1,71 @@
+"""The comparison of an experiment, as data and as a page."""
+
+import re
+
+import pytest
+from answering import ARMS, answered_run, answers
+from browsing import CHROMIUM, screenshot, widths
+
+from spd_dist.runtime.answers import answers_path, write_merged
+from spd_dist.runtime.artifacts import read_json
+from spd_dist.runtime.experiment_report import total_cost, write_experiment
+from spd_dist.runtime.metrics import MetricLogger
+from spd_dist.runtime.report import write_report
+
+
+@pytest.fixture
+def places(tmp_path):
+    """Three runs; under seed 2 spd has 96 of 150 right, else 90."""
+    found = {}
+    for seed in (1, 2, 3):
+        run = answered_run(tmp_path / "e" / f"seed_{seed}")
+        if seed == 2:
+            write_merged(answers_path(run / "evaluate", "spd", "arithmetic"), answers(96, num=150))
+        with MetricLogger(run / "metrics") as metrics:
+            for step in range(1, 5):
+                metrics.log("finetune", {"loss": seed / step}, step)
+        write_report(run, ARMS, task="arithmetic", metric="accuracy", seed=seed)
+        found[seed] = [run]
+    return found
+
+
+def written(places):
+    folder = places[1][0].parent
+    return write_experiment(folder, places, {"p65": "How many <b>apples</b>?"}), (folder / "report.html").read_text()
+
+
+def test_the_report_holds_every_seed_and_what_all_cost(places):
+    report, _ = written(places)
+    assert read_json(places[1][0].parent / "report.json") == report
+    assert report["arms"]["spd"]["values"] == [0.6, 0.64, 0.6]
+    assert report["runs"] == {"1": "seed_1", "2": "seed_2", "3": "seed_3"}
+    assert report["cost"]["arms/psr/generate"]["device_hours"] == 3.0
+    assert report["cost"]["arms/psr/generate"]["tokens"] == 3 * 1234
+    assert report["later_rounds"] == []
+
+
+def test_the_page_shows_all_seeds_and_links_to_their_pages(places):
+    _, text = written(places)
+    assert "SPD, over 3 seeds and 150 examples, against BASE: +21.3 points" in text
+    assert "<td>60.0</td><td>64.0</td>" in re.sub(r"\s+", "", text)
+    assert '<a href="seed_2/report.html">seed 2</a>' in text
+    assert "spd 1/3" in text, "an example that one seed had right"
+    assert "How many &lt;b&gt;apples&lt;/b&gt;?" in text
+    assert len(re.findall(r"<svg", text)) == 4
+    assert not re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?https?:", re.sub(r"xmlns(:\w+)?=\"[^\"]*\"", "", text))
+
+
+def test_stages_that_a_run_took_over_cost_it_nothing():
+    entry = {"tokens": 5, "seconds": 2.0, "world_size": 2, "device_hours": 0.5}
+    taken = entry | {"tokens": None, "seconds": 0.0, "device_hours": 0.0, "world_size": 1}
+    assert total_cost([{"cost": {"project": entry}}, {"cost": {"project": taken}}])["project"] == entry
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_phone_shows_the_page_without_scrolling_sideways(places, tmp_path):
+    written(places)
+    page = places[1][0].parent / "report.html"
+    client, scroll = widths(page, 390, tmp_path)
+    assert 370 <= client <= 390
+    assert scroll <= client
+    assert screenshot(page, 390, tmp_path).stat().st_size > 20_000
