@@ -64,6 +64,7 @@ STAGES = {
     "finetune, full": ("finetune", "layerwise", {"checkpointing": True, "mode": "full"}),
 }
 """Stage and placement, and settings of `finetune`."""
+DRAW = torch.Generator().manual_seed(0)
 
 
 def main() -> None:
@@ -204,8 +205,8 @@ def run_stages(size: str, folder: Path, world: World, meter: Meter) -> None:
 
 
 def tokens(count: int) -> tuple[int, ...]:
-    """Any tokens."""
-    return tuple(torch.randint(3, 250, (count,)).tolist())
+    """Any tokens, the same on every rank."""
+    return tuple(torch.randint(3, 250, (count,), generator=DRAW).tolist())
 
 
 def find_projection(policy: Any, config: Config, world: World) -> Projection:
