@@ -202,4 +202,4 @@ def check_dashboard(run: Path) -> None:
     assert {panel.title for panels in SECTIONS.values() for panel in panels} == {plot.panel.title for plot in shown}
     made = {artifact.name.removeprefix("run-"): artifact for artifact in mirrored.artifacts}
     assert {"subspace", "corpus", "adapter", "psr-corpus", "psr-adapter", "report"} <= made.keys()
-    assert {"subspace", "settings", "train"} == made["corpus"].metadata["inputs"].keys()
+    assert {"subspace", "projection", "settings", "train"} == made["corpus"].metadata["inputs"].keys()
