@@ -46,7 +46,8 @@ def evaluate_alone(
     """
     with together("looking at the adapter"):
         inputs = {} if adapter is None else {"adapter": fingerprint_of(adapter)}
-    runs = [Run(of_task(config, task, source), world, signals, judges=True) for task, source in tasks.items()]
+    job = {"first": "evaluate", "last": "evaluate"}
+    runs = [Run(of_task(config, task, source), world, signals, **job) for task, source in tasks.items()]
     for run in runs:
         run.rows("test")
 

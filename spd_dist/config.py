@@ -184,6 +184,10 @@ class Evaluate:
     placement: Literal["auto", "replica", "layerwise"] = setting("auto", "as generate.placement")
     allow_code_execution: bool = setting(False, "run model-written code, in the sandbox")
 
+    def decoding(self) -> Generate:
+        """The settings of the decode loop that it shares with generate."""
+        return Generate(placement=self.placement, batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
+
 
 @dataclass(frozen=True)
 class Distributed:
@@ -247,5 +251,7 @@ class Experiment:
 
     def config_of(self, seed: int) -> Config:
         """The config of one run."""
-        evaluate = dataclasses.replace(self.run.evaluate, arms=self.arms)
-        return dataclasses.replace(self.run, run_dir=f"{self.folder}/seed_{seed}", seed=seed, evaluate=evaluate)
+        run_dir, evaluate = f"{self.folder}/seed_{seed}", dataclasses.replace(self.run.evaluate, arms=self.arms)
+        name = self.run.metrics.experiment or self.folder.rstrip("/").rpartition("/")[2]
+        metrics = dataclasses.replace(self.run.metrics, experiment=name)
+        return dataclasses.replace(self.run, run_dir=run_dir, seed=seed, evaluate=evaluate, metrics=metrics)

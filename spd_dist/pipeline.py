@@ -88,7 +88,7 @@ def sum_moments(
     """The second moments of all gradient rows, of the sites that this rank owns."""
     left = Unfinished(folder / "unfinished", config.calibrate.num_shards, run.world)
     with run.progress("calibrate", len(examples), "examples") as progress, left:
-        told = {"taken": left.num_taken, "progress": progress, "stop_if_asked": run.stop_if_asked}
+        told = {"taken": left.num_taken, "progress": progress, "stop_if_asked": run.stopping.stop_if_asked}
         gradients = calibrate(run.policy(), examples, sites, config.calibrate, run.world, **told)
         shards = {"initial": left.shards, "keep": left.keep, **_shards(config)}
         sketches = sketch(gradients, sites, config.sketch, **shards, world=run.world)
@@ -108,7 +108,7 @@ def write_completions(run: Run, arm: Arm, *, wanted: bool) -> None:
         with together("rendering the training prompts"):
             prompts = make_prompts(rows, run.task, policy.tokenizer, config.data)
         total = len(prompts) * config.generate.num_samples
-        with run.progress("generate", total // run.world.size, f"completions of {arm.name}") as progress:
+        with run.progress("generate", total // run.world.size, "completions", arm) as progress:
             return generate(
                 policy, prompts, _projection(run, arm), config.generate,
                 seed=config.seed, folder=folder, world=run.world, progress=progress,
@@ -125,7 +125,7 @@ def train_student(run: Run, arm: Arm, *, wanted: bool) -> None:
     def work(folder: Path) -> dict[str, Any]:
         policy = run.policy()
         job = Job(
-            folder, config.seed, run.world, config.distributed, run.should_stop, run.metrics_of(arm),
+            folder, config.seed, run.world, config.distributed, run.stopping.should_stop, run.metrics_of(arm),
             config.metrics.progress_seconds, run.facts_of(arm), run.heartbeat,
         )  # fmt: skip
         outcome = finetune(policy, run.corpus(arm, policy), config.finetune, job)
@@ -142,9 +142,10 @@ def answer(run: Run, arm: Arm) -> None:
     """Let an arm answer the held-out examples, greedily: its student, or the untouched policy, projected or not."""
 
     def work(folder: Path) -> dict[str, Any]:
-        with run.progress("evaluate", None, f"answers of {arm.name}") as progress:
+        test_set = run.test_set()
+        with run.progress("evaluate", None, "answers", arm) as progress:
             return evaluate_arm(
-                run.policy_of(arm), run.test_set(), run.config.evaluate, arm=arm.name, folder=folder.parent,
+                run.policy_of(arm, test_set), test_set, run.config.evaluate, arm=arm.name, folder=folder.parent,
                 world=run.world, projection=None if arm.trains else _projection(run, arm), progress=progress,
             )  # fmt: skip
 
@@ -154,7 +155,6 @@ def answer(run: Run, arm: Arm) -> None:
 def _projection(run: Run, arm: Arm) -> Projection | None:
     if not arm.projects:
         return None
-    stage = inputs.subspace_stage(run, arm)
+    path = run.folder.folder(inputs.subspace_stage(run, arm)) / "subspace.safetensors"
     with together("reading the subspace"):
-        found = load_subspace(run.folder.folder(stage) / "subspace.safetensors")
-        return projection(found, run.config_of(arm).project, run.config.seed)
+        return projection(load_subspace(path), run.config_of(arm).project, run.config.seed)

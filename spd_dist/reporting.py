@@ -12,7 +12,9 @@ from spd_dist.runtime.answers import answers_path, answers_summary, read_answers
 from spd_dist.runtime.artifacts import write_json
 from spd_dist.runtime.manifests import why_not_complete
 from spd_dist.runtime.page import write_page
+from spd_dist.runtime.products import report_product
 from spd_dist.runtime.report import log_report, report_text, write_report
+from spd_dist.runtime.show import show_cost
 
 
 def report(run: Run, arms: Iterable[Arm]) -> str:
@@ -28,6 +30,8 @@ def report(run: Run, arms: Iterable[Arm]) -> str:
         found = write_report(folder, sentences, task=task.name, metric=task.metric, seed=config.seed, overlaps=overlaps)
         write_page(folder, found, questions)
         log_report(run.metrics, folder, found)
+        show_cost(run.metrics, found["cost"])
+        run.metrics.product(report_product(folder, found), is_input=False)
         return report_text(found, folder)
 
     return on_main("writing the report", write)

@@ -56,8 +56,8 @@ def run_rounds(
                 _merge_student(config_of_round(config, number - 1), world)
                 log.info("round %d of %d in %s", number, config.rounds, places[number - 1])
             before = places[: number - 1]
-            settings, judges = config_of_round(config, number), last == "evaluate"
-            run = Run(settings, world, signals, judges=judges, job=job, others=others, rounds_before=before)
+            part = {"first": first, "last": last, "job": job}
+            run = Run(config_of_round(config, number), world, signals, **part, others=others, rounds_before=before)
             if number == 1:
                 whole.enter_context(run.kept_status(last))
             texts.append(run_stages(run, first=first, last=last, only=only))
@@ -92,7 +92,8 @@ def config_of_round(config: Config, number: int) -> Config:
         return config
     *_, before, own = folders(config)[:number]
     model = dataclasses.replace(config.model, name=str(before / STUDENT), revision=None)
-    return dataclasses.replace(config, run_dir=str(own), model=model)
+    metrics = dataclasses.replace(config.metrics, experiment=config.metrics.experiment or Path(config.run_dir).name)
+    return dataclasses.replace(config, run_dir=str(own), model=model, metrics=metrics)
 
 
 def folders(config: Config) -> list[Path]:

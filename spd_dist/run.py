@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
-import os
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -12,29 +12,34 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from spd_dist.arms import Arm
-from spd_dist.config import Config
+from spd_dist.config import STAGES, Config
 from spd_dist.data.controls import ended
 from spd_dist.data.held_out import TestSet, make_test_set
 from spd_dist.data.prompts import make_references
 from spd_dist.data.sources import load_rows
 from spd_dist.data.tasks import Task, find_task, refusal, runs_code, with_execution
 from spd_dist.data.tasks.protocol import Row, Split
-from spd_dist.distributed.collectives import any_rank, gather_objects, on_main, together
+from spd_dist.distributed.collectives import max_over_ranks, on_main, together
 from spd_dist.distributed.heartbeat import Heartbeat, naming_lagging_ranks, telling_of_silence
+from spd_dist.distributed.memory import forget_peak, peak_bytes
 from spd_dist.distributed.world import World
-from spd_dist.errors import DataError, StopRequested
-from spd_dist.models.policy import Policy, load_policy, load_replica, load_tokenizer
+from spd_dist.errors import DataError
+from spd_dist.models.engines.placement import will_be_whole
+from spd_dist.models.policy import Policy, load_adapted, load_policy, load_replica, load_tokenizer
 from spd_dist.overrides import config_of_arm
 from spd_dist.runtime.artifacts import content_hash, read_json
 from spd_dist.runtime.completions import read_completions
 from spd_dist.runtime.manifests import MANIFEST
 from spd_dist.runtime.metrics import MetricLogger
+from spd_dist.runtime.products import product_of
 from spd_dist.runtime.progress import Progress
 from spd_dist.runtime.run_folder import RunFolder, settings_hash
 from spd_dist.runtime.sandbox import open_sandbox
+from spd_dist.runtime.show import show_stage
 from spd_dist.runtime.status import kept_status
 from spd_dist.runtime.wandb_mirror import open_mirror
-from spd_dist.signals import STOP_FILE, StopSignals, stop_file
+from spd_dist.signals import StopSignals
+from spd_dist.stopping import Stopping
 from spd_dist.types import Completion
 
 log = logging.getLogger(__name__)
@@ -50,18 +55,20 @@ class Run:
         world: World,
         signals: StopSignals,
         *,
-        judges: bool = False,
+        first: str = "calibrate",
+        last: str = "project",
         job: str = "",
         others: Sequence[Path] = (),
         rounds_before: Sequence[Path] = (),
     ) -> None:
-        """Open the run folder and the metrics, and make sure that answers can be judged, if this run `judges` any.
+        """Open the run folder and the metrics for a part of a run: from one stage to another.
 
         Args:
             config: Its whole config.
             world: This process among all.
             signals: Requests to stop.
-            judges: Whether it scores answers: programs need leave and a sandbox.
+            first: The first stage of this part.
+            last: The last one; if it is `evaluate`, programs to score need leave and a sandbox.
             job: As of `RunFolder`: what this process is called, if several share the folder.
             others: As of `RunFolder`: runs whose finished stages are as good as one's own.
             rounds_before: The folders of earlier rounds, if this is a later one.
@@ -70,23 +77,21 @@ class Run:
             ConfigError: the folder holds a run of another config, `data.task` is unknown, or it is scored by running
                 programs and that isn't allowed, or no sandbox holds on this machine.
         """
-        self.config, self.world, self.signals = config, world, signals
+        self.config, self.world, self.job = config, world, job or job_type(first, last)
         self.plain = dataclasses.asdict(config)
         self.folder = RunFolder(config.run_dir, self.plain, world, job=job, others=others)
         self.task_index = config.generate.task_index if config.generate.num_tasks > 1 else None
-        self.stop_files = [self.folder.workplace("") / name for name in (STOP_FILE, stop_file(self.task_index))]
-        on_main("removing the request to stop", lambda: [file.unlink(missing_ok=True) for file in self.stop_files])
-        distributed = config.distributed
-        signals.limit(os.environ, distributed.time_limit_seconds, distributed.time_margin_seconds)
+        self.stopping = Stopping(signals, self.folder.workplace(""), self.task_index, config.distributed)
         with together("finding the task"):
             self.task = find_task(config.data.task)
-            if judges:
+            if last == "evaluate":
                 self.task = able_to_judge(self.task, allowed=config.evaluate.allow_code_execution)
-        kind = {"job": job} if job else {}
-        mirror = open_mirror(config.metrics, self.folder.path, self.plain, **kind) if world.is_main else None
         self.part = job or ("" if self.task_index is None else f"task-{self.task_index:05d}")
         prefix = f"{self.part}_" if self.part else ""
-        self.metrics = MetricLogger(self.folder.path / "metrics", world.rank, mirror, prefix=prefix)
+        opening = functools.partial(open_mirror, config.metrics, self.folder.path, self.plain, job=self.job)
+        self.metrics = MetricLogger(
+            self.folder.path / "metrics", world.rank, opening=opening if world.is_main else None, prefix=prefix
+        )
         self.heartbeat = Heartbeat(self.folder.path / "heartbeat" / self.part, world)
         self._rows: dict[Split, list[Row]] = {}
         self._policy: Policy | None = None
@@ -177,14 +182,18 @@ class Run:
             self._policy.release()
             self._policy = None
 
-    def policy_of(self, arm: Arm) -> Policy:
-        """The policy that answers for an arm: its student whole on every rank, or the untouched policy."""
+    def policy_of(self, arm: Arm, test_set: TestSet) -> Policy:
+        """The policy that answers for an arm: the untouched one, or its student, whole on every rank if that fits."""
         if not arm.trains:
             return self.policy()
         self.release_policy()
         student = self.folder.folder(arm.stage("finetune"))
         if self.config_of(arm).finetune.mode == "lora":
-            return load_replica(self.config.model, self.config.distributed, self.world, adapter=student / "adapter")
+            decoding = self.config.evaluate.decoding()
+            longest = max(len(prompt.tokens) for prompt in test_set.prompts) + decoding.max_new_tokens
+            whole = will_be_whole(self.config.model, self.config.distributed, decoding, self.world, longest)
+            load = load_replica if whole else load_adapted
+            return load(self.config.model, self.config.distributed, self.world, adapter=student / "adapter")
         model = dataclasses.replace(self.config.model, name=str(student / "model"), revision=None)
         return load_policy(model, self.config.distributed, self.world)
 
@@ -204,21 +213,38 @@ class Run:
             StopRequested: between two stages, if the run was asked to stop.
         """
         if self.folder.is_complete(stage, inputs):
+            self._show(stage, is_input=True)
             return
         if not wanted:
             verb = stage.split("/")[-1]
             raise DataError(f"{self.folder.folder(stage)} is not complete; run that stage first: --from {verb}")
-        self.stop_if_asked()
+        self.stopping.stop_if_asked()
         self.heartbeat.beat(f"{stage}, its start", now=True)
         began = time.monotonic()
+        forget_peak(self.world)
         folder = self.folder.start(stage, inputs)
         extra = work(folder)
         if extra is not None and not extra.get("is_complete", True):
             log.info("%s: this task of the array is done, others are not", stage)
             return
         seconds = time.monotonic() - began
-        self.folder.finish(stage, inputs, outputs, seconds=seconds, extra=extra)
+        peak = {"peak_memory_gib": round(max_over_ranks(peak_bytes(self.world)) / 2**30, 3)}
+        self.folder.finish(stage, inputs, outputs, seconds=seconds, extra=(extra or {}) | peak)
+        self._show(stage, is_input=False)
         log.info("%s: complete, %.1f s", stage, seconds)
+
+    def _show(self, stage: str, *, is_input: bool) -> None:
+        """Show what a stage made; or that this job goes on from it, unless it is one that makes everything."""
+        metrics = self._metrics_of(stage.split("/")[1] if stage.startswith("arms/") else "spd")
+
+        def show() -> None:
+            if not is_input:
+                show_stage(metrics, self.folder.path, stage)
+            product = product_of(self.folder.path, stage)
+            if product is not None and not (is_input and self.job == "pipeline"):
+                self.metrics.product(product, is_input=is_input)
+
+        on_main(f"showing what {stage} made", show)
 
     def settings(self, *names: str, arm: Arm | None = None) -> str:
         """The hash of the settings of these sections and keys that results depend on, as an arm has them.
@@ -228,51 +254,37 @@ class Run:
         found = settings_hash(self.plain if arm is None else dataclasses.asdict(self.config_of(arm)), *names)
         return content_hash([found, self._student_before]) if "model" in names and self._student_before else found
 
-    def progress(self, stage: str, total: int | None, unit: str) -> Progress:
+    def progress(self, stage: str, total: int | None, unit: str, arm: Arm | None = None) -> Progress:
         """A counter whose lines and metrics carry the stage's name. Where ranks decode, it heeds requests to stop."""
         stops_alone = stage in ("generate", "evaluate")
 
         def after_unit(place: str) -> None:
             self.heartbeat.beat(place)
             if stops_alone:
-                self.stop_alone()
+                self.stopping.stop_alone()
 
         self.heartbeat.beat(f"{stage}, before its first unit", now=True)
         every_seconds = self.config.metrics.progress_seconds
-        return Progress(stage, total, unit, self.metrics, every_seconds=every_seconds, check=after_unit)
+        unit, metrics = (unit, self.metrics) if arm is None else (f"{unit} of {arm.name}", self.metrics_of(arm))
+        return Progress(stage, total, unit, metrics, every_seconds=every_seconds, check=after_unit)
 
     def metrics_of(self, arm: Arm) -> MetricLogger:
         """The metrics; names of other arms than the method's own carry the arm's name."""
-        return self.metrics if arm.name == "spd" else self.metrics.labelled(arm.name)
+        return self._metrics_of(arm.name)
+
+    def _metrics_of(self, name: str) -> MetricLogger:
+        return self.metrics if name == "spd" else self.metrics.labelled(name)
 
     def facts_of(self, arm: Arm) -> dict[str, str]:
         """What a student's model card says of the run that it comes from."""
         settings = self.settings(*(name for name in self.plain if name not in ("run_dir", "rounds", "metrics")))
         return {"arm": f"{arm.name}: {arm.sentence}", "task": self.task.name, "config hash": settings[:16]}
 
-    def should_stop(self) -> bool:
-        """Whether any rank was asked to stop: all ranks hear the same, so that they stop at the same unit."""
-        return self._request_to_stop() is not None
 
-    def _request_to_stop(self) -> str | None:
-        """The first rank's reason, on every rank."""
-        own = self.signals.reason(*self.stop_files)
-        return next(filter(None, gather_objects(own))) if any_rank(own is not None) else None
-
-    def stop_alone(self) -> None:
-        """Raise `StopRequested` on this rank if it was asked to stop, and ask the others: not within a collective."""
-        reason = self.signals.reason(*self.stop_files)
-        if reason is not None:
-            self.stop_files[-1].write_text(f"{reason}\n")
-            raise StopRequested(f"stopped on request ({reason}); start the same command again to go on")
-
-    def stop_if_asked(self) -> None:
-        """Raise `StopRequested` on every rank if any was asked to stop."""
-        reason = self._request_to_stop()
-        if reason is not None:
-            stop = StopRequested(f"stopped on request ({reason}); start the same command again to go on")
-            stop.is_shared = True
-            raise stop
+def job_type(first: str, last: str) -> str:
+    """What W&B calls a job from one stage to another: the folder that it fills, or `pipeline` if there are several."""
+    jobs = {"project" if stage in STAGES[:4] else stage for stage in (first, last)}
+    return jobs.pop() if len(jobs) == 1 else "pipeline"
 
 
 def able_to_judge(task: Task, *, allowed: bool) -> Task:

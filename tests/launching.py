@@ -57,8 +57,10 @@ class Launch:
 
     def __init__(self, world_size: int, words: Sequence[str], log: Path, launcher: str = "launchers/spd.py") -> None:
         port = free_port()
+        given = {word.partition("=")[0] for word in words}
+        settings = [setting for setting in SETTINGS if setting.partition("=")[0] not in given]
         context = multiprocessing.get_context("forkserver")
-        arguments = [(rank, world_size, port, launcher, [*words, *SETTINGS], log) for rank in range(world_size)]
+        arguments = [(rank, world_size, port, launcher, [*words, *settings], log) for rank in range(world_size)]
         self.log = log
         self.ranks = [context.Process(target=_launch, args=args) for args in arguments]
         for rank in self.ranks:

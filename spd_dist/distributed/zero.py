@@ -14,6 +14,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
@@ -94,6 +95,17 @@ def gather_as_one(module: nn.Module, kind: type[nn.Module]) -> None:
     """
     if any(isinstance(part, kind) for part in module.modules()):
         set_z3_leaf_modules(module, [kind])
+
+
+@contextmanager
+def linear_of_zero3() -> Iterator[None]:
+    """`torch.nn.functional.linear` as it is once a model was sharded: it keeps its input, also for frozen weights."""
+    whole = torch.nn.functional.linear
+    torch.nn.functional.linear = zero3_linear_wrap
+    try:
+        yield
+    finally:
+        torch.nn.functional.linear = whole
 
 
 @contextmanager

@@ -39,6 +39,11 @@ class Capture:
         self._outputs[name] = output
         return output.clone()  # some models write in place on what a linear module puts out
 
+    @property
+    def outputs(self) -> list[Tensor]:
+        """Those outputs, in the order in which the modules ran."""
+        return list(self._outputs.values())
+
     def gradients(self, loss: Tensor, mask_BT: Tensor) -> dict[KVSite, Tensor]:
         """The gradient of `loss` at every site, one row (N, width) a token of `mask_BT`, in row-major order.
 

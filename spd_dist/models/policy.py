@@ -8,7 +8,14 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.integrations import HfDeepSpeedConfig
 
 from spd_dist.config import Distributed, Model
@@ -16,6 +23,7 @@ from spd_dist.distributed.collectives import together
 from spd_dist.distributed.world import World
 from spd_dist.distributed.zero import DeepSpeedEngine, frozen_engine, sharding_settings, weights_fingerprint
 from spd_dist.errors import DataError
+from spd_dist.models.adapters import load_adapter
 from spd_dist.models.gguf import converted, find_gguf
 
 
@@ -83,13 +91,44 @@ def load_replica(config: Model, distributed: Distributed, world: World, *, adapt
     policy = load_policy(config, dataclasses.replace(distributed, zero_stage=0), world)
     if adapter is not None:
         with together("loading the adapter"):
-            if not (adapter / "adapter_config.json").is_file():
-                raise DataError(
-                    f"{adapter} holds no adapter_config.json; run the finetune stage again with --from finetune"
-                )
+            check_adapter(adapter)
             merged = PeftModel.from_pretrained(policy.model, adapter).merge_and_unload()
         policy.model = merged.eval().requires_grad_(False)
     return policy
+
+
+def load_adapted(config: Model, distributed: Distributed, world: World, *, adapter: Path) -> Policy:
+    """The policy of `config` sharded, with a LoRA adapter beside its weights: for models that no rank holds whole.
+
+    Raises:
+        DataError: no such model or adapter.
+    """
+    policy = load_policy(config, distributed, world)
+    policy.release()
+    with together("loading the adapter"):
+        check_adapter(adapter)
+        load_adapter(policy.model, adapter)
+    policy.engine = frozen_engine(policy.model, distributed, policy.model.dtype)
+    return policy
+
+
+def check_adapter(folder: Path) -> None:
+    """See that there is one.
+
+    Raises:
+        DataError: there is none.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        raise DataError(f"{folder} holds no adapter_config.json; run the finetune stage again with --from finetune")
+
+
+def load_settings(config: Model) -> PretrainedConfig:
+    """The model's own configuration alone: of a hub name, a folder, a GGUF file, or a config.json.
+
+    Raises:
+        DataError: no such model.
+    """
+    return _read(AutoConfig, _local_source(config), config)
 
 
 def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -13,6 +14,21 @@ from typing import Any, Protocol
 from spd_dist.runtime.jsonl import JsonlWriter, read_jsonl
 
 Value = float | int | str | bool
+
+
+@dataclass(frozen=True)
+class Product:
+    """What a stage leaves behind for the stages after it and for people."""
+
+    name: str
+    """Of all versions: `subspace`, `psr-adapter`."""
+    kind: str
+    paths: tuple[Path, ...]
+    """Files and folders."""
+    metadata: Mapping[str, Any]
+    """Hashes of what it was made from, and numbers worth seeing beside it."""
+    is_copied: bool = True
+    """Whether its files go along; else only their hashes and where they are."""
 
 
 class Mirror(Protocol):
@@ -24,6 +40,12 @@ class Mirror(Protocol):
     def table(self, key: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         """Show a table."""
 
+    def histogram(self, key: str, values: Sequence[float]) -> None:
+        """Show how values are distributed."""
+
+    def product(self, product: Product, *, is_input: bool) -> None:
+        """Show what a stage made, or that this run goes on from what an earlier one made."""
+
     def finish(self, exit_code: int) -> None:
         """Close the run."""
 
@@ -31,18 +53,27 @@ class Mirror(Protocol):
 class MetricLogger:
     """Writes one line a call, flushed; keys are `STAGE/NAME_UNIT`, and each stage counts its own steps."""
 
-    def __init__(self, folder: str | Path, rank: int = 0, mirror: Mirror | None = None, *, prefix: str = "") -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        rank: int = 0,
+        mirror: Mirror | None = None,
+        *,
+        opening: Callable[[], Mirror | None] | None = None,
+        prefix: str = "",
+    ) -> None:
         """Open this rank's file to append.
 
         Args:
             folder: The run's `metrics/`.
             rank: Of this process.
             mirror: Given on rank 0 only.
+            opening: Makes the mirror when the logger is entered: of a process, one run at a time is mirrored.
             prefix: In front of the file's name, for jobs that share a run folder, such as `task-00003_`.
         """
         self.path = Path(folder) / f"{prefix}rank_{rank:05d}.jsonl"
         self._writer = JsonlWriter(self.path)
-        self._mirror = mirror
+        self._mirror, self._opening = mirror, opening
         self._label = ""
 
     def labelled(self, label: str) -> MetricLogger:
@@ -58,14 +89,25 @@ class MetricLogger:
         """Write `values` as they were at a stage's `step`."""
         named = {f"{stage}/{self._label}{name}": value for name, value in values.items()}
         row = {name: _as_json(value) for name, value in named.items()}
-        self._writer.write({"time": round(time.time(), 6), "stage": stage, "step": step, **row})
+        label = {"label": self._label.rstrip("_")} if self._label else {}
+        self._writer.write({"time": round(time.time(), 6), "stage": stage, "step": step, **label, **row})
         if self._mirror is not None:
             self._mirror.log({f"{stage}/{self._label}step": step, **named})
 
     def table(self, stage: str, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         """Show rows that artifacts already hold, such as completions: on the mirror only."""
         if self._mirror is not None:
-            self._mirror.table(f"{stage}/{name}", columns, rows)
+            self._mirror.table(f"{stage}/{self._label}{name}", columns, rows)
+
+    def histogram(self, stage: str, name: str, values: Sequence[float]) -> None:
+        """Show how values that artifacts already hold are distributed, such as lengths: on the mirror only."""
+        if self._mirror is not None and values:
+            self._mirror.histogram(f"{stage}/{self._label}{name}", values)
+
+    def product(self, product: Product, *, is_input: bool) -> None:
+        """Show what a stage made, or that this run goes on from it: on the mirror only."""
+        if self._mirror is not None:
+            self._mirror.product(product, is_input=is_input)
 
     def finish(self, exit_code: int = 0) -> None:
         """Close the file and the mirror; the mirror shows `exit_code`."""
@@ -74,6 +116,8 @@ class MetricLogger:
             self._mirror.finish(exit_code)
 
     def __enter__(self) -> MetricLogger:
+        if self._opening is not None:
+            self._mirror = self._opening()
         return self
 
     def __exit__(

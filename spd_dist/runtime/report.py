@@ -65,7 +65,7 @@ def write_report(
 
 
 def cost(run_folder: Path, tokens: Mapping[str, int]) -> dict[str, dict[str, Any]]:
-    """Tokens, seconds, ranks and device hours of every finished stage, by its folder; of the attempt that finished it.
+    """Tokens, seconds, ranks, device hours and peak memory of every finished stage, by its folder; of its last attempt.
 
     What was taken over from another arm or run took none.
     """
@@ -80,6 +80,7 @@ def cost(run_folder: Path, tokens: Mapping[str, int]) -> dict[str, dict[str, Any
             "seconds": seconds,
             "world_size": world_size,
             "device_hours": seconds * world_size / 3600,
+            "peak_memory_gib": manifest.get("extra", {}).get("peak_memory_gib"),
             "finished_at": manifest["finished_at"],
         }
     return found
@@ -108,6 +109,8 @@ def log_report(metrics: MetricLogger, run_folder: Path, report: Mapping[str, Any
     rows = [[arm, *(summary[name] for name in columns)] for arm, summary in report["arms"].items()]
     metrics.table("evaluate", "arms", ["arm", *columns], rows)
     answers = [read_answers(answers_path(run_folder / "evaluate", arm, task)) for arm in report["arms"]]
+    for arm, given in zip(report["arms"], answers, strict=True):
+        metrics.histogram("evaluate", f"{arm}_length_tokens", [one.num_tokens for one in given])
     samples = [[row[0].id, row[0].gold, *(one.output for one in row)] for row in zip(*answers, strict=True)]
     metrics.table("evaluate", "answers", ["id", "gold", *report["arms"]], samples[:NUM_SAMPLES])
 

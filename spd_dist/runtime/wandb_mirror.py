@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 import logging
 import netrc
 import os
+import re
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +17,7 @@ from urllib.parse import urlsplit
 
 from spd_dist.config import Metrics
 from spd_dist.runtime.artifacts import content_hash
-from spd_dist.runtime.metrics import Value
+from spd_dist.runtime.metrics import Product, Value
 from spd_dist.runtime.run_folder import result_settings
 
 log = logging.getLogger(__name__)
@@ -26,7 +28,6 @@ QUIET = {
     "disable_git": True,
     "disable_code": True,
     "disable_job_creation": True,
-    "finish_timeout": 120.0,  # seconds
     "x_disable_meta": True,
     "x_transaction_log_flush_interval": 0.5,  # a killed run loses half a second, not 15
 }
@@ -35,10 +36,12 @@ QUIET = {
 class WandbMirror:
     """One W&B run, written by one process."""
 
-    def __init__(self, wandb: Any, run: Any, failures: tuple[type[Exception], ...]) -> None:
-        """Adopt an open run; `failures` are the exceptions that only warn."""
-        self._wandb, self._run, self._failures = wandb, run, failures
+    def __init__(self, wandb: Any, run: Any, failures: tuple[type[Exception], ...], folder: Path) -> None:
+        """Adopt an open run of a run folder; `failures` are the exceptions that only warn."""
+        self._wandb, self._run, self._failures, self._folder = wandb, run, failures, folder
         self._defined: set[str] = set()
+        self._ill: set[str] = set()
+        """What failed once: it is not tried again, and told once."""
 
     def log(self, row: Mapping[str, Value]) -> None:
         """Show a row; each stage of it has its own step axis, so that a resumed run's points fall in place."""
@@ -49,17 +52,38 @@ class WandbMirror:
         data = [list(row) for row in rows]
         self._try("logging a table", lambda: self._run.log({key: self._wandb.Table(columns=list(columns), data=data)}))
 
-    def finish(self, exit_code: int) -> None:
-        """Close the run with `exit_code`."""
-        offline = self._run is not None and self._run.settings.mode == "offline"
-        folder = Path(self._run.dir).parent if offline else None
-        self._try("finishing", lambda: self._finish(exit_code))
-        if self._run is not None and folder is not None:
-            log.info("W&B: offline; to upload: wandb sync %s", folder)
+    def histogram(self, key: str, values: Sequence[float]) -> None:
+        """Show how values are distributed."""
+        self._try("logging a histogram", lambda: self._run.log({key: self._wandb.Histogram(list(values))}))
 
-    def _finish(self, exit_code: int) -> None:
-        self._run.finish(exit_code=exit_code)
-        self._wandb.teardown(exit_code)  # waits for its service, which may still be writing an offline run
+    def product(self, product: Product, *, is_input: bool) -> None:
+        """Show an artifact as an output of this run, or as its input; the same files are the same version."""
+        self._try("logging an artifact", lambda: self._product(product, is_input))
+
+    def finish(self, exit_code: int) -> None:
+        """Close the run with `exit_code`; what the server does not take in time stays in the run's folder."""
+        self._try("finishing", lambda: self._run.finish(exit_code=exit_code))
+        # Waits for its service, which may still be writing an offline run.
+        self._try("closing", lambda: self._wandb.teardown(exit_code))
+        log.info("W&B: to upload what the server has not: python launchers/wandb_sync.py %s", self._folder)
+
+    def _product(self, product: Product, is_input: bool) -> None:
+        name = re.sub(r"[^\w.-]", "-", f"{self._run.group.rpartition('-')[0]}-{product.name}")
+        artifact = self._wandb.Artifact(name, type=product.kind, metadata=dict(product.metadata))
+        for path in product.paths:
+            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+                name = file.relative_to(path.parent).as_posix()
+                if file.is_dir():
+                    continue
+                if product.is_copied:
+                    artifact.add_file(str(file), name=name, policy="immutable")  # not copied beside the run, too
+                else:
+                    artifact.add_reference(file.resolve().as_uri(), name=name)
+        if is_input:
+            # As `use_artifact` does with a draft; but that refuses to work offline, and waits for the server.
+            self._run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
+        else:
+            self._run.log_artifact(artifact, aliases=["latest", f"seed{self._run.config['seed']}"])
 
     def _log(self, row: Mapping[str, Value]) -> None:
         axis, *names = row
@@ -72,13 +96,13 @@ class WandbMirror:
         self._run.log(dict(row))
 
     def _try(self, doing: str, action: Callable[[], Any]) -> None:
-        if self._run is None:
+        if doing in self._ill:
             return
         try:
             action()
         except self._failures as error:
-            self._run = None
-            log.warning("W&B: %s failed, no more is sent; metrics go on in the run's folder: %s", doing, error)
+            self._ill.add(doing)
+            log.warning("W&B: %s failed, no more of that is sent; all is in the run's folder: %s", doing, error)
 
 
 def open_mirror(
@@ -88,6 +112,7 @@ def open_mirror(
     *,
     job: str = "pipeline",
     init_seconds: float = 60.0,
+    finish_seconds: float = 120.0,
 ) -> WandbMirror | None:
     """The W&B run of `metrics.wandb`, or None if there is none to have: then a line of the log says why.
 
@@ -100,6 +125,7 @@ def open_mirror(
         settings: The whole config as plain data, shown with the run.
         job: `job_type` of the run.
         init_seconds: How long the server has to answer.
+        finish_seconds: How long it has at the end, to take what it has not taken yet.
     """
     if config.wandb == "disabled":
         return None
@@ -112,6 +138,7 @@ def open_mirror(
     server = os.environ.get("WANDB_BASE_URL") or wandb.setup().settings.base_url
     quiet = {name: value for name, value in QUIET.items() if name in wandb.Settings.model_fields}
     folder = Path(run_folder).resolve()
+    identity = _identity(config, folder, settings, job)
     for mode in _modes(config.wandb, server):
         try:
             run = wandb.init(
@@ -122,15 +149,20 @@ def open_mirror(
                 mode=mode,
                 resume="allow",
                 job_type=job,
-                settings=wandb.Settings(init_timeout=init_seconds, base_url=server, **quiet),
-                **_identity(config, folder, settings, job),
+                tags=_tags(settings),
+                settings=wandb.Settings(
+                    init_timeout=init_seconds, finish_timeout=finish_seconds, base_url=server, **quiet
+                ),
+                **identity,
             )
+            described = identity | {"mode": mode, "task_index": settings.get("generate", {}).get("task_index", 0)}
+            (folder / "wandb" / f"{identity['name']}.json").write_text(json.dumps(described), encoding="utf-8")
         except failures as error:
             log.warning("W&B: %s does not work: %s", mode, error)
             wandb.teardown()  # or its service holds the id that the next mode wants
             continue
         log.info("W&B: %s, %s", mode, run.url if mode == "online" else f"files in {folder}/wandb")
-        return WandbMirror(wandb, run, failures)
+        return WandbMirror(wandb, run, failures, folder)
     return None
 
 
@@ -142,6 +174,12 @@ def _identity(config: Metrics, folder: Path, settings: Mapping[str, Any], job: s
     identity = f"{group}|{folder}|{job}|{seed}|{task}"
     name = f"{job}-seed{seed}" + (f"-task{task}" if task else "")
     return {"group": group, "id": hashlib.blake2b(identity.encode(), digest_size=6).hexdigest(), "name": name}
+
+
+def _tags(settings: Mapping[str, Any]) -> list[str]:
+    """Model and task, to find a run by."""
+    names = [Path(settings.get("model", {}).get("name", "")).name, settings.get("data", {}).get("task", "")]
+    return [name[:64] for name in names if name]
 
 
 def _failures(wandb: Any) -> tuple[type[Exception], ...]:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from spd_dist.config import Evaluate, Generate
+from spd_dist.config import Evaluate
 from spd_dist.data.batches import micro_batches, pad
 from spd_dist.data.held_out import TestSet
 from spd_dist.data.tasks.protocol import Row, Task
@@ -102,8 +102,8 @@ class _Answering:
 
     def opened(self) -> AbstractContextManager[HFEngine]:
         """The engine, placed: the body holds no collective."""
-        settings = Generate(placement=self.config.placement, batch_size=self.config.batch_size)
-        longest = max(len(prompt.tokens) for prompt in self.test_set.prompts) + self.config.max_new_tokens
+        settings = self.config.decoding()
+        longest = max(len(prompt.tokens) for prompt in self.test_set.prompts) + settings.max_new_tokens
         placement = choose_placement(self.policy, settings, self.world, longest)
         return opened(self.policy, self.projection, settings, self.world, placement)
 

@@ -1,5 +1,6 @@
 """A policy loads the same whole and sharded, at every world size, and a replica comes and goes without a trace."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -8,12 +9,16 @@ from peft import LoraConfig, get_peft_model
 from ranks import run_on_ranks
 from tiny import save_tiny_model, tiny_model
 
-from spd_dist.config import Distributed, Model
+from spd_dist.config import Distributed, Evaluate, Model
 from spd_dist.distributed.collectives import any_rank, gather_objects
 from spd_dist.distributed.world import join_world
 from spd_dist.distributed.zero import full_replica, gathered, is_sharded, weights_fingerprint
 from spd_dist.errors import DataError
-from spd_dist.models.policy import load_policy, load_replica
+from spd_dist.models.decoding import decode
+from spd_dist.models.engines.placement import placed, will_be_whole
+from spd_dist.models.policy import Policy, load_adapted, load_policy, load_replica
+from spd_dist.models.rows import Decoded, Request
+from spd_dist.models.sampling import Sampling
 
 TOKENS = torch.arange(3, 40)[None]
 SMALL_SHARDS = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
@@ -84,3 +89,39 @@ def check_adapter_is_merged(folder: Path) -> None:
 def test_a_replica_carries_its_adapter(tmp_path):
     save_tiny_model(tmp_path / "model")
     run_on_ranks(1, tmp_path / "store", check_adapter_is_merged, tmp_path)
+
+
+@torch.no_grad()
+def check_adapter_beside_shards(folder: Path, adapter: Path) -> None:
+    world, shards = join_world(Distributed()), Distributed(deepspeed=SMALL_SHARDS)
+    merged = load_replica(Model(name=str(folder)), shards, world, adapter=adapter)
+    beside = load_adapted(Model(name=str(folder)), shards, world, adapter=adapter)
+    assert is_sharded(beside.model)
+    torch.testing.assert_close(beside.model(TOKENS).logits, merged.model(TOKENS).logits)
+    decoding = Evaluate(max_new_tokens=4, batch_size=2).decoding()
+    with placed(beside, "layerwise", world, "decoding"):
+        assert answers(beside) == answers(merged)
+    for placement, is_whole in (("auto", True), ("replica", True), ("layerwise", False)):
+        wanted = dataclasses.replace(decoding, placement=placement)
+        assert will_be_whole(Model(name=str(folder)), shards, wanted, world, 40) == is_whole
+    wanted = dataclasses.replace(decoding, batch_size=1 << 40)
+    assert not will_be_whole(Model(name=str(folder)), shards, wanted, world, 40)
+    assert will_be_whole(Model(name=str(folder)), Distributed(zero_stage=0), wanted, world, 40)
+    with pytest.raises(DataError, match=r"holds no adapter_config.json; run the finetune stage again"):
+        load_adapted(Model(name=str(folder)), shards, world, adapter=folder)
+
+
+def answers(policy: Policy) -> list[Decoded]:
+    ends = {"eos_token_ids": policy.eos_token_ids, "pad_token_id": policy.pad_token_id}
+    return list(
+        decode(policy.model, [Request("p", 0, (3, 4, 5), 0)], Sampling(temperature=0.0, max_new_tokens=4), **ends)
+    )
+
+
+def test_an_adapter_beside_shards_answers_as_the_merged_model(tmp_path):
+    folder = save_tiny_model(tmp_path / "model")
+    adapted = get_peft_model(
+        tiny_model(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    run_on_ranks(2, tmp_path / "store", check_adapter_beside_shards, folder, tmp_path / "adapter")

@@ -14,9 +14,11 @@ from launching import SMALL, Launch, free_port, launch, results
 from peft import PeftModel
 from tiny import save_tiny_model, tiny_model
 from transformers import AutoModelForCausalLM
+from wandb_log import read_offline_run
 
 from spd_dist.runtime.artifacts import read_json
 from spd_dist.runtime.jsonl import read_jsonl
+from spd_dist.runtime.panels import SECTIONS, logged_metrics, plots
 from spd_dist.runtime.subspace_file import load_subspace
 
 
@@ -121,11 +123,23 @@ def test_stages_run_as_separate_jobs_on_different_numbers_of_ranks(words, undist
     launch(1, [*arguments, "--until", "project"], log)
     assert not (run / "generate").exists()
     launch(3, [*arguments, "--from", "generate", "--until", "generate"], log)
-    launch(2, [*arguments, "--from", "finetune"], log)
+    launch(2, [*arguments, "--from", "finetune", "--until", "finetune", "metrics.wandb=offline"], log)
+    check_lineage(run)
+    launch(2, [*arguments, "--from", "evaluate"], log)
     expected = results(undisturbed)
     assert {name: value for name, value in results(run).items() if name != "report"} == {
         name: value for name, value in expected.items() if name != "report"
     }
+
+
+def check_lineage(run: Path) -> None:
+    """The job is its stage's, and its artifacts are what it went on from and what it made."""
+    job = read_offline_run(run)
+    assert job.job_type == "finetune"
+    made = [(artifact.name, artifact.is_input) for artifact in job.artifacts]
+    used = ("run-subspace", "run-psr-corpus", "run-corpus")
+    assert {name for name, is_input in made if is_input} == set(used)
+    assert [name for name, is_input in made if not is_input] == ["run-psr-adapter", "run-adapter"]
 
 
 def test_a_request_to_stop_ends_all_ranks_with_75_and_the_run_goes_on(words, undisturbed, tmp_path):
@@ -154,4 +168,22 @@ def test_the_deepspeed_launcher_runs_two_ranks_and_ends_in_a_table(words, undist
     for progress in ("calibrate: done, 4/4 examples", "finetune: done", "tokens/s"):
         assert progress in done.stderr
     assert results(run) == results(undisturbed)
-    assert list(run.glob("wandb/offline-run-*/run-*.wandb"))
+    check_dashboard(run)
+
+
+def check_dashboard(run: Path) -> None:
+    """Every metric of a panel was logged to W&B, over its axis, and every number that was logged is on a panel."""
+    mirrored = read_offline_run(run)
+    logged = {name for row in mirrored.history for name in row if "/" in name}
+    media = {name.removesuffix("/_type") for name in logged if name.endswith("/_type")}
+    numbers = {name for name in logged if not name.startswith(tuple(f"{one}/" for one in media))}
+    shown = [plot for panels in SECTIONS.values() for plot in plots(panels, logged_metrics(run))]
+    metrics = {name for plot in shown for name in plot.metrics}
+    assert metrics <= numbers | media
+    axes = {plot.axis for plot in shown if plot.axis is not None}
+    assert axes <= numbers <= metrics | axes | {"cost/step"}
+    assert media <= metrics
+    assert {panel.title for panels in SECTIONS.values() for panel in panels} == {plot.panel.title for plot in shown}
+    made = {artifact.name.removeprefix("run-"): artifact for artifact in mirrored.artifacts}
+    assert {"subspace", "corpus", "adapter", "psr-corpus", "psr-adapter", "report"} <= made.keys()
+    assert {"subspace", "projection", "settings", "train"} == made["corpus"].metadata["inputs"].keys()

@@ -2,22 +2,9 @@ import json
 import math
 
 import pytest
+from recording import Recorder
 
 from spd_dist.runtime.metrics import MetricLogger, read_metrics
-
-
-class Recorder:
-    def __init__(self):
-        self.rows, self.tables, self.exit_code = [], [], None
-
-    def log(self, row):
-        self.rows.append(dict(row))
-
-    def table(self, key, columns, rows):
-        self.tables.append((key, list(columns), [list(row) for row in rows]))
-
-    def finish(self, exit_code):
-        self.exit_code = exit_code
 
 
 def test_a_line_holds_time_stage_step_and_named_values(tmp_path):
@@ -74,6 +61,15 @@ def test_another_arm_has_names_and_steps_of_its_own(tmp_path):
         metrics.log("finetune", {"loss": 2.0}, 1)
     assert [row.get("finetune/psr_loss") for row in read_metrics(tmp_path)] == [3.0, None]
     assert mirror.rows[0] == {"finetune/psr_step": 1, "finetune/psr_loss": 3.0}
+
+
+def test_a_mirror_can_wait_until_the_logger_is_entered(tmp_path):
+    mirror, opened = Recorder(), []
+    metrics = MetricLogger(tmp_path, opening=lambda: opened.append(True) or mirror)
+    assert not opened
+    with metrics:
+        metrics.labelled("psr").log("finetune", {"loss": 1.0}, 1)
+    assert (mirror.rows, mirror.exit_code) == ([{"finetune/psr_step": 1, "finetune/psr_loss": 1.0}], 0)
 
 
 def test_the_mirror_hears_that_the_run_failed(tmp_path):

@@ -2,6 +2,7 @@ import json
 
 import pytest
 from answering import ARMS, answered_run, answers
+from recording import Recorder
 
 from spd_dist.errors import DataError
 from spd_dist.runtime.answers import answers_path, write_merged
@@ -62,25 +63,16 @@ def test_the_text_is_a_table_a_verdict_and_where_everything_is(run_folder):
 
 
 def test_the_report_is_in_the_metrics_and_on_the_mirror(run_folder):
-    shown = {}
-
-    class Tables:
-        def log(self, row):
-            pass
-
-        def table(self, key, columns, rows):
-            shown[key] = (list(columns), list(rows))
-
-        def finish(self, exit_code):
-            pass
-
+    mirror = Recorder()
     report = report_of(run_folder)
-    with MetricLogger(run_folder / "metrics", mirror=Tables()) as metrics:
+    with MetricLogger(run_folder / "metrics", mirror=mirror) as metrics:
         log_report(metrics, run_folder, report)
     (row,) = read_metrics(run_folder / "metrics")
     assert row["evaluate/spd_accuracy"] == 0.6
     assert row["evaluate/base_to_spd_difference"] == pytest.approx(0.2)
+    shown = {name: (columns, rows) for name, columns, rows in mirror.tables}
     columns, rows = shown["evaluate/answers"]
     assert columns == ["id", "gold", "base", "psr", "spd"]
     assert rows[0] == ["p0", "4", "#### True", "#### True", "#### True"]
     assert [row[0] for row in shown["evaluate/arms"][1]] == list(ARMS)
+    assert len(dict(mirror.histograms)["evaluate/spd_length_tokens"]) == report["arms"]["spd"]["num_examples"]

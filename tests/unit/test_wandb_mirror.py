@@ -5,15 +5,14 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from fake_wandb import FakeWandb
 from wandb_log import read_offline_run
 
 from spd_dist.config import Config, Metrics
-from spd_dist.runtime.metrics import MetricLogger, read_metrics
+from spd_dist.runtime.metrics import MetricLogger, Product, read_metrics
 from spd_dist.runtime.wandb_mirror import open_mirror
 
 SETTINGS = dataclasses.asdict(Config())
@@ -75,7 +74,7 @@ def test_auto_without_a_key_is_offline_and_says_so(tmp_path, caplog):
     run = run_in(tmp_path, "auto")
     assert len(run.history) == 5
     assert "W&B: offline, since there is no key" in caplog.text
-    assert "wandb sync" in caplog.text
+    assert "launchers/wandb_sync.py" in caplog.text
 
 
 def test_a_server_that_does_not_answer_means_offline_at_once(tmp_path, caplog, monkeypatch):
@@ -90,30 +89,95 @@ def test_a_server_that_does_not_answer_means_offline_at_once(tmp_path, caplog, m
     assert any(record.levelname == "WARNING" and "does not answer" in record.message for record in caplog.records)
 
 
-class Broken(BaseHTTPRequestHandler):
-    def do_POST(self):
-        self.rfile.read(int(self.headers["Content-Length"] or 0))
-        self.send_error(500)
+@pytest.fixture
+def server(monkeypatch):
+    with FakeWandb() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        yield server
 
-    def log_message(self, *args):
-        pass
+
+def go_on(folder, steps, disturb=None, finish_seconds=120.0):
+    """A run of some steps; `disturb` happens in the middle of it."""
+    mirror = open_mirror(Metrics(wandb="online"), folder, SETTINGS, init_seconds=3.0, finish_seconds=finish_seconds)
+    with MetricLogger(folder / "metrics", mirror=mirror) as metrics:
+        for step in steps:
+            metrics.log("finetune", {"loss": 1.0}, step)
+            if disturb is not None and step == steps[len(steps) // 2]:
+                disturb()
 
 
-def test_a_server_that_fails_means_offline_after_the_time_it_was_given(tmp_path, caplog, monkeypatch):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Broken)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    try:
-        mirror = open_mirror(Metrics(wandb="auto"), tmp_path, SETTINGS, init_seconds=1.0)
-        mirror.log({"calibrate/step": 1, "calibrate/loss": 2.0})
-        mirror.finish(3)
-    finally:
-        server.shutdown()
-        server.server_close()
+def test_a_run_that_is_started_again_goes_on_as_the_same_run(tmp_path, server):
+    go_on(tmp_path, range(3))
+    go_on(tmp_path, range(3, 5))
+    (run,) = server.runs.values()
+    assert [row["finetune/step"] for row in run.history] == [0, 1, 2, 3, 4]
+    assert (run.settings["jobType"], run.exit_code) == ("pipeline", 0)
+    assert run.settings["tags"] == ["SmolLM2-135M-Instruct", "arithmetic"]
+    described = json.loads((tmp_path / "wandb" / "pipeline-seed42.json").read_text())
+    assert (described["id"], described["group"]) == (run.name, run.settings["groupName"])
+    assert not server.unknown
+
+
+def test_a_server_that_fails_means_offline_after_the_time_it_was_given(tmp_path, caplog, server):
+    server.failing["*"] = 1000
+    mirror = open_mirror(Metrics(wandb="auto"), tmp_path, SETTINGS, init_seconds=1.0)
+    mirror.log({"calibrate/step": 1, "calibrate/loss": 2.0})
+    mirror.finish(3)
     assert "W&B: online does not work" in caplog.text
     assert read_offline_run(tmp_path).exit_code == 3
+
+
+def test_a_server_that_stumbles_gets_everything_in_the_end(tmp_path, server):
+    go_on(tmp_path, range(4), disturb=lambda: server.failing.update(file_stream=1))
+    (run,) = server.runs.values()
+    assert server.operations["file_stream"] >= 2
+    assert [row["finetune/step"] for row in run.history] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("illness", ["refuses", "is slow", "answers 500"])
+def test_a_run_goes_on_when_the_server_falls_ill(illness, tmp_path, server):
+    cures = {
+        "refuses": server.refuse,
+        "is slow": lambda: vars(server).update(delay_seconds=60.0),
+        "answers 500": lambda: server.failing.update({"*": 1000, "file_stream": 1000}),
+    }
+    started = time.monotonic()
+    go_on(tmp_path, range(4), disturb=cures[illness], finish_seconds=2.0)
+    assert time.monotonic() - started < 30
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics")] == [0, 1, 2, 3]
+    (log,) = tmp_path.glob("wandb/run-*/*.wandb")  # all of it, for `wandb sync`
+    assert log.stat().st_size > 0
+
+
+def test_a_slow_server_costs_the_time_that_it_was_given_once(tmp_path, caplog, server):
+    server.delay_seconds = 60.0
+    started = time.monotonic()
+    go_on(tmp_path, range(2))
+    assert time.monotonic() - started < 30
+    assert "W&B: online does not work" in caplog.text
+    assert len(read_offline_run(tmp_path).history) == 2
+
+
+def test_what_stages_make_are_artifacts_with_lineage(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    for name in ("subspace.safetensors", "adapter/weights", "corpus.jsonl"):
+        (tmp_path / name).write_text(name)
+    mirror = open_mirror(Metrics(wandb="offline", experiment="lab/one"), tmp_path, SETTINGS, job="finetune")
+    with MetricLogger(tmp_path / "metrics", mirror=mirror) as metrics:
+        subspace = Product("subspace", "subspace", (tmp_path / "subspace.safetensors",), {"inputs": {"x": "hash"}})
+        corpus = Product("corpus", "corpus", (tmp_path / "corpus.jsonl",), {}, is_copied=False)
+        metrics.product(subspace, is_input=True)
+        metrics.product(corpus, is_input=True)
+        metrics.product(Product("adapter", "adapter", (tmp_path / "adapter",), {}), is_input=False)
+    one, two, made = read_offline_run(tmp_path).artifacts
+    assert (one.name, one.kind, one.files, one.is_input) == (
+        "lab-one-subspace", "subspace", ("subspace.safetensors",), True,
+    )  # fmt: skip
+    assert one.metadata == {"inputs": {"x": "hash"}}
+    assert (two.files, two.references, two.is_input) == ((), ("corpus.jsonl",), True)
+    assert (made.files, made.is_input) == (("adapter/weights",), False)
+    assert set(made.aliases) == {"latest", "seed42"}
 
 
 def test_disabled_writes_nothing_and_so_does_the_environments_disabled(tmp_path, monkeypatch):
@@ -148,8 +212,10 @@ with MetricLogger(folder / "metrics", mirror=open_mirror(Metrics(wandb="offline"
 """
 
 
-def test_a_run_outlives_the_death_of_wandb_with_one_warning(tmp_path):
+def test_a_run_outlives_the_death_of_wandb_with_a_warning_of_each_kind(tmp_path):
     child = subprocess.run([sys.executable, "-c", DYING, tmp_path], capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stderr
     assert len(read_metrics(tmp_path / "metrics")) == 5
-    assert child.stderr.count("failed, no more is sent") == 1
+    for doing in ("logging", "finishing", "closing"):  # whichever notices
+        assert child.stderr.count(f"W&B: {doing} failed, no more of that is sent") <= 1
+    assert "failed, no more of that is sent" in child.stderr

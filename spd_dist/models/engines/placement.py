@@ -8,15 +8,18 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
+from transformers import PreTrainedModel
 
-from spd_dist.config import Generate
+from spd_dist.config import Distributed, Generate, Model
 from spd_dist.distributed.collectives import all_ranks, together
 from spd_dist.distributed.lockstep import LockStep
 from spd_dist.distributed.memory import free_bytes
 from spd_dist.distributed.world import World
 from spd_dist.distributed.zero import full_replica
 from spd_dist.errors import ConfigError
-from spd_dist.models.policy import Policy
+from spd_dist.models.meta import meta_model
+from spd_dist.models.outline import decode_bytes, outline_of
+from spd_dist.models.policy import Policy, load_settings, resolve_dtype
 
 HEADROOM = 0.85
 Placement = Literal["replica", "layerwise"]
@@ -44,18 +47,29 @@ def choose_placement(policy: Policy, config: Generate, world: World, max_length:
     return placement
 
 
+def will_be_whole(model: Model, distributed: Distributed, config: Generate, world: World, max_length: int) -> bool:
+    """Whether a model is to be loaded whole on every rank to decode by itself, told from its config. A collective."""
+    if distributed.zero_stage < 3 or config.placement != "auto":
+        return config.placement != "layerwise"
+    with together("reading the model's configuration"):
+        skeleton = meta_model(load_settings(model), resolve_dtype(model.dtype, world.device))
+    return all_ranks(_needed_bytes(skeleton, config, max_length) <= HEADROOM * free_bytes(world))
+
+
 def needed_bytes(policy: Policy, config: Generate, max_length: int) -> int:
-    """Whole weights, keys and values of a full batch, and its logits in float32 with what sampling makes of them."""
-    parameters = list(policy.model.parameters())
-    numels = [parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel() for parameter in parameters]
-    settings = policy.model.config.get_text_config().to_dict()
-    num_heads = settings.get("num_attention_heads") or settings.get("n_head") or 1
-    hidden = settings.get("hidden_size") or settings.get("n_embd") or 0
-    num_kv_heads = settings.get("num_key_value_heads") or num_heads
-    kv_width = num_kv_heads * (settings.get("head_dim") or hidden // num_heads)
-    num_layers = settings.get("num_hidden_layers") or settings.get("n_layer") or 0
-    cache = 2 * num_layers * kv_width * config.batch_size * max_length * parameters[0].element_size()
-    return sum(numels) * parameters[0].element_size() + cache + 16 * config.batch_size * settings.get("vocab_size", 0)
+    """What a rank needs beside its shards to decode by itself."""
+    return _needed_bytes(policy.model, config, max_length)
+
+
+def _needed_bytes(model: PreTrainedModel, config: Generate, max_length: int) -> int:
+    needed = decode_bytes(
+        outline_of(model),
+        batch_size=config.batch_size,
+        prompt_tokens=max(1, max_length - config.max_new_tokens),
+        new_tokens=config.max_new_tokens,
+        element_bytes=model.dtype.itemsize,
+    )
+    return sum(needed)
 
 
 @contextmanager

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import math
-
-from torch import nn
-
 from spd_dist.distributed.memory import peak_bytes, peak_flops
 from spd_dist.distributed.world import World
-from spd_dist.distributed.zero import whole_shape
+from spd_dist.models.outline import Outline
 
 
 class Speedometer:
     """What a training's steps cost on this hardware."""
 
-    def __init__(self, model: nn.Module, world: World) -> None:
+    def __init__(self, outline: Outline, world: World) -> None:
         self.world = world
-        num_elements = {True: 0, False: 0}
-        for parameter in model.parameters():
-            num_elements[parameter.requires_grad] += math.prod(whole_shape(parameter))
-        # 2 a weight and token forward, 2 for the gradient of its input, 2 for its own; attention is left out.
-        self.flops_per_token = 4 * num_elements[False] + 6 * num_elements[True]
+        self.flops_per_token = outline.training_flops  # without attention's, as is usual
         self.peak_flops = peak_flops(world)
 
     def measure(self, num_tokens: int, seconds: float) -> dict[str, float]:

@@ -16,6 +16,7 @@ from spd_dist.distributed.training import DeepSpeedEngine, close_engine, trainin
 from spd_dist.errors import DataError, StopRequested
 from spd_dist.models.dropout import TokenKeys
 from spd_dist.models.next_token_loss import Student
+from spd_dist.models.outline import outline_of
 from spd_dist.models.policy import Policy
 from spd_dist.models.save import probe_logits
 from spd_dist.runtime.progress import Progress
@@ -78,7 +79,7 @@ class Training:
         )
         self.progress = Progress("finetune", self.num_steps, "steps", every_seconds=job.progress_seconds)
         self.heartbeat = job.heartbeat or Heartbeat(job.folder / "heartbeat", job.world)
-        self.speed = Speedometer(policy.model, job.world)
+        self.speed = Speedometer(outline_of(policy.model), job.world)
         self.state = State()
         self.batches: list[list[int]] = []
         """Of the current epoch."""

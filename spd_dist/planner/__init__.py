@@ -1,0 +1,26 @@
+"""What a run takes of a cluster, from its config alone: memory, seconds, traffic, and the smallest cluster that can.
+
+profile   a config -> a model in numbers, without weights
+sharding  what ZeRO puts on each rank, and what it gathers
+memory    a stage and a placement -> bytes of one rank
+seconds   a stage and a placement -> operations, bytes, and what takes longest
+plan      the placement that fits each stage; the smallest cluster
+"""
+
+from spd_dist.planner.cluster import DEVICES, Cluster, Device, Workload, device_named
+from spd_dist.planner.plan import Plan, StagePlan, plan_run, smallest_cluster
+from spd_dist.planner.profile import Profile, profile_of
+
+__all__ = [
+    "DEVICES",
+    "Cluster",
+    "Device",
+    "Plan",
+    "Profile",
+    "StagePlan",
+    "Workload",
+    "device_named",
+    "plan_run",
+    "profile_of",
+    "smallest_cluster",
+]

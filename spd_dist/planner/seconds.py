@@ -1,0 +1,227 @@
+"""How long a stage takes, and what of: operations, memory, launches, network, host or disk.
+
+A stage is a few phases, one after the other; in a phase everything overlaps, so that it takes as long as its slowest
+part. The shares of a data sheet's rates that a program gets are assumptions, and stand here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from spd_dist.arms import chosen
+from spd_dist.config import Config
+from spd_dist.models.outline import Outline
+from spd_dist.models.slot_loop import MAX_PREFILL_TOKENS
+from spd_dist.planner.cluster import Cluster, Workload
+from spd_dist.planner.memory import FLOAT64, Placement
+from spd_dist.planner.profile import Profile
+from spd_dist.planner.sharding import Zero
+
+COMPUTE_FRACTION = 0.4
+MEMORY_FRACTION = 0.7
+NETWORK_FRACTION = 0.7
+LAUNCH_SECONDS = 5e-4
+"""A layer's kernels, started one by one from Python; half as much again for each backward or second pass."""
+HOST_BYTES_PER_SECOND = 25e9
+"""Between an accelerator and its host's memory."""
+DISK_BYTES_PER_SECOND = 2e9
+"""A checkpoint, as one rank reads it for all: so transformers loads under ZeRO-3."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What the busiest rank does."""
+
+    flops: float = 0.0
+    memory_bytes: float = 0.0
+    layer_calls: float = 0.0
+    network_bytes: float = 0.0
+    """Received from the other ranks."""
+    host_bytes: float = 0.0
+    disk_bytes: float = 0.0
+
+    def seconds(self, cluster: Cluster) -> dict[str, float]:
+        """By what takes them."""
+        device = cluster.device
+        return {
+            "compute": self.flops / (COMPUTE_FRACTION * device.flops),
+            "memory": self.memory_bytes / (MEMORY_FRACTION * device.memory_bytes_per_second),
+            "launches": self.layer_calls * LAUNCH_SECONDS,
+            "network": self.network_bytes / (NETWORK_FRACTION * _network_rate(cluster)),
+            "host": self.host_bytes / HOST_BYTES_PER_SECOND,
+            "disk": self.disk_bytes / DISK_BYTES_PER_SECOND,
+        }
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A stage's time."""
+
+    seconds: float
+    bottleneck: str
+    """What most of the time goes to."""
+    network_bytes: float
+    """Received by a rank."""
+
+
+def cost(
+    stage: str, placement: Placement, profile: Profile, config: Config, *, cluster: Cluster, workload: Workload
+) -> Cost:
+    """The time of a stage, over all arms that go through it."""
+    job = _Job(placement, profile, config, cluster, workload)
+    phases = STAGES[stage](job)
+    taken: dict[str, float] = {}
+    for phase in phases:
+        part, seconds = max(phase.seconds(cluster).items(), key=lambda item: item[1])
+        taken[part] = taken.get(part, 0.0) + seconds
+    return Cost(sum(taken.values()), max(taken, key=taken.__getitem__), sum(phase.network_bytes for phase in phases))
+
+
+def _network_rate(cluster: Cluster) -> float:
+    """Bytes a second at which every rank receives what all ranks hold a part of, in a ring through all hosts."""
+    within, across = cluster.device.node_bytes_per_second, cluster.device.network_bytes_per_second
+    return within if cluster.nodes == 1 else min(within, across * cluster.gpus_per_node)
+
+
+@dataclass(frozen=True)
+class _Job:
+    placement: Placement
+    profile: Profile
+    config: Config
+    cluster: Cluster
+    workload: Workload
+
+    @property
+    def zero(self) -> Zero:
+        return Zero.of(self.config.distributed)
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.placement != "replica"
+
+    @property
+    def num_students(self) -> int:
+        return sum(arm.trains for arm in chosen(self.config.evaluate.arms))
+
+    def gathers(self, num_elements: float) -> tuple[float, float]:
+        """(network bytes, host bytes) of gathering so many elements once."""
+        num_ranks, size = self.cluster.num_ranks, self.profile.element_bytes * num_elements
+        on_host = self.placement == "offload" or self.zero.offloads_parameters
+        return size * (num_ranks - 1) / num_ranks, size / num_ranks if on_host else 0.0
+
+    def backward_gathers(self, num_elements: float) -> float:
+        """Elements that a backward pass gathers again: the last ones are still there."""
+        return max(0.0, num_elements - self.zero.max_reuse_distance // 2)
+
+
+def _calibrate(job: _Job) -> list[Phase]:
+    profile, calibrate = job.profile, job.config.calibrate
+    outline, num_ranks = profile.policy, job.cluster.num_ranks
+    of_shard = math.ceil(calibrate.num_examples / calibrate.num_shards)
+    num_batches = math.ceil(calibrate.num_shards / num_ranks) * math.ceil(of_shard / calibrate.batch_size)
+    length = job.workload.prompt_tokens + job.workload.answer_tokens
+    num_tokens = num_batches * min(calibrate.batch_size, of_shard) * length
+    gathered = outline.num_parameters + job.backward_gathers(profile.num_captured)
+    network, host = job.gathers(gathered * num_batches) if job.is_sharded else (0.0, 0.0)
+    exchanged = FLOAT64 * calibrate.num_shards * max(site.width for site in profile.sites) ** 2
+    passes = 2 + calibrate.checkpointing
+    return [
+        Phase(disk_bytes=profile.weight_bytes),
+        Phase(
+            flops=num_tokens * (_flops(outline, length) + passes * profile.num_captured),
+            memory_bytes=2 * num_batches * profile.weight_bytes,
+            layer_calls=num_batches * outline.num_layers * passes,
+            network_bytes=network + exchanged * (num_ranks > 1),
+            host_bytes=host,
+        ),
+    ]
+
+
+def _generate(job: _Job) -> list[Phase]:
+    generate, workload = job.config.generate, job.workload
+    num_rows = workload.num_train * generate.num_samples
+    phases = _decode(job, num_rows, generate.batch_size, workload.completion_tokens)
+    if job.placement == "replica" and job.zero.stage == 3:
+        network, host = job.gathers(job.profile.policy.num_parameters)
+        phases.append(Phase(network_bytes=network, host_bytes=host))
+    return phases * job.num_students
+
+
+def _evaluate(job: _Job) -> list[Phase]:
+    evaluate, arms = job.config.evaluate, chosen(job.config.evaluate.arms)
+    tokens = min(evaluate.max_new_tokens, job.workload.completion_tokens)
+    phases = _decode(job, job.workload.num_test, evaluate.batch_size, tokens) * len(arms)
+    return phases + [Phase(disk_bytes=job.profile.weight_bytes)] * (1 + job.num_students)
+
+
+def _decode(job: _Job, num_rows: int, batch_size: int, new_tokens: int) -> list[Phase]:
+    """Read the prompts, then a token for every row of a batch, again and again."""
+    outline, profile, workload = job.profile.policy, job.profile, job.workload
+    own = math.ceil(num_rows / job.cluster.num_ranks)
+    num_batches, batch_size = math.ceil(own / batch_size), min(own, batch_size)
+    num_reads = math.ceil(own * workload.prompt_tokens / MAX_PREFILL_TOKENS)
+    num_steps = num_batches * new_tokens
+    length = workload.prompt_tokens + new_tokens // 2
+    cached = batch_size * length * outline.num_layers * outline.kv_width * profile.element_bytes
+    phases = []
+    for count, flops, memory in (
+        (num_reads, own * workload.prompt_tokens * _flops(outline, workload.prompt_tokens), 0),
+        (num_steps, num_steps * batch_size * _flops(outline, 2 * length), cached),
+    ):
+        network, host = job.gathers(count * outline.num_parameters) if job.is_sharded else (0.0, 0.0)
+        phases.append(
+            Phase(
+                flops=flops,
+                memory_bytes=count * (profile.weight_bytes + memory),
+                layer_calls=count * outline.num_layers,
+                network_bytes=network,
+                host_bytes=host,
+            )
+        )
+    return phases
+
+
+def _finetune(job: _Job) -> list[Phase]:
+    finetune, student, workload = job.config.finetune, job.profile.student, job.workload
+    num_ranks, size = job.cluster.num_ranks, job.profile.element_bytes
+    num_sequences = workload.num_train * job.config.generate.num_samples
+    num_steps = finetune.num_epochs * math.ceil(num_sequences / finetune.global_batch_size)
+    rows = math.ceil(finetune.global_batch_size / num_ranks)
+    num_batches = num_steps * math.ceil(rows / finetune.micro_batch_size)
+    length = min(finetune.max_tokens, workload.prompt_tokens + workload.completion_tokens)
+    num_trained = sum(student.trained)
+    passes = 2 + finetune.checkpointing  # forward, gradient of the input, and the forward pass again
+    flops = passes * _flops(student, length) + 2 * num_trained
+    gathered = student.num_parameters + job.backward_gathers(student.num_parameters)
+    network, host = job.gathers(gathered * num_batches) if job.is_sharded else (0.0, 0.0)
+    reduced = 2 * size * num_trained * num_batches * (num_ranks - 1) / num_ranks
+    if job.placement == "offload" or job.zero.offloads_optimizer:
+        host += 2 * size * num_trained / num_ranks * num_steps
+    phase = Phase(
+        flops=num_steps * rows * length * flops,
+        memory_bytes=passes * num_batches * job.profile.weight_bytes,
+        layer_calls=num_batches * student.num_layers * (passes + 1),
+        network_bytes=network + reduced,
+        host_bytes=host,
+    )
+    return [phase] * job.num_students
+
+
+def _flops(outline: Outline, length: int) -> float:
+    """Of one token's forward pass, in a sequence that it sees half of on average."""
+    return outline.forward_flops + 2 * outline.num_layers * outline.attention_width * length
+
+
+STAGES: dict[str, Callable[[_Job], list[Phase]]] = {
+    "calibrate": _calibrate,
+    "generate": _generate,
+    "finetune": _finetune,
+    "evaluate": _evaluate,
+}
+
+
+def total_seconds(costs: Iterable[Cost]) -> float:
+    """Of a whole run."""
+    return sum(one.seconds for one in costs)
