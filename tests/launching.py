@@ -52,6 +52,14 @@ def without(value: object, names: set[str]) -> object:
     return [without(item, names) for item in value] if isinstance(value, list) else value
 
 
+def differences(found: object, expected: object, place: str = "") -> list[str]:
+    """Where two results differ, and how: a failure names the number, not the report that holds it."""
+    if not (isinstance(found, dict) and isinstance(expected, dict)):
+        return [] if found == expected else [f"{place}: {found!r}, not {expected!r}"]
+    pairs = {key: (found.get(key, "absent"), expected.get(key, "absent")) for key in found.keys() | expected.keys()}
+    return [line for key, pair in sorted(pairs.items()) for line in differences(*pair, f"{place}/{key}")]
+
+
 class Launch:
     """The ranks of one run."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from emulated import HERE, STATE, Run, described, ended, run_on, sbatch, thaw, wait_for
-from launching import results
+from launching import differences, results
 
 from spd_dist.runtime.artifacts import read_json
 from spd_dist.runtime.completions import read_completions
@@ -41,7 +41,7 @@ def test_a_job_that_is_pre_empted_in_every_stage_goes_on_by_itself(run, undistur
         if count == 1:
             assert any((run.folder / "project" / "unfinished").iterdir())
     ended(job, "COMPLETED", run)
-    assert results(run.folder) == undisturbed
+    assert differences(results(run.folder), undisturbed) == []
     assert run.log().count("stopped on request, requeued") == 3
 
 
@@ -71,7 +71,7 @@ def test_a_job_survives_its_node_its_time_limit_and_is_gone_when_cancelled(run, 
 
     again = run.submit("--nodes=2")
     ended(again, "COMPLETED", run)
-    assert results(run.folder) == undisturbed
+    assert differences(results(run.folder), undisturbed) == []
     assert restarts(again) == 0
 
 

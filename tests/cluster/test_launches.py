@@ -7,14 +7,14 @@ import signal
 
 import pytest
 from emulated import ENVIRONMENT, Run, ended, processes, run_on, start_on, thaw, wait_for
-from launching import results
+from launching import differences, results
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 
 def test_torchrun_in_a_job_ends_in_the_same_run(run, undisturbed):
     ended(run.submit("--nodes=2", SPD_LAUNCHER="torchrun"), "COMPLETED", run)
-    assert results(run.folder) == undisturbed
+    assert differences(results(run.folder), undisturbed) == []
 
 
 def test_deepspeed_in_a_job_ends_in_the_same_run_also_after_a_request_to_stop(run, undisturbed):
@@ -26,7 +26,7 @@ def test_deepspeed_in_a_job_ends_in_the_same_run_also_after_a_request_to_stop(ru
     wait_for(lambda: "exits with return code = 75" in run.log(), 60, run.log)
     ended(job, "COMPLETED", run)
     assert run.log().count("start 2 on node[0-1]") == 1
-    assert results(run.folder) == undisturbed
+    assert differences(results(run.folder), undisturbed) == []
 
 
 def test_deepspeed_by_ssh_ends_in_the_same_run_also_after_a_kill_of_the_launcher(run, undisturbed, tmp_path):
@@ -51,7 +51,7 @@ def test_deepspeed_by_ssh_ends_in_the_same_run_also_after_a_kill_of_the_launcher
 
     output = run_on("node0", *command, "distributed.interface=eth0", DS_ENV_FILE=str(tmp_path / "environment"))
     assert "finetune: goes on after step" in output
-    assert results(run.folder) == undisturbed
+    assert differences(results(run.folder), undisturbed) == []
 
 
 def by_ssh(run: Run, folder) -> list[str]:
