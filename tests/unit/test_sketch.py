@@ -12,8 +12,10 @@ from torch import Tensor
 
 from spd_dist.config import Project, Sketch
 from spd_dist.errors import DataError
+from spd_dist.runtime.artifacts import read_tensors
 from spd_dist.stages.sketch import ShardSketch, load_sketches, plan_sketches, save_sketches, sketch
 from spd_dist.stages.sketch.frequent_directions import shrink
+from spd_dist.stages.sketch.shard import TENSORS
 from spd_dist.types import Certificate, GradientBatch, SiteMoments
 
 SITE = kv_site()
@@ -264,6 +266,16 @@ def test_a_state_saved_within_the_stream_goes_on_bit_for_bit(config, tmp_path):
             assert torch.equal(state[site].gram_DD, resumed[shard][site].gram_DD)
             assert torch.equal(state[site].sum_D, resumed[shard][site].sum_D)
             assert state[site].certificate == resumed[shard][site].certificate
+
+
+def test_a_state_that_was_read_lies_at_addresses_like_those_of_a_new_one(tmp_path):
+    file = tmp_path / "state.safetensors"
+    save_sketches(file, run(batches({SITE: power_law(63, SITE.width)}), GRAM))
+    stored = read_tensors(file).tensors.values()
+    assert any(tensor.data_ptr() % 16 for tensor in stored), "else this shows nothing"
+    (state,) = load_sketches(file).values()
+    addresses = [getattr(group, name).data_ptr() for group in state.groups.values() for name in TENSORS]
+    assert not any(address % 16 for address in addresses)
 
 
 def test_a_state_of_another_form_is_refused():

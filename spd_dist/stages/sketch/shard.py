@@ -131,7 +131,9 @@ def load_sketches(path: str | Path, device: torch.device | str = "cpu") -> dict[
         state.num_examples = json.loads(file.metadata["num_examples"])[shard]
         for width, group in state.groups.items():
             vars(group).update(widths[str(width)]["counts"])
-            vars(group).update({name: file.tensors[f"{shard}.{width}.{name}"].to(device) for name in TENSORS})
+            # Copied: a file has them at odd addresses, where the last digit of a float64 product is another.
+            tensors = {name: file.tensors[f"{shard}.{width}.{name}"].to(device, copy=True) for name in TENSORS}
+            vars(group).update(tensors)
     return sketches
 
 
