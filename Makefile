@@ -34,7 +34,7 @@ test: install
 	PATH="$(BIN):$$PATH" TOKENIZERS_PARALLELISM=false DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 \
 	  $(BIN)/python -m pytest -m "not slow and not cluster and not gpu"
 
-# After 14 minutes, which is three times what it takes alone on two cores, it is interrupted, and takes the hosts down.
+# After 14 minutes it is interrupted, and takes the hosts down.
 test-cluster: install
 	tests/cluster/install.sh
 	PATH="$(BIN):$$PATH" TOKENIZERS_PARALLELISM=false DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 \
