@@ -45,16 +45,24 @@ def need(stage: str, placement: Placement, profile: Profile, config: Config, clu
 
 
 def _weights(
-    outline: Outline, placement: Placement, profile: Profile, cluster: Cluster, zero: Zero, *, reused: int = 0
+    outline: Outline,
+    placement: Placement,
+    profile: Profile,
+    cluster: Cluster,
+    zero: Zero,
+    *,
+    reused: int = 0,
+    checkpointing: bool = False,
 ) -> Need:
     """Frozen weights, and what of them is gathered; `reused` is what a backward pass uses again."""
     size = profile.element_bytes
     if placement == "replica":
         return Need({"weights": size * sum(outline.frozen)})
     shards = size * zero.shards(outline.frozen, cluster.num_ranks)
+    turn = {"reused": reused, "checkpointing": checkpointing}
     gathered = size * (
         zero.persistent(outline.frozen)
-        + (zero.gathered_backward(outline.frozen, reused=reused) if reused else zero.gathered_forward(outline.frozen))
+        + (zero.gathered_backward(outline.frozen, **turn) if reused else zero.gathered_forward(outline.frozen))
     )
     if placement == "offload":
         return Need({"gathered": gathered}, {"shards": shards})
@@ -125,7 +133,8 @@ def _training(placement: Placement, profile: Profile, config: Config, cluster: C
         optimizer = OPTIMIZER_BYTES * num_trained // divided
         device = {"weights": size * student.num_parameters, "gradients": size * num_trained, "optimizer": optimizer}
         return Need({**device, "activations": profile.finetune_peak})
-    weights = _weights(student, placement, profile, cluster, zero, reused=student.num_parameters)
+    turn = {"reused": student.num_parameters, "checkpointing": config.finetune.checkpointing}
+    weights = _weights(student, placement, profile, cluster, zero, **turn)
     own = zero.shards(student.trained, cluster.num_ranks)
     trained = {"trained": size * (own + zero.persistent(student.trained)) + size * own}  # and their gradients
     optimizer = {"optimizer": OPTIMIZER_BYTES * own}

@@ -53,13 +53,16 @@ class Zero:
         sizes = [size for size in sizes if size >= self.param_persistence_threshold]
         return min(sum(sizes), max(sizes, default=0) + 2 * self.prefetch_bucket_size)
 
-    def gathered_backward(self, sizes: Iterable[int], *, reused: int) -> int:
+    def gathered_backward(self, sizes: Iterable[int], *, reused: int, checkpointing: bool = False) -> int:
         """Whole at the turn of a forward and backward pass: the last layers stay, as they are used again at once.
 
-        `reused` are the elements that the backward pass uses again.
+        `reused` are the elements that the backward pass uses again. With checkpointing, activations are few when a
+        bucket arrives, and it is there beside its copies even if all weights are.
         """
-        sizes = list(sizes)
-        whole = sum(size for size in sizes if size >= self.param_persistence_threshold)
+        sizes = [size for size in sizes if size >= self.param_persistence_threshold]
+        whole = sum(sizes)
+        if checkpointing:
+            whole += min(self.prefetch_bucket_size, whole - max(sizes, default=0))
         return min(whole, self.gathered_forward(sizes) + min(reused, self.max_reuse_distance // 2))
 
 

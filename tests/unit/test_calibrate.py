@@ -12,6 +12,7 @@ from spd_dist.config import Calibrate
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError
 from spd_dist.models.kv_sites import discover_sites
+from spd_dist.runtime.progress import Progress
 from spd_dist.stages.calibrate import calibrate
 from spd_dist.types import SupervisedExample
 
@@ -137,20 +138,14 @@ def test_a_rank_without_examples_yields_nothing():
 
 
 def test_progress_counts_examples_and_tokens():
-    seen = SimpleNamespace(units=0, tokens=0)
-
-    def advance(units, tokens=0):
-        seen.units += units
-        seen.tokens += tokens
-
-    model = tiny_model()
-    config = Calibrate(num_shards=1, batch_size=3)
-    list(
-        calibrate(
-            policy_of(model), EXAMPLES, discover_sites(model), config, ALONE, progress=SimpleNamespace(advance=advance)
-        )
+    model, config, progress = (
+        tiny_model(),
+        Calibrate(num_shards=1, batch_size=3),
+        Progress("calibrate", None, "examples"),
     )
-    assert (seen.units, seen.tokens) == (len(EXAMPLES), sum(len(example.tokens) for example in EXAMPLES))
+    list(calibrate(policy_of(model), EXAMPLES, discover_sites(model), config, ALONE, progress=progress))
+    assert progress.done == progress.total == len(EXAMPLES)
+    assert progress.tokens == sum(len(example.tokens) for example in EXAMPLES)
 
 
 @pytest.mark.parametrize("targets", [(), (0, 3), (3, 7)])
