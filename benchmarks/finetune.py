@@ -94,7 +94,7 @@ def our_epoch(sequences: list[list[int]], *, packing: bool, zero_stage: int) -> 
     world = join_world(distributed)
     policy = load_policy(Model(name=MODEL), distributed, world)
     policy.release()
-    config = Finetune(**{**vars(LORA), "packing": packing})
+    config = Finetune(**{**vars(LORA), "packing": packing, "micro_batch_size": num_rows(sequences, packing=packing)})
     adapted = add_adapters(policy.model, config, generator=torch.Generator().manual_seed(0))
     engine = training_engine(
         Student(policy.model),
@@ -113,8 +113,14 @@ def our_epoch(sequences: list[list[int]], *, packing: bool, zero_stage: int) -> 
     return epoch
 
 
+def num_rows(sequences: list[list[int]], *, packing: bool) -> int:
+    """Rows of a micro-batch, on both sides: packed ones are full, so fewer of them hold as many tokens."""
+    mean_length = sum(map(len, sequences)) / len(sequences)
+    return max(1, round(MICRO_BATCH * mean_length / ROW_TOKENS)) if packing else MICRO_BATCH
+
+
 def trl_epoch(sequences: list[list[int]], *, packing: bool) -> Callable[[], None]:
-    """`SFTTrainer` on the same tokens; packed rows hold about as many of them a step."""
+    """`SFTTrainer` on the same tokens."""
     from datasets import Dataset, disable_progress_bars
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
@@ -127,10 +133,9 @@ def trl_epoch(sequences: list[list[int]], *, packing: bool) -> Callable[[], None
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
     folder = converted(find_gguf(MODEL), None)
-    mean_length = sum(map(len, sequences)) / len(sequences)
-    rows = max(1, round(MICRO_BATCH * mean_length / ROW_TOKENS)) if packing else MICRO_BATCH
     settings = SFTConfig(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=rows, max_length=ROW_TOKENS, packing=packing,
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=num_rows(sequences, packing=packing),
+        max_length=ROW_TOKENS, packing=packing,
         gradient_accumulation_steps=GLOBAL_BATCH // MICRO_BATCH, num_train_epochs=1, learning_rate=LORA.learning_rate,
         weight_decay=LORA.weight_decay, gradient_checkpointing=False, bf16=False, disable_tqdm=True, report_to=[],
         use_cpu=not torch.cuda.is_available(), logging_strategy="no", save_strategy="no", dataloader_pin_memory=False,
