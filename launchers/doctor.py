@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from spd_dist.config import Config
 from spd_dist.errors import UserError
 from spd_dist.orphans import watch_launchers
-from spd_dist.overrides import load_config
+from spd_dist.overrides import load_config, split_words
 
 if TYPE_CHECKING:
     from spd_dist.preflight import Facts, Finding, Needs
@@ -58,9 +58,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--timeout-seconds", type=float, default=40.0, metavar="S", help="for the ranks to meet")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args()
-    words = arguments.config + arguments.overrides  # argparse gives --config every word that follows it
-    arguments.config = [word for word in words if "=" not in word]
-    arguments.overrides = [word for word in words if "=" in word]
+    arguments.config, arguments.overrides = split_words(arguments.config + arguments.overrides)
     return arguments
 
 

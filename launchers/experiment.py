@@ -23,7 +23,7 @@ from spd import on_every_rank
 from spd_dist.config import Experiment
 from spd_dist.errors import ConfigError, UserError
 from spd_dist.orphans import watch_launchers
-from spd_dist.overrides import load_experiment, to_yaml
+from spd_dist.overrides import load_experiment, split_words, to_yaml
 from spd_dist.signals import StopSignals
 
 if TYPE_CHECKING:
@@ -67,9 +67,7 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--show-config", action="store_true", help="print the resolved config and exit")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args(words)
-    given = arguments.config + arguments.overrides  # argparse gives --config every word that follows it
-    arguments.config = [word for word in given if "=" not in word]
-    arguments.overrides = [word for word in given if "=" in word]
+    arguments.config, arguments.overrides = split_words(arguments.config + arguments.overrides)
     return arguments
 
 

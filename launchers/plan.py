@@ -20,7 +20,7 @@ from rich.table import Table
 
 from spd_dist.config import Config
 from spd_dist.errors import UserError
-from spd_dist.overrides import load_config
+from spd_dist.overrides import load_config, split_words
 
 if TYPE_CHECKING:
     from spd_dist.planner import Cluster, Plan, Profile, StagePlan, Workload
@@ -67,9 +67,7 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=128, help="mean length of a prompt")
     parser.add_argument("--markdown", action="store_true", help="print a section of docs/scaling.md")
     arguments = parser.parse_intermixed_args(words)
-    given = arguments.config + arguments.overrides  # argparse gives --config every word that follows it
-    arguments.config = [word for word in given if "=" not in word]
-    arguments.overrides = [word for word in given if "=" in word]
+    arguments.config, arguments.overrides = split_words(arguments.config + arguments.overrides)
     return arguments
 
 

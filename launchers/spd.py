@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from spd_dist.config import STAGES, Config
 from spd_dist.errors import UserError
 from spd_dist.orphans import watch_launchers
-from spd_dist.overrides import load_config, to_yaml
+from spd_dist.overrides import load_config, split_words, to_yaml
 from spd_dist.signals import StopSignals
 
 if TYPE_CHECKING:
@@ -60,9 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--preview-masks", type=int, metavar="N", help="print N examples, kept tokens marked")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args()
-    words = arguments.config + arguments.overrides  # argparse gives --config every word that follows it
-    arguments.config = [word for word in words if "=" not in word]
-    arguments.overrides = [word for word in words if "=" in word]
+    arguments.config, arguments.overrides = split_words(arguments.config + arguments.overrides)
     return arguments
 
 

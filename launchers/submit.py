@@ -20,7 +20,7 @@ from pathlib import Path
 import jinja2
 
 from spd_dist.errors import ConfigError, UserError
-from spd_dist.overrides import load_config
+from spd_dist.overrides import load_config, split_words
 
 TEMPLATES = Path("slurm")
 CHAIN = {  # job -> the first and the last stage that it runs
@@ -130,9 +130,7 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--dry-run", action="store_true", help="show the scripts, submit nothing")
     arguments = parser.parse_intermixed_args(words)
-    given = arguments.config + arguments.words  # argparse gives --config every word that follows it
-    arguments.config = [word for word in given if "=" not in word]
-    arguments.words = [word for word in given if "=" in word]
+    arguments.config, arguments.words = split_words(arguments.config + arguments.words)
     return arguments
 
 

@@ -30,7 +30,7 @@ from rich.table import Table
 from yaml import YAMLError
 
 from spd_dist.errors import ConfigError, DataError, UserError
-from spd_dist.overrides import load_config
+from spd_dist.overrides import load_config, split_words
 
 KEYS = {"folder", "config", "overrides", "grid"}
 SILENT_SECONDS = 600
@@ -129,12 +129,6 @@ def written(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(map(written, value))}]"
     return {True: "true", False: "false", None: "null"}[value] if isinstance(value, bool | None) else str(value)
-
-
-def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The config files and the overrides among the words of spd.py."""
-    given = [word for word in words if word != "--config"]
-    return [word for word in given if "=" not in word], [word for word in given if "=" in word]
 
 
 def read_plan(path: Path) -> list[Point]:

@@ -59,6 +59,12 @@ def load_experiment(paths: Iterable[str | Path], overrides: Iterable[str] = ()) 
     return experiment
 
 
+def split_words(words: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The config files and the overrides among `words`; argparse gives --config every word that follows it."""
+    given = [word for word in words if word != "--config"]
+    return [word for word in given if "=" not in word], [word for word in given if "=" in word]
+
+
 def _merged(paths: Iterable[str | Path], overrides: Iterable[str]) -> dict[str, Any]:
     merged = OmegaConf.create()
     for source, values in [*map(_read_file, paths), *map(_read_override, overrides)]:

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from spd_dist.distributed.collectives import on_main
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError, StopRequested
 from spd_dist.runtime.artifacts import read_json, write_json
@@ -18,6 +19,8 @@ from spd_dist.runtime.artifacts import read_json, write_json
 @contextmanager
 def kept_status(path: Path, world: World, last: str) -> Iterator[None]:
     """Rank 0 writes `running`, and in the end `complete`, `stopped` or `failed`; a killed run stays `running`.
+
+    A collective: no rank begins if the first state can't be written.
 
     Raises:
         DataError: the disk is full or may not be written.
@@ -29,17 +32,21 @@ def kept_status(path: Path, world: World, last: str) -> Iterator[None]:
         if world.is_main:
             write_json(path, {"state": state, "reason": reason, "time": time.time(), **described})
 
-    write("running")
+    def write_alone(state: str, reason: str) -> None:
+        """Not a collective: other ranks may have failed elsewhere, or not at all."""
+        with suppress(DataError, OSError):  # the disk may be what failed
+            write(state, reason)
+
+    on_main("writing the status", lambda: write("running"))
     try:
         yield
     except StopRequested as stop:
-        write("stopped", str(stop))
+        write_alone("stopped", str(stop))
         raise
     except BaseException as error:
-        with suppress(DataError, OSError):  # the disk may be what failed
-            write("failed", f"{type(error).__name__}: {error}")
+        write_alone("failed", f"{type(error).__name__}: {error}")
         raise
-    write("complete")
+    on_main("writing the status", lambda: write("complete"))
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from ranks import run_on_ranks
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError, DataError
 from spd_dist.runtime.run_folder import RunFolder
+from spd_dist.runtime.status import kept_status
 
 
 def use_the_folder(path: Path) -> None:
@@ -30,6 +31,12 @@ def use_the_folder(path: Path) -> None:
         RunFolder(path, {"seed": 2}, world)
     with pytest.raises(DataError, match=r"gone.json is missing"):
         folder.finish("generate", {}, ["gone.json"], seconds=1.0)
+    kind = NotADirectoryError if world.rank == 0 else RuntimeError  # rank 0's error, told to all
+    with (
+        pytest.raises(kind, match="Not a directory"),
+        kept_status(stage / "rank_0.txt" / "status.json", world, "evaluate"),
+    ):
+        pytest.fail("a rank went on though its status can't be written")
     dist.barrier()
     if world.rank == world.size - 1:
         os.remove(stage / "rank_0.txt")
