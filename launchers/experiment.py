@@ -2,12 +2,14 @@
 
 One process group does everything. As an array of jobs, each with ranks of its own, one arm of one seed a job:
 
+    launchers/submit.py experiment --array 0-N --config NAME.yaml   # under SLURM; or slurm/array_experiment.sbatch
     experiment.py --config NAME.yaml --task INDEX --num-tasks N     # in any order, at any time; the last one compares
     experiment.py --config NAME.yaml --report                       # compare what is complete
     experiment.py --config NAME.yaml --list                         # how many jobs there are, and which are unfinished
 
-Keys are those of a run (`finetune.num_epochs=3`), or `folder`, `seeds` and `arms`. Start the same command again to go
-on. Exit codes: 0 done, 2 the config is wrong, 3 the data or the model is wrong, 75 stopped on request, 1 anything else.
+Keys are those of a run (`finetune.num_epochs=3`), or `folder`, `seeds` and `arms`. `touch FOLDER/PREEMPT` stops every
+job that runs; start the same command again to go on.
+Exit codes: 0 done, 2 the config is wrong, 3 the data or the model is wrong, 75 stopped on request, 1 anything else.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Submit to SLURM: `python launchers/submit.py KIND [options] --config configs/NAME.yaml [section.key=value ...]`.
 
 Kinds: `fused` runs the whole method as one job; `stages` runs it as a chain of jobs, each on its own number of nodes;
-`generate` makes one corpus by an array of jobs; `sweep` runs every point of a plan (launchers/sweep.py) as an array.
+`generate` makes one corpus by an array of jobs; `experiment` compares arms over seeds (launchers/experiment.py) by an
+array of jobs; `sweep` runs every point of a plan (launchers/sweep.py) as an array.
 Each script is rendered from slurm/job.sbatch.j2 and kept in the run folder; --dry-run shows it and submits nothing.
 Exit codes: 0 done, 2 the config or an option is wrong, 1 sbatch failed.
 """
@@ -20,7 +21,7 @@ from pathlib import Path
 import jinja2
 
 from spd_dist.errors import ConfigError, UserError
-from spd_dist.overrides import load_config, split_words
+from spd_dist.overrides import load_config, load_experiment, split_words
 
 TEMPLATES = Path("slurm")
 CHAIN = {  # job -> the first and the last stage that it runs
@@ -29,11 +30,17 @@ CHAIN = {  # job -> the first and the last stage that it runs
     "finetune": ("finetune", "finetune"),
     "evaluate": ("evaluate", "evaluate"),
 }
-TASK = """\
+INDEX = """\
 index=$(((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN) / SLURM_ARRAY_TASK_STEP))
 [ "$SLURM_ARRAY_TASK_COUNT" = 1 ] || SPD_TASK=$index  # its own status and request to stop
-launch --from generate --until generate {words} \\
+"""
+PART_OF_A_CORPUS = f"""\
+{INDEX}launch --from generate --until generate {{words}} \\
   generate.num_tasks="$SLURM_ARRAY_TASK_COUNT" generate.task_index="$index\""""
+ARMS = f"""\
+{INDEX}SPD_PROGRAM=experiment
+launch {{words}} --num-tasks "$SLURM_ARRAY_TASK_COUNT" --task "$index\""""
+ARRAYS = {"generate": PART_OF_A_CORPUS, "experiment": ARMS}
 POINT = """\
 words=$(python launchers/sweep.py words {words} "$SLURM_ARRAY_TASK_ID") || exit $?
 mapfile -t words <<< "$words"
@@ -70,9 +77,18 @@ FILES = {  # what `make` of these scripts by hand would give: slurm/NAME
     "spd.sbatch": Job(),
     "array_generate.sbatch": Job(
         "spd-generate",
-        TASK.format(words='"$@"'),
+        PART_OF_A_CORPUS.format(words='"$@"'),
         "One corpus by an array of jobs, two at a time; the task that finds it complete merges it.",
         "sbatch slurm/array_generate.sbatch --config configs/NAME.yaml   (after: spd.sbatch --until project)",
+        nodes=1,
+        array="0-3%2",
+        output="slurm-%x-%A_%a.out",
+    ),
+    "array_experiment.sbatch": Job(
+        "spd-experiment",
+        ARMS.format(words='"$@"'),
+        "Arms over seeds by an array of jobs, two at a time; the task that finds all complete compares them.",
+        "sbatch --array=0-N%2 slurm/array_experiment.sbatch --config configs/experiments/NAME.yaml",
         nodes=1,
         array="0-3%2",
         output="slurm-%x-%A_%a.out",
@@ -113,7 +129,7 @@ def main(words: Sequence[str] | None = None) -> int:
 def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("fused", "stages", "generate", "sweep"))
+    parser.add_argument("kind", choices=("fused", "stages", "generate", "experiment", "sweep"))
     parser.add_argument("--config", nargs="+", action="extend", default=[], metavar="YAML", help="as for spd.py")
     parser.add_argument("words", nargs="*", metavar="section.key=value", help="as for spd.py; for sweep: the plan")
     parser.add_argument("--nodes", default="1", metavar="N[,N...]", help="of each job; for stages, of each in turn")
@@ -122,7 +138,7 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-gpus", action="store_true", help="ask for no GPUs: ranks run on CPUs")
     parser.add_argument("--time", default="24:00:00", metavar="[D-]HH:MM:SS")
     parser.add_argument("--margin-seconds", type=int, default=300, metavar="S", help="asked to stop so long before")
-    parser.add_argument("--array", metavar="0-N%%K", help="for generate and sweep: N + 1 tasks, K at a time")
+    parser.add_argument("--array", metavar="0-N%%K", help="of an array: N + 1 tasks, K at a time")
     parser.add_argument("--launcher", choices=("srun", "deepspeed", "torchrun"), default="srun")
     parser.add_argument("--max-requeues", type=int, default=20)
     parser.add_argument(
@@ -152,16 +168,20 @@ def plan(arguments: argparse.Namespace) -> tuple[Path, list[Job]]:
     check_margin(arguments.time, arguments.margin_seconds)
     if arguments.kind == "sweep":
         return _sweep(arguments, common)
-    folder = Path(load_config(arguments.config, arguments.words).run_dir)
+    if arguments.kind == "experiment":
+        folder = Path(load_experiment(arguments.config, arguments.words).folder)
+    else:
+        folder = Path(load_config(arguments.config, arguments.words).run_dir)
     words = shlex.join(["--config", *arguments.config, *arguments.words] if arguments.config else arguments.words)
     common |= {"usage": f"launchers/submit.py {arguments.kind}", "output": f"{folder}/slurm/%x-%j.out"}
     if arguments.kind == "fused":
         return folder, [Job(command=f"launch {words}", nodes=_nodes(arguments, 1)[0], **common)]
-    if arguments.kind == "generate":
+    if arguments.kind in ARRAYS:
         common["output"] = f"{folder}/slurm/%x-%A_%a.out"
-        job = dataclasses.replace(FILES["array_generate.sbatch"], **common)
+        job = dataclasses.replace(FILES[f"array_{arguments.kind}.sbatch"], **common)
         array, nodes = arguments.array or job.array, _nodes(arguments, 1)[0]
-        return folder, [dataclasses.replace(job, command=TASK.format(words=words), array=array, nodes=nodes)]
+        command = ARRAYS[arguments.kind].format(words=words)
+        return folder, [dataclasses.replace(job, command=command, array=array, nodes=nodes)]
     jobs = []
     for (name, (first, last)), nodes in zip(CHAIN.items(), _nodes(arguments, len(CHAIN)), strict=True):
         command = f"launch --from {first} --until {last} {words}"

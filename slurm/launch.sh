@@ -1,5 +1,6 @@
 # Sourced by the batch scripts, in the repository's root: launches the ranks, passes requests to stop on to them, and
-# requeues a job that was stopped. Needs bash 4.4.
+# requeues a job that was stopped. Needs bash 4.4. A script whose job is not a run sets SPD_PROGRAM (experiment), and
+# SPD_TASK if it is one of many tasks in a folder.
 #   SPD_LAUNCHER     srun (default): one task a rank, exact exit codes; deepspeed or torchrun: one task a node
 #   SPD_MAX_REQUEUES how often a job may be started again in all (default 20)
 #   SPD_MAX_RETRIES  how often after a failure that is not the user's: a node, the network (default 2)
@@ -15,8 +16,9 @@ STEP=
 
 prepare() {  # what every rank needs, from the words of the config
   local config cache
-  config=$(python launchers/spd.py --show-config "$@") || exit $?
-  RUN_DIR=$(sed -n "s/^run_dir: //p" <<< "$config")
+  PROGRAM=launchers/${SPD_PROGRAM:-spd}.py
+  config=$(python "$PROGRAM" --show-config "$@") || exit $?
+  RUN_DIR=$(sed -nE "s/^(run_dir|folder): //p" <<< "$config")
   mkdir -p "$RUN_DIR/slurm" || exit 3
   MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
   MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))  # below the ephemeral ports; each task of an array has a job id, too
@@ -35,17 +37,17 @@ step() {  # TASKS_PER_NODE command...: on all nodes. A launcher knows no USR1 an
     --kill-on-bad-exit=1 bash -c 'trap "" USR1; exec "$@"' rank "$@"
 }
 
-start() {  # the words of spd.py: all ranks
+start() {  # the words of the program: all ranks
   case ${SPD_LAUNCHER:-srun} in
-    srun) step "$RANKS_PER_NODE" python -u launchers/spd.py "$@" ;;
+    srun) step "$RANKS_PER_NODE" python -u "$PROGRAM" "$@" ;;
     deepspeed)
       local hostfile=$RUN_DIR/slurm/hostfile.$SLURM_JOB_ID
       scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/$/ slots=$RANKS_PER_NODE/" > "$hostfile"
       step 1 bash -c 'exec deepspeed --hostfile "$0" --no_ssh --node_rank "$SLURM_NODEID" --master_addr "$MASTER_ADDR" \
-        --master_port "$MASTER_PORT" launchers/spd.py "$@"' "$hostfile" "$@" ;;
+        --master_port "$MASTER_PORT" "$@"' "$hostfile" "$PROGRAM" "$@" ;;
     torchrun)
       step 1 torchrun --nnodes "$NODES" --nproc-per-node "$RANKS_PER_NODE" --rdzv-backend c10d \
-        --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-id "$JOB" launchers/spd.py "$@" ;;
+        --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-id "$JOB" "$PROGRAM" "$@" ;;
     *) echo "error: SPD_LAUNCHER=$SPD_LAUNCHER is not srun, deepspeed or torchrun" >&2; return 2 ;;
   esac
 }

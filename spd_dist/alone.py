@@ -17,6 +17,7 @@ from spd_dist.run import Run
 from spd_dist.runtime.artifacts import content_hash, read_json, sha256_of, write_json
 from spd_dist.signals import StopSignals
 from spd_dist.stages.evaluate import evaluate_arm
+from spd_dist.stopping import watch
 
 ARM = "model"
 """What the answers are filed under: TASK/evaluate/model/TASK.jsonl in the folder."""
@@ -46,6 +47,7 @@ def evaluate_alone(
     """
     with together("looking at the adapter"):
         inputs = {} if adapter is None else {"adapter": fingerprint_of(adapter)}
+    watch(signals, Path(config.run_dir))
     job = {"first": "evaluate", "last": "evaluate"}
     runs = [Run(of_task(config, task, source), world, signals, **job) for task, source in tasks.items()]
     for run in runs:

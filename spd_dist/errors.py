@@ -23,6 +23,10 @@ class DataError(UserError):
     exit_code = 3
 
 
+class MissingError(DataError):
+    """A file of a run is not there, or no longer: another job may have moved its folder."""
+
+
 class StopRequested(UserError):
     """The run was asked to stop and did, at the same unit on all ranks: requeue it."""
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spd_dist.config import Config, Experiment
+from spd_dist.config import STAGES, Config, Experiment
 from spd_dist.data.sources import load_rows
 from spd_dist.data.tasks import find_task
 from spd_dist.distributed.collectives import on_main, together
@@ -22,7 +22,9 @@ from spd_dist.rounds import folders, run_rounds
 from spd_dist.runtime.experiment_report import write_experiment
 from spd_dist.runtime.manifests import MANIFEST
 from spd_dist.runtime.seeds import seeds_text
-from spd_dist.signals import STOP_FILE, StopSignals
+from spd_dist.runtime.status import kept_status, status_path
+from spd_dist.signals import StopSignals, task_name
+from spd_dist.stopping import watch
 
 log = logging.getLogger(__name__)
 
@@ -46,15 +48,16 @@ def run_experiment(
 ) -> str:
     """Do this task's share of the jobs; if all are complete then, compare. Gives what a person wants to read.
 
-    A collective. Whatever was finished, by whichever task, is skipped.
+    A collective. Whatever was finished, by whichever task, is skipped. Each task has a status and a stop file of its
+    own in the experiment's folder.
 
     Raises:
         UserError: what the user can put right.
     """
     top = Path(experiment.folder)
-    with signals.watching(top):
+    watch(signals, top, None if num_tasks == 1 else task)
+    with kept_status(status_path(top, "" if num_tasks == 1 else task_name(task)), world, STAGES[-1]):
         if num_tasks == 1:
-            on_main("removing the request to stop", lambda: (top / STOP_FILE).unlink(missing_ok=True))
             return compare(experiment, world, signals)
         for job in jobs(experiment)[task::num_tasks]:
             log.info("seed %d: %s", job.seed, ", ".join(job.arms))

@@ -22,6 +22,7 @@ from spd_dist.pipeline import run_stages
 from spd_dist.run import Run
 from spd_dist.runtime.rounds import add_rounds, rounds_text
 from spd_dist.signals import StopSignals
+from spd_dist.stopping import watch
 
 STUDENT = "finetune/model"
 
@@ -50,7 +51,8 @@ def run_rounds(
     if config.rounds > 1:
         _check(config, first, last)
     texts, places = [], folders(config)
-    with signals.watching(places[0]), ExitStack() as whole:
+    watch(signals, places[0])
+    with ExitStack() as whole:
         for number in range(1, config.rounds + 1):
             if number > 1:
                 _merge_student(config_of_round(config, number - 1), world)

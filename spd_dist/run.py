@@ -36,9 +36,9 @@ from spd_dist.runtime.progress import Progress
 from spd_dist.runtime.run_folder import RunFolder, settings_hash
 from spd_dist.runtime.sandbox import open_sandbox
 from spd_dist.runtime.show import show_stage
-from spd_dist.runtime.status import kept_status
+from spd_dist.runtime.status import kept_status, status_path
 from spd_dist.runtime.wandb_mirror import open_mirror
-from spd_dist.signals import StopSignals
+from spd_dist.signals import StopSignals, task_name
 from spd_dist.stopping import Stopping
 from spd_dist.types import Completion
 
@@ -86,7 +86,7 @@ class Run:
             self.task = find_task(config.data.task)
             if last == "evaluate":
                 self.task = able_to_judge(self.task, allowed=config.evaluate.allow_code_execution)
-        self.part = job or ("" if self.task_index is None else f"task-{self.task_index:05d}")
+        self.part = job or ("" if self.task_index is None else task_name(self.task_index))
         prefix = f"{self.part}_" if self.part else ""
         opening = functools.partial(open_mirror, config.metrics, self.folder.path, self.plain, job=self.job)
         self.metrics = MetricLogger(
@@ -109,8 +109,7 @@ class Run:
 
     def kept_status(self, last: str) -> AbstractContextManager[None]:
         """Within, `status.json` says how the run up to stage `last` stands; each of several jobs has its own."""
-        name = f"status.{self.part}.json" if self.part else "status.json"
-        return kept_status(self.folder.path / name, self.world, last)
+        return kept_status(status_path(self.folder.path, self.part), self.world, last)
 
     def rows(self, split: Split) -> list[Row]:
         """The rows of a split, the same on every rank.

@@ -7,18 +7,30 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 
 STOP_FILE = "PREEMPT"
-"""A file of this name in the run folder stops the run at its next unit, on all ranks, with exit code 75."""
+"""To touch a file of this name in the run folder stops the run at its next unit, on all ranks, with exit code 75."""
+
+
+def task_name(task_index: int) -> str:
+    """What files of a task carry in their names, where the tasks of an array share a folder."""
+    return f"task-{task_index:05d}"
 
 
 def stop_file(task_index: int | None = None) -> str:
-    """The name for one job alone, where the tasks of an array share a run folder."""
-    return STOP_FILE if task_index is None else f"{STOP_FILE}.task-{task_index:05d}"
+    """The name of the stop file, or of the one for a single task of an array."""
+    return STOP_FILE if task_index is None else f"{STOP_FILE}.{task_name(task_index)}"
+
+
+def touched(file: Path) -> int:
+    """When a file was last touched, in nanoseconds by the clock of its file system; 0 if there is none."""
+    try:
+        return file.stat().st_mtime_ns
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
 
 
 def seconds_allowed(
@@ -40,8 +52,8 @@ class StopSignals:
         self.received: list[str] = []
         self.started = time.time()
         self.deadline: float | None = None
-        self.also_in: list[Path] = []
-        """Other folders whose stop file counts (`watching`)."""
+        self.watched: dict[Path, int] = {}
+        """Stop files, and when each was last touched before it was watched."""
 
     def install(self) -> None:
         """Take SIGTERM and SIGUSR1 as requests. Repeated ones change nothing: launchers and SLURM send their own."""
@@ -54,23 +66,22 @@ class StopSignals:
         allowed = seconds_allowed(end, limit_seconds, margin_seconds, started=self.started)
         self.deadline = None if allowed is None else self.started + allowed
 
-    def reason(self, *files: Path) -> str | None:
-        """Why this process should stop now, or None; `files` are requests by being there."""
+    def watch(self, files: Mapping[Path, int]) -> None:
+        """Make it a request to touch one of these files after the time that is given for it.
+
+        So each process of an array finds out by itself which requests are old, and none removes a file that others have
+        to see; and no two clocks are compared. What is watched already keeps its time.
+        """
+        for file, before in files.items():
+            self.watched.setdefault(file, before)
+
+    def reason(self) -> str | None:
+        """Why this process should stop now, or None."""
         if self.received:
             return self.received[0]
         if self.deadline is not None and time.time() >= self.deadline:
             return "the time limit"
-        others = (folder / STOP_FILE for folder in self.also_in)
-        return next((f"the file {file}" for file in (*files, *others) if file.exists()), None)
-
-    @contextmanager
-    def watching(self, folder: Path) -> Iterator[None]:
-        """Within, a stop file in `folder` counts, too: that of an experiment, or of the run that a round is of."""
-        self.also_in.append(folder)
-        try:
-            yield
-        finally:
-            self.also_in.remove(folder)
+        return next((f"the file {file}" for file, before in self.watched.items() if touched(file) > before), None)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received.append(signal.Signals(number).name)

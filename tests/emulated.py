@@ -91,15 +91,7 @@ class Run:
 
     def freeze_when(self, happened: Callable[[], object], seconds: float = 120) -> list[int]:
         """Stop all ranks in the middle of what they do, as soon as something is seen; their pids, for `thaw`."""
-        deadline = time.monotonic() + seconds
-        while not happened():
-            assert time.monotonic() < deadline, f"{self.place()}\n{self.log()}"
-            time.sleep(0.002)
-        pids = self.ranks()
-        for pid in pids:
-            os.kill(pid, signal.SIGSTOP)
-        assert pids, self.log()
-        return pids
+        return freeze_when(happened, self.ranks, lambda: f"{self.place()}\n{self.log()}", seconds)
 
     def ranks(self) -> list[int]:
         """The pids of its ranks, on whichever host, as this machine sees them."""
@@ -118,6 +110,21 @@ def processes() -> list[tuple[int, list[str]]]:
         except OSError:
             continue  # it has ended meanwhile
     return found
+
+
+def freeze_when(
+    happened: Callable[[], object], ranks: Callable[[], list[int]], told: Callable[[], str], seconds: float = 120
+) -> list[int]:
+    """Stop these ranks in the middle of what they do, as soon as something is seen; their pids."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, told()
+        time.sleep(0.002)
+    pids = ranks()
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    assert pids, told()
+    return pids
 
 
 def thaw(pids: Sequence[int]) -> None:

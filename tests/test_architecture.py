@@ -34,9 +34,9 @@ MAY_IMPORT = {  # besides itself
     "inputs": {"arms", "run", "runtime"},
     "reporting": BELOW | {"data", "runtime", "arms", "run"},
     "pipeline": BELOW | {"models", "data", "runtime", "stages", "arms", "run", "inputs", "reporting"},
-    "alone": BELOW | {"models", "data", "runtime", "stages", "arms", "signals", "run"},
-    "rounds": BELOW | {"models", "runtime", "signals", "run", "pipeline"},
-    "experiment": BELOW | {"data", "runtime", "signals", "rounds"},
+    "alone": BELOW | {"models", "data", "runtime", "stages", "arms", "signals", "stopping", "run"},
+    "rounds": BELOW | {"models", "runtime", "signals", "stopping", "run", "pipeline"},
+    "experiment": BELOW | {"data", "runtime", "signals", "stopping", "rounds"},
 }
 ONLY_IN = {
     "deepspeed": {"distributed"},

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spd_dist.errors import DataError
+from spd_dist.errors import DataError, MissingError
 
 PARTIAL = ".partial"
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
@@ -135,9 +135,10 @@ def content_hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def missing(path: str | Path) -> DataError:
+def missing(path: str | Path) -> MissingError:
     """The error for an artifact that is not there."""
-    return DataError(f"{path} is missing; start the run again without --from, so that the stage that writes it is done")
+    remedy = "start the run again without --from, so that the stage that writes it is done"
+    return MissingError(f"{path} is missing; {remedy}")
 
 
 def corrupt(path: str | Path, error: Exception) -> DataError:

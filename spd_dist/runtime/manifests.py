@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from spd_dist.runtime.artifacts import missing, read_json, sha256_of, write_json, writing
+from spd_dist.errors import MissingError
+from spd_dist.runtime.artifacts import missing, partial_path, read_json, sha256_of, write_json, writing
 
 MANIFEST = "manifest.json"
 STARTED = "started.json"
@@ -33,65 +36,100 @@ def described(folder: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
 
 def why_not_complete(folder: Path, inputs: Mapping[str, str]) -> str | None:
     """What a stage's folder lacks; None if it was finished from these inputs and its outputs are untouched."""
-    file = folder / MANIFEST
-    if not file.exists():
+    try:
+        manifest = read_json(folder / MANIFEST)
+    except MissingError:
         return "it was not finished"
-    manifest = read_json(file)
     before = manifest["inputs"]
     changed = [name for name in sorted(inputs.keys() | before.keys()) if inputs.get(name) != before.get(name)]
     if changed:
         return f"its input {', '.join(changed)} changed"
     for name, output in manifest["outputs"].items():
         path = folder / name
-        if not path.exists():
+        try:
+            is_untouched = path.stat().st_size == output["bytes"] and sha256_of(path) == output["sha256"]
+        except (FileNotFoundError, MissingError):
             return f"its output {name} is gone"
-        if path.stat().st_size != output["bytes"] or sha256_of(path) != output["sha256"]:
+        if not is_untouched:
             return f"its output {name} was changed"
     return None
 
 
+def finished_stages(run: Path) -> list[Path]:
+    """The folders of the finished stages of a run, of all arms and rounds, as far as jobs that share it published them.
+
+    `glob` leaves out what vanishes meanwhile, where `Path.rglob` fails; and nothing that is at work is looked into.
+    """
+    stages = [f"{place}{stage}" for place in ("", "rounds/*/") for stage in ("*", "evaluate/*", "arms/*/*")]
+    return [(run / file).parent for stage in stages for file in sorted(glob.glob(f"{stage}/{MANIFEST}", root_dir=run))]
+
+
 def find_finished(runs: Iterable[Path], inputs: Mapping[str, str]) -> Path | None:
     """The folder of a stage, of any arm of these runs, that was finished from the same inputs."""
-    for run in runs:
-        for file in sorted(run.rglob(MANIFEST)):
-            if read_json(file).get("inputs") == dict(inputs) and why_not_complete(file.parent, inputs) is None:
-                return file.parent
-    return None
+    folders = (folder for run in runs for folder in finished_stages(run))
+    return next((folder for folder in folders if why_not_complete(folder, inputs) is None), None)
 
 
-def take_over(source: Path, target: Path, stage: str) -> None:
-    """Copy a finished stage to `target`, where it counts as finished in no time."""
-    manifest = read_json(source / MANIFEST)
-    partial = target.with_name(f".{target.name}.taken")
-    with writing(target):
-        shutil.rmtree(partial, ignore_errors=True)
-        for name in manifest["outputs"]:
-            (partial / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / name, partial / name)
-        write_json(partial / MANIFEST, {**manifest, "stage": stage, "seconds": 0.0, "taken_from": str(source)})
-        set_aside(target)
-        partial.rename(target)
+def take_over(source: Path, target: Path, stage: str) -> bool:
+    """Copy a finished stage to `target`, where it counts as finished in no time; False if it vanished meanwhile."""
+    copy = partial_path(target)
+    shutil.rmtree(copy, ignore_errors=True)  # of a process of the same number that was killed
+    try:
+        with writing(target):
+            manifest = read_json(source / MANIFEST)
+            for name in manifest["outputs"]:
+                (copy / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source / name, copy / name)
+            write_json(copy / MANIFEST, {**manifest, "stage": stage, "seconds": 0.0, "taken_from": str(source)})
+            publish(copy, target)
+    except (FileNotFoundError, MissingError):
+        return False
+    finally:
+        shutil.rmtree(copy, ignore_errors=True)
+    return True
 
 
 def publish(work: Path, target: Path) -> None:
     """Move a finished stage to where all jobs look for it; if another job was first with the same, its work stays."""
     inputs = read_json(work / MANIFEST)["inputs"]
     target.parent.mkdir(parents=True, exist_ok=True)
-    if why_not_complete(target, inputs) is None:
-        shutil.rmtree(work)
-        return
-    set_aside(target)
+    while not _is_moved(work, target):
+        found = inode_of(target)
+        if why_not_complete(target, inputs) is None:
+            shutil.rmtree(work)
+            return
+        set_aside(target, found)
+
+
+def set_aside(folder: Path, inode: int) -> None:
+    """Remove the stage's folder of this inode, at once: a kill here leaves nothing that looks like the stage.
+
+    What another job has put in its place since it was judged stays there.
+    """
+    stale = partial_path(folder.with_name(f"{folder.name}.stale"))
+    shutil.rmtree(stale, ignore_errors=True)
     try:
-        work.rename(target)
-    except OSError:  # not empty: another job published between the two lines above
-        if why_not_complete(target, inputs) is not None:
-            raise
-
-
-def set_aside(folder: Path) -> None:
-    """Remove a stage's folder, at once: a kill here leaves nothing that looks like the stage."""
-    if folder.exists():
-        stale = folder.with_name(f".{folder.name}.stale")
-        shutil.rmtree(stale, ignore_errors=True)
         folder.rename(stale)
+    except FileNotFoundError:
+        return  # another job has set it aside
+    if stale.stat().st_ino == inode or not _is_moved(stale, folder):
         shutil.rmtree(stale)
+
+
+def inode_of(folder: Path) -> int:
+    """Which folder it is that has this name now; 0 if none."""
+    try:
+        return folder.stat().st_ino
+    except FileNotFoundError:
+        return 0
+
+
+def _is_moved(source: Path, target: Path) -> bool:
+    """Rename a folder, unless there is something in `target`: the file system lets one of many jobs win."""
+    try:
+        source.rename(target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
+    return True

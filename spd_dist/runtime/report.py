@@ -15,6 +15,7 @@ from spd_dist.config import STAGES
 from spd_dist.runtime.answers import answers_path, answers_summary, read_answers
 from spd_dist.runtime.artifacts import content_hash, read_json, write_json
 from spd_dist.runtime.comparison import amount, comparisons, notes, overlap_notes, verdict
+from spd_dist.runtime.manifests import MANIFEST, finished_stages
 from spd_dist.runtime.metrics import MetricLogger
 
 NUM_SAMPLES = 32
@@ -70,8 +71,9 @@ def cost(run_folder: Path, tokens: Mapping[str, int]) -> dict[str, dict[str, Any
     What was taken over from another arm or run took none.
     """
     found = {}
-    for file in sorted(run_folder.rglob("manifest.json"), key=lambda file: file.stat().st_mtime_ns):
-        manifest, stage = read_json(file), file.parent.relative_to(run_folder).as_posix()
+    folders = finished_stages(run_folder)
+    for folder in sorted(folders, key=lambda folder: (folder / MANIFEST).stat().st_mtime_ns):
+        manifest, stage = read_json(folder / MANIFEST), folder.relative_to(run_folder).as_posix()
         if stage.endswith("evaluate"):
             continue  # the sum of what its arms did
         seconds, world_size = manifest["seconds"], manifest["world_size"]

@@ -18,7 +18,7 @@ from yaml import YAMLError
 
 from spd_dist.distributed.collectives import any_rank, on_main
 from spd_dist.distributed.world import World
-from spd_dist.errors import ConfigError
+from spd_dist.errors import ConfigError, MissingError
 from spd_dist.runtime.artifacts import content_hash, corrupt, read_json, write_json, write_text
 from spd_dist.runtime.environment import environment
 from spd_dist.runtime.manifests import (
@@ -26,6 +26,7 @@ from spd_dist.runtime.manifests import (
     STARTED,
     described,
     find_finished,
+    inode_of,
     publish,
     set_aside,
     take_over,
@@ -111,14 +112,14 @@ class RunFolder:
 
         What another arm or another run has finished from the same inputs is copied, and is as good.
         """
-        reason = on_main(f"checking {stage}", lambda: why_not_complete(self.folder(stage), inputs))
-        if reason is None:
+        folder = self.folder(stage)
+        reason = on_main(f"checking {stage}", lambda: why_not_complete(folder, inputs))
+        source = folder if reason is None else on_main(f"looking for {stage}", lambda: self._take_over(stage, inputs))
+        if source == folder:
             log.info("%s: complete, skipped", stage)
-            return True
-        source = on_main(f"looking for {stage} elsewhere", lambda: self._take_over(stage, inputs))
-        if source is not None:
+        elif source is not None:
             log.info("%s: complete, taken from %s", stage, source)
-        elif any((self.folder(stage) / name).exists() for name in (MANIFEST, STARTED)):
+        elif any((folder / name).exists() for name in (MANIFEST, STARTED)):
             log.info("%s: done again, since %s", stage, reason)
         return source is not None
 
@@ -197,19 +198,23 @@ class RunFolder:
         write_json(self.path / "environment.json", {**machine, "earlier": earlier})
 
     def _take_over(self, stage: str, inputs: Mapping[str, str]) -> Path | None:
-        source = find_finished((self.path, *self.others), inputs)
-        if source is not None:
-            take_over(source, self.folder(stage), stage)
-        return source
+        """Where the stage was found and taken from: its own folder, if another job has published it meanwhile."""
+        source, target = find_finished((self.path, *self.others), inputs), self.folder(stage)
+        if source is None or source == target:
+            return source
+        return source if take_over(source, target, stage) else None
 
     def _start(self, stage: str, inputs: Mapping[str, str]) -> None:
         folder = self.workplace(stage)
-        started = folder / STARTED
-        other_inputs = started.exists() and read_json(started) != dict(inputs)
+        found, started = inode_of(folder), folder / STARTED
+        try:
+            other_inputs = read_json(started) != dict(inputs)
+        except MissingError:
+            other_inputs = False
         # Another task of an array may have finished the stage since `is_complete` looked: that is no stale work.
         is_stale = (folder / MANIFEST).exists() and (self.job or why_not_complete(folder, inputs))
         if other_inputs or is_stale:
-            set_aside(folder)
+            set_aside(folder, found)
         write_json(started, dict(inputs))
 
 

@@ -16,6 +16,11 @@ from spd_dist.errors import DataError, StopRequested
 from spd_dist.runtime.artifacts import read_json, write_json
 
 
+def status_path(folder: Path, part: str = "") -> Path:
+    """Where the status of a run is, or that of a job among several in its folder."""
+    return folder / (f"status.{part}.json" if part else "status.json")
+
+
 @contextmanager
 def kept_status(path: Path, world: World, last: str) -> Iterator[None]:
     """Rank 0 writes `running`, and in the end `complete`, `stopped` or `failed`; a killed run stays `running`.
@@ -51,5 +56,5 @@ def kept_status(path: Path, world: World, last: str) -> Iterator[None]:
 
 def read_status(run_dir: Path) -> dict[str, Any]:
     """The status of a run; one that was never started is `absent`."""
-    path = run_dir / "status.json"
+    path = status_path(run_dir)
     return read_json(path) if path.exists() else {"state": "absent", "reason": "", "until": ""}

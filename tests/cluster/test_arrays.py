@@ -8,8 +8,10 @@ import sys
 import time
 
 import pytest
-from emulated import Run, described, ended, run_on, states
-from launching import differences, results
+from emulated import Run, described, ended, freeze_when, processes, run_on, states, thaw, wait_for
+from launching import SETTINGS, SMALL, differences, results
+
+from spd_dist.runtime.artifacts import read_json
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -83,3 +85,35 @@ def test_a_sweep_is_planned_submitted_seen_and_collected(cluster, words, undistu
     assert "2 seeds (42, 43)" in collected
     assert len(list(csv.DictReader((plan.parent / "results.csv").read_text().splitlines()))) == 4
     assert differences(results(points[0].folder), undisturbed) == []
+
+
+def test_an_experiment_by_an_array_goes_on_by_itself_after_all_its_tasks_were_asked_to_stop(cluster, words, tmp_path):
+    folder = tmp_path / "experiment"
+    (model,) = (word for word in words if word.startswith("model.name="))
+    settings = [f"folder={folder}", "seeds=[1,2]", "arms=[base,spd]", model, *SMALL, *SETTINGS]
+    resources = ["--ranks-per-node", "1", "--cpus-per-rank", "2", "--time", "0:30:00"]
+    submit = ["launchers/submit.py", "experiment", "--array", "0-1", *resources, f"--sbatch=--output={tmp_path}/%a.out"]
+    job = run_on("node0", sys.executable, *submit, *settings).split()[0]
+    run = Run(folder, ())
+
+    def ranks(task: int) -> list[int]:
+        ends = ["--num-tasks", "2", "--task", str(task), ""]
+        return [
+            pid
+            for pid, words in processes()
+            if f"folder={folder}" in words and words[1:3] == ["-u", "launchers/experiment.py"] and words[-5:] == ends
+        ]
+
+    statuses = [folder / f"status.task-0000{task}.json" for task in (0, 1)]
+    frozen = [
+        freeze_when(status.exists, lambda task=task: ranks(task), run.log) for task, status in enumerate(statuses)
+    ]
+    (folder / "PREEMPT").touch()
+    thaw([pid for pids in frozen for pid in pids])
+    wait_for(lambda: run.log().count("stopped on request, requeued") == 2, 60, run.log)
+    ended(job, "COMPLETED", run)
+    assert run.log().count(": start 2 on node") == 2
+    assert run.log().count("requeued") == 2, "the file that still lies there stops no task again"
+    assert [read_json(status)["state"] for status in statuses] == ["complete", "complete"]
+    report = read_json(folder / "report.json")
+    assert (report["seeds"], list(report["arms"])) == ([1, 2], ["base", "spd"])

@@ -179,9 +179,10 @@ def test_a_killed_rank_is_named_by_the_others_and_the_run_resumes(model, tmp_pat
 def ask_one_rank_to_stop(model: Path, folder: Path) -> None:
     signals = StopSignals()
     signals.install()
+    signals.watch({folder / STOP_FILE: 0})
 
     def asked() -> bool:
-        return signals.reason(folder / STOP_FILE) is not None
+        return signals.reason() is not None
 
     def signal_itself() -> bool:
         os.kill(os.getpid(), signal.SIGTERM)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,13 @@ def test_an_array_of_jobs_in_any_order_ends_in_the_same_comparison(config, whole
     assert "unfinished: base of seed 1; psr of seed 1; spd of seed 1; projected of seed 1; and 8 more" in output
     together = [Launch(1, [*array, task], tmp_path / f"log-{task}", LAUNCHER) for task in ("1", "0")]
     together[1].kill_when((folder / "seed_1/jobs/spd").exists)
-    assert together[0].wait() == [0], together[0].output()
+    stop(folder / "PREEMPT", folder / "status.task-00001.json", together[0])
+    stop(
+        folder / "PREEMPT.task-00001",
+        folder / "status.task-00001.json",
+        Launch(1, [*array, "1"], tmp_path / "again", LAUNCHER),
+    )
+    launch(1, [*array, "1"], tmp_path / "log-1", launcher=LAUNCHER)
     assert not (folder / "report.json").exists()
     launch(2, [*array, "0"], tmp_path / "log-0", launcher=LAUNCHER)
     assert answers(folder) == answers(whole)
@@ -102,6 +109,20 @@ def test_an_array_of_jobs_in_any_order_ends_in_the_same_comparison(config, whole
     assert not (folder / "seed_1/jobs").exists()
     states = {file.name: read_json(file)["state"] for file in (folder / "seed_1").glob("status*.json")}
     assert states == dict.fromkeys(["status.json", *(f"status.{arm}.json" for arm in ARMS)], "complete")
+    assert [read_json(folder / f"status.task-0000{task}.json")["state"] for task in (0, 1)] == ["complete"] * 2
+    assert (folder / "PREEMPT").exists(), "others of the array may still have to see it"
+
+
+def stop(file: Path, status: Path, task: Launch) -> None:
+    """Touch a stop file while a task works: it ends with 75, and its status says so."""
+    deadline = time.monotonic() + 60
+    while not (status.exists() and read_json(status)["state"] == "running"):
+        assert time.monotonic() < deadline, task.output()
+        time.sleep(0.01)
+    file.touch()
+    assert task.wait() == [75], task.output()
+    assert "stopped on request" in task.output()
+    assert read_json(status)["state"] == "stopped"
 
 
 def test_every_arm_of_the_table_runs_in_one_run(config, tmp_path):

@@ -7,7 +7,16 @@ import torch
 
 from spd_dist.distributed.world import World
 from spd_dist.runtime.artifacts import read_json
-from spd_dist.runtime.manifests import MANIFEST, find_finished, publish, why_not_complete
+from spd_dist.runtime.manifests import (
+    MANIFEST,
+    find_finished,
+    finished_stages,
+    inode_of,
+    publish,
+    set_aside,
+    take_over,
+    why_not_complete,
+)
 from spd_dist.runtime.run_folder import RunFolder
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
@@ -76,6 +85,53 @@ def test_jobs_work_in_folders_of_their_own_and_the_first_one_publishes(tmp_path)
     assert random.is_complete("project", INPUTS)
     assert (tmp_path / "project" / MANIFEST).stat().st_mtime_ns == published
     assert not any(place.exists() for place in places)
+
+
+def test_what_another_job_published_meanwhile_is_not_copied_onto_itself(tmp_path, caplog):
+    spd = opened(tmp_path, job="spd")
+    do(opened(tmp_path), "project")
+    before = inode_of(tmp_path / "project")
+    with caplog.at_level(logging.INFO):
+        assert spd._take_over("project", INPUTS) == spd.folder("project")
+        assert spd.is_complete("project", INPUTS)
+    assert "taken from" not in caplog.text
+    assert inode_of(tmp_path / "project") == before
+
+
+def test_what_is_complete_is_not_replaced_by_a_copy(tmp_path):
+    source, target = (do(opened(tmp_path / name), "project") for name in ("one", "two"))
+    before = inode_of(target)
+    assert take_over(source, target, "project")
+    assert inode_of(target) == before
+    assert [file.name for file in target.parent.glob(".*")] == []
+
+
+def test_a_source_that_vanished_is_not_taken_and_leaves_nothing(tmp_path):
+    source = do(opened(tmp_path / "one"), "project")
+    (source / "completions" / "a.jsonl").unlink()
+    assert not take_over(source, tmp_path / "two/project", "project")
+    assert not take_over(tmp_path / "nowhere", tmp_path / "two/project", "project")
+    assert list((tmp_path / "two").iterdir()) == []
+
+
+def test_only_the_folder_that_was_judged_is_set_aside(tmp_path):
+    folder, judged = tmp_path / "project", inode_of(do(opened(tmp_path), "project"))
+    folder.rename(tmp_path / "kept")  # so that no other gets its inode
+    set_aside(folder, judged)
+    do(opened(tmp_path), "project", "of another job")
+    set_aside(folder, judged)
+    assert (folder / "completions/a.jsonl").read_text() == "of another job"
+    set_aside(folder, inode_of(folder))
+    assert not folder.exists()
+
+
+def test_finished_stages_are_those_of_all_arms_and_rounds_and_no_job_at_work(tmp_path):
+    stages = ["project", "evaluate/spd", "arms/spd@rank=4/project", "rounds/2/finetune", "rounds/2/arms/psr/generate"]
+    work = ["jobs/spd/project", "finetune/checkpoints/step_1", "rounds/2/jobs/spd/evaluate/spd", ".project.partial"]
+    for stage in [*stages, *work]:
+        (tmp_path / stage).mkdir(parents=True)
+        (tmp_path / stage / MANIFEST).write_text("{}")
+    assert sorted(finished_stages(tmp_path)) == sorted(tmp_path / stage for stage in stages)
 
 
 def test_published_work_takes_the_place_of_what_is_stale(tmp_path):

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from spd_dist.signals import STOP_FILE, StopSignals, seconds_allowed, stop_file
+from spd_dist.signals import STOP_FILE, StopSignals, seconds_allowed, stop_file, touched
 
 
 @pytest.fixture
@@ -29,18 +29,35 @@ def test_a_file_is_a_request_and_tasks_of_an_array_have_one_each(signals, tmp_pa
     everyones, own = tmp_path / STOP_FILE, tmp_path / stop_file(3)
     assert stop_file() == "PREEMPT"
     assert own.name == "PREEMPT.task-00003"
+    signals.watch({everyones: touched(everyones), own: touched(own)})
     (tmp_path / stop_file(4)).touch()
-    assert signals.reason(everyones, own) is None
+    assert signals.reason() is None
     own.touch()
-    assert signals.reason(everyones, own) == f"the file {own}"
+    assert signals.reason() == f"the file {own}"
 
 
-def test_the_file_of_the_run_that_this_is_a_round_of_is_a_request(signals, tmp_path):
-    (tmp_path / STOP_FILE).touch()
-    own = tmp_path / "rounds" / "2" / STOP_FILE
-    with signals.watching(tmp_path):
-        assert signals.reason(own) == f"the file {tmp_path / STOP_FILE}"
-    assert signals.reason(own) is None
+def test_a_file_that_lay_there_is_no_request_until_it_is_touched_again(signals, tmp_path):
+    file = tmp_path / STOP_FILE
+    file.touch()
+    signals.watch({file: touched(file)})
+    assert signals.reason() is None
+    os.utime(file, ns=(0, touched(file) + 1))
+    assert signals.reason() == f"the file {file}"
+
+
+def test_a_request_is_not_lost_when_a_later_run_of_the_process_watches_the_same_file(signals, tmp_path):
+    file = tmp_path / STOP_FILE
+    signals.watch({file: touched(file)})
+    file.touch()
+    signals.watch({file: touched(file)})
+    assert signals.reason() == f"the file {file}"
+
+
+def test_a_folder_that_is_not_there_or_is_a_file_holds_no_request(signals, tmp_path):
+    (tmp_path / "file").touch()
+    files = [tmp_path / "nowhere" / STOP_FILE, tmp_path / "file" / STOP_FILE]
+    signals.watch({file: touched(file) for file in files})
+    assert signals.reason() is None
 
 
 def test_the_time_limit_is_a_request_once_it_has_passed_since_the_start(signals):

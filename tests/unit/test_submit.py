@@ -68,6 +68,11 @@ def test_arrays_say_their_tasks_and_their_throttle(capsys):
     assert "#SBATCH --array=0-7%4" in script
     assert "#SBATCH --output=runs/quickstart/slurm/%x-%A_%a.out" in script
     assert "launch --from generate --until generate --config configs/quickstart.yaml \\" in script
+    experiment = "configs/experiments/arithmetic_smollm2.yaml"
+    script = shown(capsys, "experiment", "--array", "0-17%6", "--config", experiment, "finetune.num_epochs=2")
+    assert "#SBATCH --array=0-17%6" in script
+    assert "#SBATCH --output=runs/experiments/arithmetic_smollm2/slurm/%x-%A_%a.out" in script
+    assert f'launch --config {experiment} finetune.num_epochs=2 --num-tasks "$SLURM_ARRAY_TASK_COUNT" --task' in script
     script = shown(capsys, "sweep", "--array", "0-3", "runs/s/plan.json")
     assert 'words=$(python launchers/sweep.py words runs/s/plan.json "$SLURM_ARRAY_TASK_ID") || exit $?' in script
 
@@ -75,6 +80,7 @@ def test_arrays_say_their_tasks_and_their_throttle(capsys):
 def test_a_wrong_config_or_option_is_refused_before_anything_is_submitted(capsys):
     wrong = error(capsys, "fused", *QUICKSTART, "finetune.num_epoch=1")
     assert "the nearest valid key is finetune.num_epochs" in wrong
+    assert "seeds: [1] is not valid; name at least two" in error(capsys, "experiment", "seeds=[1]")
     assert "--nodes: '1,2' is not valid; it must be one number, or 4 with commas" in error(
         capsys, "stages", "--nodes", "1,2", *QUICKSTART
     )
