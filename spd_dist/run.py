@@ -24,8 +24,8 @@ from spd_dist.distributed.heartbeat import Heartbeat, naming_lagging_ranks, tell
 from spd_dist.distributed.memory import forget_peak, peak_bytes
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError
-from spd_dist.models.engines.placement import will_be_whole
-from spd_dist.models.policy import Policy, load_adapted, load_policy, load_replica, load_tokenizer
+from spd_dist.models.engines.placement import load_to_answer
+from spd_dist.models.policy import Policy, load_policy, load_tokenizer
 from spd_dist.overrides import config_of_arm
 from spd_dist.runtime.artifacts import content_hash, read_json
 from spd_dist.runtime.completions import read_completions
@@ -189,11 +189,7 @@ class Run:
         self.release_policy()
         student = self.folder.folder(arm.stage("finetune"))
         if self.config_of(arm).finetune.mode == "lora":
-            decoding = self.config.evaluate.decoding()
-            longest = max(len(prompt.tokens) for prompt in test_set.prompts) + decoding.max_new_tokens
-            whole = will_be_whole(self.config.model, self.config.distributed, decoding, self.world, longest)
-            load = load_replica if whole else load_adapted
-            return load(self.config.model, self.config.distributed, self.world, adapter=student / "adapter")
+            return load_to_answer(self.config, self.world, adapter=student / "adapter", longest=test_set.longest)
         model = dataclasses.replace(self.config.model, name=str(student / "model"), revision=None)
         return load_policy(model, self.config.distributed, self.world)
 

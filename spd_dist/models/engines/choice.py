@@ -101,7 +101,7 @@ def open_engine(
     if world.is_main:
         log.info("generate: engine %s, since %s", name, reason)
     config = dataclasses.replace(config, engine=name)
-    placement = choose_placement(policy, config, world, longest)
+    placement = choose_placement(policy, config, world, longest, section="generate")
     if name == "hf_cb" and placement == "layerwise":
         raise ConfigError("generate.engine=hf_cb needs whole weights on each rank; set generate.placement=replica")
     probes = list({request.id: dataclasses.replace(request, sample=-1) for request in work}.values())[:NUM_PROBES]
