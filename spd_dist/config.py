@@ -140,6 +140,15 @@ class Generate:
     max_empty_rate: float = setting(0.5, "largest share of empty completions", at_least=0, at_most=1)
 
 
+def engine_of(engine: str, vllm_python: str | None, command: str | None) -> str:
+    """The engine that generates: under `auto` the program that the config names, else our own loop."""
+    if engine != "auto":
+        return engine
+    if vllm_python is not None:
+        return "vllm"
+    return "hf" if command is None else "command"
+
+
 @dataclass(frozen=True)
 class Finetune:
     """Supervised fine-tuning of the untouched model on its own completions (paper, Eq. 14)."""

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from spd_dist.config import engine_of
 from spd_dist.distributed.collectives import any_rank, on_main
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError
@@ -63,6 +64,9 @@ MAY_CHANGE = (
     "distributed.interface",
 )
 """Config keys, or whole sections, that do not change results: they may differ when a run goes on."""
+
+ENGINE_KEYS = ("generate.engine", "generate.vllm_python", "generate.command")
+"""What decides the engine; of these, the interpreter's path may change while the engine is the same."""
 
 log = logging.getLogger(__name__)
 
@@ -214,8 +218,11 @@ class RunFolder:
 
 
 def result_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that results depend on, by dotted key: all but `MAY_CHANGE`."""
-    return {key: value for key, value in settings_by_key(config).items() if not _is_of(key, MAY_CHANGE)}
+    """The settings that results depend on, by dotted key: all but `MAY_CHANGE`, and the engine that `auto` takes."""
+    flat = settings_by_key(config)
+    if "generate.engine" in flat:
+        flat["generate.engine"] = engine_of(*map(flat.get, ENGINE_KEYS))
+    return {key: value for key, value in flat.items() if not _is_of(key, MAY_CHANGE)}
 
 
 def settings_hash(config: Mapping[str, Any], *names: str) -> str:
