@@ -28,7 +28,7 @@ from spd_dist.models.engines.placement import load_to_answer
 from spd_dist.models.policy import Policy, load_policy, load_tokenizer
 from spd_dist.overrides import config_of_arm
 from spd_dist.runtime.artifacts import content_hash, read_json
-from spd_dist.runtime.completions import read_completions
+from spd_dist.runtime.completions import CORPUS, read_completions
 from spd_dist.runtime.manifests import MANIFEST
 from spd_dist.runtime.metrics import MetricLogger
 from spd_dist.runtime.products import product_of
@@ -151,7 +151,7 @@ class Run:
             if arm.learns_from == "references":
                 rows = rows[: config.calibrate.num_examples]
                 return make_references(rows, self.task, policy.tokenizer, config.data, eos_token_ids=ends)
-            own = read_completions(self.folder.folder(arm.stage("generate")) / "completions")
+            own = read_completions(self.folder.folder(arm.stage("generate")) / CORPUS)
             if arm.learns_from == "itself, ended":
                 return ended(own, policy.tokenizer.decode, eos_token_ids=ends)
             return own

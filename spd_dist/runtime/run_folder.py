@@ -22,6 +22,7 @@ from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError
 from spd_dist.runtime.artifacts import content_hash, corrupt, read_json, write_json, write_text
 from spd_dist.runtime.environment import environment
+from spd_dist.runtime.lock import alone_in
 from spd_dist.runtime.manifests import (
     MANIFEST,
     STARTED,
@@ -143,7 +144,7 @@ class RunFolder:
         seconds: float,
         extra: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Wait for every rank, then write the manifest, last.
+        """Wait for every rank, then write the manifest, last; if another task of an array was first, its own stays.
 
         Args:
             stage: The stage's folder.
@@ -170,12 +171,18 @@ class RunFolder:
                 "extra": dict(extra or {}),
             }
             write_json(folder / MANIFEST, manifest)
-            (folder / STARTED).unlink(missing_ok=True)
-            if self.job:
-                publish(folder, self.folder(stage))
             return manifest
 
-        return on_main(f"finishing {stage}", write)
+        def finish() -> dict[str, Any]:
+            with alone_in(folder):
+                is_complete = why_not_complete(folder, inputs) is None
+                manifest = read_json(folder / MANIFEST) if is_complete else write()
+                (folder / STARTED).unlink(missing_ok=True)
+                if self.job:
+                    publish(folder, self.folder(stage))
+                return manifest
+
+        return on_main(f"finishing {stage}", finish)
 
     def manifest(self, stage: str) -> dict[str, Any]:
         """What `finish` wrote.
@@ -185,9 +192,10 @@ class RunFolder:
         """
         return on_main(f"reading the manifest of {stage}", lambda: read_json(self.folder(stage) / MANIFEST))
 
-    def output_hash(self, stage: str) -> str:
-        """One hash of all outputs of a finished stage: the input of the stages after it."""
-        return content_hash(self.manifest(stage)["outputs"])
+    def output_hash(self, stage: str, *files: str) -> str:
+        """One hash of all outputs of a finished stage, or of some: the input of the stages after it."""
+        outputs = self.manifest(stage)["outputs"]
+        return content_hash({name: outputs[name] for name in files} if files else outputs)
 
     def _open(self, config: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
         if self.path.exists() and not self.path.is_dir():
@@ -212,12 +220,13 @@ class RunFolder:
     def _start(self, stage: str, inputs: Mapping[str, str]) -> None:
         folder = self.workplace(stage)
         started = folder / STARTED
-        other_inputs = started.exists() and read_json(started) != dict(inputs)
-        # Another task of an array may have finished the stage since `is_complete` looked: that is no stale work.
-        is_stale = (folder / MANIFEST).exists() and (self.job or why_not_complete(folder, inputs))
-        if other_inputs or is_stale:
-            set_aside(folder)
-        write_json(started, dict(inputs))
+        with alone_in(folder):
+            other_inputs = started.exists() and read_json(started) != dict(inputs)
+            # Another task of an array may have finished the stage since `is_complete` looked: that is no stale work.
+            is_stale = (folder / MANIFEST).exists() and (self.job or why_not_complete(folder, inputs))
+            if other_inputs or is_stale:
+                set_aside(folder)
+            write_json(started, dict(inputs))
 
 
 def result_settings(config: Mapping[str, Any]) -> dict[str, Any]:
