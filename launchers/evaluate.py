@@ -1,17 +1,21 @@
-"""Evaluate a model by itself: `python launchers/evaluate.py MODEL --tasks gsm8k,mbpp [section.key=value ...]`.
+"""Evaluate a model by itself: `python launchers/evaluate.py MODEL --tasks gsm8k mbpp [section.key=value ...]`.
 
 MODEL is what model.name takes: a hub name, a folder, a GGUF file. Also by deepspeed, torchrun or srun, on any number of
-ranks. A task is a name or a YAML file, or NAME=SOURCE with the test rows' own source (data.test). In the folder (--out)
-are every answer, in TASK/evaluate/model/TASK.jsonl, and all numbers, in summary.json; start the same command again to
-go on where it stopped. Programs run in a sandbox, and only with evaluate.allow_code_execution=true.
+ranks. A task is a name or a YAML file, or NAME=SOURCE with the test rows' own source (data.test); several with spaces
+or commas. After --tasks, a word whose part before `=` begins with a section or key of the config (data.num_test=5) is
+an override, any other a task. In the folder (--out) are every answer, in TASK/evaluate/model/TASK.jsonl, and all
+numbers, in summary.json; start the same command again to go on where it stopped. Programs run in a sandbox, and only
+with evaluate.allow_code_execution=true.
 
-With --lm-eval EleutherAI's harness answers instead, where the package lm_eval is installed, with its own prompts.
+With --lm-eval EleutherAI's harness answers instead, where the package lm_eval is installed, with its own prompts and
+rows.
 Exit codes: 0 done, 2 the config is wrong, 3 the data or the model is wrong, 75 stopped on request, 1 anything else.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import io
 import os
@@ -33,6 +37,8 @@ if TYPE_CHECKING:
     from spd_dist.distributed.world import World
 
 DEFAULTS = ("metrics.wandb=disabled",)
+CONFIG_KEYS = frozenset(field.name for field in dataclasses.fields(Config))
+TASK_FILES = (".yaml", ".yml")
 HARNESS_NAMES = {"math": "hendrycks_math"}
 NOT_IN_THE_HARNESS = ("arithmetic", "svamp", "codealpaca")
 """Where it has a task of that name, it is another one."""
@@ -49,7 +55,7 @@ def main(words: Sequence[str] | None = None) -> int:
         own = [f"model.name={arguments.model}", f"run_dir={out}"]
         config = load_config(arguments.config, [*DEFAULTS, *arguments.overrides, *own])
         if arguments.lm_eval:
-            return subprocess.run(harness_command(config, list(tasks), arguments.adapter), check=False).returncode
+            return subprocess.run(harness_command(config, tasks, arguments.adapter), check=False).returncode
     except UserError as error:
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -71,25 +77,36 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as for spd.py")
-    parser.add_argument("--tasks", required=True, metavar="T1,T2", help="names, YAML files, or NAME=SOURCE")
+    parser.add_argument(
+        "--tasks", nargs="+", action="extend", required=True, metavar="TASK", help="names, YAML files, or NAME=SOURCE"
+    )
     parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="a LoRA adapter, merged into the model")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="runs/evaluate/MODEL if not given")
     parser.add_argument("--config", nargs=1, action="extend", default=[], metavar="YAML", help="later files win")
     parser.add_argument("--lm-eval", action="store_true", help="let EleutherAI's harness do it, as a cross-check")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    return parser.parse_intermixed_args(words)
+    arguments = parser.parse_intermixed_args(words)
+    arguments.overrides += filter(is_override, arguments.tasks)  # argparse gives --tasks every word that follows it
+    arguments.tasks = [word for word in arguments.tasks if not is_override(word)]
+    return arguments
 
 
-def named_tasks(words: str) -> dict[str, str | None]:
+def is_override(word: str) -> bool:
+    """Whether `word` sets a key of the config; `data.yaml=rows.jsonl` is a task with its source."""
+    key, equals, _ = word.partition("=")
+    return bool(equals) and key.partition(".")[0] in CONFIG_KEYS and not key.endswith(TASK_FILES)
+
+
+def named_tasks(words: Sequence[str]) -> dict[str, str | None]:
     """The tasks, each with its source or None.
 
     Raises:
         ConfigError: none is named, or one twice.
     """
-    parts = [word.partition("=") for word in words.split(",") if word.strip()]
+    parts = [part.partition("=") for word in words for part in word.split(",") if part.strip()]
     tasks = {name.strip(): source.strip() or None for name, _, source in parts}
     if len(tasks) != len(parts) or not tasks:
-        raise ConfigError(f"--tasks: {words!r} names no task, or one twice; give names as in gsm8k,mbpp")
+        raise ConfigError(f"--tasks: {' '.join(words)!r} names no task, or one twice; give names as in gsm8k mbpp")
     return tasks
 
 
@@ -129,11 +146,11 @@ def table(summary: Mapping[str, Any], folder: str) -> str:
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
 
-def harness_command(config: Config, tasks: Sequence[str], adapter: Path | None) -> list[str]:
+def harness_command(config: Config, tasks: Mapping[str, str | None], adapter: Path | None) -> list[str]:
     """What runs the harness on the same model and tasks.
 
     Raises:
-        ConfigError: it is not installed, this is one of many ranks, or a task is not for it.
+        ConfigError: it is not installed, this is one of many ranks, or it can't do what is asked for.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(
@@ -141,13 +158,7 @@ def harness_command(config: Config, tasks: Sequence[str], adapter: Path | None) 
         )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("--lm-eval: it takes one process; start this file by python, not by deepspeed or torchrun")
-    for task in tasks:
-        if task in NOT_IN_THE_HARNESS:
-            raise ConfigError(f"--lm-eval: the harness has no task that is our {task}; name others, as gsm8k,mmlu")
-        if task.startswith(("mbpp", "humaneval")):
-            raise ConfigError(
-                f"--lm-eval: the harness would run the programs of {task} outside of a sandbox; leave that task out"
-            )
+    check_for_harness(config, tasks)
     model = {"pretrained": model_folder(config), "dtype": config.model.dtype, "revision": config.model.revision}
     model |= {"peft": adapter, "trust_remote_code": config.model.trust_remote_code or None}
     words = {
@@ -155,13 +166,40 @@ def harness_command(config: Config, tasks: Sequence[str], adapter: Path | None) 
         "--model_args": ",".join(f"{name}={value}" for name, value in model.items() if value is not None),
         "--tasks": ",".join(HARNESS_NAMES.get(task, task) for task in tasks),
         "--batch_size": str(config.evaluate.batch_size),
+        "--gen_kwargs": f"max_gen_toks={config.evaluate.max_new_tokens}",
         "--output_path": str(Path(config.run_dir) / "lm_eval"),
         "--seed": str(config.seed),
     }
     if config.data.num_test is not None:
         words["--limit"] = str(config.data.num_test)
+    if config.data.system is not None:
+        words["--system_instruction"] = config.data.system
     flags = ["--log_samples", *(["--apply_chat_template"] if config.data.template == "chat" else [])]
     return [sys.executable, "-m", "lm_eval", *(word for pair in words.items() for word in pair), *flags]
+
+
+def check_for_harness(config: Config, tasks: Mapping[str, str | None]) -> None:
+    """Refuse what the harness would leave out without a word: it has rows, prompts and tasks of its own.
+
+    Raises:
+        ConfigError: a task that it has not, or a setting that does not reach it.
+    """
+    for task, source in tasks.items():
+        if task in NOT_IN_THE_HARNESS or task.endswith(TASK_FILES):
+            raise ConfigError(f"--lm-eval: the harness has no task that is our {task}; name others, as gsm8k mmlu")
+        if task.startswith(("mbpp", "humaneval")):
+            raise ConfigError(
+                f"--lm-eval: the harness would run the programs of {task} outside of a sandbox; leave that task out"
+            )
+        if source is not None:
+            raise ConfigError(
+                f"--lm-eval: {task}={source}: the harness reads its own rows; write {task}, or drop --lm-eval"
+            )
+    for key, value in {"test": config.data.test, "template_options": config.data.template_options or None}.items():
+        if value is not None:
+            raise ConfigError(
+                f"--lm-eval: data.{key}: {value!r} does not reach the harness; leave it out, or drop --lm-eval"
+            )
 
 
 def model_folder(config: Config) -> str:

@@ -12,7 +12,8 @@ from spd_dist.config import Config
 from spd_dist.distributed.collectives import on_main, together
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError
-from spd_dist.models.policy import Policy, load_policy, load_replica
+from spd_dist.models.engines.placement import load_to_answer
+from spd_dist.models.policy import Policy, load_policy
 from spd_dist.run import Run
 from spd_dist.runtime.artifacts import content_hash, read_json, sha256_of, write_json
 from spd_dist.signals import StopSignals
@@ -57,7 +58,8 @@ def evaluate_alone(
     def policy() -> Policy:
         if adapter is None:
             return load_policy(config.model, config.distributed, world)
-        return load_replica(config.model, config.distributed, world, adapter=adapter)
+        longest = max(run.test_set().longest for run in runs)
+        return load_to_answer(config, world, adapter=adapter, longest=longest)
 
     found = {run.task.name: _answered(run, policy, inputs) for run in runs}
     name = None if adapter is None else str(adapter)

@@ -136,8 +136,18 @@ class Generate:
     ssd_temperature: float = setting(1.6, "of the SSD arm; arXiv 2604.01193 samples instruct models so", at_least=0)
     ssd_top_p: float = setting(0.8, "of the SSD arm", above=0, at_most=1)
     ssd_top_k: int = setting(20, "of the SSD arm", at_least=0)
-    max_repetition_rate: float = setting(1.0, "largest share of repetitive completions", at_least=0, at_most=1)
     max_empty_rate: float = setting(0.5, "largest share of empty completions", at_least=0, at_most=1)
+    max_repetition_rate: float = setting(0.5, "largest share of completions that go in circles", at_least=0, at_most=1)
+    max_length_rate: float = setting(1.0, "largest share cut at max_new_tokens; 1 only warns", at_least=0, at_most=1)
+
+
+def engine_of(engine: str, vllm_python: str | None, command: str | None) -> str:
+    """The engine that generates: under `auto` the program that the config names, else our own loop."""
+    if engine != "auto":
+        return engine
+    if vllm_python is not None:
+        return "vllm"
+    return "hf" if command is None else "command"
 
 
 @dataclass(frozen=True)

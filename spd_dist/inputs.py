@@ -5,6 +5,7 @@ from __future__ import annotations
 from spd_dist.arms import ARMS, Arm
 from spd_dist.run import Run
 from spd_dist.runtime.artifacts import content_hash
+from spd_dist.runtime.completions import CORPUS
 
 CUT = ("rank_rule", "rank", "fraction", "energy", "centered", "insertion")
 """Settings of `project` that shape the subspace; the others say what is done with it."""
@@ -43,7 +44,7 @@ def of_student(run: Run, arm: Arm) -> dict[str, str]:
     """Policy, training, and what the student learns from; and the arm, that its card names."""
     found = {"settings": run.settings("seed", "model", "finetune", arm=arm), "arm": f"{arm.name}: {arm.learns_from}"}
     if arm.writes:
-        return found | {"completions": run.folder.output_hash(arm.stage("generate"))}
+        return found | {"completions": run.folder.output_hash(arm.stage("generate"), CORPUS)}
     references = [run.settings("data", "calibrate.num_examples", arm=arm), run.rows("calibration")]
     return found | {"references": content_hash(references)}
 

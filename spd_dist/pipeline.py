@@ -20,6 +20,7 @@ from spd_dist.models.kv_sites import discover_sites
 from spd_dist.reporting import report
 from spd_dist.run import Run
 from spd_dist.runtime.artifacts import write_json
+from spd_dist.runtime.completions import CORPUS
 from spd_dist.runtime.subspace_file import load_subspace, save_subspace
 from spd_dist.stages.calibrate import calibrate
 from spd_dist.stages.evaluate import evaluate_arm
@@ -114,8 +115,7 @@ def write_completions(run: Run, arm: Arm, *, wanted: bool) -> None:
                 seed=config.seed, folder=folder, world=run.world, progress=progress,
             )  # fmt: skip
 
-    made = inputs.of_completions(run, arm)
-    run.do(arm.stage("generate"), made, ["completions", "summary.json"], work, wanted=wanted)
+    run.do(arm.stage("generate"), inputs.of_completions(run, arm), [CORPUS, "summary.json"], work, wanted=wanted)
 
 
 def train_student(run: Run, arm: Arm, *, wanted: bool) -> None:

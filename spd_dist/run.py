@@ -24,11 +24,11 @@ from spd_dist.distributed.heartbeat import Heartbeat, naming_lagging_ranks, tell
 from spd_dist.distributed.memory import forget_peak, peak_bytes
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError
-from spd_dist.models.engines.placement import will_be_whole
-from spd_dist.models.policy import Policy, load_adapted, load_policy, load_replica, load_tokenizer
+from spd_dist.models.engines.placement import load_to_answer
+from spd_dist.models.policy import Policy, load_policy, load_tokenizer
 from spd_dist.overrides import config_of_arm
 from spd_dist.runtime.artifacts import content_hash, read_json
-from spd_dist.runtime.completions import read_completions
+from spd_dist.runtime.completions import CORPUS, read_completions
 from spd_dist.runtime.manifests import MANIFEST
 from spd_dist.runtime.metrics import MetricLogger
 from spd_dist.runtime.products import product_of
@@ -150,7 +150,7 @@ class Run:
             if arm.learns_from == "references":
                 rows = rows[: config.calibrate.num_examples]
                 return make_references(rows, self.task, policy.tokenizer, config.data, eos_token_ids=ends)
-            own = read_completions(self.folder.folder(arm.stage("generate")) / "completions")
+            own = read_completions(self.folder.folder(arm.stage("generate")) / CORPUS)
             if arm.learns_from == "itself, ended":
                 return ended(own, policy.tokenizer.decode, eos_token_ids=ends)
             return own
@@ -188,11 +188,7 @@ class Run:
         self.release_policy()
         student = self.folder.folder(arm.stage("finetune"))
         if self.config_of(arm).finetune.mode == "lora":
-            decoding = self.config.evaluate.decoding()
-            longest = max(len(prompt.tokens) for prompt in test_set.prompts) + decoding.max_new_tokens
-            whole = will_be_whole(self.config.model, self.config.distributed, decoding, self.world, longest)
-            load = load_replica if whole else load_adapted
-            return load(self.config.model, self.config.distributed, self.world, adapter=student / "adapter")
+            return load_to_answer(self.config, self.world, adapter=student / "adapter", longest=test_set.longest)
         model = dataclasses.replace(self.config.model, name=str(student / "model"), revision=None)
         return load_policy(model, self.config.distributed, self.world)
 

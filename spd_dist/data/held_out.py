@@ -26,6 +26,11 @@ class TestSet:
     examples: Sequence[SupervisedExample] = ()
     """One a row, in the same order, for a task that is measured by the likelihood of its reference answers."""
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max((len(prompt.tokens) for prompt in self.prompts), default=0)
+
 
 def make_test_set(rows: Sequence[Row], task: Task, tokenizer: Tokenizer, config: Data, calibrate: Calibrate) -> TestSet:
     """The rows as every arm is asked them.

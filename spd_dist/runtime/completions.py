@@ -1,7 +1,8 @@
 """A corpus on disk: parts that workers append to, and the one file that they become.
 
 A line is a completion. Its key is (prompt id, sample); whichever worker of whichever attempt wrote it, its content is
-the same, so that a corpus is a set of lines and the merged file has one canonical order.
+the same, so that a corpus is a set of lines and the merged file has one canonical order. Once that file is there, it
+alone is the corpus: a task that read what was left to do before may still append to a part.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from spd_dist.runtime.jsonl import read_jsonl
 from spd_dist.types import Completion
 
 MERGED = "completions.jsonl"
+CORPUS = f"completions/{MERGED}"
+"""The finished corpus in a stage's folder."""
 Key = tuple[str, int]
 
 
@@ -33,26 +36,30 @@ def parts(folder: Path) -> list[Path]:
 
 
 def read_completions(path: Path) -> list[Completion]:
-    """The completions of a file, or of all files of a folder; a torn last line is none.
+    """The completions of a file; a torn last line is none.
 
     Raises:
-        DataError: the path is missing, or a line is not a completion.
+        DataError: the file is missing, or a line is not a completion.
     """
-    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-    return [_completion(file, number, row) for file in files for number, row in enumerate(read_jsonl(file), 1)]
+    return [_completion(path, number, row) for number, row in enumerate(read_jsonl(path), 1)]
 
 
-def gather_parts(folder: Path) -> list[Completion]:
-    """Every line there is, while other tasks may merge: parts first, then the file that replaces them."""
-    found: list[Completion] = []
-    for file in [*parts(folder), folder / MERGED]:
-        if file.exists():
-            found += _read_if_there(file)
-    return found
+def gathered(folder: Path) -> dict[Key, Completion]:
+    """What there is, by key, while other tasks may merge: the merged corpus alone, or the lines of all parts.
+
+    Raises:
+        DataError: a line is not a completion, or two of one key differ.
+    """
+    merged = folder / MERGED
+    if not merged.exists():
+        found = [one for part in parts(folder) for one in _read_if_there(part)]
+        if not merged.exists():
+            return without_repeats(found)
+    return without_repeats(read_completions(merged))
 
 
 def without_repeats(completions: Iterable[Completion]) -> dict[Key, Completion]:
-    """By key. Workers that share a folder by mistake may have made one twice; it must then be the same.
+    """By key. Workers that share a folder may have made one twice; it must then be the same.
 
     Raises:
         DataError: two that differ.
@@ -69,9 +76,11 @@ def without_repeats(completions: Iterable[Completion]) -> dict[Key, Completion]:
 
 
 def write_merged(folder: Path, completions: Sequence[Completion]) -> Path:
-    """Write the corpus in the order given, then remove the parts."""
+    """Write the corpus in the order given, unless it is there, then remove the parts."""
     path = folder / MERGED
-    write_text(path, "".join(json.dumps(as_row(completion), ensure_ascii=False) + "\n" for completion in completions))
+    if not path.exists():
+        lines = (json.dumps(as_row(completion), ensure_ascii=False) + "\n" for completion in completions)
+        write_text(path, "".join(lines))
     for part in parts(folder):
         part.unlink(missing_ok=True)
     return path

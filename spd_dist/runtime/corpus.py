@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from spd_dist.errors import DataError
-from spd_dist.runtime.completions import is_empty, is_repetitive, read_completions
+from spd_dist.runtime.completions import gathered, is_empty, is_repetitive, read_completions
 from spd_dist.types import Completion
 
 NUM_BARS = 12
@@ -68,7 +68,10 @@ def load_corpus(path: str | Path) -> list[Completion]:
     """
     path = Path(path)
     place = next((path / name for name in PLACES if (path / name).is_dir()), path)
-    completions = read_completions(place) if place.exists() else []
+    if place.is_dir():
+        completions = list(gathered(place).values())
+    else:
+        completions = read_completions(place) if place.exists() else []
     if not completions:
         raise DataError(f"{path} holds no completions; give a run folder, RUN_DIR/arms/psr, or a .jsonl file")
     return completions

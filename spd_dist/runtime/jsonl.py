@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 from spd_dist.errors import DataError
 from spd_dist.runtime.artifacts import corrupt, missing, writing
@@ -20,7 +20,7 @@ class JsonlWriter:
         self.path = Path(path)
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by `close`
+            self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 - closed by `close`
         self._drop_torn_line()
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -47,8 +47,8 @@ class JsonlWriter:
             self._file.close()
 
     def _drop_torn_line(self) -> None:
-        end = _end_of_last_line(self.path)
-        if end < self.path.stat().st_size:
+        end = _end_of_last_line(self._file)
+        if end < os.fstat(self._file.fileno()).st_size:
             self._file.truncate(end)
 
     def __enter__(self) -> JsonlWriter:
@@ -82,16 +82,15 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _end_of_last_line(path: Path) -> int:
+def _end_of_last_line(file: BinaryIO) -> int:
     """Number of bytes up to and with the last line end, read from the back: logs grow large."""
     block = 1 << 16
-    with open(path, "rb") as file:
-        position = file.seek(0, os.SEEK_END)
-        while position > 0:
-            start = max(0, position - block)
-            file.seek(start)
-            found = file.read(position - start).rfind(b"\n")
-            if found >= 0:
-                return start + found + 1
-            position = start
+    position = file.seek(0, os.SEEK_END)
+    while position > 0:
+        start = max(0, position - block)
+        file.seek(start)
+        found = file.read(position - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        position = start
     return 0

@@ -16,11 +16,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from spd_dist.config import engine_of
 from spd_dist.distributed.collectives import any_rank, on_main
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError, MissingError
 from spd_dist.runtime.artifacts import content_hash, corrupt, read_json, write_json, write_text
 from spd_dist.runtime.environment import environment
+from spd_dist.runtime.lock import alone_in
 from spd_dist.runtime.manifests import (
     MANIFEST,
     STARTED,
@@ -45,6 +47,9 @@ MAY_CHANGE = (
     "generate.num_tasks",
     "generate.task_index",
     "generate.vllm_python",
+    "generate.max_empty_rate",
+    "generate.max_repetition_rate",
+    "generate.max_length_rate",
     "finetune.micro_batch_size",
     "finetune.checkpointing",
     "finetune.checkpoint_every",
@@ -64,6 +69,9 @@ MAY_CHANGE = (
     "distributed.interface",
 )
 """Config keys, or whole sections, that do not change results: they may differ when a run goes on."""
+
+ENGINE_KEYS = ("generate.engine", "generate.vllm_python", "generate.command")
+"""What decides the engine; of these, the interpreter's path may change while the engine is the same."""
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +145,7 @@ class RunFolder:
         seconds: float,
         extra: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Wait for every rank, then write the manifest, last.
+        """Wait for every rank, then write the manifest, last; if another task of an array was first, its own stays.
 
         Args:
             stage: The stage's folder.
@@ -164,12 +172,18 @@ class RunFolder:
                 "extra": dict(extra or {}),
             }
             write_json(folder / MANIFEST, manifest)
-            (folder / STARTED).unlink(missing_ok=True)
-            if self.job:
-                publish(folder, self.folder(stage))
             return manifest
 
-        return on_main(f"finishing {stage}", write)
+        def finish() -> dict[str, Any]:
+            with alone_in(folder):
+                is_complete = why_not_complete(folder, inputs) is None
+                manifest = read_json(folder / MANIFEST) if is_complete else write()
+                (folder / STARTED).unlink(missing_ok=True)
+                if self.job:
+                    publish(folder, self.folder(stage))
+                return manifest
+
+        return on_main(f"finishing {stage}", finish)
 
     def manifest(self, stage: str) -> dict[str, Any]:
         """What `finish` wrote.
@@ -179,9 +193,10 @@ class RunFolder:
         """
         return on_main(f"reading the manifest of {stage}", lambda: read_json(self.folder(stage) / MANIFEST))
 
-    def output_hash(self, stage: str) -> str:
-        """One hash of all outputs of a finished stage: the input of the stages after it."""
-        return content_hash(self.manifest(stage)["outputs"])
+    def output_hash(self, stage: str, *files: str) -> str:
+        """One hash of all outputs of a finished stage, or of some: the input of the stages after it."""
+        outputs = self.manifest(stage)["outputs"]
+        return content_hash({name: outputs[name] for name in files} if files else outputs)
 
     def _open(self, config: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
         if self.path.exists() and not self.path.is_dir():
@@ -206,21 +221,26 @@ class RunFolder:
 
     def _start(self, stage: str, inputs: Mapping[str, str]) -> None:
         folder = self.workplace(stage)
-        found, started = inode_of(folder), folder / STARTED
-        try:
-            other_inputs = read_json(started) != dict(inputs)
-        except MissingError:
-            other_inputs = False
-        # Another task of an array may have finished the stage since `is_complete` looked: that is no stale work.
-        is_stale = (folder / MANIFEST).exists() and (self.job or why_not_complete(folder, inputs))
-        if other_inputs or is_stale:
-            set_aside(folder, found)
-        write_json(started, dict(inputs))
+        started = folder / STARTED
+        with alone_in(folder):
+            found = inode_of(folder)
+            try:
+                other_inputs = read_json(started) != dict(inputs)
+            except MissingError:
+                other_inputs = False
+            # Another task of an array may have finished the stage since `is_complete` looked: that is no stale work.
+            is_stale = (folder / MANIFEST).exists() and (self.job or why_not_complete(folder, inputs))
+            if other_inputs or is_stale:
+                set_aside(folder, found)
+            write_json(started, dict(inputs))
 
 
 def result_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that results depend on, by dotted key: all but `MAY_CHANGE`."""
-    return {key: value for key, value in settings_by_key(config).items() if not _is_of(key, MAY_CHANGE)}
+    """The settings that results depend on, by dotted key: all but `MAY_CHANGE`, and the engine that `auto` takes."""
+    flat = settings_by_key(config)
+    if "generate.engine" in flat:
+        flat["generate.engine"] = engine_of(*map(flat.get, ENGINE_KEYS))
+    return {key: value for key, value in flat.items() if not _is_of(key, MAY_CHANGE)}
 
 
 def settings_hash(config: Mapping[str, Any], *names: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spd_dist.runtime.artifacts import read_json
-from spd_dist.runtime.completions import read_completions
+from spd_dist.runtime.completions import CORPUS, read_completions
 from spd_dist.runtime.corpus import corpus_stats
 from spd_dist.runtime.metrics import MetricLogger
 
@@ -54,7 +54,7 @@ def show_subspace(metrics: MetricLogger, sites: Mapping[str, Mapping[str, Any]])
 
 def show_corpus(metrics: MetricLogger, folder: Path) -> None:
     """Rates, lengths, and the first completions."""
-    completions = read_completions(folder / "completions")
+    completions = read_completions(folder / CORPUS)
     stats = corpus_stats(completions)
     rates = {name: value for name, value in vars(stats).items() if name.endswith("_rate")}
     rates |= {"mean_tokens": stats.mean_tokens, "median_tokens": stats.median_tokens, "max_tokens": stats.max_tokens}

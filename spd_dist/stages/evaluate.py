@@ -103,8 +103,8 @@ class _Answering:
     def opened(self) -> AbstractContextManager[HFEngine]:
         """The engine, placed: the body holds no collective."""
         settings = self.config.decoding()
-        longest = max(len(prompt.tokens) for prompt in self.test_set.prompts) + settings.max_new_tokens
-        placement = choose_placement(self.policy, settings, self.world, longest)
+        max_length = self.test_set.longest + settings.max_new_tokens
+        placement = choose_placement(self.policy, settings, self.world, max_length, section="evaluate")
         return opened(self.policy, self.projection, settings, self.world, placement)
 
 

@@ -18,7 +18,7 @@ from spd_dist.data.prompts import make_examples, make_prompts
 from spd_dist.data.tasks import find_task
 from spd_dist.data.tasks.protocol import Row, Score
 from spd_dist.distributed.world import World
-from spd_dist.errors import DataError
+from spd_dist.errors import ConfigError, DataError
 from spd_dist.models.policy import Policy, load_policy
 from spd_dist.runtime.answers import answers_path, part_path, parts, read_answers
 from spd_dist.stages.evaluate import evaluate_arm
@@ -180,6 +180,9 @@ def test_a_file_holds_one_line_an_example_in_the_order_of_the_test_set(expected)
 def test_an_empty_test_set_and_answers_to_other_examples_are_refused(tmp_path, model):
     policy, test_set = set_up(model)
     world = world_of_this_process()
+    layerwise = dataclasses.replace(CONFIG, placement="layerwise")
+    with pytest.raises(ConfigError, match=r"evaluate.placement=layerwise needs .*, or evaluate.placement=auto"):
+        evaluate_arm(policy, test_set, layerwise, arm="base", folder=tmp_path / "layerwise", world=world)
     with pytest.raises(DataError, match="arithmetic: the test set is empty"):
         evaluate_arm(policy, TestSet(TASK, [], []), CONFIG, arm="base", folder=tmp_path, world=world)
     evaluate_arm(policy, test_set, CONFIG, arm="base", folder=tmp_path, world=world)

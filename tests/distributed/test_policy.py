@@ -9,13 +9,13 @@ from peft import LoraConfig, get_peft_model
 from ranks import run_on_ranks
 from tiny import save_tiny_model, tiny_model
 
-from spd_dist.config import Distributed, Evaluate, Model
+from spd_dist.config import Config, Distributed, Evaluate, Model
 from spd_dist.distributed.collectives import any_rank, gather_objects
 from spd_dist.distributed.world import join_world
 from spd_dist.distributed.zero import full_replica, gathered, is_sharded, weights_fingerprint
 from spd_dist.errors import DataError
 from spd_dist.models.decoding import decode
-from spd_dist.models.engines.placement import placed, will_be_whole
+from spd_dist.models.engines.placement import load_to_answer, placed, will_be_whole
 from spd_dist.models.policy import Policy, load_adapted, load_policy, load_replica
 from spd_dist.models.rows import Decoded, Request
 from spd_dist.models.sampling import Sampling
@@ -107,6 +107,12 @@ def check_adapter_beside_shards(folder: Path, adapter: Path) -> None:
     wanted = dataclasses.replace(decoding, batch_size=1 << 40)
     assert not will_be_whole(Model(name=str(folder)), shards, wanted, world, 40)
     assert will_be_whole(Model(name=str(folder)), Distributed(zero_stage=0), wanted, world, 40)
+    for placement, is_whole in (("auto", True), ("layerwise", False)):
+        evaluate = Evaluate(max_new_tokens=4, batch_size=2, placement=placement)
+        config = Config(model=Model(name=str(folder)), distributed=shards, evaluate=evaluate)
+        loaded = load_to_answer(config, world, adapter=adapter, longest=36)
+        assert is_sharded(loaded.model) != is_whole
+        torch.testing.assert_close(loaded.model(TOKENS).logits, merged.model(TOKENS).logits)
     with pytest.raises(DataError, match=r"holds no adapter_config.json; run the finetune stage again"):
         load_adapted(Model(name=str(folder)), shards, world, adapter=folder)
 

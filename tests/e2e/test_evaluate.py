@@ -87,9 +87,8 @@ def test_a_run_judges_the_programs_that_its_arms_write(model, rows, tmp_path):
 
 
 def words_for(model: Path, rows: Path, out: Path) -> list[str]:
-    tasks = f"mbpp={rows},arithmetic"
     limits = ["data.num_test=8", "evaluate.max_new_tokens=60", "evaluate.allow_code_execution=true"]
-    return [str(model), "--tasks", tasks, "--out", str(out), *limits]
+    return [str(model), "--out", str(out), "--tasks", f"mbpp={rows}", "arithmetic", *limits]
 
 
 @pytest.mark.usefixtures("needs_sandbox")
@@ -113,11 +112,15 @@ def test_a_model_alone_is_evaluated_on_several_tasks_whatever_the_ranks_and_kill
 
 @pytest.mark.usefixtures("needs_sandbox")
 def test_an_adapter_makes_another_model(model, rows, adapter, tmp_path):
-    words = [*words_for(model, rows, tmp_path / "out"), "--adapter", str(adapter), "data.num_test=3"]
-    launch(2, words, tmp_path / "log", launcher=LAUNCHER)
-    summary = read_json(tmp_path / "out" / "summary.json")
-    assert summary["adapter"] == str(adapter)
-    assert summary["tasks"]["mbpp"]["num_correct"] == 0
+    found = {}
+    for placement in ("auto", "layerwise"):
+        words = [*words_for(model, rows, tmp_path / placement), "--adapter", str(adapter), "data.num_test=3"]
+        words += [f"evaluate.placement={placement}"]
+        launch(2, words, tmp_path / "log", launcher=LAUNCHER)
+        found[placement] = read_json(tmp_path / placement / "summary.json")
+    assert found["auto"] == found["layerwise"]
+    assert found["auto"]["adapter"] == str(adapter)
+    assert found["auto"]["tasks"]["mbpp"]["num_correct"] == 0
 
 
 @pytest.mark.parametrize(
@@ -126,6 +129,9 @@ def test_an_adapter_makes_another_model(model, rows, adapter, tmp_path):
         (["--tasks", "arithmetic,mbpp"], "evaluate.allow_code_execution: false, but mbpp is scored by running"),
         (["--tasks", "arithmetic,mbpp,"], "evaluate.allow_code_execution: false"),
         (["--tasks", "arithmetic,arithmetic"], "--tasks: 'arithmetic,arithmetic' names no task, or one twice"),
+        (["--tasks", "data.num_test=3"], "--tasks: '' names no task"),
+        (["--tasks", "arithmetic", "data.num_tests=3"], "data.num_tests: unknown key (value 3)"),
+        (["--tasks", "arithmetic", "data.yaml=rows.jsonl"], "data.yaml"),
         (["--tasks", "arithmetik"], "data.task: 'arithmetik' is not a task; the nearest is arithmetic"),
         (["--tasks", "arithmetic", "--adapter", "nowhere"], "--adapter: nowhere holds no adapter_config.json"),
         (["--tasks", "arithmetic", "--lm-eval"], "--lm-eval: the package lm_eval is not installed; pip install"),
@@ -153,15 +159,17 @@ def cross_check(environment: dict[str, str], words: list[str]) -> subprocess.Com
     return subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
 
 
-def test_the_harness_is_given_the_same_model_and_tasks(harness):
-    words = ["--tasks", "gsm8k,math", "--adapter", "some/adapter", "data.num_test=5", "model.dtype=float32"]
+@pytest.mark.parametrize("tasks", [["gsm8k", "math"], ["gsm8k,math"]])
+def test_the_harness_is_given_the_same_model_and_tasks(harness, tasks):
+    words = ["--adapter", "some/adapter", "--tasks", *tasks, "data.num_test=5", "model.dtype=float32"]
+    words += ["data.system=Be brief."]
     outcome = cross_check(harness, words)
     given = json.loads(outcome.stdout)
     named = dict(zip(given[:-2:2], given[1:-2:2], strict=True))
     assert named == {
         "--model": "hf", "--model_args": "pretrained=some/model,dtype=float32,peft=some/adapter",
         "--tasks": "gsm8k,hendrycks_math", "--batch_size": "32", "--output_path": "out/lm_eval", "--seed": "42",
-        "--limit": "5",
+        "--limit": "5", "--gen_kwargs": "max_gen_toks=256", "--system_instruction": "Be brief.",
     }  # fmt: skip
     assert given[-2:] == ["--log_samples", "--apply_chat_template"]
 
@@ -170,6 +178,14 @@ def test_the_harness_is_given_the_same_model_and_tasks(harness):
     ("environment", "words", "message"),
     [
         ({}, ["--tasks", "gsm8k,svamp"], "--lm-eval: the harness has no task that is our svamp"),
+        ({}, ["--tasks", "gsm8k", "trivia.yaml"], "--lm-eval: the harness has no task that is our trivia.yaml"),
+        (
+            {},
+            ["--tasks", "gsm8k=rows.jsonl"],
+            "--lm-eval: gsm8k=rows.jsonl: the harness reads its own rows; write gsm8k",
+        ),
+        ({}, ["--tasks", "gsm8k", "data.test=rows.jsonl"], "--lm-eval: data.test: 'rows.jsonl' does not reach the"),
+        ({}, ["--tasks", "gsm8k", "data.template_options={enable_thinking: false}"], "data.template_options: {'enable"),
         ({}, ["--tasks", "mbpp"], "--lm-eval: the harness would run the programs of mbpp outside of a sandbox"),
         ({"WORLD_SIZE": "2"}, ["--tasks", "gsm8k"], "--lm-eval: it takes one process; start this file by python"),
     ],

@@ -38,6 +38,14 @@ def test_tasks_of_an_array_share_one_corpus_and_a_stop_loses_nothing(words, tmp_
     assert corpora(shared) == whole
     assert (shared / "generate" / "manifest.json").exists()
 
+    refused = tmp_path / "refused"
+    again = [*words, f"run_dir={refused}"]
+    output = launch(2, [*again, "generate.max_length_rate=0.1"], tmp_path / "log-refused", code=3)
+    assert "above generate.max_length_rate=0.1; look at them with launchers/corpus.py" in output
+    output = launch(2, [*again, "generate.max_length_rate=1"], tmp_path / "log-raised")
+    assert "24 of 24 completions were made before" in output
+    assert corpora(refused) == whole
+
     stopped = tmp_path / "stopped"
     settings = [*words, f"run_dir={stopped}", "generate.batch_size=1"]
     run = Launch(2, settings, tmp_path / "log-stopped")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -123,13 +124,20 @@ def test_stages_run_as_separate_jobs_on_different_numbers_of_ranks(words, undist
     launch(1, [*arguments, "--until", "project"], log)
     assert not (run / "generate").exists()
     launch(3, [*arguments, "--from", "generate", "--until", "generate"], log)
+    corpus = run / "generate/completions/completions.jsonl"  # a task of an overlapping array adds its part, too late
+    shutil.copy(corpus, corpus.with_name("task-00003-of-00004.part-00000-of-00001.jsonl"))
     launch(2, [*arguments, "--from", "finetune", "--until", "finetune", "metrics.wandb=offline"], log)
     check_lineage(run)
+    assert read_json(run / "finetune" / "summary.json")["num_sequences"] == 10
     launch(2, [*arguments, "--from", "evaluate"], log)
     expected = results(undisturbed)
     assert {name: value for name, value in results(run).items() if name != "report"} == {
         name: value for name, value in expected.items() if name != "report"
     }
+    (run / "generate" / "summary.json").write_text("{}")
+    output = launch(2, arguments, tmp_path / "again")
+    assert " generate: done again, since its output summary.json was changed" in output
+    assert " finetune: complete, skipped" in output  # it learns from the corpus, not from times and counts beside it
 
 
 def check_lineage(run: Path) -> None:

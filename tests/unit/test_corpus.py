@@ -59,6 +59,15 @@ def test_a_corpus_is_found_in_a_run_an_arm_or_a_file(tmp_path):
     assert load_corpus(tmp_path / "arms" / "psr") == RIGHT
 
 
+def test_no_completion_is_counted_twice(tmp_path):
+    folder = tmp_path / "generate" / "completions"
+    write(folder / "task-00000-of-00002.part-00000-of-00001.jsonl", LEFT[:2])
+    write(folder / "task-00001-of-00002.part-00000-of-00001.jsonl", LEFT[1:])
+    assert load_corpus(tmp_path) == LEFT
+    write(folder / "completions.jsonl", LEFT[::-1])  # killed before the parts were removed
+    assert load_corpus(tmp_path) == LEFT[::-1]
+
+
 def test_what_cannot_be_compared_is_named(tmp_path):
     with pytest.raises(DataError, match="holds no completions; give a run folder"):
         load_corpus(tmp_path / "nowhere")

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,11 @@ from spd_dist.config import Generate
 from spd_dist.distributed.zero import weights_fingerprint
 from spd_dist.errors import ConfigError, DataError
 from spd_dist.models.policy import Policy
-from spd_dist.runtime.completions import read_completions
+from spd_dist.runtime.artifacts import read_json
+from spd_dist.runtime.completions import CORPUS, part_name, read_completions
+from spd_dist.runtime.lock import alone_in
+from spd_dist.runtime.manifests import MANIFEST, why_not_complete
+from spd_dist.runtime.run_folder import RunFolder
 from spd_dist.runtime.seeding import row_seed
 from spd_dist.stages.generate import generate
 from spd_dist.stages.generate.merge import Attempt, check_leakage
@@ -50,7 +55,7 @@ def run(policy: Policy, folder: Path, config: Generate = CONFIG, **changes: obje
 def test_a_corpus_holds_every_prompt_and_sample_in_order(policy, expected, tmp_path):
     summary = run(policy, tmp_path)
     assert merged(tmp_path, summary) == expected
-    completions = read_completions(tmp_path / "completions")
+    completions = read_completions(tmp_path / CORPUS)
     keys = [(one.id, one.sample) for one in completions]
     assert keys == [(prompt.id, sample) for prompt in prompts() for sample in range(CONFIG.num_samples)]
     for one in completions:
@@ -86,12 +91,53 @@ def test_a_run_that_fails_goes_on_where_it_was(policy, expected, tmp_path):
     assert 0 < summary["num_new_tokens"] < summary["num_tokens"]
 
 
-def test_a_complete_corpus_is_checked_again_without_decoding(policy, expected, tmp_path):
+def test_a_complete_corpus_and_its_summary_stay_as_they_are(policy, expected, tmp_path):
+    first = run(policy, tmp_path)
+    files = [tmp_path / CORPUS, tmp_path / "summary.json"]
+    before = [(file.stat().st_ino, file.stat().st_mtime_ns) for file in files]
+    assert run(policy, tmp_path) == first
+    assert [(file.stat().st_ino, file.stat().st_mtime_ns) for file in files] == before
+    assert merged(tmp_path, first) == expected
+
+
+def test_a_kill_between_corpus_and_summary_is_made_good(policy, expected, tmp_path):
     run(policy, tmp_path)
+    (tmp_path / "summary.json").unlink()
     summary = run(policy, tmp_path)
     assert merged(tmp_path, summary) == expected
-    assert summary["num_new_tokens"] == 0
+    assert (summary["num_new_tokens"], summary["num_completions"]) == (0, 18)
     assert summary["leakage"] < 1e-5
+
+
+class Overtaken:
+    """A progress that finds, once it has planned its work, that another job does all of it."""
+
+    def __init__(self, others: Callable[[], object]) -> None:
+        self.others = others
+
+    def begin(self, total: int, skipped: int) -> None:
+        """The work is planned."""
+        assert total > skipped
+        self.others()
+
+    def advance(self, units: int = 1, tokens: int = 0) -> None:
+        """One more is written."""
+        pytest.fail("decoded what is there")
+
+
+def test_a_late_task_adds_nothing_to_a_corpus_that_others_finished(policy, expected, tmp_path):
+    found = []
+    late = Overtaken(lambda: found.append(run(policy, tmp_path)))
+    summary = run(policy, tmp_path, dataclasses.replace(CONFIG, num_tasks=4, task_index=3), progress=late)
+    assert [summary] == found
+    assert merged(tmp_path, summary) == expected
+
+
+def test_a_corpus_that_lacks_lines_is_not_made_up_for_by_parts(policy, expected, tmp_path):
+    run(policy, tmp_path)
+    (tmp_path / CORPUS).write_bytes(b"".join(expected.splitlines(keepends=True)[:-1]))
+    with pytest.raises(DataError, match=r"completions.jsonl lacks 1 of 18 completions; delete .*lines0 and start"):
+        run(policy, tmp_path)
 
 
 SLOW = dataclasses.replace(CONFIG, batch_size=2, max_new_tokens=16)
@@ -134,6 +180,58 @@ def test_the_last_task_of_an_array_merges(policy, expected, tmp_path):
     assert merged(tmp_path, summary) == expected
 
 
+INPUTS = {"settings": "s", "train": "t"}
+
+
+def one_task(model: Path, run_dir: Path, index: int) -> None:
+    """As a run does it: start, generate, finish; and tell which manifest it found or wrote."""
+    torch.set_num_threads(1)
+    folder = RunFolder(run_dir, {"seed": 1}, ALONE)
+    place = folder.start("generate", INPUTS)
+    (run_dir / f"started-{index}").touch()
+    while not (run_dir / "go").exists():
+        time.sleep(0.01)
+    summary = run(policy_of(model), place, dataclasses.replace(CONFIG, num_tasks=2, task_index=index))
+    assert summary["is_complete"]
+    manifest = folder.finish("generate", INPUTS, [CORPUS, "summary.json"], seconds=float(index))
+    (run_dir / f"finished-{index}").write_text(json.dumps([summary, manifest]))
+
+
+def test_two_tasks_that_meet_at_the_merge_leave_one_corpus_and_one_manifest(model, expected, tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    place = tmp_path / "generate"
+    tasks = [context.Process(target=one_task, args=(model, tmp_path, index), daemon=True) for index in range(2)]
+    for task in tasks:
+        task.start()
+    while not all((tmp_path / f"started-{index}").exists() for index in range(2)):
+        assert all(task.is_alive() for task in tasks)
+        time.sleep(0.01)
+    with alone_in(place):  # neither merges before both have made their share
+        (tmp_path / "go").touch()
+        while num_lines(place) < 18:
+            assert all(task.is_alive() for task in tasks)
+            time.sleep(0.01)
+    finished = [tmp_path / f"finished-{index}" for index in range(2)]
+    while any(task.is_alive() for task in tasks):
+        was_finished = (place / MANIFEST).exists()
+        assert not was_finished or why_not_complete(place, INPUTS) is None
+    assert [task.exitcode for task in tasks] == [0, 0]
+    left = [read_json(place / "summary.json"), read_json(place / MANIFEST)]
+    assert [read_json(file) for file in finished] == [left, left]
+    assert merged(place, read_json(place / "summary.json")) == expected
+    assert set(read_json(place / MANIFEST)["outputs"]) == {CORPUS, "summary.json"}
+
+
+def test_overlapping_arrays_export_their_models_to_folders_of_their_own(policy, tmp_path):
+    fails = dataclasses.replace(CONFIG, engine="command", command="sh -c 'exit 9' {model} {prompts} {output}")
+    for num_tasks in (1, 2):
+        with pytest.raises(DataError, match="ended with exit code 9"):
+            run(policy, tmp_path, dataclasses.replace(fails, num_tasks=num_tasks))
+    names = sorted(folder.name for folder in tmp_path.glob("engine-*"))
+    assert names == ["engine-00000-of-00001", "engine-00000-of-00002"]
+
+
 def test_a_task_beyond_the_array_is_refused(policy, tmp_path):
     with pytest.raises(
         ConfigError, match=r"generate.task_index: 3 is not valid; it must be below generate.num_tasks=3"
@@ -168,9 +266,28 @@ def test_a_corpus_beyond_the_thresholds_fails_loudly(policy, tmp_path):
         run(policy, tmp_path / "empty", config)
     policy.eos_token_ids, before = (2,), policy.eos_token_ids
     config = dataclasses.replace(CONFIG, temperature=0.0, max_new_tokens=60, max_repetition_rate=0.0)
-    with pytest.raises(DataError, match=r"the repetition rate of the completions is .* launchers/corpus.py"):
+    with pytest.raises(
+        DataError, match=r"the repetition rate of the completions is .* launchers/corpus.py; then raise that limit"
+    ):
         run(policy, tmp_path / "circles", config)
     policy.eos_token_ids = before
+    config = dataclasses.replace(CONFIG, max_new_tokens=1, max_empty_rate=1.0, max_length_rate=0.5)
+    with pytest.raises(DataError, match=r"the length rate .* in another one$") as caught:
+        run(policy, tmp_path / "cut", config)
+    assert "change generate.max_new_tokens in another one" in str(caught.value)
+
+
+def test_a_limit_is_raised_without_generating_again(policy, tmp_path, caplog):
+    config = dataclasses.replace(CONFIG, max_new_tokens=1, max_empty_rate=1.0, max_length_rate=0.1)
+    with pytest.raises(DataError, match=r"above generate.max_length_rate=0.1"):
+        run(policy, tmp_path, config)
+    part = tmp_path / "completions" / part_name(0, 1)
+    lines = sorted(part.read_bytes().splitlines())
+    summary = run(policy, tmp_path, dataclasses.replace(config, max_length_rate=1.0))
+    assert sorted(merged(tmp_path, summary).splitlines()) == lines
+    assert (summary["num_new_tokens"], summary["num_tokens"]) == (0, 18)
+    assert summary["length_rate"] > 0.5
+    assert "% of the completions were cut at generate.max_new_tokens=1: a student learns" in caplog.text
 
 
 def test_missing_completions_are_counted(policy, tmp_path, monkeypatch):

@@ -165,7 +165,9 @@ def test_unfinished_work_is_kept_for_the_same_inputs_and_removed_for_others(tmp_
     assert part.read_text() == "a\n"
     folder.start("generate", {"config": "c2"})
     assert not part.exists()
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.yaml", "environment.json", "generate"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        ".generate.lock", "config.yaml", "environment.json", "generate",
+    ]  # fmt: skip
 
 
 def test_damaged_work_is_never_resumed_from(tmp_path):
@@ -182,6 +184,42 @@ def test_work_that_another_task_finished_meanwhile_is_kept(tmp_path):
     folder.start("generate", inputs)  # another task of the array looked before the manifest was there
     assert (folder.folder("generate") / "completions" / "a.jsonl").exists()
     assert folder.is_complete("generate", inputs)
+
+
+def test_the_task_that_finishes_second_changes_nothing(tmp_path):
+    first, second = opened(tmp_path), opened(tmp_path)
+    second.start("generate", {"config": "c1", "project": "p1"})
+    inputs = finished(first)
+    before = first.manifest("generate")
+    assert second.finish("generate", inputs, ["summary.json"], seconds=9.0) == before
+    assert first.manifest("generate") == before
+    assert not (tmp_path / "generate" / "started.json").exists()
+
+
+def test_the_interpreter_of_vllm_may_change_and_the_engine_may_not(tmp_path):
+    opened(tmp_path, generate__vllm_python="/a/python")
+    opened(tmp_path, generate__vllm_python="/b/python")
+    opened(tmp_path, generate__vllm_python="/b/python", generate__engine="vllm")
+    with pytest.raises(ConfigError, match=r"another config \(generate.engine: 'vllm' -> 'hf'\)"):
+        opened(tmp_path)
+    hashes = {
+        settings_hash(plain(**settings), "generate")
+        for settings in (
+            {"generate__vllm_python": "/a/python"},
+            {"generate__vllm_python": "/b/python"},
+            {"generate__engine": "vllm", "generate__vllm_python": "/b/python"},
+        )
+    }
+    assert len(hashes) == 1
+    assert hashes.isdisjoint({settings_hash(plain(), "generate")})
+    assert settings_hash(plain(generate__engine="hf", generate__vllm_python="/a/python"), "generate") == settings_hash(
+        plain(), "generate"
+    )
+
+
+def test_the_limits_of_a_corpus_may_change(tmp_path):
+    opened(tmp_path)
+    opened(tmp_path, generate__max_empty_rate=0.6, generate__max_repetition_rate=0.7, generate__max_length_rate=0.8)
 
 
 def test_a_stage_is_not_finished_without_its_outputs(tmp_path):
@@ -201,3 +239,15 @@ def test_the_output_hash_follows_the_bytes_and_not_the_time(tmp_path):
     (third.start("generate", {}) / "summary.json").write_text("{ }")
     third.finish("generate", {}, ["summary.json"], seconds=1.0)
     assert first.output_hash("generate") != third.output_hash("generate")
+
+
+def test_the_hash_of_some_outputs_sees_no_other(tmp_path):
+    first, second = opened(tmp_path / "a"), opened(tmp_path / "b")
+    inputs = finished(first)
+    (second.start("generate", inputs) / "completions").mkdir()
+    (second.folder("generate") / "completions" / "a.jsonl").write_text("a\n")
+    (second.folder("generate") / "summary.json").write_text('{"seconds": 2}')
+    second.finish("generate", inputs, ["completions", "summary.json"], seconds=1.0)
+    assert first.output_hash("generate") != second.output_hash("generate")
+    corpus = "completions/a.jsonl"
+    assert first.output_hash("generate", corpus) == second.output_hash("generate", corpus)

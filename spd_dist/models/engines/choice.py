@@ -8,9 +8,9 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
-from spd_dist.config import Generate
+from spd_dist.config import Generate, engine_of
 from spd_dist.distributed.collectives import together
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError
@@ -26,7 +26,12 @@ from spd_dist.models.projection import projected
 from spd_dist.models.save import save_model, stored_parameters, whole_tensors
 from spd_dist.types import Projection
 
-EngineName = Literal["hf", "hf_cb", "vllm", "command"]
+REASONS = {
+    "vllm": "generate.vllm_python is set",
+    "command": "generate.command is set",
+    "hf": "neither generate.vllm_python nor generate.command is set, and samples depend on no batch",
+}
+"""Why `auto` takes an engine; never hf_cb, since its samples depend on what they are batched with."""
 log = logging.getLogger(__name__)
 
 
@@ -42,7 +47,7 @@ class Engine(Protocol):
 class Choice(NamedTuple):
     """An engine and why it was taken."""
 
-    name: EngineName
+    name: str
     reason: str
 
 
@@ -56,17 +61,9 @@ class Opened(NamedTuple):
 
 
 def choose_engine(config: Generate) -> Choice:
-    """`auto` takes the program that the config names, else our own loop.
-
-    `hf_cb` is never taken by itself: its samples depend on what they are batched with.
-    """
-    if config.engine != "auto":
-        return Choice(config.engine, "generate.engine asks for it")
-    if config.vllm_python is not None:
-        return Choice("vllm", "generate.vllm_python is set")
-    if config.command is not None:
-        return Choice("command", "generate.command is set")
-    return Choice("hf", "neither generate.vllm_python nor generate.command is set, and samples depend on no batch")
+    """The engine that the config asks for, or that `auto` takes."""
+    name = engine_of(config.engine, config.vllm_python, config.command)
+    return Choice(name, REASONS[name] if config.engine == "auto" else "generate.engine asks for it")
 
 
 @contextmanager
@@ -101,7 +98,7 @@ def open_engine(
     if world.is_main:
         log.info("generate: engine %s, since %s", name, reason)
     config = dataclasses.replace(config, engine=name)
-    placement = choose_placement(policy, config, world, longest)
+    placement = choose_placement(policy, config, world, longest, section="generate")
     if name == "hf_cb" and placement == "layerwise":
         raise ConfigError("generate.engine=hf_cb needs whole weights on each rank; set generate.placement=replica")
     probes = list({request.id: dataclasses.replace(request, sample=-1) for request in work}.values())[:NUM_PROBES]

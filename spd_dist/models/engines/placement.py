@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
 
-from spd_dist.config import Distributed, Generate, Model
+from spd_dist.config import Config, Distributed, Generate, Model
 from spd_dist.distributed.collectives import all_ranks, together
 from spd_dist.distributed.lockstep import LockStep
 from spd_dist.distributed.memory import free_bytes
@@ -19,15 +20,17 @@ from spd_dist.distributed.zero import full_replica
 from spd_dist.errors import ConfigError
 from spd_dist.models.meta import meta_model
 from spd_dist.models.outline import decode_bytes, outline_of
-from spd_dist.models.policy import Policy, load_settings, resolve_dtype
+from spd_dist.models.policy import Policy, load_adapted, load_replica, load_settings, resolve_dtype
 
 HEADROOM = 0.85
 Placement = Literal["replica", "layerwise"]
 log = logging.getLogger(__name__)
 
 
-def choose_placement(policy: Policy, config: Generate, world: World, max_length: int) -> Placement:
+def choose_placement(policy: Policy, config: Generate, world: World, max_length: int, *, section: str) -> Placement:
     """`replica` if whole weights and the cache fit on every rank (8 to 10 times faster), else `layerwise`.
+
+    `section` is the config's that the settings are from, for messages.
 
     Raises:
         ConfigError: `layerwise` is asked for and the policy is not sharded.
@@ -35,7 +38,8 @@ def choose_placement(policy: Policy, config: Generate, world: World, max_length:
     if policy.engine is None:
         if config.placement == "layerwise":
             raise ConfigError(
-                "generate.placement=layerwise needs a sharded policy; set distributed.zero_stage=3, or auto"
+                f"{section}.placement=layerwise needs a sharded policy; set distributed.zero_stage=3, or "
+                f"{section}.placement=auto"
             )
         return "replica"
     if config.placement != "auto":
@@ -43,7 +47,7 @@ def choose_placement(policy: Policy, config: Generate, world: World, max_length:
     needed, free = needed_bytes(policy, config, max_length), free_bytes(world)
     fits = all_ranks(needed <= HEADROOM * free)
     placement: Placement = "replica" if fits else "layerwise"
-    log.info("generate: placement %s, %.2f GiB needed, %.2f GiB free", placement, needed / 2**30, free / 2**30)
+    log.info("%s: placement %s, %.2f GiB needed, %.2f GiB free", section, placement, needed / 2**30, free / 2**30)
     return placement
 
 
@@ -54,6 +58,20 @@ def will_be_whole(model: Model, distributed: Distributed, config: Generate, worl
     with together("reading the model's configuration"):
         skeleton = meta_model(load_settings(model), resolve_dtype(model.dtype, world.device))
     return all_ranks(_needed_bytes(skeleton, config, max_length) <= HEADROOM * free_bytes(world))
+
+
+def load_to_answer(config: Config, world: World, *, adapter: Path, longest: int) -> Policy:
+    """The model with a LoRA adapter, to evaluate on prompts of up to `longest` tokens. A collective.
+
+    Merged and whole on every rank if that fits, else the adapter beside the shards.
+
+    Raises:
+        DataError: no such model or adapter.
+    """
+    decoding = config.evaluate.decoding()
+    is_whole = will_be_whole(config.model, config.distributed, decoding, world, longest + decoding.max_new_tokens)
+    load = load_replica if is_whole else load_adapted
+    return load(config.model, config.distributed, world, adapter=adapter)
 
 
 def needed_bytes(policy: Policy, config: Generate, max_length: int) -> int:

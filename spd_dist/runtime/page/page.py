@@ -9,7 +9,7 @@ from typing import Any
 
 from spd_dist.runtime.answers import answers_path, read_answers
 from spd_dist.runtime.artifacts import write_text
-from spd_dist.runtime.completions import read_completions
+from spd_dist.runtime.completions import CORPUS, read_completions
 from spd_dist.runtime.page import figures
 from spd_dist.runtime.page.render import drawn, render
 from spd_dist.runtime.subspace_file import load_subspace
@@ -101,9 +101,9 @@ def drawn_comparisons(
 def _drawn_training(run_folder: Path, report: Mapping[str, Any]) -> list[dict[str, Any]]:
     corpora = {}
     for arm in report["arms"]:
-        folder = run_folder / ("generate" if arm == "spd" else f"arms/{arm}/generate") / "completions"
-        if folder.exists():
-            corpora[arm] = [(len(one.tokens), one.finish_reason == "stop") for one in read_completions(folder)]
+        file = run_folder / ("generate" if arm == "spd" else f"arms/{arm}/generate") / CORPUS
+        if file.exists():
+            corpora[arm] = [(len(one.tokens), one.finish_reason == "stop") for one in read_completions(file)]
     found = []
     if corpora:
         sentence = "What each student learned from: a student ends as often as its corpus does."

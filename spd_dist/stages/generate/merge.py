@@ -14,8 +14,9 @@ from spd_dist.config import Generate
 from spd_dist.errors import DataError
 from spd_dist.models.decoding import Request
 from spd_dist.models.engines.choice import Opened
-from spd_dist.runtime.artifacts import write_json
-from spd_dist.runtime.completions import gather_parts, without_repeats, write_merged
+from spd_dist.runtime.artifacts import read_json, write_json
+from spd_dist.runtime.completions import MERGED, gathered, write_merged
+from spd_dist.runtime.lock import alone_in
 from spd_dist.stages.generate.checks import canonical, check_rates, corpus_summary
 
 LARGEST_LEAKAGE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -59,20 +60,26 @@ def check_leakage(attempt: Attempt, dtype: torch.dtype) -> None:
 def merge(requests: Sequence[Request], config: Generate, folder: Path, attempts: Sequence[Attempt]) -> dict[str, Any]:
     """Write the corpus and its summary, if it is complete; only an array's task may find that it is not.
 
+    What another task has merged stays as it is, and so does its summary.
+
     Raises:
         DataError: completions are missing, differ, or fail a check.
     """
-    by_key = without_repeats(gather_parts(folder / "completions"))
-    described = _described(attempts)
-    if config.num_tasks > 1 and len(by_key) < len(requests):
-        log.info("generate: %d of %d completions are there; other tasks make the rest", len(by_key), len(requests))
-        return {"is_complete": False, "num_completions": len(by_key), **described}
-    completions = canonical(requests, by_key)
-    summary = {"is_complete": True, **corpus_summary(completions), **described}
-    check_rates(summary, config)
-    write_merged(folder / "completions", completions)
-    write_json(folder / "summary.json", summary)
-    return summary
+    with alone_in(folder):
+        by_key = gathered(folder / "completions")
+        described = _described(attempts)
+        if config.num_tasks > 1 and len(by_key) < len(requests):
+            log.info("generate: %d of %d completions are there; other tasks make the rest", len(by_key), len(requests))
+            return {"is_complete": False, "num_completions": len(by_key), **described}
+        completions = canonical(requests, by_key)
+        summary = {"is_complete": True, **corpus_summary(completions), **described}
+        check_rates(summary, config)
+        is_merged = (folder / "completions" / MERGED).exists() and (folder / "summary.json").exists()
+        write_merged(folder / "completions", completions)
+        if is_merged:
+            return read_json(folder / "summary.json")
+        write_json(folder / "summary.json", summary)
+        return summary
 
 
 def _described(attempts: Sequence[Attempt]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from spd_dist.models.decoding import Decoded, Request
 from spd_dist.models.engines import open_engine
 from spd_dist.models.operators import projection_hash
 from spd_dist.models.policy import Policy
-from spd_dist.runtime.completions import as_row, gather_parts, part_name, without_repeats
+from spd_dist.runtime.completions import MERGED, as_row, gathered, part_name
 from spd_dist.runtime.jsonl import JsonlWriter
 from spd_dist.runtime.progress import Progress
 from spd_dist.stages.generate.merge import Attempt, check_leakage, merge
@@ -72,7 +72,7 @@ def generate(
         world,
         work=own or (requests[:1] if world.is_main else []),
         longest=max(len(request.tokens) for request in requests) + config.max_new_tokens,
-        scratch=folder / f"engine-{config.task_index:05d}",
+        scratch=folder / f"engine-{config.task_index:05d}-of-{config.num_tasks:05d}",
     )
     with engine_of as opened:
         started = time.monotonic()
@@ -105,8 +105,13 @@ def _own_work(
 
     def open_keys() -> set[tuple[str, int]]:
         completions.mkdir(parents=True, exist_ok=True)
-        done = without_repeats(gather_parts(completions))
-        return {(request.id, request.sample) for request in remaining(requests, done)}
+        todo = {(request.id, request.sample) for request in remaining(requests, gathered(completions))}
+        if todo and (completions / MERGED).exists():
+            raise DataError(
+                f"{completions / MERGED} lacks {len(todo)} of {len(requests)} completions; delete {completions.parent} "
+                "and start the same command again"
+            )
+        return todo
 
     todo = on_main("reading what was generated before", open_keys)
     share = share_of(requests, config.task_index, config.num_tasks)
@@ -130,7 +135,13 @@ class Part:
     world: World
 
     def write(self, decoded: Iterable[Decoded], policy: Policy, progress: Progress | None) -> int:
-        """Append each completion as it finishes; give the number of their tokens."""
+        """Append each completion as it finishes; give the number of their tokens.
+
+        Nothing, if other tasks have finished the corpus while this one loaded its model: two arrays may overlap.
+        """
+        if (self.completions / MERGED).exists():
+            log.info("generate: other tasks have made the rest meanwhile")
+            return 0
         task = {"task": self.config.task_index, "num_tasks": self.config.num_tasks}
         num_tokens = 0
         with JsonlWriter(self.completions / part_name(self.world.rank, self.world.size, **task)) as lines:
