@@ -15,8 +15,18 @@ from rich.table import Table
 from spd_dist.errors import DataError
 from spd_dist.runtime.answers import answers_path, read_answers, values_by_id
 from spd_dist.runtime.artifacts import read_json
-from spd_dist.runtime.comparison import SIGNIFICANCE, amount, arm_pairs, notes, wanted_of
-from spd_dist.runtime.statistics import Crossed, between_seeds, crossed, crossed_share, holm
+from spd_dist.runtime.comparison import (
+    SIGNIFICANCE,
+    amount,
+    arm_pairs,
+    blind_notes,
+    corrected,
+    diagnostics,
+    notes,
+    overlap_notes,
+    wanted_of,
+)
+from spd_dist.runtime.statistics import Crossed, between_seeds, crossed, crossed_share
 from spd_dist.types import Answer
 
 DIAGNOSTICS = (
@@ -51,7 +61,8 @@ def over_seeds(run_folders: Sequence[Path]) -> dict[str, Any]:
         "num_examples": next(iter(first["arms"].values()))["num_examples"],
         "seeds": [report["seed"] for report in reports],
         "verdict": seeds_verdict(found, first["metric"], len(reports), len(by_seed[0][next(iter(arms))])),
-        "notes": notes(arms),
+        "notes": notes(arms) + blind_notes(found) + overlap_notes(first["overlaps"]),
+        "overlaps": first["overlaps"],
         "arms": arms,
         "comparisons": found,
     }
@@ -78,14 +89,16 @@ def _arm(arm: str, by_seed: Sequence[Answers], reports: Sequence[Mapping[str, An
 
 
 def _comparisons(by_seed: Sequence[Answers], metric: str) -> list[dict[str, Any]]:
+    """Paired differences, and the means of their diagnostics."""
     found = []
     for before, after in arm_pairs(list(by_seed[0])):
         pairs = [(values_by_id(each[before], metric), values_by_id(each[after], metric)) for each in by_seed]
         differences = [{key: b[key] - a[key] for key in a} for a, b in pairs]
         spread = _spread(differences, crossed(differences))
-        found.append({"before": before, "after": after, "difference": spread["mean"], **spread})
-    adjusted = holm({f"{one['before']} {one['after']}": one["p_value"] for one in found})
-    return [{**one, "p_holm": adjusted[f"{one['before']} {one['after']}"]} for one in found]
+        each_seed = [diagnostics(each[before], each[after], metric) for each in by_seed]
+        means = {name: statistics.fmean(one[name] for one in each_seed) for name in each_seed[0]}
+        found.append({"before": before, "after": after, "difference": spread["mean"], **spread, **means})
+    return corrected(found)
 
 
 def _spread(by_seed: Sequence[Mapping[str, float]], both: Crossed) -> dict[str, Any]:
@@ -104,12 +117,15 @@ def _spread(by_seed: Sequence[Mapping[str, float]], both: Crossed) -> dict[str, 
 
 
 def seeds_verdict(found: Sequence[Mapping[str, Any]], metric: str, num_seeds: int, num_examples: int) -> str:
-    """One sentence on the method against the untouched model and plain self-retraining: no more than is shown."""
+    """A sentence on each arm of the method against the first and plain self-retraining: no more than is shown."""
     if not found:
         return "One arm alone: there is nothing to compare."
-    last, wanted = wanted_of(found)
-    clauses = [_clause(one, metric, len(found)) for one in wanted]
-    return f"{last.upper()}, over {num_seeds} seeds and {num_examples} examples, {'; '.join(clauses)}."
+    spoken = [
+        f"{arm.upper()}, over {num_seeds} seeds and {num_examples} examples, "
+        f"{'; '.join(_clause(one, metric, len(found)) for one in wanted)}."
+        for arm, wanted in wanted_of(found).items()
+    ]
+    return " ".join(spoken)
 
 
 def _clause(one: Mapping[str, Any], metric: str, num_comparisons: int) -> str:

@@ -8,12 +8,13 @@ Shapes: S seeds, N examples.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from scipy.optimize import brentq
-from scipy.stats import binomtest, norm, t
+from scipy.stats import binomtest, norm, t, ttest_rel
 
 from spd_dist.errors import DataError
 from spd_dist.runtime.seeding import generator
@@ -34,6 +35,14 @@ class PairedDifference(NamedTuple):
     difference: float
     interval: Interval
     num_examples: int
+
+
+class PairedT(NamedTuple):
+    """Student's test that the mean of `after - before` over the same examples is zero."""
+
+    p_value: float
+    detectable: float | None
+    """The smallest mean that such a test finds in four of five cases; None where nothing varies."""
 
 
 class McNemar(NamedTuple):
@@ -140,6 +149,21 @@ def paired_bootstrap(
     tail = (1 - confidence) / 2
     low, high = torch.cat(means).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return PairedDifference(difference_N.mean().item(), Interval(low, high), len(pairs))
+
+
+def paired_t(before: Mapping[str, float], after: Mapping[str, float]) -> PairedT:
+    """Student's paired test, two-sided; what it finds with power 0.8 is (t_0.975 + t_0.8) standard errors.
+
+    Raises:
+        DataError: the arms did not answer the same examples.
+    """
+    pairs = paired(before, after)
+    differences = [b - a for a, b in pairs]
+    if len(set(differences)) == 1:
+        return PairedT(1.0, None)  # a constant difference has no spread to be tested against
+    error, freedom = statistics.stdev(differences) / math.sqrt(len(pairs)), len(pairs) - 1
+    p_value = float(ttest_rel([b for _, b in pairs], [a for a, _ in pairs]).pvalue)
+    return PairedT(p_value, float(t.ppf(0.975, freedom) + t.ppf(0.8, freedom)) * error)
 
 
 def mcnemar(before: Mapping[str, float], after: Mapping[str, float]) -> McNemar:

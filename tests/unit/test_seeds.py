@@ -59,6 +59,30 @@ def test_what_differs_by_chance_does_not_survive_the_correction_of_a_large_famil
     assert seeds_verdict([], "accuracy", 3, 500) == "One arm alone: there is nothing to compare."
 
 
+def test_diagnostics_of_comparisons_are_averaged_over_the_seeds(tmp_path):
+    result = over_seeds([run(tmp_path / str(seed), seed, spd=spd) for seed, spd in ((1, 84), (2, 93))])
+    (one,) = [one for one in result["comparisons"] if (one["before"], one["after"]) == ("base", "spd")]
+    assert (one["num_gained"], one["num_lost"]) == (28.5, 0)
+    assert (one["num_gained_by_ending"], one["num_gained_by_form"]) == (0, 28.5)
+    assert one["identical_fraction"] == pytest.approx(1 - 28.5 / 150)
+
+
+def test_test_problems_in_the_training_rows_are_said_of_the_experiment_too(tmp_path):
+    overlap = {"split": "train", "other": "test", "num_rows": 96, "num_exact": 2, "num_near": 1}
+    folders = [run(tmp_path / str(seed), seed) for seed in (1, 2)]
+    for seed, folder in enumerate(folders, 1):
+        write_report(folder, ARMS, task="arithmetic", metric="accuracy", seed=seed, overlaps=[overlap])
+    text = seeds_text(over_seeds(folders), width=200)
+    assert "Note: 2 exact and 1 near copies of test problems are among the 96 train rows" in text
+
+
+def test_arms_that_never_differ_are_said_to_show_nothing(tmp_path):
+    result = over_seeds([run(tmp_path / str(seed), seed, spd=70) for seed in (1, 2)])
+    assert result["notes"] == [
+        "Too few examples on which arms differ for any difference to be found in 4 of 5: spd - psr."
+    ]
+
+
 def test_the_family_of_all_comparisons_is_corrected_by_holm(tmp_path):
     result = over_seeds([run(tmp_path / str(seed), seed, spd=spd) for seed, spd in ((1, 70), (2, 74), (3, 73))])
     p_values = [one["p_value"] for one in result["comparisons"]]

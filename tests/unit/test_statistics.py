@@ -24,6 +24,7 @@ from spd_dist.runtime.statistics import (
     mcnemar,
     mean_interval,
     paired_bootstrap,
+    paired_t,
     pass_at_k,
     wilson_interval,
 )
@@ -127,6 +128,18 @@ def test_the_detectable_difference_is_found_in_four_runs_of_five(num_examples, d
     gained_R, lost_R = (outcome_RN == 0).sum(1), (outcome_RN == 1).sum(1)
     z_R = (gained_R - lost_R) / (gained_R + lost_R).sqrt()
     assert (z_R.abs() > 1.96).double().mean() == pytest.approx(0.8, abs=0.04)
+
+
+def test_what_the_paired_t_test_can_detect_is_found_in_four_of_five():
+    draws, num_found, smallest = torch.Generator().manual_seed(3), 0, []
+    for _ in range(1000):
+        before_N, noise_N = (torch.randn(40, generator=draws, dtype=torch.float64) for _ in range(2))
+        test = paired_t(by_id(before_N.tolist()), by_id((before_N + noise_N + 0.455).tolist()))
+        num_found += test.p_value < 0.05
+        smallest.append(test.detectable)
+    assert sorted(smallest)[500] == pytest.approx(0.455, abs=0.01)
+    assert num_found / 1000 == pytest.approx(0.8, abs=0.04)
+    assert paired_t({"a": 1.0, "b": 2.0}, {"a": 1.5, "b": 2.5}) == (1.0, None)
 
 
 def test_more_examples_show_smaller_differences_and_too_few_show_none():
