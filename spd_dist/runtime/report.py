@@ -12,10 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from spd_dist.config import STAGES
+from spd_dist.runtime.angles import angles
 from spd_dist.runtime.answers import answers_path, answers_summary, read_answers
 from spd_dist.runtime.artifacts import content_hash, read_json, write_json
-from spd_dist.runtime.comparison import amount, comparisons, notes, overlap_notes, verdict
+from spd_dist.runtime.comparison import amount, blind_notes, comparisons, notes, overlap_notes, verdict
 from spd_dist.runtime.metrics import MetricLogger
+from spd_dist.runtime.training_log import training_losses
 
 NUM_SAMPLES = 32
 """Answers of each arm in the table that W&B shows."""
@@ -41,7 +43,7 @@ def write_report(
         overlaps: Pairs of splits, with the counts of problems that stand in both, word for word and nearly.
 
     Raises:
-        DataError: answers are missing, or arms answered different examples.
+        DataError: answers are missing, arms answered different examples, or a subspace is corrupt.
     """
     answers = {arm: read_answers(answers_path(run_folder / "evaluate", arm, task)) for arm in arms}
     summaries = {arm: answers_summary(answers[arm], metric) for arm in arms}
@@ -52,12 +54,14 @@ def write_report(
         "seed": seed,
         "examples": content_hash(sorted(answer.id for answer in next(iter(answers.values())))),
         "verdict": verdict(found, metric),
-        "notes": notes(summaries) + overlap_notes(overlaps),
+        "notes": notes(summaries) + blind_notes(found) + overlap_notes(overlaps),
         "overlaps": [dict(one) for one in overlaps],
         "arms": {arm: {"sentence": sentence, **summaries[arm]} for arm, sentence in arms.items()},
         "comparisons": found,
         "cost": cost(run_folder, _tokens(stages, summaries)),
         "stages": stages,
+        "losses": training_losses(run_folder),
+        "angles": angles(run_folder, arms),
         "artifacts": _artifacts(run_folder),
     }
     write_json(run_folder / "report.json", report)
@@ -126,10 +130,15 @@ def report_text(report: Mapping[str, Any], run_folder: str | Path, *, width: int
     console.print(report["verdict"])
     for note in report["notes"]:
         console.print(f"Note: {note}")
-    smallest = [one for one in report["comparisons"] if one.get("detectable_difference")]
+    smallest = {
+        f"{one['after']} - {one['before']}": amount(one["detectable_difference"], report["metric"], signed=False)
+        for one in report["comparisons"]
+        if one["detectable_difference"] is not None
+    }
     if smallest:
-        named = [f"{one['after']} - {one['before']} {100 * one['detectable_difference']:.1f}" for one in smallest]
-        console.print(f"Smallest difference found in 4 runs of 5, in points: {', '.join(named)}")
+        unit = "nats a token" if report["metric"] == "nll" else "points"
+        named = [f"{pair} {value.split()[0]}" for pair, value in smallest.items()]
+        console.print(f"Smallest difference found in 4 runs of 5, in {unit}: {', '.join(named)}")
     seconds = {}
     for stage, entry in report["cost"].items():
         verb = next(part for part in stage.split("/")[::-1] if part in STAGES)
