@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from spd_dist.runtime.answers import values_by_id
+from spd_dist.errors import DataError
+from spd_dist.runtime.answers import samples_of, values_by_id
 from spd_dist.runtime.statistics import detectable_difference, holm, mcnemar, paired_bootstrap, paired_t
 from spd_dist.types import Answer
 
@@ -29,8 +30,14 @@ def comparisons(answers: Mapping[str, Sequence[Answer]], metric: str, seed: int)
         seed: Of the bootstrap.
 
     Raises:
-        DataError: two arms did not answer the same examples.
+        DataError: two arms did not answer the same examples, or not as often.
     """
+    counts = {arm: samples_of(rows) for arm, rows in answers.items()}
+    if len(set(counts.values())) > 1:
+        raise DataError(
+            f"arms with different numbers of answers an example cannot be compared ({counts}); evaluate all with one "
+            "evaluate.num_samples"
+        )
     found = [_compared(before, after, answers, metric, seed) for before, after in arm_pairs(list(answers))]
     return corrected(found)
 
@@ -94,7 +101,7 @@ def _compared(
         "num_examples": outcome.num_examples,
         **diagnostics(answers[before], answers[after], metric),
     }
-    if metric == "nll":
+    if metric == "nll" or samples_of(answers[before]) > 1:
         found = paired_t(*values)
         return described | {
             "test": "paired t",
@@ -114,10 +121,11 @@ def _compared(
 def diagnostics(before: Sequence[Answer], after: Sequence[Answer], metric: str) -> dict[str, float]:
     """How two arms differ beside the metric: the share of same outputs, and examples gained and lost.
 
-    A gain may be of ending or of form: of answers that had been cut, or had been right in another form.
+    Gained and lost is only what is right or wrong: one answer an example. A gain may be of ending or of form: of
+    answers that had been cut, or had been right in another form.
     """
     found = {"identical_fraction": identical_fraction(before, after)}
-    if metric == "nll":
+    if metric == "nll" or samples_of(before) > 1:
         return found
     others = {answer.id: answer for answer in before}
     pairs = [(others[answer.id], answer) for answer in after]
@@ -131,9 +139,9 @@ def diagnostics(before: Sequence[Answer], after: Sequence[Answer], metric: str) 
 
 
 def identical_fraction(before: Sequence[Answer], after: Sequence[Answer]) -> float:
-    """The share of examples to which two arms gave the same output, letter by letter."""
-    outputs = {answer.id: answer.output for answer in before}
-    return sum(outputs.get(answer.id) == answer.output for answer in after) / len(after)
+    """The share of examples, or samples, to which two arms gave the same output, letter by letter."""
+    outputs = {(answer.id, answer.sample): answer.output for answer in before}
+    return sum(outputs.get((answer.id, answer.sample)) == answer.output for answer in after) / len(after)
 
 
 def verdict(found: Sequence[Mapping[str, Any]], metric: str) -> str:

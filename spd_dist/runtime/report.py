@@ -13,7 +13,7 @@ from rich.table import Table
 
 from spd_dist.config import STAGES
 from spd_dist.runtime.angles import angles
-from spd_dist.runtime.answers import answers_path, answers_summary, read_answers
+from spd_dist.runtime.answers import answers_path, answers_summary, manner, read_answers
 from spd_dist.runtime.artifacts import content_hash, read_json, write_json
 from spd_dist.runtime.comparison import amount, blind_notes, comparisons, notes, overlap_notes, verdict
 from spd_dist.runtime.metrics import MetricLogger
@@ -21,6 +21,8 @@ from spd_dist.runtime.training_log import training_losses
 
 NUM_SAMPLES = 32
 """Answers of each arm in the table that W&B shows."""
+LEFT_OUT = ("interval", "sentence", "metric", "pass_at_k")
+"""What that of the arms, a column a number, does not show."""
 
 
 def write_report(
@@ -30,6 +32,7 @@ def write_report(
     task: str,
     metric: str,
     seed: int,
+    temperature: float = 0.0,
     overlaps: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Compare the arms of a finished evaluation, write `report.json`, and give what it holds. On one rank only.
@@ -40,6 +43,7 @@ def write_report(
         task: Whose answers are compared.
         metric: The task's.
         seed: The run's, for the bootstrap.
+        temperature: That arms answered at.
         overlaps: Pairs of splits, with the counts of problems that stand in both, word for word and nearly.
 
     Raises:
@@ -52,6 +56,8 @@ def write_report(
         "task": task,
         "metric": metric,
         "seed": seed,
+        "temperature": temperature,
+        "num_samples": next(iter(summaries.values()))["num_samples"],
         "examples": content_hash(sorted(answer.id for answer in next(iter(answers.values())))),
         "verdict": verdict(found, metric),
         "notes": notes(summaries) + blind_notes(found) + overlap_notes(overlaps),
@@ -109,7 +115,7 @@ def log_report(metrics: MetricLogger, run_folder: Path, report: Mapping[str, Any
     values = {f"{arm}_{metric}": summary["value"] for arm, summary in report["arms"].items()}
     values |= {f"{one['before']}_to_{one['after']}_difference": one["difference"] for one in report["comparisons"]}
     metrics.log("evaluate", values, next(iter(report["arms"].values()))["num_examples"])
-    columns = [name for name in next(iter(report["arms"].values())) if name not in ("interval", "sentence", "metric")]
+    columns = [name for name in next(iter(report["arms"].values())) if name not in LEFT_OUT]
     rows = [[arm, *(summary[name] for name in columns)] for arm, summary in report["arms"].items()]
     metrics.table("evaluate", "arms", ["arm", *columns], rows)
     answers = [read_answers(answers_path(run_folder / "evaluate", arm, task)) for arm in report["arms"]]
@@ -127,6 +133,8 @@ def report_text(report: Mapping[str, Any], run_folder: str | Path, *, width: int
     """
     console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False)
     console.print(arms_table(report))
+    if report["num_samples"] > 1:
+        console.print(pass_table(report["arms"]))
     console.print(report["verdict"])
     for note in report["notes"]:
         console.print(f"Note: {note}")
@@ -168,7 +176,8 @@ def arms_table(report: Mapping[str, Any]) -> Table:
     first = next(iter(report["arms"]))
     from_first = {one["after"]: one for one in report["comparisons"] if one["before"] == first}
     unit = "nll" if report["metric"] == "nll" else "right\n%"
-    title = f"{report['task']}: {len(report['arms'])} arms, greedy, seed {report['seed']}"
+    asked = manner(report["temperature"], report["num_samples"])
+    title = f"{report['task']}: {len(report['arms'])} arms, {asked}, seed {report['seed']}"
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", collapse_padding=True, pad_edge=False)
     table.add_column("arm", no_wrap=True)
     for name in (unit, "95 %\ninterval", "n", f"minus\n{first}", "95 %\npaired"):
@@ -177,6 +186,18 @@ def arms_table(report: Mapping[str, Any]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for arm, summary in report["arms"].items():
         table.add_row(arm, *_cells(summary, from_first.get(arm), report["metric"]))
+    return table
+
+
+def pass_table(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
+    """The chance that one of k samples is right, in percent: one row an arm or task, those that have it."""
+    found = {name: summary["pass_at_k"] for name, summary in summaries.items() if summary["pass_at_k"]}
+    table = Table(title="pass@k, %", box=box.SIMPLE_HEAD, title_justify="left", collapse_padding=True, pad_edge=False)
+    table.add_column("")
+    for size in next(iter(found.values()), {}):
+        table.add_column(f"k {size}", justify="right")
+    for name, shares in found.items():
+        table.add_row(name, *(f"{100 * share:.1f}" for share in shares.values()))
     return table
 
 

@@ -89,6 +89,24 @@ def _wilson(share: float, num_examples: float, quantile: float) -> Interval:
     return Interval(max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread)))
 
 
+def share_interval(shares: Sequence[float], num_samples: int = 1, confidence: float = 0.95) -> Interval:
+    """Wilson's interval of the mean of shares in [0, 1], one an example: for as many examples as have its variance.
+
+    Of shares that are 0 or 1 it is `wilson_interval`.
+
+    Args:
+        shares: Of the samples that are right.
+        num_samples: Of each example; no more than all samples together are counted as examples.
+        confidence: Coverage of the interval.
+    """
+    count, mean = len(shares), math.fsum(shares) / len(shares)
+    if all(share in (0, 1) for share in shares):
+        return wilson_interval(round(math.fsum(shares)), count, confidence)
+    variance = math.fsum((share - mean) ** 2 for share in shares) / count
+    size = min(num_samples, mean * (1 - mean) / variance) if variance > 0 else 1
+    return _wilson(mean, count * size, norm.ppf(0.5 + confidence / 2))
+
+
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, Interval]:
     """The mean, and its interval by Student's t.
 
@@ -269,7 +287,7 @@ def crossed(by_seed: Sequence[Mapping[str, float]], confidence: float = 0.95) ->
 
 
 def crossed_share(by_seed: Sequence[Mapping[str, float]], confidence: float = 0.95) -> Crossed:
-    """`crossed` of values that are 0 or 1: its interval is Wilson's, for as many examples as have the same variance.
+    """`crossed` of values in [0, 1]: its interval is Wilson's, for as many examples as have the same variance.
 
     Raises:
         DataError: as of `crossed`.

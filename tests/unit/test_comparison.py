@@ -1,7 +1,8 @@
 import dataclasses
 
 import pytest
-from answering import answers
+from answering import answers, sampled
+from scipy.stats import ttest_1samp
 
 from spd_dist.errors import DataError
 from spd_dist.runtime.answers import answers_summary
@@ -144,6 +145,21 @@ def test_the_verdict_says_which_likelihood_could_have_been_told_apart():
     after[0] = dataclasses.replace(after[0], nll=3.0)
     found = comparisons({"base": before, "spd": after}, "nll", 0)
     assert "so no difference is shown; this test would find about 0.0" in verdict(found, "nll")
+
+
+def test_several_samples_are_compared_by_their_means():
+    arms = {"base": sampled([0, 1, 2, 3] * 10), "spd": sampled([1, 1, 4, 4] * 10)}
+    (one,) = comparisons(arms, "accuracy", 0)
+    assert (one["difference"], one["num_examples"], one["test"]) == (pytest.approx(0.25), 40, "paired t")
+    assert one["p_value"] == pytest.approx(ttest_1samp([0.25, 0, 0.5, 0.25] * 10, 0).pvalue)
+    assert one["identical_fraction"] == pytest.approx(1 - 0.25), "sample by sample"
+    assert "num_gained" not in one
+    assert "SPD against BASE: +25.0 points" in verdict([one], "accuracy")
+
+
+def test_arms_that_answered_another_number_of_times_are_refused():
+    with pytest.raises(DataError, match=r"different numbers of answers an example cannot be compared \(\{'base': 1"):
+        comparisons({"base": answers(2, num=4), "spd": sampled([1, 2, 3, 4])}, "accuracy", 0)
 
 
 def test_identical_outputs_are_counted():

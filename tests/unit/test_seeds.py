@@ -1,5 +1,5 @@
 import pytest
-from answering import ARMS, answers
+from answering import ARMS, answers, sampled
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
@@ -74,6 +74,23 @@ def test_test_problems_in_the_training_rows_are_said_of_the_experiment_too(tmp_p
         write_report(folder, ARMS, task="arithmetic", metric="accuracy", seed=seed, overlaps=[overlap])
     text = seeds_text(over_seeds(folders), width=200)
     assert "Note: 2 exact and 1 near copies of test problems are among the 96 train rows" in text
+
+
+def test_samples_are_counted_over_seeds_as_means(tmp_path):
+    for seed in (1, 2):
+        for more, arm in enumerate(ARMS):
+            rows = sampled([min(4, right + more * seed) for right in (0, 1, 2, 3) * 10])
+            write_merged(answers_path(tmp_path / str(seed) / "evaluate", arm, "arithmetic"), rows)
+        write_report(tmp_path / str(seed), ARMS, task="arithmetic", metric="accuracy", seed=seed, temperature=0.5)
+    result = over_seeds([tmp_path / "1", tmp_path / "2"])
+    assert result["arms"]["base"]["pass_at_k"] == pytest.approx({"1": 0.375, "2": 7 / 12, "4": 0.75})
+    assert result["num_examples"] == 40
+    text = seeds_text(result)
+    assert text.splitlines()[0] == "arithmetic: 2 seeds (1, 2), n 40 each, 4 samples at temperature 0.5"
+    assert "pass@k, %" in text
+    write_report(tmp_path / "2", ARMS, task="arithmetic", metric="accuracy", seed=2, temperature=0.7)
+    with pytest.raises(DataError, match="their temperature differ"):
+        over_seeds([tmp_path / "1", tmp_path / "2"])
 
 
 def test_arms_that_never_differ_are_said_to_show_nothing(tmp_path):

@@ -26,6 +26,7 @@ from spd_dist.runtime.statistics import (
     paired_bootstrap,
     paired_t,
     pass_at_k,
+    share_interval,
     wilson_interval,
 )
 
@@ -42,6 +43,20 @@ def arms(both=0, lost=0, gained=0, neither=0):
 def test_wilson_intervals_are_those_of_statsmodels(counts, confidence):
     expected = proportion_confint(*counts, alpha=1 - confidence, method="wilson")
     assert wilson_interval(*counts, confidence) == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_interval_of_shares_is_wilsons_for_single_answers_and_holds_the_truth_for_many():
+    assert share_interval([1.0, 0.0, 0.0, 1.0, 1.0]) == wilson_interval(3, 5)
+    assert share_interval([0.5] * 10, 4) == pytest.approx(wilson_interval(5, 10)), "alike by chance: not surer than so"
+    narrow = share_interval([0.25, 0.5, 0.5, 0.5, 0.75, 0.5], 4)
+    assert narrow == pytest.approx(wilson_interval(12, 24)), "no surer than by 24 examples"
+    draws, num_held = torch.Generator().manual_seed(4), 0
+    for _ in range(1000):
+        chance_N = torch.rand(40, generator=draws, dtype=torch.float64) ** 2  # mean 1/3
+        right_NS = torch.rand(40, 4, generator=draws, dtype=torch.float64) < chance_N[:, None]
+        low, high = share_interval(right_NS.double().mean(1).tolist(), 4)
+        num_held += low <= 1 / 3 <= high
+    assert num_held / 1000 == pytest.approx(0.95, abs=0.02)
 
 
 @pytest.mark.parametrize("counts", [(3, 2), (-1, 2), (0, 0)])

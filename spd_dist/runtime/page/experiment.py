@@ -39,10 +39,9 @@ def write_experiment_page(
     ]
     text = render(
         "experiment.html.j2",
-        report["metric"],
+        report,
         runs[0],
         title=f"{folder.name}: {report['task']}, {len(runs)} seeds",
-        report=report,
         figures=[one for one in found if one["svg"]],
         examples=side_by_side(by_seed, questions)[:NUM_SHOWN],
         num_examples=report["num_examples"],

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spd_dist.runtime.answers import answers_path, read_answers
+from spd_dist.runtime.answers import answers_path, read_answers, samples_by_id
 from spd_dist.runtime.artifacts import write_text
 from spd_dist.runtime.completions import read_completions
 from spd_dist.runtime.page import figures
@@ -36,13 +36,12 @@ def write_page(run_folder: Path, report: Mapping[str, Any], questions: Mapping[s
     ]
     text = render(
         "page.html.j2",
-        report["metric"],
+        report,
         run_folder,
         title=f"{report['task']}, seed {report['seed']}: {len(report['arms'])} arms",
-        report=report,
         figures=[one for one in found if one["svg"]],
         examples=side_by_side([answers], questions)[:NUM_SHOWN],
-        num_examples=len(next(iter(answers.values()))),
+        num_examples=next(iter(report["arms"].values()))["num_examples"],
         num_seeds=1,
         learned=learned(report),
     )
@@ -52,18 +51,20 @@ def write_page(run_folder: Path, report: Mapping[str, Any], questions: Mapping[s
 def side_by_side(
     by_seed: Sequence[Mapping[str, Sequence[Answer]]], questions: Mapping[str, str]
 ) -> list[dict[str, Any]]:
-    """Every example with all arms' answers under the first seed, and how often each arm was right over the seeds.
+    """Every example with all arms' first answers under the first seed, and how often each arm was right over all.
 
     Those come first on which arms differ most in being right, then those on which they say other things.
     """
     examples = []
-    for number, rows in enumerate(zip(*by_seed[0].values(), strict=True)):
-        right = {arm: sum(answers[arm][number].correct for answers in by_seed) for arm in by_seed[0]}
+    grouped = [{arm: samples_by_id(rows) for arm, rows in answers.items()} for answers in by_seed]
+    for key in next(iter(grouped[0].values())):
+        rows = [samples[key][0] for samples in grouped[0].values()]
+        right = {arm: sum(one.correct for each in grouped for one in each[arm][key]) for arm in grouped[0]}
         differs = max(right.values()) - min(right.values()), len({row.output for row in rows}) > 1
         examples.append(
             {
-                "id": rows[0].id,
-                "question": questions.get(rows[0].id, ""),
+                "id": key,
+                "question": questions.get(key, ""),
                 "gold": rows[0].gold,
                 "kind": "right and wrong" if differs[0] else "other words" if differs[1] else "same",
                 "differs": differs,
