@@ -33,11 +33,11 @@ def test_answers_come_back_and_parts_go_when_they_are_merged(tmp_path):
             part.write(as_row(answer))
     with open(part_path(merged, 0, 2), "a") as part:
         part.write('{"id": "torn')
-    assert read_parts(merged) == {"a": RIGHT, "b": LENIENT}
+    assert read_parts(merged) == {("a", 0): RIGHT, ("b", 0): LENIENT}
     write_merged(merged, [RIGHT, LENIENT])
     assert parts(merged) == []
     assert read_answers(merged) == [RIGHT, LENIENT]
-    assert read_parts(merged) == {"a": RIGHT, "b": LENIENT}
+    assert read_parts(merged) == {("a", 0): RIGHT, ("b", 0): LENIENT}
 
 
 def test_parts_of_one_task_are_not_those_of_another(tmp_path):

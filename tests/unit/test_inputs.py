@@ -10,8 +10,10 @@ from spd_dist.signals import StopSignals
 
 
 def protocol(folder, *overrides):
-    config = load_config(overrides=[f"run_dir={folder}", "data.num_test=4", *overrides])
-    return of_protocol(Run(config, World(0, 1, 0, torch.device("cpu")), StopSignals()))
+    config = load_config(overrides=[f"run_dir={folder}", "data.num_test=4", "metrics.wandb=disabled", *overrides])
+    run = Run(config, World(0, 1, 0, torch.device("cpu")), StopSignals())
+    with run.opened():
+        return of_protocol(run)
 
 
 def test_greedy_answers_are_shared_by_seeds_and_sampled_ones_are_not(tmp_path):
