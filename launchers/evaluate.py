@@ -5,7 +5,8 @@ ranks. A task is a name or a YAML file, or NAME=SOURCE with the test rows' own s
 or commas. After --tasks, a word whose part before `=` begins with a section or key of the config (data.num_test=5) is
 an override, any other a task. In the folder (--out) are every answer, in TASK/evaluate/model/TASK.jsonl, and all
 numbers, in summary.json; start the same command again to go on where it stopped. Programs run in a sandbox, and only
-with evaluate.allow_code_execution=true.
+with evaluate.allow_code_execution=true. Answers are greedy; evaluate.num_samples=8 evaluate.temperature=0.8 samples
+several an example, for pass@k.
 
 With --lm-eval EleutherAI's harness answers instead, where the package lm_eval is installed, with its own prompts and
 rows.
@@ -126,9 +127,14 @@ def table(summary: Mapping[str, Any], folder: str) -> str:
     from rich.console import Console
     from rich.table import Table
 
+    from spd_dist.runtime.answers import manner
+    from spd_dist.runtime.report import pass_table
+
     named = summary["model"] if summary["adapter"] is None else f"{summary['model']} with {summary['adapter']}"
     console = Console(file=io.StringIO(), width=100, color_system=None, highlight=False)
-    found = Table(title=f"{named}: greedy", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    num_samples = max(one["num_samples"] for one in summary["tasks"].values())
+    console.print(f"{named}: {manner(summary['temperature'], num_samples)}", soft_wrap=True)
+    found = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     found.add_column("task")
     for name in ("metric", "value", "95 %\ninterval", "n", "ended\n%", "strict\n%", "lenient\n%", "tokens", "loops\n%"):
         found.add_column(name, justify="right", no_wrap=True)
@@ -142,6 +148,8 @@ def table(summary: Mapping[str, Any], folder: str) -> str:
             f"{100 * one['repetition_fraction']:.0f}",
         )  # fmt: skip
     console.print(found)
+    if num_samples > 1:
+        console.print(pass_table(summary["tasks"]))
     console.print(f"Files: {folder}/summary.json, and every answer in {folder}/TASK/evaluate/model/", soft_wrap=True)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
@@ -155,6 +163,11 @@ def harness_command(config: Config, tasks: Mapping[str, str | None], adapter: Pa
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(
             "--lm-eval: the package lm_eval is not installed; pip install 'lm_eval[hf]', or drop --lm-eval"
+        )
+    if config.evaluate.temperature > 0:
+        raise ConfigError(
+            f"--lm-eval: evaluate.temperature: {config.evaluate.temperature} is not for the harness, which decodes as "
+            "its tasks say; leave it out"
         )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("--lm-eval: it takes one process; start this file by python, not by deepspeed or torchrun")

@@ -12,6 +12,7 @@ from spd_dist.config import Config
 from spd_dist.distributed.collectives import on_main, together
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError
+from spd_dist.inputs import of_protocol
 from spd_dist.models.engines.placement import load_to_answer
 from spd_dist.models.policy import Policy, load_policy
 from spd_dist.run import Run
@@ -63,7 +64,8 @@ def evaluate_alone(
 
     found = {run.task.name: _answered(run, policy, inputs) for run in runs}
     name = None if adapter is None else str(adapter)
-    summary = {"model": config.model.name, "adapter": name, "seed": config.seed, "tasks": found}
+    asked = {"seed": config.seed, "temperature": config.evaluate.temperature}
+    summary = {"model": config.model.name, "adapter": name, **asked, "tasks": found}
     on_main("writing the summary", lambda: write_json(Path(config.run_dir) / "summary.json", summary))
     return summary
 
@@ -85,7 +87,7 @@ def fingerprint_of(adapter: Path) -> str:
     return content_hash({file.name: sha256_of(file) for file in sorted(adapter.glob("adapter_*"))})
 
 
-def _answered(run: Run, policy: Callable[[], Policy], inputs: Mapping[str, str]) -> dict[str, Any]:
+def _answered(run: Run, policy: Callable[[], Policy], inputs: dict[str, str]) -> dict[str, Any]:
     """The summary of one task."""
     config = run.config
 
@@ -97,14 +99,8 @@ def _answered(run: Run, policy: Callable[[], Policy], inputs: Mapping[str, str])
             )
         on_main("writing the summary of the answers", lambda: write_json(folder / "summary.json", summary))
 
-    settings = run.settings("model", "data", "evaluate")
     with run.kept_status("evaluate"), run.opened():
-        run.do(
-            "evaluate",
-            {"settings": settings, "test": content_hash(run.rows("test")), **inputs},
-            ["summary.json", ARM],
-            work,
-        )
+        run.do("evaluate", of_protocol(run) | inputs, ["summary.json", ARM], work)
         summary = on_main(
             "reading the summary of the answers", lambda: read_json(run.folder.folder("evaluate") / "summary.json")
         )

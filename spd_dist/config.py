@@ -186,11 +186,13 @@ class Finetune:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Greedy answers of every arm to the held-out examples."""
+    """Answers of every arm to the held-out examples."""
 
     arms: tuple[str, ...] = setting(("base", "psr", "spd", "projected"), "what is compared: spd_dist/arms.py")
     max_new_tokens: int = setting(256, "an answer is cut there", at_least=1)
-    batch_size: int = setting(32, "examples answered together", at_least=1)
+    temperature: float = setting(0.0, "0 is greedy", at_least=0)
+    num_samples: int = setting(1, "answers an example; of several, the mean counts, and pass@k is shown", at_least=1)
+    batch_size: int = setting(32, "answers decoded together", at_least=1)
     placement: Literal["auto", "replica", "layerwise"] = setting("auto", "as generate.placement")
     allow_code_execution: bool = setting(False, "run model-written code, in the sandbox")
 

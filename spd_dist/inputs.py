@@ -49,9 +49,16 @@ def of_student(run: Run, arm: Arm) -> dict[str, str]:
     return found | {"references": content_hash(references)}
 
 
+def of_protocol(run: Run) -> dict[str, str]:
+    """Test set, and how it is answered."""
+    is_sampled = run.config.evaluate.temperature > 0
+    settings = run.settings("model", "data", "evaluate", *(["seed"] if is_sampled else []))
+    return {"settings": settings, "test": content_hash(run.rows("test"))}
+
+
 def of_answers(run: Run, arm: Arm) -> dict[str, str]:
     """Test set, protocol, and the policy that answers."""
-    found = {"settings": run.settings("model", "data", "evaluate"), "test": content_hash(run.rows("test"))}
+    found = of_protocol(run)
     if arm.trains:
         return found | {"student": run.folder.output_hash(arm.stage("finetune"))}
     return found | of_projection(run, arm)

@@ -236,6 +236,11 @@ def _check_across_fields(config: Config) -> None:
     """Rules that tie two fields together."""
     if config.project.rank_rule == "fixed" and config.project.rank is None:
         raise ConfigError("project.rank: None is not valid with project.rank_rule=fixed; set project.rank=N")
+    if config.evaluate.num_samples > 1 and config.evaluate.temperature == 0:
+        raise ConfigError(
+            f"evaluate.num_samples: {config.evaluate.num_samples} is not valid with evaluate.temperature=0, since all "
+            "of them would be the same; set evaluate.temperature=0.8"
+        )
     if config.generate.task_index >= config.generate.num_tasks:
         raise ConfigError(
             f"generate.task_index: {config.generate.task_index} is out of bounds; "

@@ -27,7 +27,8 @@ def report(run: Run, arms: Iterable[Arm]) -> str:
     def write() -> str:
         shared = check_leaks(task, config.data, num_calibration=config.calibrate.num_examples)
         overlaps = [{name: value for name, value in vars(one).items() if name != "leaks"} for one in shared]
-        found = write_report(folder, sentences, task=task.name, metric=task.metric, seed=config.seed, overlaps=overlaps)
+        asked = {"task": task.name, "metric": task.metric, "temperature": config.evaluate.temperature}
+        found = write_report(folder, sentences, **asked, seed=config.seed, overlaps=overlaps)
         write_page(folder, found, questions)
         log_report(run.metrics, folder, found)
         show_cost(run.metrics, found["cost"])

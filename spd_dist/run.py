@@ -167,7 +167,7 @@ class Run:
         """
         rows, config = self.rows("test"), self.config
         with together("rendering the test prompts"):
-            return make_test_set(rows, self.task, load_tokenizer(config.model), config.data, config.calibrate)
+            return make_test_set(rows, self.task, load_tokenizer(config.model), config)
 
     def policy(self) -> Policy:
         """The untouched policy, frozen: sharded under ZeRO-3, loaded once for the stages that only read it."""

@@ -188,3 +188,5 @@ class Answer:
     is_repetitive: bool
     nll: float | None = None
     """Mean negative log-likelihood of the reference answer's tokens, for tasks that are measured by it."""
+    sample: int = 0
+    """Which of the arm's answers to the example, from 0."""

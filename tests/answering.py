@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from spd_dist.runtime.answers import answers_path, write_merged
@@ -20,6 +21,15 @@ def answers(num_correct: int, num: int = 200, first: int = 0, **changes: object)
     return [
         dataclasses.replace(PLAIN, id=f"p{i}", correct=i in right, output=f"#### {i in right}", **changes)
         for i in range(num)
+    ]
+
+
+def sampled(num_right: Sequence[int], num_samples: int = 4) -> list[Answer]:
+    """One example for each number of right samples."""
+    return [
+        dataclasses.replace(PLAIN, id=f"p{i}", sample=sample, correct=sample < right, output=f"#### {sample < right}")
+        for i, right in enumerate(num_right)
+        for sample in range(num_samples)
     ]
 
 

@@ -34,7 +34,7 @@ MAY_IMPORT = {  # besides itself
     "inputs": {"arms", "run", "runtime"},
     "reporting": BELOW | {"data", "runtime", "arms", "run"},
     "pipeline": BELOW | {"models", "data", "runtime", "stages", "arms", "run", "inputs", "reporting"},
-    "alone": BELOW | {"models", "data", "runtime", "stages", "arms", "signals", "stopping", "run"},
+    "alone": BELOW | {"models", "data", "runtime", "stages", "arms", "signals", "stopping", "run", "inputs"},
     "rounds": BELOW | {"models", "runtime", "signals", "stopping", "run", "pipeline"},
     "experiment": BELOW | {"data", "runtime", "signals", "stopping", "rounds"},
 }

@@ -152,7 +152,7 @@ def _generate(job: _Job) -> list[Phase]:
 def _evaluate(job: _Job) -> list[Phase]:
     evaluate, arms = job.config.evaluate, chosen(job.config.evaluate.arms)
     tokens = min(evaluate.max_new_tokens, job.workload.completion_tokens)
-    phases = _decode(job, job.workload.num_test, evaluate.batch_size, tokens) * len(arms)
+    phases = _decode(job, job.workload.num_test * evaluate.num_samples, evaluate.batch_size, tokens) * len(arms)
     return phases + [Phase(disk_bytes=job.profile.weight_bytes)] * (1 + job.num_students)
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from typing import Any
 
-from scipy.stats import ttest_rel
-
-from spd_dist.runtime.answers import values_by_id
-from spd_dist.runtime.statistics import detectable_difference, holm, mcnemar, paired, paired_bootstrap
+from spd_dist.errors import DataError
+from spd_dist.runtime.answers import samples_of, values_by_id
+from spd_dist.runtime.statistics import detectable_difference, holm, mcnemar, paired_bootstrap, paired_t
 from spd_dist.types import Answer
 
 SIGNIFICANCE = 0.05
@@ -24,7 +22,7 @@ DIAGNOSTICS = {
 
 
 def comparisons(answers: Mapping[str, Sequence[Answer]], metric: str, seed: int) -> list[dict[str, Any]]:
-    """Paired differences of every arm from the first, and of the method (`spd`) from every other.
+    """Paired differences of every arm from the first, and of the method's arms from their controls: `arm_pairs`.
 
     Args:
         answers: Each arm's, in the order of the arms.
@@ -32,18 +30,62 @@ def comparisons(answers: Mapping[str, Sequence[Answer]], metric: str, seed: int)
         seed: Of the bootstrap.
 
     Raises:
-        DataError: two arms did not answer the same examples.
+        DataError: two arms did not answer the same examples, or not as often.
     """
+    counts = {arm: samples_of(rows) for arm, rows in answers.items()}
+    if len(set(counts.values())) > 1:
+        raise DataError(
+            f"arms with different numbers of answers an example cannot be compared ({counts}); evaluate all with one "
+            "evaluate.num_samples"
+        )
     found = [_compared(before, after, answers, metric, seed) for before, after in arm_pairs(list(answers))]
+    return corrected(found)
+
+
+def corrected(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The comparisons, each with its p value adjusted for all of them (Holm)."""
     adjusted = holm({f"{one['before']} {one['after']}": one["p_value"] for one in found})
     return [{**one, "p_holm": adjusted[f"{one['before']} {one['after']}"]} for one in found]
 
 
 def arm_pairs(arms: Sequence[str]) -> list[tuple[str, str]]:
-    """The family of comparisons: every arm after the first, and the method (`spd`) after every other."""
+    """The family of comparisons: every arm after the first, and each arm of the method after its controls.
+
+    An arm of the method is `spd` or a variant, `spd@rank=16`. Its controls are, of each kind of the other arms, those
+    with the same changes (`random@rank=16`), or else those that are no variant of the method's (`psr`).
+    """
     first, *others = arms
-    controls = [arm for arm in others if arm != "spd"] if "spd" in others else []
-    return list(chain(((first, arm) for arm in others), ((arm, "spd") for arm in controls)))
+    methods = [arm for arm in others if is_method(arm)]
+    family = [(first, arm) for arm in others]
+    for method in methods:
+        family += [(control, method) for control in _controls(method, methods, others)]
+    return family
+
+
+def is_method(arm: str) -> bool:
+    """Whether an arm is the method, or a variant of it."""
+    return _kind(arm) == "spd"
+
+
+def _controls(method: str, methods: Sequence[str], arms: Sequence[str]) -> list[str]:
+    variants = [_changes(one) for one in methods]
+
+    def variant(arm: str) -> frozenset[str]:
+        """The changes that an arm has in common with an arm of the method; what else it changes is its own."""
+        return max((one for one in variants if one <= _changes(arm)), key=len, default=frozenset())
+
+    found = {arm: variant(arm) for arm in arms if not is_method(arm)}
+    same = {_kind(arm) for arm, changes in found.items() if changes == _changes(method)}
+    wanted = {kind: _changes(method) if kind in same else frozenset() for kind in map(_kind, found)}
+    return [arm for arm, changes in found.items() if changes == wanted[_kind(arm)]]
+
+
+def _kind(arm: str) -> str:
+    return arm.partition("@")[0]
+
+
+def _changes(arm: str) -> frozenset[str]:
+    return frozenset(arm.split("@")[1:])
 
 
 def _compared(
@@ -57,59 +99,74 @@ def _compared(
         "difference": outcome.difference,
         "interval": list(outcome.interval),
         "num_examples": outcome.num_examples,
-        "identical_fraction": identical_fraction(answers[before], answers[after]),
+        **diagnostics(answers[before], answers[after], metric),
     }
-    if metric == "nll":
-        return described | {"test": "paired t", "p_value": _paired_t(*values)}
+    if metric == "nll" or samples_of(answers[before]) > 1:
+        found = paired_t(*values)
+        return described | {
+            "test": "paired t",
+            "p_value": found.p_value,
+            "detectable_difference": found.detectable,
+        }
     test = mcnemar(*values)
     discordant = (test.num_gained + test.num_lost) / outcome.num_examples
     smallest = detectable_difference(outcome.num_examples, discordant) if discordant else 1.0
     return described | {
         "test": "exact McNemar",
         "p_value": test.p_value,
-        "num_gained": test.num_gained,
-        "num_lost": test.num_lost,
-        **_gained_by(answers[before], answers[after]),
         "detectable_difference": smallest if smallest < 1 else None,
     }
 
 
-def _gained_by(before: Sequence[Answer], after: Sequence[Answer]) -> dict[str, int]:
-    """Gains that may be of ending or of form: answers that had been cut, or had been right in another form."""
+def diagnostics(before: Sequence[Answer], after: Sequence[Answer], metric: str) -> dict[str, float]:
+    """How two arms differ beside the metric: the share of same outputs, and examples gained and lost.
+
+    Gained and lost is only what is right or wrong: one answer an example. A gain may be of ending or of form: of
+    answers that had been cut, or had been right in another form.
+    """
+    found = {"identical_fraction": identical_fraction(before, after)}
+    if metric == "nll" or samples_of(before) > 1:
+        return found
     others = {answer.id: answer for answer in before}
-    gained = [(others[answer.id], answer) for answer in after if answer.correct and not others[answer.id].correct]
-    return {
+    pairs = [(others[answer.id], answer) for answer in after]
+    gained = [(a, b) for a, b in pairs if b.correct and not a.correct]
+    return found | {
+        "num_gained": len(gained),
+        "num_lost": sum(a.correct and not b.correct for a, b in pairs),
         "num_gained_by_ending": sum(a.finish_reason == "length" and b.finish_reason == "stop" for a, b in gained),
         "num_gained_by_form": sum(a.lenient_correct for a, _ in gained),
     }
 
 
-def _paired_t(before: Mapping[str, float], after: Mapping[str, float]) -> float:
-    pairs = paired(before, after)
-    if len({b - a for a, b in pairs}) == 1:
-        return 1.0  # a constant difference has no spread to be tested against
-    return float(ttest_rel([b for _, b in pairs], [a for a, _ in pairs]).pvalue)
-
-
 def identical_fraction(before: Sequence[Answer], after: Sequence[Answer]) -> float:
-    """The share of examples to which two arms gave the same output, letter by letter."""
-    outputs = {answer.id: answer.output for answer in before}
-    return sum(outputs.get(answer.id) == answer.output for answer in after) / len(after)
+    """The share of examples, or samples, to which two arms gave the same output, letter by letter."""
+    outputs = {(answer.id, answer.sample): answer.output for answer in before}
+    return sum(outputs.get((answer.id, answer.sample)) == answer.output for answer in after) / len(after)
 
 
 def verdict(found: Sequence[Mapping[str, Any]], metric: str) -> str:
-    """One sentence on the method against the untouched model and plain self-retraining: no more than is shown."""
+    """A sentence on each arm of the method against the first and plain self-retraining: no more than is shown."""
     if not found:
         return "One arm alone: there is nothing to compare."
-    last, wanted = wanted_of(found)
-    clauses = [_clause(one, metric, len(found)) for one in wanted]
-    return f"{last.upper()} {'; '.join(clauses)}."
+    spoken = [
+        f"{arm.upper()} {'; '.join(_clause(one, metric, len(found)) for one in wanted)}."
+        for arm, wanted in wanted_of(found).items()
+    ]
+    return " ".join(spoken)
 
 
-def wanted_of(found: Sequence[Mapping[str, Any]]) -> tuple[str, list[Mapping[str, Any]]]:
-    """The arm that a verdict is about, and its comparisons with the first arm and with plain self-retraining."""
-    last = "spd" if any(one["after"] == "spd" for one in found) else found[-1]["after"]
-    return last, [one for one in found if one["after"] == last and one["before"] in (found[0]["before"], "psr")]
+def wanted_of(found: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The arms that a verdict is about, each with its comparisons with the first arm and with plain self-retraining.
+
+    They are the method's arms; the last arm where there is none.
+    """
+    first, afters = found[0]["before"], list(dict.fromkeys(one["after"] for one in found))
+
+    def is_wanted(one: Mapping[str, Any]) -> bool:
+        return one["before"] == first or _kind(one["before"]) == "psr"
+
+    spoken = [arm for arm in afters if is_method(arm)] or afters[-1:]
+    return {arm: [one for one in found if one["after"] == arm and is_wanted(one)] for arm in spoken}
 
 
 def _clause(one: Mapping[str, Any], metric: str, num_comparisons: int) -> str:
@@ -118,8 +175,8 @@ def _clause(one: Mapping[str, Any], metric: str, num_comparisons: int) -> str:
     shown = f"{amount(one['difference'], metric)} (95 % interval {bounds}, "
     against = f"against {one['before'].upper()}: {shown}n {one['num_examples']})"
     if low <= 0 <= high:
-        smallest = one.get("detectable_difference")
-        needs = f"; this test would find about {amount(smallest, metric, signed=False)}" if smallest else ""
+        smallest = one["detectable_difference"]
+        needs = "" if smallest is None else f"; this test would find about {amount(smallest, metric, signed=False)}"
         return f"{against}, so no difference is shown{needs}"
     if one["p_holm"] >= SIGNIFICANCE:
         return f"{against}, which does not survive the correction for {num_comparisons} comparisons"
@@ -146,6 +203,14 @@ def notes(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
             named = ", ".join(f"{arm.upper()} {share[arm]:.0%}" for arm in (first, *shifted))
             found.append(f"{what}: {named}.{warning}")
     return found
+
+
+def blind_notes(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Comparisons that could not have found any difference, in words."""
+    named = [f"{one['after']} - {one['before']}" for one in found if one["detectable_difference"] is None]
+    if not named:
+        return []
+    return [f"Too few examples on which arms differ for any difference to be found in 4 of 5: {', '.join(named)}."]
 
 
 def overlap_notes(overlaps: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 from spd_dist.runtime.artifacts import read_json, write_json
 from spd_dist.runtime.page import write_experiment_page
 from spd_dist.runtime.seeds import answers_of, over_seeds
+from spd_dist.runtime.training_log import mean_losses
 
 
 def write_experiment(
@@ -33,15 +34,21 @@ def write_experiment(
     report = {
         "experiment": folder.name,
         **found,
-        "overlaps": reports[0]["overlaps"],
         "runs": {str(seed): str(rounds[0].relative_to(folder)) for seed, rounds in places.items()},
         "cost": total_cost(reports),
+        "losses": mean_losses([each["losses"] for each in reports]),
+        "by_seed": {str(seed): _of_one_seed(each) for seed, each in zip(places, reports, strict=True)},
         "later_rounds": [over_seeds(each) for each in list(zip(*places.values(), strict=True))[1:]],
     }
     write_json(folder / "report.json", report)
     by_seed = [answers_of(run, each) for run, each in zip(runs, reports, strict=True)]
     write_experiment_page(folder, report, runs, by_seed, questions)
     return report
+
+
+def _of_one_seed(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run's own report says of it that is no comparison: stages, training losses, angles, rounds if any."""
+    return {name: report[name] for name in ("stages", "losses", "angles", "rounds") if name in report}
 
 
 def total_cost(reports: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

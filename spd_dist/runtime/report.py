@@ -12,14 +12,18 @@ from rich.console import Console
 from rich.table import Table
 
 from spd_dist.config import STAGES
-from spd_dist.runtime.answers import answers_path, answers_summary, read_answers
+from spd_dist.runtime.angles import angles
+from spd_dist.runtime.answers import answers_path, answers_summary, manner, read_answers
 from spd_dist.runtime.artifacts import content_hash, read_json, write_json
-from spd_dist.runtime.comparison import amount, comparisons, notes, overlap_notes, verdict
+from spd_dist.runtime.comparison import amount, blind_notes, comparisons, notes, overlap_notes, verdict
 from spd_dist.runtime.manifests import MANIFEST, finished_stages
 from spd_dist.runtime.metrics import MetricLogger
+from spd_dist.runtime.training_log import training_losses
 
 NUM_SAMPLES = 32
 """Answers of each arm in the table that W&B shows."""
+LEFT_OUT = ("interval", "sentence", "metric", "pass_at_k")
+"""What that of the arms, a column a number, does not show."""
 
 
 def write_report(
@@ -29,6 +33,7 @@ def write_report(
     task: str,
     metric: str,
     seed: int,
+    temperature: float = 0.0,
     overlaps: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Compare the arms of a finished evaluation, write `report.json`, and give what it holds. On one rank only.
@@ -39,10 +44,11 @@ def write_report(
         task: Whose answers are compared.
         metric: The task's.
         seed: The run's, for the bootstrap.
+        temperature: That arms answered at.
         overlaps: Pairs of splits, with the counts of problems that stand in both, word for word and nearly.
 
     Raises:
-        DataError: answers are missing, or arms answered different examples.
+        DataError: answers are missing, arms answered different examples, or a subspace is corrupt.
     """
     answers = {arm: read_answers(answers_path(run_folder / "evaluate", arm, task)) for arm in arms}
     summaries = {arm: answers_summary(answers[arm], metric) for arm in arms}
@@ -51,14 +57,18 @@ def write_report(
         "task": task,
         "metric": metric,
         "seed": seed,
+        "temperature": temperature,
+        "num_samples": next(iter(summaries.values()))["num_samples"],
         "examples": content_hash(sorted(answer.id for answer in next(iter(answers.values())))),
         "verdict": verdict(found, metric),
-        "notes": notes(summaries) + overlap_notes(overlaps),
+        "notes": notes(summaries) + blind_notes(found) + overlap_notes(overlaps),
         "overlaps": [dict(one) for one in overlaps],
         "arms": {arm: {"sentence": sentence, **summaries[arm]} for arm, sentence in arms.items()},
         "comparisons": found,
         "cost": cost(run_folder, _tokens(stages, summaries)),
         "stages": stages,
+        "losses": training_losses(run_folder),
+        "angles": angles(run_folder, arms),
         "artifacts": _artifacts(run_folder),
     }
     write_json(run_folder / "report.json", report)
@@ -107,7 +117,7 @@ def log_report(metrics: MetricLogger, run_folder: Path, report: Mapping[str, Any
     values = {f"{arm}_{metric}": summary["value"] for arm, summary in report["arms"].items()}
     values |= {f"{one['before']}_to_{one['after']}_difference": one["difference"] for one in report["comparisons"]}
     metrics.log("evaluate", values, next(iter(report["arms"].values()))["num_examples"])
-    columns = [name for name in next(iter(report["arms"].values())) if name not in ("interval", "sentence", "metric")]
+    columns = [name for name in next(iter(report["arms"].values())) if name not in LEFT_OUT]
     rows = [[arm, *(summary[name] for name in columns)] for arm, summary in report["arms"].items()]
     metrics.table("evaluate", "arms", ["arm", *columns], rows)
     answers = [read_answers(answers_path(run_folder / "evaluate", arm, task)) for arm in report["arms"]]
@@ -125,13 +135,20 @@ def report_text(report: Mapping[str, Any], run_folder: str | Path, *, width: int
     """
     console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False)
     console.print(arms_table(report))
+    if report["num_samples"] > 1:
+        console.print(pass_table(report["arms"]))
     console.print(report["verdict"])
     for note in report["notes"]:
         console.print(f"Note: {note}")
-    smallest = [one for one in report["comparisons"] if one.get("detectable_difference")]
+    smallest = {
+        f"{one['after']} - {one['before']}": amount(one["detectable_difference"], report["metric"], signed=False)
+        for one in report["comparisons"]
+        if one["detectable_difference"] is not None
+    }
     if smallest:
-        named = [f"{one['after']} - {one['before']} {100 * one['detectable_difference']:.1f}" for one in smallest]
-        console.print(f"Smallest difference found in 4 runs of 5, in points: {', '.join(named)}")
+        unit = "nats a token" if report["metric"] == "nll" else "points"
+        named = [f"{pair} {value.split()[0]}" for pair, value in smallest.items()]
+        console.print(f"Smallest difference found in 4 runs of 5, in {unit}: {', '.join(named)}")
     seconds = {}
     for stage, entry in report["cost"].items():
         verb = next(part for part in stage.split("/")[::-1] if part in STAGES)
@@ -161,7 +178,8 @@ def arms_table(report: Mapping[str, Any]) -> Table:
     first = next(iter(report["arms"]))
     from_first = {one["after"]: one for one in report["comparisons"] if one["before"] == first}
     unit = "nll" if report["metric"] == "nll" else "right\n%"
-    title = f"{report['task']}: {len(report['arms'])} arms, greedy, seed {report['seed']}"
+    asked = manner(report["temperature"], report["num_samples"])
+    title = f"{report['task']}: {len(report['arms'])} arms, {asked}, seed {report['seed']}"
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", collapse_padding=True, pad_edge=False)
     table.add_column("arm", no_wrap=True)
     for name in (unit, "95 %\ninterval", "n", f"minus\n{first}", "95 %\npaired"):
@@ -170,6 +188,18 @@ def arms_table(report: Mapping[str, Any]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for arm, summary in report["arms"].items():
         table.add_row(arm, *_cells(summary, from_first.get(arm), report["metric"]))
+    return table
+
+
+def pass_table(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
+    """The chance that one of k samples is right, in percent: one row an arm or task, those that have it."""
+    found = {name: summary["pass_at_k"] for name, summary in summaries.items() if summary["pass_at_k"]}
+    table = Table(title="pass@k, %", box=box.SIMPLE_HEAD, title_justify="left", collapse_padding=True, pad_edge=False)
+    table.add_column("")
+    for size in next(iter(found.values()), {}):
+        table.add_column(f"k {size}", justify="right")
+    for name, shares in found.items():
+        table.add_row(name, *(f"{100 * share:.1f}" for share in shares.values()))
     return table
 
 

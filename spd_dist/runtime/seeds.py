@@ -13,16 +13,29 @@ from rich.console import Console
 from rich.table import Table
 
 from spd_dist.errors import DataError
-from spd_dist.runtime.answers import answers_path, read_answers, values_by_id
+from spd_dist.runtime.answers import answers_path, manner, read_answers, values_by_id
 from spd_dist.runtime.artifacts import read_json
-from spd_dist.runtime.comparison import SIGNIFICANCE, amount, arm_pairs, notes, wanted_of
-from spd_dist.runtime.statistics import Crossed, between_seeds, crossed, crossed_share, holm
+from spd_dist.runtime.comparison import (
+    SIGNIFICANCE,
+    amount,
+    arm_pairs,
+    blind_notes,
+    corrected,
+    diagnostics,
+    notes,
+    overlap_notes,
+    wanted_of,
+)
+from spd_dist.runtime.report import pass_table
+from spd_dist.runtime.statistics import Crossed, between_seeds, crossed, crossed_share
 from spd_dist.types import Answer
 
 DIAGNOSTICS = (
     "strict_accuracy", "lenient_accuracy", "ended_fraction", "strict_extraction_fraction",
     "lenient_extraction_fraction", "repetition_fraction", "mean_tokens",
 )  # fmt: skip
+DENOMINATOR = ("task", "metric", "examples", "temperature")
+"""What runs must have in common."""
 Answers = Mapping[str, Sequence[Answer]]
 """One seed's, by arm."""
 
@@ -44,14 +57,16 @@ def over_seeds(run_folders: Sequence[Path]) -> dict[str, Any]:
         _refuse_another_denominator(run_folders[0], reports[0], folder, report)
     first = reports[0]
     by_seed = [answers_of(folder, report) for folder, report in zip(run_folders, reports, strict=True)]
+    num_examples = next(iter(first["arms"].values()))["num_examples"]
     arms = {arm: _arm(arm, by_seed, reports) for arm in first["arms"]}
     found = _comparisons(by_seed, first["metric"])
     return {
-        **{name: first[name] for name in ("task", "metric", "examples")},
-        "num_examples": next(iter(first["arms"].values()))["num_examples"],
+        **{name: first[name] for name in (*DENOMINATOR, "num_samples")},
+        "num_examples": num_examples,
         "seeds": [report["seed"] for report in reports],
-        "verdict": seeds_verdict(found, first["metric"], len(reports), len(by_seed[0][next(iter(arms))])),
-        "notes": notes(arms),
+        "verdict": seeds_verdict(found, first["metric"], len(reports), num_examples),
+        "notes": notes(arms) + blind_notes(found) + overlap_notes(first["overlaps"]),
+        "overlaps": first["overlaps"],
         "arms": arms,
         "comparisons": found,
     }
@@ -74,18 +89,21 @@ def _arm(arm: str, by_seed: Sequence[Answers], reports: Sequence[Mapping[str, An
     values = [values_by_id(answers[arm], metric) for answers in by_seed]
     spread = _spread(values, crossed(values) if metric == "nll" else crossed_share(values))
     means = {name: statistics.fmean(one[name] for one in each) for name in DIAGNOSTICS}
-    return {"sentence": each[0]["sentence"], **spread, **means}
+    passed = {k: statistics.fmean(one["pass_at_k"][k] for one in each) for k in each[0]["pass_at_k"]}
+    return {"sentence": each[0]["sentence"], **spread, **means, "pass_at_k": passed}
 
 
 def _comparisons(by_seed: Sequence[Answers], metric: str) -> list[dict[str, Any]]:
+    """Paired differences, and the means of their diagnostics."""
     found = []
     for before, after in arm_pairs(list(by_seed[0])):
         pairs = [(values_by_id(each[before], metric), values_by_id(each[after], metric)) for each in by_seed]
         differences = [{key: b[key] - a[key] for key in a} for a, b in pairs]
         spread = _spread(differences, crossed(differences))
-        found.append({"before": before, "after": after, "difference": spread["mean"], **spread})
-    adjusted = holm({f"{one['before']} {one['after']}": one["p_value"] for one in found})
-    return [{**one, "p_holm": adjusted[f"{one['before']} {one['after']}"]} for one in found]
+        each_seed = [diagnostics(each[before], each[after], metric) for each in by_seed]
+        means = {name: statistics.fmean(one[name] for one in each_seed) for name in each_seed[0]}
+        found.append({"before": before, "after": after, "difference": spread["mean"], **spread, **means})
+    return corrected(found)
 
 
 def _spread(by_seed: Sequence[Mapping[str, float]], both: Crossed) -> dict[str, Any]:
@@ -104,12 +122,15 @@ def _spread(by_seed: Sequence[Mapping[str, float]], both: Crossed) -> dict[str, 
 
 
 def seeds_verdict(found: Sequence[Mapping[str, Any]], metric: str, num_seeds: int, num_examples: int) -> str:
-    """One sentence on the method against the untouched model and plain self-retraining: no more than is shown."""
+    """A sentence on each arm of the method against the first and plain self-retraining: no more than is shown."""
     if not found:
         return "One arm alone: there is nothing to compare."
-    last, wanted = wanted_of(found)
-    clauses = [_clause(one, metric, len(found)) for one in wanted]
-    return f"{last.upper()}, over {num_seeds} seeds and {num_examples} examples, {'; '.join(clauses)}."
+    spoken = [
+        f"{arm.upper()}, over {num_seeds} seeds and {num_examples} examples, "
+        f"{'; '.join(_clause(one, metric, len(found)) for one in wanted)}."
+        for arm, wanted in wanted_of(found).items()
+    ]
+    return " ".join(spoken)
 
 
 def _clause(one: Mapping[str, Any], metric: str, num_comparisons: int) -> str:
@@ -133,14 +154,19 @@ def seeds_text(result: Mapping[str, Any], *, width: int = 100) -> str:
     console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False)
     metric, seeds = result["metric"], result["seeds"]
     title = f"{result['task']}: {len(seeds)} seeds ({', '.join(map(str, seeds))}), n {result['num_examples']} each"
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", collapse_padding=True, pad_edge=False)
+    if result["temperature"] > 0:
+        title += f", {manner(result['temperature'], result['num_samples'])}"
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for name in ("", "mean", "95 % interval", "p Holm", "sd", "each seed"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for arm, spread in result["arms"].items():
         table.add_row(arm, *_cells(spread, metric, signed=False))
     for one in result["comparisons"]:
         table.add_row(f"{one['after']} - {one['before']}", *_cells(one, metric, signed=True))
+    console.print(title)  # not the table's own, which would be wrapped at the width of the table
     console.print(table)
+    if result["num_samples"] > 1:
+        console.print(pass_table(result["arms"]))
     console.print(result["verdict"])
     for note in result["notes"]:
         console.print(f"Note: {note}")
@@ -160,7 +186,7 @@ def _cells(spread: Mapping[str, Any], metric: str, *, signed: bool) -> list[str]
 def _refuse_another_denominator(
     first_folder: Path, first: Mapping[str, Any], folder: Path, report: Mapping[str, Any]
 ) -> None:
-    for name in ("task", "metric", "examples"):
+    for name in DENOMINATOR:
         if report[name] != first[name]:
             raise DataError(
                 f"{folder} and {first_folder} cannot be put together: their {name} differ ({report[name]!r}, "

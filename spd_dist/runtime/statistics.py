@@ -8,12 +8,13 @@ Shapes: S seeds, N examples.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from scipy.optimize import brentq
-from scipy.stats import binomtest, norm, t
+from scipy.stats import binomtest, norm, t, ttest_rel
 
 from spd_dist.errors import DataError
 from spd_dist.runtime.seeding import generator
@@ -34,6 +35,14 @@ class PairedDifference(NamedTuple):
     difference: float
     interval: Interval
     num_examples: int
+
+
+class PairedT(NamedTuple):
+    """Student's test that the mean of `after - before` over the same examples is zero."""
+
+    p_value: float
+    detectable: float | None
+    """The smallest mean that such a test finds in four of five cases; None where nothing varies."""
 
 
 class McNemar(NamedTuple):
@@ -78,6 +87,24 @@ def _wilson(share: float, num_examples: float, quantile: float) -> Interval:
     middle = share + spread / 2
     half = quantile * math.sqrt(share * (1 - share) / num_examples + spread / (4 * num_examples))
     return Interval(max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread)))
+
+
+def share_interval(shares: Sequence[float], num_samples: int = 1, confidence: float = 0.95) -> Interval:
+    """Wilson's interval of the mean of shares in [0, 1], one an example: for as many examples as have its variance.
+
+    Of shares that are 0 or 1 it is `wilson_interval`.
+
+    Args:
+        shares: Of the samples that are right.
+        num_samples: Of each example; no more than all samples together are counted as examples.
+        confidence: Coverage of the interval.
+    """
+    count, mean = len(shares), math.fsum(shares) / len(shares)
+    if all(share in (0, 1) for share in shares):
+        return wilson_interval(round(math.fsum(shares)), count, confidence)
+    variance = math.fsum((share - mean) ** 2 for share in shares) / count
+    size = min(num_samples, mean * (1 - mean) / variance) if variance > 0 else 1
+    return _wilson(mean, count * size, norm.ppf(0.5 + confidence / 2))
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, Interval]:
@@ -140,6 +167,21 @@ def paired_bootstrap(
     tail = (1 - confidence) / 2
     low, high = torch.cat(means).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return PairedDifference(difference_N.mean().item(), Interval(low, high), len(pairs))
+
+
+def paired_t(before: Mapping[str, float], after: Mapping[str, float]) -> PairedT:
+    """Student's paired test, two-sided; what it finds with power 0.8 is (t_0.975 + t_0.8) standard errors.
+
+    Raises:
+        DataError: the arms did not answer the same examples.
+    """
+    pairs = paired(before, after)
+    differences = [b - a for a, b in pairs]
+    if len(set(differences)) == 1:
+        return PairedT(1.0, None)  # a constant difference has no spread to be tested against
+    error, freedom = statistics.stdev(differences) / math.sqrt(len(pairs)), len(pairs) - 1
+    p_value = float(ttest_rel([b for _, b in pairs], [a for a, _ in pairs]).pvalue)
+    return PairedT(p_value, float(t.ppf(0.975, freedom) + t.ppf(0.8, freedom)) * error)
 
 
 def mcnemar(before: Mapping[str, float], after: Mapping[str, float]) -> McNemar:
@@ -245,7 +287,7 @@ def crossed(by_seed: Sequence[Mapping[str, float]], confidence: float = 0.95) ->
 
 
 def crossed_share(by_seed: Sequence[Mapping[str, float]], confidence: float = 0.95) -> Crossed:
-    """`crossed` of values that are 0 or 1: its interval is Wilson's, for as many examples as have the same variance.
+    """`crossed` of values in [0, 1]: its interval is Wilson's, for as many examples as have the same variance.
 
     Raises:
         DataError: as of `crossed`.

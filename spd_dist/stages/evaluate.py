@@ -1,4 +1,4 @@
-"""Greedy answers of one arm to the held-out examples, judged by the task."""
+"""Answers of one arm to the held-out examples, greedy or sampled, judged by the task."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ from spd_dist.runtime.answers import (
     read_parts,
     write_merged,
 )
-from spd_dist.runtime.completions import is_repetitive
+from spd_dist.runtime.completions import Key, is_repetitive
 from spd_dist.runtime.jsonl import JsonlWriter
+from spd_dist.runtime.seeding import row_seed
 from spd_dist.types import Answer, Completion, Projection
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ def evaluate_arm(
     projection: Projection | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write `folder/ARM/TASK.jsonl`, one line an example in the order of the test set; give the arm's summary.
+    """Write `folder/ARM/TASK.jsonl`, one line an answer in the order of the test set; give the arm's summary.
 
     A collective. The file is the same at every world size, and lines that an earlier attempt left are kept.
 
@@ -86,7 +87,7 @@ def evaluate_arm(
     todo = _todo(answering, progress)
     if todo is not None:
         _answer(answering, todo, _likelihoods(answering, progress), progress)
-    return on_main("merging the answers", lambda: _merge(test_set, answering.merged))
+    return on_main("merging the answers", lambda: _merge(answering))
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,10 @@ class _Answering:
     projection: Projection | None
     merged: Path
 
+    def keys(self) -> list[Key]:
+        """Example id and sample of every answer, in the order of the merged file."""
+        return [(prompt.id, sample) for prompt in self.test_set.prompts for sample in range(self.config.num_samples)]
+
     def opened(self) -> AbstractContextManager[HFEngine]:
         """The engine, placed: the body holds no collective."""
         settings = self.config.decoding()
@@ -110,21 +115,21 @@ class _Answering:
 
 def _todo(answering: _Answering, progress: Progress | None) -> list[Request] | None:
     """This rank's share of what is not answered yet, longest first; None if nothing is left to do on any rank."""
-    prompts, world = answering.test_set.prompts, answering.world
+    keys, world, seed = answering.keys(), answering.world, answering.test_set.seed
 
-    def missing() -> list[int]:
+    def missing() -> list[Key]:
         done = read_parts(answering.merged)
-        return [index for index, prompt in enumerate(prompts) if prompt.id not in done]
+        return [key for key in keys if key not in done]
 
-    indices = on_main("reading what was answered before", missing)
-    if not indices:
+    left = on_main("reading what was answered before", missing)
+    if not left:
         return None
-    ordered = sorted(indices, key=lambda index: (-len(prompts[index].tokens), index))
-    own = [prompts[index] for index in ordered[world.rank :: world.size]]
+    tokens = {prompt.id: prompt.tokens for prompt in answering.test_set.prompts}
+    own = sorted(left, key=lambda key: -len(tokens[key[0]]))[world.rank :: world.size]
     if progress is not None:
-        skipped = (len(prompts) - len(indices)) // world.size
+        skipped = (len(keys) - len(left)) // world.size
         progress.begin(len(own) + skipped, skipped)
-    return [Request(prompt.id, 0, prompt.tokens, 0) for prompt in own]
+    return [Request(name, sample, tokens[name], row_seed(seed, name, sample)) for name, sample in own]
 
 
 @torch.no_grad()
@@ -151,7 +156,8 @@ def _answer(
 ) -> None:
     """Append this rank's answers to its part as they finish."""
     policy, test_set, world = answering.policy, answering.test_set, answering.world
-    sampling = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=answering.config.max_new_tokens)
+    config = answering.config
+    sampling = Sampling(temperature=config.temperature, top_p=1.0, max_new_tokens=config.max_new_tokens)
     rows = {row["id"]: row for row in test_set.rows}
 
     def judge(decoded: Decoded) -> Answer:
@@ -183,7 +189,9 @@ def _beside(judge: Callable[[Decoded], Answer], decoded: Iterator[Decoded]) -> I
 def _judged(decoded: Decoded, policy: Policy, task: Task, row: Row, nll: float | None) -> Answer:
     output = policy.tokenizer.decode(decoded.tokens, skip_special_tokens=True)
     request, score = decoded.request, task.score(row, output)
-    completion = Completion(request.id, 0, 0, request.tokens, decoded.tokens, output, decoded.finish_reason)
+    completion = Completion(
+        request.id, request.sample, request.seed, request.tokens, decoded.tokens, output, decoded.finish_reason
+    )
     return Answer(
         id=request.id,
         output=output,
@@ -198,20 +206,22 @@ def _judged(decoded: Decoded, policy: Policy, task: Task, row: Row, nll: float |
         lenient_correct=score.lenient_correct,
         is_repetitive=is_repetitive(completion),
         nll=nll,
+        sample=request.sample,
     )
 
 
-def _merge(test_set: TestSet, merged: Path) -> dict[str, Any]:
+def _merge(answering: _Answering) -> dict[str, Any]:
     """Write the merged file, unless it is there; give the arm's summary."""
-    by_id = read_parts(merged)
-    ids = [prompt.id for prompt in test_set.prompts]
-    if by_id.keys() != set(ids):
-        wrong = sorted(by_id.keys() ^ set(ids))
+    merged, keys, test_set = answering.merged, answering.keys(), answering.test_set
+    by_key = read_parts(merged)
+    if by_key.keys() != set(keys):
+        wrong = sorted(by_key.keys() ^ set(keys))
         raise DataError(
-            f"{merged} has {len(by_id)} answers and the test set {len(ids)} examples ({wrong[0]!r} is in one only); "
-            f"delete {merged.parent} and start the same command again"
+            f"{merged} has {len(by_key)} answers and the test set {len(test_set.prompts)} examples for "
+            f"{answering.config.num_samples} each ({wrong[0]!r} is in one only); delete {merged.parent} and start the "
+            "same command again"
         )
-    answers = [by_id[key] for key in ids]
+    answers = [by_key[key] for key in keys]
     if not merged.exists():
         write_merged(merged, answers)
     return answers_summary(answers, test_set.task.metric)

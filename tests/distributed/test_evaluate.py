@@ -25,6 +25,7 @@ from spd_dist.stages.evaluate import evaluate_arm
 from spd_dist.types import KVSite, Projection, SiteOperator
 
 CONFIG = Evaluate(max_new_tokens=12, batch_size=3)
+SAMPLED = dataclasses.replace(CONFIG, temperature=1.0, num_samples=3)
 TASK = find_task("arithmetic")
 
 
@@ -40,7 +41,7 @@ def set_up(model: Path, zero_stage: int = 0) -> tuple[Policy, TestSet]:
     """The tiny policy, with more tokens that end a sequence: a random model seldom says one."""
     policy = load_policy(Model(str(model)), Distributed(zero_stage=zero_stage), world_of_this_process())
     policy.eos_token_ids = tuple(range(2, 259, 17))
-    return policy, TestSet(TASK, rows(), make_prompts(rows(), TASK, policy.tokenizer, Data()))
+    return policy, TestSet(TASK, rows(), make_prompts(rows(), TASK, policy.tokenizer, Data()), seed=5)
 
 
 def world_of_this_process() -> World:
@@ -70,7 +71,8 @@ def expected(model, tmp_path_factory) -> dict[str, bytes]:
         evaluate_arm(
             policy, test_set, CONFIG, arm=arm, folder=folder, world=world_of_this_process(), projection=held_to
         )
-    return {arm: answers_path(folder, arm, TASK.name).read_bytes() for arm in ("base", "projected")}
+    evaluate_arm(policy, test_set, SAMPLED, arm="sampled", folder=folder, world=world_of_this_process())
+    return {arm: answers_path(folder, arm, TASK.name).read_bytes() for arm in ("base", "projected", "sampled")}
 
 
 class Counter:
@@ -123,11 +125,26 @@ def answers_are_those_of_one_rank(model: Path, folder: Path, expected: dict[str,
             assert answers_path(folder / placement, arm, TASK.name).read_bytes() == expected[arm], (placement, arm)
 
     resume_from_what_another_world_left(policy, test_set, folder / "resumed", expected["base"])
+    samples_are_those_of_one_rank(policy, test_set, folder / "sampled", expected["sampled"])
     likelihoods_are_those_of_one_rank(policy, test_set, folder / "likely")
     failing = TestSet(FailingTask(), test_set.rows, test_set.prompts)
     with pytest.raises(DataError, match="r3 cannot be judged"):  # judged by one rank, raised by all
         evaluate_arm(policy, failing, CONFIG, arm="base", folder=folder / "failing", world=world)
     assert 0 < sum(len(read_answers(part)) for part in parts(folder / "failing" / "base" / "failing.jsonl")) < 11
+
+
+def samples_are_those_of_one_rank(policy: Policy, test_set: TestSet, folder: Path, expected: bytes) -> None:
+    world = world_of_this_process()
+    merged = answers_path(folder, "sampled", TASK.name)
+    if world.is_main:
+        merged.parent.mkdir(parents=True)
+        part_path(merged, 0, 3).write_bytes(b"".join(expected.splitlines(keepends=True)[4:6]))
+    dist.barrier()
+    progress = Counter()
+    summary = evaluate_arm(policy, test_set, SAMPLED, arm="sampled", folder=folder, world=world, progress=progress)
+    assert merged.read_bytes() == expected
+    assert progress.done < 33, "two answers were there"
+    assert (summary["num_examples"], summary["num_samples"], list(summary["pass_at_k"])) == (11, 3, ["1", "2", "3"])
 
 
 def likelihoods_are_those_of_one_rank(policy: Policy, test_set: TestSet, folder: Path) -> None:
@@ -175,6 +192,13 @@ def test_a_file_holds_one_line_an_example_in_the_order_of_the_test_set(expected)
     assert {line["finish_reason"] for line in lines} == {"stop", "length"}
     assert all(line["num_tokens"] <= 12 for line in lines)
     assert expected["base"] != expected["projected"]
+
+
+def test_sampled_answers_are_a_line_a_sample_and_differ(expected):
+    lines = [json.loads(line) for line in expected["sampled"].splitlines()]
+    assert [(line["id"], line["sample"]) for line in lines] == [(f"r{i}", j) for i in range(11) for j in range(3)]
+    assert len({line["output"] for line in lines if line["id"] == "r0"}) == 3
+    assert len({line["output"] for line in lines if line["sample"] == 0}) == 11, "an example has draws of its own"
 
 
 def test_an_empty_test_set_and_answers_to_other_examples_are_refused(tmp_path, model):

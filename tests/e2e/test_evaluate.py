@@ -14,6 +14,7 @@ from launching import SMALL, Launch, launch
 from memorised import save_memorised
 from peft import LoraConfig, get_peft_model
 from sandboxes import usable_sandbox
+from tiny import save_tiny_model
 from transformers import AutoModelForCausalLM
 
 from spd_dist.data.tasks import find_task
@@ -110,6 +111,21 @@ def test_a_model_alone_is_evaluated_on_several_tasks_whatever_the_ranks_and_kill
     assert read_json(killed / "summary.json")["tasks"] == summary["tasks"]
 
 
+def test_samples_of_a_model_alone_give_pass_at_k(tmp_path):
+    model, out = save_tiny_model(tmp_path / "model"), tmp_path / "out"
+    words = [str(model), "--tasks", "arithmetic", "--out", str(out), "data.num_test=4", "evaluate.max_new_tokens=8"]
+    words += ["evaluate.num_samples=3", "evaluate.temperature=1"]
+    output = launch(2, words, tmp_path / "log", launcher=LAUNCHER)
+    assert f"{model}: 3 samples at temperature 1" in output
+    assert "pass@k, %" in output
+    summary = read_json(out / "summary.json")["tasks"]["arithmetic"]
+    assert (summary["num_examples"], summary["num_samples"]) == (4, 3)
+    assert list(summary["pass_at_k"]) == ["1", "2", "3"]
+    lines = read_jsonl(out / "arithmetic/evaluate/model/arithmetic.jsonl")
+    assert [line["sample"] for line in lines] == [0, 1, 2] * 4
+    assert len({line["output"] for line in lines}) > 6, "they are samples"
+
+
 @pytest.mark.usefixtures("needs_sandbox")
 def test_an_adapter_makes_another_model(model, rows, adapter, tmp_path):
     found = {}
@@ -187,6 +203,7 @@ def test_the_harness_is_given_the_same_model_and_tasks(harness, tasks):
         ({}, ["--tasks", "gsm8k", "data.test=rows.jsonl"], "--lm-eval: data.test: 'rows.jsonl' does not reach the"),
         ({}, ["--tasks", "gsm8k", "data.template_options={enable_thinking: false}"], "data.template_options: {'enable"),
         ({}, ["--tasks", "mbpp"], "--lm-eval: the harness would run the programs of mbpp outside of a sandbox"),
+        ({}, ["--tasks", "gsm8k", "evaluate.temperature=0.5"], "--lm-eval: evaluate.temperature: 0.5 is not for the"),
         ({"WORLD_SIZE": "2"}, ["--tasks", "gsm8k"], "--lm-eval: it takes one process; start this file by python"),
     ],
 )

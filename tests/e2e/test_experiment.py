@@ -61,7 +61,14 @@ def test_every_arm_answers_the_same_examples_under_every_seed(whole):
     report = read_json(whole / "report.json")
     assert list(report["arms"]) == list(ARMS)
     assert (report["seeds"], report["num_examples"]) == ([1, 2], 6)
-    assert len(report["comparisons"]) == 2 * len(ARMS) - 3
+    from_base, controls = len(ARMS) - 1, 3
+    assert len(report["comparisons"]) == from_base + 2 * controls, "of spd, and of its variant"
+    assert set(report["by_seed"]) == {"1", "2"}
+    for one in report["by_seed"].values():
+        assert {"project", "arms/spd@rank=4/project", "finetune"} <= one["stages"].keys()
+        assert set(one["losses"]) == {"psr", "spd", "termination", "spd@rank=4"}
+        assert one["angles"]["sites"]
+        assert set(one["angles"]["arms"]) == {f"spd@rank=4, {site}" for site in one["stages"]["project"]["sites"]}
     assert "<svg" in (whole / "report.html").read_text()
     for seed in (1, 2):
         assert (whole / f"seed_{seed}" / "report.html").is_file()

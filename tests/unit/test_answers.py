@@ -7,6 +7,7 @@ from spd_dist.runtime.answers import (
     answers_path,
     answers_summary,
     as_row,
+    manner,
     part_path,
     parts,
     read_answers,
@@ -32,11 +33,11 @@ def test_answers_come_back_and_parts_go_when_they_are_merged(tmp_path):
             part.write(as_row(answer))
     with open(part_path(merged, 0, 2), "a") as part:
         part.write('{"id": "torn')
-    assert read_parts(merged) == {"a": RIGHT, "b": LENIENT}
+    assert read_parts(merged) == {("a", 0): RIGHT, ("b", 0): LENIENT}
     write_merged(merged, [RIGHT, LENIENT])
     assert parts(merged) == []
     assert read_answers(merged) == [RIGHT, LENIENT]
-    assert read_parts(merged) == {"a": RIGHT, "b": LENIENT}
+    assert read_parts(merged) == {("a", 0): RIGHT, ("b", 0): LENIENT}
 
 
 def test_parts_of_one_task_are_not_those_of_another(tmp_path):
@@ -60,6 +61,45 @@ def test_the_summary_shows_what_else_could_explain_a_gain():
     assert (summary["strict_accuracy"], summary["lenient_accuracy"]) == (0.25, 0.5)
     assert (summary["strict_extraction_fraction"], summary["lenient_extraction_fraction"]) == (0.25, 0.75)
     assert (summary["ended_fraction"], summary["repetition_fraction"], summary["mean_tokens"]) == (0.75, 0.25, 15)
+
+
+def shares_right(*shares, num_samples=4):
+    """Of each example that share of the samples right."""
+    return [
+        dataclasses.replace(RIGHT, id=f"p{index}", sample=sample, correct=sample < share * num_samples)
+        for index, share in enumerate(shares)
+        for sample in range(num_samples)
+    ]
+
+
+def test_of_several_samples_the_means_count_and_pass_at_k_is_their_unbiased_estimate():
+    answers = shares_right(0.25, 0.5, 1.0, 0.0)
+    summary = answers_summary(answers, "accuracy")
+    assert values_by_id(answers, "accuracy") == {"p0": 0.25, "p1": 0.5, "p2": 1.0, "p3": 0.0}
+    assert (summary["num_examples"], summary["num_samples"], summary["num_correct"]) == (4, 4, 7)
+    assert summary["value"] == summary["pass_at_k"]["1"] == 7 / 16
+    assert summary["pass_at_k"] == pytest.approx({"1": 7 / 16, "2": (0.5 + 5 / 6 + 1) / 4, "4": 3 / 4})
+    assert list(answers_summary(shares_right(0.5, 1.0, num_samples=6), "accuracy")["pass_at_k"]) == ["1", "2", "4", "6"]
+    assert answers_summary(ANSWERS, "accuracy")["pass_at_k"] == {"1": 0.5}
+
+
+def test_examples_with_other_numbers_of_samples_have_no_common_denominator():
+    with pytest.raises(DataError, match=r"examples with \[3, 4\] answers each have no common denominator"):
+        answers_summary(shares_right(0.5, 1.0)[:-1], "accuracy")
+
+
+def test_parts_hold_every_sample(tmp_path):
+    merged = answers_path(tmp_path, "base", "arithmetic")
+    with JsonlWriter(part_path(merged, 0, 1)) as part:
+        for answer in shares_right(0.5, 1.0):
+            part.write(as_row(answer))
+    assert len(read_parts(merged)) == 8
+
+
+def test_how_the_answers_were_drawn_is_put_in_words():
+    assert manner(0.0, 1) == "greedy"
+    assert manner(0.8, 1) == "1 sample at temperature 0.8"
+    assert manner(1.0, 8) == "8 samples at temperature 1"
 
 
 def test_likelihood_tasks_are_summed_up_by_their_mean():

@@ -1,11 +1,20 @@
 import dataclasses
 
 import pytest
-from answering import answers
+from answering import answers, sampled
+from scipy.stats import ttest_1samp
 
 from spd_dist.errors import DataError
 from spd_dist.runtime.answers import answers_summary
-from spd_dist.runtime.comparison import comparisons, identical_fraction, notes, overlap_notes, verdict
+from spd_dist.runtime.comparison import (
+    arm_pairs,
+    blind_notes,
+    comparisons,
+    identical_fraction,
+    notes,
+    overlap_notes,
+    verdict,
+)
 
 
 def sentence(base, spd, psr=None, num=200):
@@ -17,6 +26,43 @@ def test_every_arm_is_compared_with_the_first_and_the_method_with_every_arm():
     arms = {name: answers(100 + index) for index, name in enumerate(("base", "psr", "spd", "projected"))}
     pairs = [(one["before"], one["after"]) for one in comparisons(arms, "accuracy", 0)]
     assert pairs == [("base", "psr"), ("base", "spd"), ("base", "projected"), ("psr", "spd"), ("projected", "spd")]
+
+
+RANKS = ["base", "psr", "spd@rank=16", "random@rank=16"]
+
+
+def test_a_variant_of_the_method_is_compared_with_its_controls():
+    assert arm_pairs(RANKS)[3:] == [("psr", "spd@rank=16"), ("random@rank=16", "spd@rank=16")]
+    both = arm_pairs(["base", "psr", "spd", "random", "spd@rank=16", "random@rank=16"])[5:]
+    assert both == [("psr", "spd"), ("random", "spd"), ("psr", "spd@rank=16"), ("random@rank=16", "spd@rank=16")]
+    assert arm_pairs(["base", "random", "spd@rank=16"])[2:] == [("random", "spd@rank=16")], "the plain one, for want"
+    assert arm_pairs(["base", "spd", "random@rank=16", "spd@rank=16"])[3:] == [("random@rank=16", "spd@rank=16")]
+
+
+def test_a_control_may_have_changes_of_its_own():
+    arms = ["base", "spd@rank=16", "random@rank=16", "random@mode=isotropic@rank=16"]
+    assert arm_pairs(arms)[3:] == [(arm, "spd@rank=16") for arm in arms[2:]]
+    assert arm_pairs(["base", "spd", "random", "random@mode=isotropic"])[3:] == [
+        ("random", "spd"), ("random@mode=isotropic", "spd"),
+    ]  # fmt: skip
+
+
+def test_the_verdict_is_about_every_variant_of_the_method_and_about_no_control():
+    found = comparisons({arm: answers(100 + 10 * index) for index, arm in enumerate(RANKS)}, "accuracy", 0)
+    text = verdict(found, "accuracy")
+    assert text.startswith("SPD@RANK=16 against BASE: +10.0 points")
+    assert "; against PSR: +5.0 points" in text
+    assert "RANDOM" not in text
+    two = {arm: answers(100 + 10 * index) for index, arm in enumerate(["base", "spd@rank=4", "spd", "random"])}
+    sentences = verdict(comparisons(two, "accuracy", 0), "accuracy").split(". ")
+    assert [one.partition(" ")[0] for one in sentences] == ["SPD@RANK=4", "SPD"]
+
+
+def test_variants_count_in_the_family_that_is_corrected():
+    found = comparisons({arm: answers(100 + 3 * index) for index, arm in enumerate(RANKS)}, "accuracy", 0)
+    assert len(found) == 5
+    smallest = min(found, key=lambda one: one["p_value"])
+    assert smallest["p_holm"] == pytest.approx(5 * smallest["p_value"])
 
 
 def test_a_comparison_holds_difference_interval_test_and_overlap():
@@ -56,7 +102,15 @@ def test_a_difference_that_falls_to_the_correction_is_no_gain():
 def test_the_verdict_says_what_this_many_examples_could_have_shown():
     found = comparisons({"base": answers(100), "spd": answers(100, first=20)}, "accuracy", 0)
     assert "n 200), so no difference is shown; this test would find about 8.8 points" in verdict(found, "accuracy")
-    assert comparisons({"base": answers(100), "spd": answers(101)}, "accuracy", 0)[0]["detectable_difference"] is None
+    assert blind_notes(found) == []
+
+
+def test_arms_that_hardly_differ_are_said_to_show_nothing():
+    found = comparisons({"base": answers(100), "psr": answers(100, first=20), "spd": answers(101)}, "accuracy", 0)
+    assert [one["detectable_difference"] is None for one in found] == [False, True, False]
+    assert blind_notes(found) == [
+        "Too few examples on which arms differ for any difference to be found in 4 of 5: spd - base."
+    ]
 
 
 def test_the_verdict_speaks_of_base_and_of_plain_retraining_and_of_no_other_arm():
@@ -80,7 +134,32 @@ def test_lower_likelihood_loss_is_a_gain():
     assert found[0]["test"] == "paired t"
     assert "-0.110 nats" in verdict(found, "nll")
     assert "a gain" in verdict(found, "nll")
-    assert comparisons({"base": before, "spd": before}, "nll", 0)[0]["p_value"] == 1.0
+    (same,) = comparisons({"base": before, "spd": before}, "nll", 0)
+    assert (same["p_value"], same["detectable_difference"]) == (1.0, None)
+
+
+def test_the_verdict_says_which_likelihood_could_have_been_told_apart():
+    rows = answers(0)
+    before = [dataclasses.replace(row, nll=1.0 + 0.01 * (i % 7)) for i, row in enumerate(rows)]
+    after = [dataclasses.replace(row, nll=1.0 + 0.01 * (i % 5)) for i, row in enumerate(rows)]
+    after[0] = dataclasses.replace(after[0], nll=3.0)
+    found = comparisons({"base": before, "spd": after}, "nll", 0)
+    assert "so no difference is shown; this test would find about 0.0" in verdict(found, "nll")
+
+
+def test_several_samples_are_compared_by_their_means():
+    arms = {"base": sampled([0, 1, 2, 3] * 10), "spd": sampled([1, 1, 4, 4] * 10)}
+    (one,) = comparisons(arms, "accuracy", 0)
+    assert (one["difference"], one["num_examples"], one["test"]) == (pytest.approx(0.25), 40, "paired t")
+    assert one["p_value"] == pytest.approx(ttest_1samp([0.25, 0, 0.5, 0.25] * 10, 0).pvalue)
+    assert one["identical_fraction"] == pytest.approx(1 - 0.25), "sample by sample"
+    assert "num_gained" not in one
+    assert "SPD against BASE: +25.0 points" in verdict([one], "accuracy")
+
+
+def test_arms_that_answered_another_number_of_times_are_refused():
+    with pytest.raises(DataError, match=r"different numbers of answers an example cannot be compared \(\{'base': 1"):
+        comparisons({"base": answers(2, num=4), "spd": sampled([1, 2, 3, 4])}, "accuracy", 0)
 
 
 def test_identical_outputs_are_counted():

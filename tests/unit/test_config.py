@@ -31,6 +31,7 @@ FAULTS = {
     "project.rank_rule=fixed": r"project\.rank: None is not valid with project\.rank_rule=fixed; set project\.rank=N",
     "generate.task_index=1": r"generate\.task_index: 1 is out of bounds; it must be below generate\.num_tasks=1",
     "generate.engine=vllm": r"generate\.vllm_python: None is not valid with generate\.engine=vllm",
+    "evaluate.num_samples=2": r"evaluate\.num_samples: 2 is not valid with evaluate\.temperature=0, since all",
     "run_dir=${nowhere}": r"run_dir: an interpolation does not resolve",
     "seed": r"'seed' is not an override: write section\.key=value",
     "seed=[1": r"'seed=\[1' is not an override",

@@ -42,12 +42,19 @@ def test_the_report_holds_every_seed_and_what_all_cost(places):
     assert report["cost"]["arms/psr/generate"]["device_hours"] == 3.0
     assert report["cost"]["arms/psr/generate"]["tokens"] == 3 * 1234
     assert report["later_rounds"] == []
+    assert report["losses"]["spd"] == {"steps": [1, 2, 3, 4], "losses": [2 / step for step in (1, 2, 3, 4)]}
+    second = report["by_seed"]["2"]
+    assert second["losses"]["spd"]["losses"] == [2 / step for step in (1, 2, 3, 4)]
+    assert second["stages"]["project"]["sites"]["layers.1.key"]["spectrum"] == [4.0, 2.0, 1.0, 0.0]
+    assert second["angles"] == {"sites": {}, "arms": {}}
 
 
 def test_the_page_shows_all_seeds_and_links_to_their_pages(places):
     _, text = written(places)
     assert "SPD, over 3 seeds and 150 examples, against BASE: +21.3 points" in text
     assert "<td>60.0</td><td>64.0</td>" in re.sub(r"\s+", "", text)
+    gained = "<td>32.0</td><td>0.0</td><td>32.0</td><td>0.0</td><td>78.7</td>"
+    assert gained in re.sub(r"\s+", "", text), "the means of 30, 36 and 30"
     assert '<a href="seed_2/report.html">seed 2</a>' in text
     assert "spd 1/3" in text, "an example that one seed had right"
     assert "How many &lt;b&gt;apples&lt;/b&gt;?" in text

@@ -9,13 +9,14 @@ from browsing import CHROMIUM, screenshot, widths
 
 from spd_dist.overrides import load_config, to_yaml
 from spd_dist.runtime.answers import answers_path, write_merged
+from spd_dist.runtime.artifacts import read_json
 from spd_dist.runtime.metrics import MetricLogger
 from spd_dist.runtime.page import write_page
-from spd_dist.runtime.page.figures import angles
 from spd_dist.runtime.page.page import NUM_SHOWN, side_by_side
 from spd_dist.runtime.report import write_report
-from spd_dist.runtime.training_log import training_losses
-from spd_dist.types import Certificate, KVSite, SiteSubspace
+from spd_dist.runtime.subspace_file import save_subspace
+from spd_dist.runtime.training_log import mean_losses, training_losses
+from spd_dist.types import Certificate, KVSite, SiteSubspace, Subspace
 
 
 def page_of(folder):
@@ -91,21 +92,42 @@ def test_a_step_that_was_done_again_counts_once(folder):
         metrics.log("finetune", {"loss": 0.125, "epoch_loss": 9.0}, 8)
     losses = training_losses(folder)
     assert set(losses) == {"psr", "spd"}
-    assert list(losses["spd"]) == list(range(1, 9))
-    assert losses["spd"][8] == 0.125
+    assert losses["spd"]["steps"] == list(range(1, 9))
+    assert losses["spd"]["losses"][-1] == 0.125
 
 
-def test_principal_angles_are_drawn_where_there_is_a_pair():
-    eye_DD = torch.eye(4)
-    parts = {"key": eye_DD[:, :2], "value": eye_DD[:, 2:]}
-    sites = {
-        KVSite(1, kind, f"{kind}_proj", ((0, 4),)): SiteSubspace(basis_DR, torch.ones(4), 1.0, Certificate())
-        for kind, basis_DR in parts.items()
+def test_losses_of_seeds_are_averaged_at_the_steps_that_all_did():
+    one = {"spd": {"steps": [1, 2, 3], "losses": [4.0, 2.0, 1.0]}, "psr": {"steps": [1], "losses": [5.0]}}
+    two = {"spd": {"steps": [2, 3], "losses": [4.0, 2.0]}}
+    assert mean_losses([one, two]) == {"spd": {"steps": [2, 3], "losses": [3.0, 1.5]}}
+
+
+def subspaces(folder):
+    """That of spd holds the first two and the last two of four directions, psr's the first two at both sites."""
+    key, value = (KVSite(1, kind, f"{kind}_proj", ((0, 4),)) for kind in ("key", "value"))
+    first, last = (
+        SiteSubspace(basis_DR, torch.ones(4, dtype=torch.float64), 1.0, Certificate())
+        for basis_DR in torch.eye(4).split(2, 1)
+    )
+    for stage, sites in {"project": {key: first, value: last}, "arms/psr/project": {key: first, value: first}}.items():
+        save_subspace(folder / stage / "subspace.safetensors", Subspace(sites))
+
+
+def test_angles_and_losses_are_in_the_report_and_the_page_draws_them_from_there(folder):
+    subspaces(folder)
+    text = page_of(folder)
+    report = read_json(folder / "report.json")
+    assert report["angles"] == {
+        "sites": {"layers.1.key and layers.1.value": [90.0, 90.0]},
+        "arms": {"psr, layers.1.key": [0.0, 0.0], "psr, layers.1.value": [90.0, 90.0]},
     }
-    key, value = sites.values()
-    drawing = angles("angles", {"apart": (key, value), "same": (key, key)})
-    assert ElementTree.fromstring(drawing) is not None
-    assert angles("angles", {}) is None
+    assert report["losses"]["psr"] == {"steps": list(range(1, 9)), "losses": [3.0 / step for step in range(1, 9)]}
+    for title in ("Training", "Principal angles between sites", "Principal angles between arms"):
+        assert f"<h2>{title}</h2>" in text
+    nothing = {"losses": {}, "angles": {"sites": {}, "arms": {}}}
+    write_page(folder, report | nothing, {})
+    assert "<h2>Training</h2>" not in (folder / "report.html").read_text()
+    assert "Principal angles" not in (folder / "report.html").read_text()
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")

@@ -1,13 +1,15 @@
+import dataclasses
 import json
 
 import pytest
-from answering import ARMS, answered_run, answers
+from answering import ARMS, answered_run, answers, sampled
 from recording import Recorder
 
 from spd_dist.errors import DataError
 from spd_dist.runtime.answers import answers_path, write_merged
 from spd_dist.runtime.artifacts import read_json
 from spd_dist.runtime.metrics import MetricLogger, read_metrics
+from spd_dist.runtime.page import write_page
 from spd_dist.runtime.report import log_report, report_text, write_report
 
 
@@ -60,6 +62,34 @@ def test_the_text_is_a_table_a_verdict_and_where_everything_is(run_folder):
     prose, commands = lines[: lines.index("Next:")], lines[lines.index("Next:") + 1 :]
     assert max(map(len, prose)) <= 100
     assert f"  python launchers/corpus.py stats {run_folder}" in commands, "whole, to be copied"
+
+
+def test_several_samples_make_a_table_of_pass_at_k(run_folder):
+    for more, arm in enumerate(ARMS):
+        rows = sampled([min(4, right + more) for right in (0, 1, 2, 3) * 10])
+        write_merged(answers_path(run_folder / "evaluate", arm, "arithmetic"), rows)
+    report = write_report(run_folder, ARMS, task="arithmetic", metric="accuracy", seed=1, temperature=0.8)
+    assert read_json(run_folder / "report.json") == report
+    lines = report_text(report, run_folder).splitlines()
+    assert lines[0] == "arithmetic: 3 arms, 4 samples at temperature 0.8, seed 1"
+    (row,) = [line.split() for line in lines if line.split()[:2] == ["base", "37.5"] and len(line.split()) == 4]
+    assert row == ["base", "37.5", "58.3", "75.0"]
+    write_page(run_folder, report, {})
+    page = (run_folder / "report.html").read_text()
+    assert "<td>base</td><td>37.5</td><td>58.3</td><td>75.0</td>" in page
+    assert "Answers (4 samples at temperature 0.8) to the same 40 examples" in page
+    assert 'class="right">spd 4/4' in page
+    assert page.count("<details>") == 40
+    with MetricLogger(run_folder / "metrics", mirror=Recorder()) as metrics:
+        log_report(metrics, run_folder, report)
+
+
+def test_what_a_likelihood_test_could_find_is_in_nats(run_folder):
+    for shift, arm in enumerate(ARMS):
+        rows = [dataclasses.replace(row, nll=2 + shift * (i % 3)) for i, row in enumerate(answers(10, num=150))]
+        write_merged(answers_path(run_folder / "evaluate", arm, "codealpaca"), rows)
+    text = report_text(write_report(run_folder, ARMS, task="codealpaca", metric="nll", seed=1), run_folder)
+    assert "Smallest difference found in 4 runs of 5, in nats a token: psr - base 0.189" in text
 
 
 def test_the_report_is_in_the_metrics_and_on_the_mirror(run_folder):

@@ -1,5 +1,5 @@
 import pytest
-from answering import ARMS, answers
+from answering import ARMS, answers, sampled
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
@@ -57,6 +57,47 @@ def test_what_differs_by_chance_does_not_survive_the_correction_of_a_large_famil
     verdict = seeds_verdict([one] * 9, "accuracy", 3, 500)
     assert "does not survive the correction for 9 comparisons" in verdict
     assert seeds_verdict([], "accuracy", 3, 500) == "One arm alone: there is nothing to compare."
+
+
+def test_diagnostics_of_comparisons_are_averaged_over_the_seeds(tmp_path):
+    result = over_seeds([run(tmp_path / str(seed), seed, spd=spd) for seed, spd in ((1, 84), (2, 93))])
+    (one,) = [one for one in result["comparisons"] if (one["before"], one["after"]) == ("base", "spd")]
+    assert (one["num_gained"], one["num_lost"]) == (28.5, 0)
+    assert (one["num_gained_by_ending"], one["num_gained_by_form"]) == (0, 28.5)
+    assert one["identical_fraction"] == pytest.approx(1 - 28.5 / 150)
+
+
+def test_test_problems_in_the_training_rows_are_said_of_the_experiment_too(tmp_path):
+    overlap = {"split": "train", "other": "test", "num_rows": 96, "num_exact": 2, "num_near": 1}
+    folders = [run(tmp_path / str(seed), seed) for seed in (1, 2)]
+    for seed, folder in enumerate(folders, 1):
+        write_report(folder, ARMS, task="arithmetic", metric="accuracy", seed=seed, overlaps=[overlap])
+    text = seeds_text(over_seeds(folders), width=200)
+    assert "Note: 2 exact and 1 near copies of test problems are among the 96 train rows" in text
+
+
+def test_samples_are_counted_over_seeds_as_means(tmp_path):
+    for seed in (1, 2):
+        for more, arm in enumerate(ARMS):
+            rows = sampled([min(4, right + more * seed) for right in (0, 1, 2, 3) * 10])
+            write_merged(answers_path(tmp_path / str(seed) / "evaluate", arm, "arithmetic"), rows)
+        write_report(tmp_path / str(seed), ARMS, task="arithmetic", metric="accuracy", seed=seed, temperature=0.5)
+    result = over_seeds([tmp_path / "1", tmp_path / "2"])
+    assert result["arms"]["base"]["pass_at_k"] == pytest.approx({"1": 0.375, "2": 7 / 12, "4": 0.75})
+    assert result["num_examples"] == 40
+    text = seeds_text(result)
+    assert text.splitlines()[0] == "arithmetic: 2 seeds (1, 2), n 40 each, 4 samples at temperature 0.5"
+    assert "pass@k, %" in text
+    write_report(tmp_path / "2", ARMS, task="arithmetic", metric="accuracy", seed=2, temperature=0.7)
+    with pytest.raises(DataError, match="their temperature differ"):
+        over_seeds([tmp_path / "1", tmp_path / "2"])
+
+
+def test_arms_that_never_differ_are_said_to_show_nothing(tmp_path):
+    result = over_seeds([run(tmp_path / str(seed), seed, spd=70) for seed in (1, 2)])
+    assert result["notes"] == [
+        "Too few examples on which arms differ for any difference to be found in 4 of 5: spd - psr."
+    ]
 
 
 def test_the_family_of_all_comparisons_is_corrected_by_holm(tmp_path):

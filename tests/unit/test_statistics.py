@@ -24,7 +24,9 @@ from spd_dist.runtime.statistics import (
     mcnemar,
     mean_interval,
     paired_bootstrap,
+    paired_t,
     pass_at_k,
+    share_interval,
     wilson_interval,
 )
 
@@ -41,6 +43,20 @@ def arms(both=0, lost=0, gained=0, neither=0):
 def test_wilson_intervals_are_those_of_statsmodels(counts, confidence):
     expected = proportion_confint(*counts, alpha=1 - confidence, method="wilson")
     assert wilson_interval(*counts, confidence) == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_interval_of_shares_is_wilsons_for_single_answers_and_holds_the_truth_for_many():
+    assert share_interval([1.0, 0.0, 0.0, 1.0, 1.0]) == wilson_interval(3, 5)
+    assert share_interval([0.5] * 10, 4) == pytest.approx(wilson_interval(5, 10)), "alike by chance: not surer than so"
+    narrow = share_interval([0.25, 0.5, 0.5, 0.5, 0.75, 0.5], 4)
+    assert narrow == pytest.approx(wilson_interval(12, 24)), "no surer than by 24 examples"
+    draws, num_held = torch.Generator().manual_seed(4), 0
+    for _ in range(1000):
+        chance_N = torch.rand(40, generator=draws, dtype=torch.float64) ** 2  # mean 1/3
+        right_NS = torch.rand(40, 4, generator=draws, dtype=torch.float64) < chance_N[:, None]
+        low, high = share_interval(right_NS.double().mean(1).tolist(), 4)
+        num_held += low <= 1 / 3 <= high
+    assert num_held / 1000 == pytest.approx(0.95, abs=0.02)
 
 
 @pytest.mark.parametrize("counts", [(3, 2), (-1, 2), (0, 0)])
@@ -127,6 +143,18 @@ def test_the_detectable_difference_is_found_in_four_runs_of_five(num_examples, d
     gained_R, lost_R = (outcome_RN == 0).sum(1), (outcome_RN == 1).sum(1)
     z_R = (gained_R - lost_R) / (gained_R + lost_R).sqrt()
     assert (z_R.abs() > 1.96).double().mean() == pytest.approx(0.8, abs=0.04)
+
+
+def test_what_the_paired_t_test_can_detect_is_found_in_four_of_five():
+    draws, num_found, smallest = torch.Generator().manual_seed(3), 0, []
+    for _ in range(1000):
+        before_N, noise_N = (torch.randn(40, generator=draws, dtype=torch.float64) for _ in range(2))
+        test = paired_t(by_id(before_N.tolist()), by_id((before_N + noise_N + 0.455).tolist()))
+        num_found += test.p_value < 0.05
+        smallest.append(test.detectable)
+    assert sorted(smallest)[500] == pytest.approx(0.455, abs=0.01)
+    assert num_found / 1000 == pytest.approx(0.8, abs=0.04)
+    assert paired_t({"a": 1.0, "b": 2.0}, {"a": 1.5, "b": 2.5}) == (1.0, None)
 
 
 def test_more_examples_show_smaller_differences_and_too_few_show_none():

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spd_dist.runtime.artifacts import read_json, write_text
+from spd_dist.runtime.artifacts import write_text
 from spd_dist.runtime.page import figures
 from spd_dist.runtime.page.page import NUM_SHOWN, drawn_comparisons, drawn_subspaces, lengths_of, side_by_side
 from spd_dist.runtime.page.render import drawn, render
 from spd_dist.runtime.seeds import Answers
-from spd_dist.runtime.training_log import training_losses
 
 
 def write_experiment_page(
@@ -34,15 +32,16 @@ def write_experiment_page(
     lengths = {arm: [lengths_of(answers[arm]) for answers in by_seed] for arm in by_seed[0]}
     found = [
         *drawn_comparisons(report, lengths),
-        drawn("Training", "Loss of each student on its own corpus, mean over the seeds.", _mean_curves(runs)),
-        *drawn_subspaces(runs[0], read_json(runs[0] / "report.json")),
+        drawn(
+            "Training", "Loss of each student on its own corpus, mean over the seeds.", figures.curves(report["losses"])
+        ),
+        *drawn_subspaces(next(iter(report["by_seed"].values()))),
     ]
     text = render(
         "experiment.html.j2",
-        report["metric"],
+        report,
         runs[0],
         title=f"{folder.name}: {report['task']}, {len(runs)} seeds",
-        report=report,
         figures=[one for one in found if one["svg"]],
         examples=side_by_side(by_seed, questions)[:NUM_SHOWN],
         num_examples=report["num_examples"],
@@ -52,15 +51,3 @@ def write_experiment_page(
         ],
     )
     write_text(folder / "report.html", text)
-
-
-def _mean_curves(runs: Sequence[Path]) -> str | None:
-    """Of the steps that every seed's student did."""
-    by_seed = [training_losses(run) for run in runs]
-    means = {}
-    for arm in by_seed[0]:
-        each = [losses.get(arm, {}) for losses in by_seed]
-        steps = sorted(set.intersection(*(set(losses) for losses in each)))
-        if steps:
-            means[arm] = {step: statistics.fmean(losses[step] for losses in each) for step in steps}
-    return figures.curves(means) if means else None

@@ -6,7 +6,6 @@ Shapes: D width of a site, R rank of its subspace.
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,8 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from spd_dist.runtime.comparison import amount
-from spd_dist.runtime.subspaces import principal_angles
-from spd_dist.types import SiteSubspace
+from spd_dist.runtime.training_log import Losses
 
 STYLE = {
     "font.family": "sans-serif",
@@ -93,13 +91,12 @@ def spectra(project: Mapping[str, Any]) -> str:
     return svg("spectra", figure)
 
 
-def angles(name: str, pairs: Mapping[str, tuple[SiteSubspace, SiteSubspace]]) -> str | None:
-    """The principal angles of each pair, smallest first; None where there is no pair."""
+def angles(name: str, pairs: Mapping[str, Sequence[float]]) -> str | None:
+    """The principal angles of each pair in degrees, smallest first; None where there is no pair."""
     if not pairs:
         return None
     figure, axes = _blank(2.8)
-    for label, (before, after) in pairs.items():
-        angle_R = principal_angles(before, after) * (180 / math.pi)
+    for label, angle_R in pairs.items():
         axes.plot(range(1, len(angle_R) + 1), angle_R, linewidth=1, label=label)
     axes.set_xlabel("principal angle")
     axes.set_ylabel("degrees")
@@ -133,11 +130,13 @@ def lengths(name: str, answers: Mapping[str, Lengths]) -> str:
     return svg(name, figure)
 
 
-def curves(losses: Mapping[str, Mapping[int, float]]) -> str:
-    """Training loss over optimizer steps, arm by arm."""
+def curves(losses: Losses) -> str | None:
+    """Training loss over optimizer steps, arm by arm; None where no arm was trained."""
+    if not losses:
+        return None
     figure, axes = _blank(2.6)
-    for arm, by_step in losses.items():
-        axes.plot(list(by_step), list(by_step.values()), linewidth=1.1, label=arm)
+    for arm, one in losses.items():
+        axes.plot(one["steps"], one["losses"], linewidth=1.1, label=arm)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats a token)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from spd_dist.runtime.answers import answers_path, read_answers
+from spd_dist.runtime.answers import answers_path, read_answers, samples_by_id
 from spd_dist.runtime.artifacts import write_text
 from spd_dist.runtime.completions import CORPUS, read_completions
 from spd_dist.runtime.page import figures
 from spd_dist.runtime.page.render import drawn, render
-from spd_dist.runtime.subspace_file import load_subspace
-from spd_dist.runtime.training_log import training_losses
-from spd_dist.types import Answer, SiteSubspace
+from spd_dist.types import Answer
 
 NUM_SHOWN = 200
 """Examples on a page; those on which arms differ come first."""
-NUM_PAIRS = 8
-"""Curves in a figure of principal angles."""
 
 
 def write_page(run_folder: Path, report: Mapping[str, Any], questions: Mapping[str, str]) -> None:
@@ -37,17 +32,16 @@ def write_page(run_folder: Path, report: Mapping[str, Any], questions: Mapping[s
     found = [
         *drawn_comparisons(report, {arm: [lengths_of(rows)] for arm, rows in answers.items()}),
         *_drawn_training(run_folder, report),
-        *drawn_subspaces(run_folder, report),
+        *drawn_subspaces(report),
     ]
     text = render(
         "page.html.j2",
-        report["metric"],
+        report,
         run_folder,
         title=f"{report['task']}, seed {report['seed']}: {len(report['arms'])} arms",
-        report=report,
         figures=[one for one in found if one["svg"]],
         examples=side_by_side([answers], questions)[:NUM_SHOWN],
-        num_examples=len(next(iter(answers.values()))),
+        num_examples=next(iter(report["arms"].values()))["num_examples"],
         num_seeds=1,
         learned=learned(report),
     )
@@ -57,18 +51,20 @@ def write_page(run_folder: Path, report: Mapping[str, Any], questions: Mapping[s
 def side_by_side(
     by_seed: Sequence[Mapping[str, Sequence[Answer]]], questions: Mapping[str, str]
 ) -> list[dict[str, Any]]:
-    """Every example with all arms' answers under the first seed, and how often each arm was right over the seeds.
+    """Every example with all arms' first answers under the first seed, and how often each arm was right over all.
 
     Those come first on which arms differ most in being right, then those on which they say other things.
     """
     examples = []
-    for number, rows in enumerate(zip(*by_seed[0].values(), strict=True)):
-        right = {arm: sum(answers[arm][number].correct for answers in by_seed) for arm in by_seed[0]}
+    grouped = [{arm: samples_by_id(rows) for arm, rows in answers.items()} for answers in by_seed]
+    for key in next(iter(grouped[0].values())):
+        rows = [samples[key][0] for samples in grouped[0].values()]
+        right = {arm: sum(one.correct for each in grouped for one in each[arm][key]) for arm in grouped[0]}
         differs = max(right.values()) - min(right.values()), len({row.output for row in rows}) > 1
         examples.append(
             {
-                "id": rows[0].id,
-                "question": questions.get(rows[0].id, ""),
+                "id": key,
+                "question": questions.get(key, ""),
                 "gold": rows[0].gold,
                 "kind": "right and wrong" if differs[0] else "other words" if differs[1] else "same",
                 "differs": differs,
@@ -108,42 +104,25 @@ def _drawn_training(run_folder: Path, report: Mapping[str, Any]) -> list[dict[st
     if corpora:
         sentence = "What each student learned from: a student ends as often as its corpus does."
         found.append(drawn("Completions: lengths and endings", sentence, figures.lengths("corpora", corpora)))
-    losses = training_losses(run_folder)
-    if losses:
-        found.append(drawn("Training", "Loss of each student on its own corpus.", figures.curves(losses)))
-    return found
+    drawing = figures.curves(report["losses"])
+    return [*found, drawn("Training", "Loss of each student on its own corpus.", drawing)]
 
 
-def drawn_subspaces(run_folder: Path, report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Spectra, energies and principal angles: between sites, between arms, between rounds."""
+def drawn_subspaces(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Spectra, energies and principal angles of one run: between sites, between arms, between rounds."""
     found = []
     if "project" in report["stages"]:
         sentence = "Spectrum of the gradients at each site, and how much of it the subspace keeps."
         found.append(drawn("Capability subspace", sentence, figures.spectra(report["stages"]["project"])))
-    file = run_folder / "project" / "subspace.safetensors"
-    if file.exists():
-        own = load_subspace(file).sites
-        sentence = "90 degrees: nothing in common; 0: a shared direction."
-        found.append(drawn("Principal angles between sites", sentence, figures.angles("angles", _site_pairs(own))))
-        others = {arm: run_folder / "arms" / arm / "project" / file.name for arm in report["arms"]}
-        pairs: dict[str, tuple[SiteSubspace, SiteSubspace]] = {}
-        for arm, path in others.items():
-            if path.exists():
-                sites = load_subspace(path).sites
-                pairs |= {f"{arm}, {site}": (own[site], part) for site, part in sites.items() if site in own}
-        sentence = "Of the arms that have a subspace of their own, against that of spd."
-        drawing = figures.angles("arms", dict(list(pairs.items())[:NUM_PAIRS]))
-        found.append(drawn("Principal angles between arms", sentence, drawing))
+    sentence = "90 degrees: nothing in common; 0: a shared direction."
+    drawing = figures.angles("angles", report["angles"]["sites"])
+    found.append(drawn("Principal angles between sites", sentence, drawing))
+    sentence = "Of the arms that have a subspace of their own, against that of spd."
+    found.append(drawn("Principal angles between arms", sentence, figures.angles("arms", report["angles"]["arms"])))
     if "rounds" in report:
         sentence = "How far the gradients moved from the subspace of the first round; means over the sites."
         found.append(drawn("Subspace over rounds", sentence, figures.rounds(report["rounds"])))
     return found
-
-
-def _site_pairs(sites: Mapping[Any, SiteSubspace]) -> dict[str, tuple[SiteSubspace, SiteSubspace]]:
-    """Sites of one width, pair by pair."""
-    pairs = [(a, b) for a, b in combinations(sorted(sites), 2) if a.width == b.width][:NUM_PAIRS]
-    return {f"{a} and {b}": (sites[a], sites[b]) for a, b in pairs}
 
 
 def learned(report: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -12,19 +12,22 @@ from markupsafe import Markup
 from omegaconf import OmegaConf
 
 from spd_dist.config import Config
+from spd_dist.runtime.answers import manner
 from spd_dist.runtime.artifacts import read_json
 from spd_dist.runtime.run_folder import settings_by_key
 
 
-def render(template: str, metric: str, run_folder: Path, **context: Any) -> str:
-    """A page, with the settings and the machine of the run in `run_folder`; what models and data say is escaped."""
+def render(template: str, report: Mapping[str, Any], run_folder: Path, **context: Any) -> str:
+    """A page of `report`, with settings and machine of the run in the folder; what models and data say is escaped."""
     loader = PackageLoader("spd_dist.runtime.page", ".")
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, loader=loader, trim_blocks=True, lstrip_blocks=True
     )
-    is_nll = metric == "nll"
+    is_nll = report["metric"] == "nll"
     return environment.get_template(template).render(
         **context,
+        report=report,
+        manner=manner(report["temperature"], report["num_samples"]),
         differing=config_diff(run_folder),
         environment=_environment(run_folder),
         percent=lambda value: f"{100 * value:.1f}",
