@@ -128,7 +128,7 @@ class Generate:
     num_samples: int = setting(1, "completions a prompt", at_least=1)
     max_new_tokens: int = setting(256, "a completion is cut there", at_least=1)
     batch_size: int = setting(32, "rows decoded together; samples do not depend on it", at_least=1)
-    batch_invariant: bool = setting(False, "fixed shapes: bf16 samples do not depend on ranks and kills either; slower")
+    batch_invariant: bool = setting(False, "engine hf: bf16 samples depend on no rank or kill either; costs speed")
     num_tasks: int = setting(1, "jobs that share one corpus, as a SLURM array", at_least=1)
     task_index: int = setting(0, "which of them this one is", at_least=0)
     vllm_python: str | None = setting(None, "interpreter that has vllm, for engine=vllm")
@@ -138,6 +138,15 @@ class Generate:
     ssd_top_k: int = setting(20, "of the SSD arm", at_least=0)
     max_repetition_rate: float = setting(1.0, "largest share of repetitive completions", at_least=0, at_most=1)
     max_empty_rate: float = setting(0.5, "largest share of empty completions", at_least=0, at_most=1)
+
+
+def engine_of(engine: str, vllm_python: str | None, command: str | None) -> str:
+    """The engine that generates: under `auto` the program that the config names, else our own loop."""
+    if engine != "auto":
+        return engine
+    if vllm_python is not None:
+        return "vllm"
+    return "hf" if command is None else "command"
 
 
 @dataclass(frozen=True)

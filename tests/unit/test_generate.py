@@ -18,6 +18,7 @@ from tiny import save_tiny_model
 from spd_dist.config import Generate
 from spd_dist.distributed.zero import weights_fingerprint
 from spd_dist.errors import ConfigError, DataError
+from spd_dist.models.decoding import decode
 from spd_dist.models.policy import Policy
 from spd_dist.runtime.completions import read_completions
 from spd_dist.runtime.seeding import row_seed
@@ -174,8 +175,10 @@ def test_a_corpus_beyond_the_thresholds_fails_loudly(policy, tmp_path):
 
 
 def test_missing_completions_are_counted(policy, tmp_path, monkeypatch):
-    monkeypatch.setattr("spd_dist.models.engines.in_process.decode", lambda *_, **__: iter(()))
-    monkeypatch.setattr("spd_dist.models.engines.choice.check_probes", lambda *_: None)
+    def only_probes(model, requests, *rest, **settings):
+        return decode(model, [request for request in requests if request.sample < 0], *rest, **settings)
+
+    monkeypatch.setattr("spd_dist.models.engines.in_process.decode", only_probes)
     with pytest.raises(DataError, match=r"18 of 18 completions are missing \('p00' sample 0, "):
         run(policy, tmp_path)
 
