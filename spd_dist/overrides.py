@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from spd_dist.arms import Arm, chosen
-from spd_dist.config import Config, Experiment
+from spd_dist.config import Config, Experiment, engine_of
 from spd_dist.errors import ConfigError
 
 
@@ -256,6 +256,12 @@ def _check_across_fields(config: Config) -> None:
         )
     if not config.calibrate.layers:
         raise ConfigError("calibrate.layers: an empty list is not valid; name at least one layer, as in [middle,last]")
+    engine = engine_of(config.generate.engine, config.generate.vllm_python, config.generate.command)
+    if config.generate.batch_invariant and engine != "hf":
+        raise ConfigError(
+            f"generate.batch_invariant: true is not valid with generate.engine={engine}, whose batches are its own; "
+            "set generate.engine=hf, or generate.batch_invariant=false"
+        )
     for section, needs in {"vllm": "vllm_python", "command": "command"}.items():
         if config.generate.engine == section and config.section("generate")[needs] is None:
             raise ConfigError(

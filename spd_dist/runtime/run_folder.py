@@ -214,8 +214,10 @@ class RunFolder:
 
 
 def result_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that results depend on, by dotted key: all but `MAY_CHANGE`."""
-    return {key: value for key, value in settings_by_key(config).items() if not _is_of(key, MAY_CHANGE)}
+    """The settings that results depend on, by dotted key: all but `MAY_CHANGE`, and the batch if its shape is fixed."""
+    settings = settings_by_key(config)
+    shapes = ("generate.batch_size",) if settings.get("generate.batch_invariant") else ()
+    return {key: value for key, value in settings.items() if key in shapes or not _is_of(key, MAY_CHANGE)}
 
 
 def settings_hash(config: Mapping[str, Any], *names: str) -> str:
