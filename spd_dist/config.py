@@ -128,7 +128,7 @@ class Generate:
     num_samples: int = setting(1, "completions a prompt", at_least=1)
     max_new_tokens: int = setting(256, "a completion is cut there", at_least=1)
     batch_size: int = setting(32, "rows decoded together; samples do not depend on it", at_least=1)
-    batch_invariant: bool = setting(False, "fixed shapes: bf16 samples do not depend on ranks and kills either; slower")
+    batch_invariant: bool = setting(False, "engine hf: bf16 samples depend on no rank or kill either; costs speed")
     num_tasks: int = setting(1, "jobs that share one corpus, as a SLURM array", at_least=1)
     task_index: int = setting(0, "which of them this one is", at_least=0)
     vllm_python: str | None = setting(None, "interpreter that has vllm, for engine=vllm")

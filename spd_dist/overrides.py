@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from spd_dist.arms import Arm, chosen
-from spd_dist.config import Config, Experiment
+from spd_dist.config import Config, Experiment, Generate, engine_of
 from spd_dist.errors import ConfigError
 
 
@@ -241,11 +241,6 @@ def _check_across_fields(config: Config) -> None:
             f"evaluate.num_samples: {config.evaluate.num_samples} is not valid with evaluate.temperature=0, since all "
             "of them would be the same; set evaluate.temperature=0.8"
         )
-    if config.generate.task_index >= config.generate.num_tasks:
-        raise ConfigError(
-            f"generate.task_index: {config.generate.task_index} is out of bounds; "
-            f"it must be below generate.num_tasks={config.generate.num_tasks}"
-        )
     if config.data.template == "plain" and (config.data.system is not None or config.data.template_options):
         rule = "not valid with data.template=plain; set data.template=chat"
         raise ConfigError(f"data.system, data.template_options: {rule}")
@@ -261,8 +256,24 @@ def _check_across_fields(config: Config) -> None:
         )
     if not config.calibrate.layers:
         raise ConfigError("calibrate.layers: an empty list is not valid; name at least one layer, as in [middle,last]")
+    _check_generate(config.generate)
+
+
+def _check_generate(generate: Generate) -> None:
+    """Rules that tie two fields of the section together."""
+    if generate.task_index >= generate.num_tasks:
+        raise ConfigError(
+            f"generate.task_index: {generate.task_index} is out of bounds; "
+            f"it must be below generate.num_tasks={generate.num_tasks}"
+        )
+    engine = engine_of(generate.engine, generate.vllm_python, generate.command)
+    if generate.batch_invariant and engine != "hf":
+        raise ConfigError(
+            f"generate.batch_invariant: true is not valid with generate.engine={engine}, whose batches are its own; "
+            "set generate.engine=hf, or generate.batch_invariant=false"
+        )
     for section, needs in {"vllm": "vllm_python", "command": "command"}.items():
-        if config.generate.engine == section and config.section("generate")[needs] is None:
+        if generate.engine == section and getattr(generate, needs) is None:
             raise ConfigError(
                 f"generate.{needs}: None is not valid with generate.engine={section}; set generate.{needs}"
             )

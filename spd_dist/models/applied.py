@@ -53,14 +53,14 @@ class Applied:
         leakage = (after_ND - part.apply(before_ND)).norm() / after_ND.norm().clamp_min(TINY)
         self._worst[part.site] = torch.maximum(self._worst.get(part.site, leakage), leakage)
 
-    def check_calls(self) -> None:
-        """Fail if the model ran and a site did not.
+    def check_calls(self, *, has_run: bool = False) -> None:
+        """Fail if the model ran and a site did not; `has_run` if it is known to have, whether or not it was seen here.
 
         Raises:
             DataError: naming the sites.
         """
         idle = [str(site) for site, calls in self.calls.items() if calls == 0]
-        if self._observe and idle and (self.model_calls or any(self.calls.values())):
+        if self._observe and idle and (has_run or self.model_calls or any(self.calls.values())):
             raise DataError(
                 f"the model ran and the projection never reached {', '.join(idle)}: a compiled model ignores hooks "
                 "that are added later, and an engine may not call the module; set generate.apply_as=fold"

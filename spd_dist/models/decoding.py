@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from transformers import PreTrainedModel
 
 from spd_dist.errors import DataError
+from spd_dist.models.out_of_memory import half_batch, is_out_of_memory
 from spd_dist.models.rows import Decoded, Request, Stopping
 from spd_dist.models.sampling import Sampling
 from spd_dist.models.slot_loop import SlotLoop
 from spd_dist.models.slots import num_slot_layers
 from spd_dist.models.static_loop import StaticLoop
 
-__all__ = ["Decoded", "Request", "Sampling", "decode"]
-
-log = logging.getLogger(__name__)
+__all__ = ["Decoded", "Request", "Sampling", "check_context", "decode", "longest_first"]
 
 
 @torch.no_grad()
@@ -30,7 +28,7 @@ def decode(
     pad_token_id: int,
     batch_size: int = 32,
     fixed_columns: int | None = None,
-    halve: bool = True,
+    in_step: bool = False,
 ) -> Iterator[Decoded]:
     """Completions in the order in which they finish, of at most `batch_size` rows at a time.
 
@@ -39,7 +37,7 @@ def decode(
 
     Float32 rounds alike enough in batches of any shape that tokens are the same. In bfloat16 they are the same only
     with `fixed_columns`: all passes of `batch_size` rows have that many columns, idle rows and columns included, and
-    each prompt is read alone. On a CPU that costs about a third of the speed, and more the more columns are idle.
+    each prompt is read alone. That is slower, the more so the more columns are idle.
 
     Args:
         model: A causal LM in eval mode, whole or called in step with its other shards.
@@ -49,19 +47,19 @@ def decode(
         pad_token_id: What rows are filled up with.
         batch_size: Rows of a pass.
         fixed_columns: At least the longest prompt and `max_new_tokens`; the same in every run that is to agree.
-        halve: Whether to go on with half the batch when memory runs out; not where other ranks keep in step.
+        in_step: Whether other ranks take part in each pass: then the batch is not halved.
 
     Raises:
         DataError: a prompt that with `max_new_tokens` exceeds the model's context; logits that are NaN; memory that
             runs out for good.
     """
-    ordered = sorted(requests, key=lambda request: (-len(request.tokens), request.id, request.sample))
+    ordered = longest_first(requests)
     if not ordered:
         return
-    max_length = len(ordered[0].tokens) + sampling.max_new_tokens
-    check_context(model, ordered[0], max_length)
+    check_context(model, ordered[0], sampling.max_new_tokens)
     stopping = Stopping(sampling, frozenset(eos_token_ids), pad_token_id)
-    num_layers = num_slot_layers(model.config, max_length)
+    # Fixed shapes are those of the whole corpus: so is what they fit in, or the kind of loop would depend on the share.
+    num_layers = num_slot_layers(model.config, fixed_columns or len(ordered[0].tokens) + sampling.max_new_tokens)
     while ordered:
         if num_layers:
             num_slots = batch_size if fixed_columns else min(batch_size, len(ordered))
@@ -72,25 +70,20 @@ def decode(
             yield from loop.run(ordered)
             return
         except RuntimeError as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(str(error)):
                 raise
-            if batch_size == 1 or fixed_columns or not halve:
-                raise DataError(
-                    f"out of memory with generate.batch_size={batch_size}; lower generate.batch_size, "
-                    "generate.max_new_tokens or data.max_prompt_tokens, or set generate.placement=layerwise"
-                ) from error
-        ordered, batch_size = loop.unfinished(), batch_size // 2
+            batch_size = half_batch(batch_size, in_step=in_step, is_fixed=fixed_columns is not None)
+        ordered = longest_first(loop.unfinished())
         del loop
         torch.cuda.empty_cache()
-        log.warning("generate: out of memory; going on with generate.batch_size=%d", batch_size)
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocation failed, on an accelerator or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def longest_first(requests: Iterable[Request]) -> list[Request]:
+    """In the order in which they are decoded."""
+    return sorted(requests, key=lambda request: (-len(request.tokens), request.id, request.sample))
 
 
-def check_context(model: PreTrainedModel, longest: Request, max_length: int) -> None:
+def check_context(model: PreTrainedModel, longest: Request, max_new_tokens: int) -> None:
     """Refuse what the model has no positions for.
 
     Raises:
@@ -98,9 +91,9 @@ def check_context(model: PreTrainedModel, longest: Request, max_length: int) -> 
     """
     settings = model.config.get_text_config().to_dict()
     context = settings.get("max_position_embeddings") or settings.get("n_positions")
-    if context is not None and max_length > context:
-        num_tokens = len(longest.tokens)
+    num_tokens = len(longest.tokens)
+    if context is not None and num_tokens + max_new_tokens > context:
         raise DataError(
-            f"prompt {longest.id!r} has {num_tokens} tokens, with generate.max_new_tokens={max_length - num_tokens} it "
-            f"takes {max_length}, and the model's context is {context}; lower one of them"
+            f"prompt {longest.id!r} has {num_tokens} tokens, with generate.max_new_tokens={max_new_tokens} it takes "
+            f"{num_tokens + max_new_tokens}, and the model's context is {context}; lower one of them"
         )

@@ -160,6 +160,11 @@ def projection_hash(projection: Projection) -> str:
     return digest.hexdigest()
 
 
+def is_identity(operator: SiteOperator) -> bool:
+    """Whether the operator changes nothing."""
+    return as_update(operator).weight_R.numel() == 0
+
+
 def as_update(operator: SiteOperator) -> SiteOperator:
     """The same operator as the identity and a change of lowest rank: keep 1, and only columns that change something."""
     width, rank = operator.factor_DR.shape

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -82,23 +83,13 @@ class SlotLoop:
 
     def _next_group(self) -> list[Request]:
         """The next prompts to read together: the longest comes first, so that it sets the padding."""
-        group: list[Request] = []
-        size = 1 if self.fixed_columns is not None else self.num_slots - len(self.rows)
-        while self.waiting and len(group) < size:
-            width = len((group or self.waiting)[0].tokens)
-            if group and (len(group) + 1) * width > MAX_PREFILL_TOKENS:
-                break
-            group.append(self.waiting[0])
-            self.waiting.popleft()
-        return group
+        free = 1 if self.fixed_columns is not None else self.num_slots - len(self.rows)
+        fitting = max(1, MAX_PREFILL_TOKENS // len(self.waiting[0].tokens))
+        return list(islice(self.waiting, min(free, fitting)))
 
     def _admit(self, group: list[Request]) -> None:
-        """Read the prompts and draw the first token of each."""
-        try:
-            self._read(list(dict.fromkeys(one.tokens for one in group if one.tokens not in self.last_read)))
-        except RuntimeError:
-            self.waiting.extendleft(reversed(group))
-            raise
+        """Read the prompts and draw the first token of each; one waits until it is a row: no failure loses it."""
+        self._read(list(dict.fromkeys(one.tokens for one in group if one.tokens not in self.last_read)))
         read = [self.last_read[request.tokens] for request in group]
         logits_NV = torch.stack([one.logits_V for one in read])
         rows = [
@@ -106,10 +97,11 @@ class SlotLoop:
             for request in group
         ]
         for row, one in zip(rows, read, strict=True):
-            self.rows.append(row)
             self.cache.admit(
-                one.cache, one.row, len(self.rows) - 1, prefix=len(self.prefix), num_columns=len(row.request.tokens)
+                one.cache, one.row, len(self.rows), prefix=len(self.prefix), num_columns=len(row.request.tokens)
             )
+            self.rows.append(row)
+            self.waiting.popleft()
         draw(rows, logits_NV, self.stopping.sampling)
         self.last_read = {group[-1].tokens: read[-1]}  # further samples of that prompt may follow
 

@@ -236,11 +236,15 @@ class RunFolder:
 
 
 def result_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that results depend on, by dotted key: all but `MAY_CHANGE`, and the engine that `auto` takes."""
+    """The settings that results depend on, by dotted key.
+
+    All but `MAY_CHANGE`; of these the engine that `auto` takes, and the batch size if it fixes the shapes.
+    """
     flat = settings_by_key(config)
     if "generate.engine" in flat:
         flat["generate.engine"] = engine_of(*map(flat.get, ENGINE_KEYS))
-    return {key: value for key, value in flat.items() if not _is_of(key, MAY_CHANGE)}
+    shapes = ("generate.batch_size",) if flat.get("generate.batch_invariant") else ()
+    return {key: value for key, value in flat.items() if key in shapes or not _is_of(key, MAY_CHANGE)}
 
 
 def settings_hash(config: Mapping[str, Any], *names: str) -> str:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from generating import CONFIG, SEED, StoppingAfter, merged, policy_of, prompts, some_projection
-from ranks import run_on_ranks
+from ranks import ends_of_ranks, run_on_ranks
 from tiny import save_tiny_model
 
 from spd_dist.config import Generate
@@ -66,11 +66,13 @@ def on_two_ranks(model: Path, folder: Path, expected: bytes) -> None:
 
 def on_four_ranks(model: Path, folder: Path, expected: bytes) -> None:
     policy = policy_of(model, this_world(), zero_stage=3)
+    untouched = hooks_of(policy)
     both_placements_and_forms_give_the_corpus_of_one_rank(policy, folder, expected)
     a_rank_without_prompts_keeps_the_others_company(policy, folder)
     whole = policy_of(model, this_world(), zero_stage=0)
     assert merged(folder / "whole", run(whole, folder / "whole")) == expected
     what_other_ranks_left_is_kept(policy, folder, expected)
+    an_error_of_one_rank_is_raised_on_all_and_leaves_nothing_behind(policy, folder, expected, untouched)
     with pytest.raises(ConfigError, match=r"generate.placement=layerwise needs .*, or generate.placement=auto"):
         run(whole, folder / "refused", dataclasses.replace(CONFIG, placement="layerwise"))
 
@@ -164,6 +166,28 @@ def test_two_ranks_make_the_corpus_of_one(model: Path, expected: bytes, tmp_path
 
 def test_four_ranks_make_the_corpus_of_one(model: Path, expected: bytes, tmp_path: Path):
     run_on_ranks(4, tmp_path / "store", on_four_ranks, model, tmp_path, expected)
+
+
+def one_rank_fails_inside_a_pass(model: Path, folder: Path) -> None:
+    policy = policy_of(model, this_world(), zero_stage=3)
+
+    def full(_: object, inputs: tuple[torch.Tensor]) -> None:
+        if this_world().rank == 1 and len(inputs[0]) > 2:  # more rows than there are probes
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    policy.model.model.layers[1].register_forward_pre_hook(full)
+    run(policy, folder, dataclasses.replace(CONFIG, placement="layerwise"))
+
+
+def test_a_rank_that_fails_inside_a_layerwise_pass_ends_and_so_do_the_others(model: Path, tmp_path: Path):
+    """It can tell nobody, since the others are in another collective; they fail when its connection closes."""
+    first, second, third = ends_of_ranks(3, tmp_path / "store", one_rank_fails_inside_a_pass, model, tmp_path / "run")
+    assert second.startswith("DataError: out of memory with generate.batch_size=4; ranks in step (layerwise) cannot")
+    assert "on rank" not in second
+    for other in (first, third):
+        assert other.startswith(("RuntimeError", "DistBackendError"))
+        assert "onnection" in other
+    assert not (tmp_path / "run" / "summary.json").exists()
 
 
 def one_task(model: Path, folder: Path, config: Generate) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections import Counter
 
@@ -12,7 +13,7 @@ from tiny import tiny_model
 
 from spd_dist.errors import DataError
 from spd_dist.models.decoding import Decoded, Request, Sampling, decode
-from spd_dist.models.slots import num_slot_layers
+from spd_dist.models.slots import SlotCache, num_slot_layers
 
 STOP = {"eos_token_ids": tuple(range(2, 64, 9)), "pad_token_id": 0}
 GREEDY = Sampling(temperature=0.0, max_new_tokens=12)
@@ -117,6 +118,16 @@ def test_fixed_shapes_make_bfloat16_independent_of_what_shares_the_batch():
     assert whole == parts[0] | parts[1] | parts[2]
 
 
+@pytest.mark.parametrize("family", ["mistral", "gemma3"])
+def test_fixed_shapes_beyond_a_sliding_window_change_no_token_and_depend_on_no_share(family):
+    model, brief = family_model(family), dataclasses.replace(GREEDY, max_new_tokens=2)
+    work = [dataclasses.replace(one, tokens=one.tokens[:2]) for one in requests(6)]  # none outgrows the window of 4
+    longer = [*work, Request("long", 0, tuple(range(5, 25)), 0)]
+    for share in (work, work[::2], longer):
+        found = decoded(model, share, brief, batch_size=4, fixed_columns=22)
+        assert found == {(one.id, 0): by_hand(model, one, 2) for one in share}
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_out_of_memory_halves_the_batch_and_keeps_the_samples(family, caplog):
     model, work = family_model(family), requests(12)
@@ -132,17 +143,67 @@ def test_out_of_memory_halves_the_batch_and_keeps_the_samples(family, caplog):
     hook.remove()
 
 
-def test_out_of_memory_at_batch_1_or_in_step_with_others_is_an_error():
+@pytest.mark.parametrize("num_layers_reserved", [0, 3])
+def test_a_cache_that_finds_no_room_halves_the_batch_and_loses_no_request(caplog, monkeypatch, num_layers_reserved):
+    model, work = tiny_model(vocab_size=64), requests(20)
+    expected = decoded(model, work, SAMPLED, batch_size=4)
+    room, made = SlotCache._room, []
+
+    def full(cache, like, num_columns):
+        made.append(cache.num_slots)
+        if cache.num_slots > 5 and len(made) > 2 * num_layers_reserved:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return room(cache, like, num_columns)
+
+    monkeypatch.setattr(SlotCache, "_room", full)
+    assert decoded(model, work, SAMPLED, batch_size=20) == expected
+    assert "generate.batch_size=5" in caplog.text
+
+
+def test_a_cache_that_finds_no_room_for_one_more_column_halves_the_batch_too(caplog, monkeypatch):
+    model, work = tiny_model(vocab_size=64), requests(12)
+    endless = dataclasses.replace(SAMPLED, max_new_tokens=80)  # beyond the columns that are reserved at first
+
+    def tokens(batch_size):
+        found = decode(model, work, endless, eos_token_ids=(), pad_token_id=0, batch_size=batch_size)
+        return {one.request.id: one.tokens for one in found}
+
+    expected, wider = tokens(2), SlotCache._wider
+
+    def full(cache, old, num_columns):
+        if cache.num_slots > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return wider(cache, old, num_columns)
+
+    monkeypatch.setattr(SlotCache, "_wider", full)
+    assert tokens(8) == expected
+    assert "generate.batch_size=2" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "DefaultCPUAllocator: can't allocate memory",
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_out_of_memory_that_no_smaller_batch_can_cure_says_what_to_do(message):
     model = tiny_model(vocab_size=64)
 
     def full(*_):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        raise RuntimeError(message)
 
     hook = model.register_forward_pre_hook(full)
-    with pytest.raises(DataError, match=r"out of memory with generate.batch_size=1; lower"):
+    with pytest.raises(DataError, match=r"generate.batch_size=1; lower .*, or shard .*generate.placement=layerwise"):
         decoded(model, requests(3), SAMPLED, batch_size=4)
-    with pytest.raises(DataError, match=r"out of memory with generate.batch_size=4; lower"):
-        decoded(model, requests(3), SAMPLED, batch_size=4, halve=False)
+    with pytest.raises(
+        DataError, match=r"generate.batch_size=4; ranks in step .* lower generate.batch_size"
+    ) as failure:
+        decoded(model, requests(3), SAMPLED, batch_size=4, in_step=True)
+    assert "placement" not in str(failure.value)
+    with pytest.raises(DataError, match=r"generate.batch_invariant=true .* lower generate.batch_size in a run_dir of"):
+        decoded(model, requests(3), SAMPLED, batch_size=4, fixed_columns=40)
     hook.remove()
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -20,9 +22,11 @@ from spd_dist.models.engines.choice import choose_engine
 from spd_dist.models.engines.external import WORKER, ExternalEngine, command_of, environment_of
 from spd_dist.models.engines.hf_cb import ContinuousBatchingEngine
 from spd_dist.models.engines.placement import needed_bytes
-from spd_dist.models.engines.probes import Reference, check_probes
+from spd_dist.models.engines.probes import Reference, check_probes, references
 from spd_dist.models.policy import Policy
+from spd_dist.models.projection import projected
 from spd_dist.stages.generate import generate
+from spd_dist.types import Projection, Prompt
 
 GREEDY = dataclasses.replace(CONFIG, temperature=0.0, num_samples=1)
 REQUESTS = [Request(f"p{index}", 0, (5, 6, 7 + index), index) for index in range(3)]
@@ -79,9 +83,9 @@ def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return corpus(model, tmp_path_factory.mktemp("expected"), GREEDY)
 
 
-def run(policy: Policy, folder: Path, **changes: object) -> bytes:
-    config = dataclasses.replace(GREEDY, **changes)
-    summary = generate(policy, prompts(), some_projection(), config, seed=SEED, folder=folder, world=ALONE)
+def run(policy: Policy, folder: Path, projection: Projection | None = None, **changes: object) -> bytes:
+    config, projection = dataclasses.replace(GREEDY, **changes), projection or some_projection()
+    summary = generate(policy, prompts(), projection, config, seed=SEED, folder=folder, world=ALONE)
     assert sorted(path.name for path in folder.iterdir()) == ["completions", "summary.json"]
     assert min(summary["hook_calls"].values()) >= 1
     assert summary["leakage"] < 1e-5
@@ -100,6 +104,52 @@ def external(policy: Policy, folder: Path, text: str) -> ExternalEngine:
 
 def test_continuous_batching_gives_the_same_greedy_corpus(policy, expected, tmp_path):
     assert run(policy, tmp_path, engine="hf_cb") == expected
+
+
+def test_continuous_batching_halves_its_batch_when_memory_runs_out(policy, caplog):
+    """In the thread that decodes, where an error ends every request that is under way."""
+    work, greedy, passes = [dataclasses.replace(one, sample=k) for one in REQUESTS for k in range(4)], Sampling(0.0), []
+
+    def answers():
+        return {(one.request, one.tokens) for one in ContinuousBatchingEngine(policy, 4, None).complete(work, greedy)}
+
+    def full(*_):
+        passes.append(None)
+        if len(passes) in (5, 9):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    expected = answers()
+    hook = policy.model.register_forward_pre_hook(full)
+    try:
+        assert answers() == expected
+    finally:
+        hook.remove()
+    assert len(expected) == len(work)
+    assert "going on with generate.batch_size=2" in caplog.text
+    assert "going on with generate.batch_size=1" in caplog.text
+
+
+def test_continuous_batching_says_what_to_do_when_one_row_is_too_much(policy, monkeypatch):
+    """Outside of its thread: where it makes room for the cache and captures graphs."""
+
+    def full(*_):
+        policy.model.set_attn_implementation("eager")
+        raise RuntimeError("CUDA error: out of memory")
+
+    attention = policy.model.config._attn_implementation
+    monkeypatch.setattr(policy.model, "generate_batch", full, raising=False)
+    with pytest.raises(DataError, match=r"out of memory with generate.batch_size=1; lower generate.max_new_tokens"):
+        list(ContinuousBatchingEngine(policy, 4, None).complete(REQUESTS, Sampling()))
+    assert policy.model.config._attn_implementation == attention
+
+
+def test_continuous_batching_that_passes_the_hooks_by_is_found_out(policy, tmp_path, monkeypatch):
+    """Though its answers are right: these come from weights with the projection folded in."""
+    other = copy.deepcopy(policy.model)
+    with projected(other, some_projection(), "fold"):
+        monkeypatch.setattr(policy.model, "generate_batch", other.generate_batch, raising=False)
+        with pytest.raises(DataError, match=r"the projection never reached layers.2.key, layers.2.value"):
+            run(policy, tmp_path, engine="hf_cb")
 
 
 def test_continuous_batching_leaves_the_random_state_alone(policy):
@@ -148,6 +198,40 @@ def test_an_engine_that_runs_another_policy_is_found_out(policy, model, tmp_path
         run(policy, tmp_path / "run", engine="command", command=program(tmp_path, unprojected))
 
 
+@pytest.mark.parametrize("keep", [0.0, 0.3])
+def test_a_fold_that_did_nothing_is_found_out(policy, tmp_path, monkeypatch, keep):
+    monkeypatch.setattr("spd_dist.models.fold.fold_", lambda *_: None)
+    monkeypatch.setattr("spd_dist.models.engines.probes.NUM_PROBES", 1)
+    with pytest.raises(DataError, match=r"generate.engine=hf: the greedy answer to prompt 'p\d+' differs from the"):
+        run(policy, tmp_path, some_projection(keep=keep), apply_as="fold")
+
+
+def test_prompts_are_preferred_whose_answers_tell_the_policies_apart(policy, caplog):
+    projection, candidates = some_projection(), REQUESTS * 2
+    found = references(policy, projection, candidates, 3)
+    plain = {
+        one.request: one.tokens for one in references(policy, None, [one.request for one in found.answers], 3).answers
+    }
+    assert len(plain) == 2
+    assert all(one.tokens != plain[one.request] for one in found.answers)
+    assert caplog.text == ""
+
+
+def test_probes_that_show_nothing_are_said_to(policy, caplog):
+    weak, identity = (some_projection(keep=keep) for keep in (1 - 1e-4, 1.0))
+    assert len(references(policy, weak, REQUESTS, 3).answers) == 2
+    assert "the projected and the unprojected policy begin their greedy answers to 3 prompts alike" in caplog.text
+    caplog.clear()
+    for projection in (identity, None):
+        assert len(references(policy, projection, REQUESTS, 3).answers) == 2
+    assert caplog.text == ""
+
+
+def test_probes_are_no_longer_than_what_is_asked_for(policy):
+    assert [len(one.tokens) for one in references(policy, None, REQUESTS, 1).answers] == [1, 1]
+    assert max(len(one.tokens) for one in references(policy, None, REQUESTS, 99).answers) <= 16
+
+
 def test_rounding_may_decide_between_two_close_tokens():
     logits_TV = torch.tensor([[0.0, 5.0, 1.0], [4.0, 3.8, 0.0]])
     reference = Reference(REQUESTS[0], (1, 0), logits_TV)
@@ -163,9 +247,11 @@ def test_rounding_may_decide_between_two_close_tokens():
 
 def test_text_answers_are_tokenised_and_end(policy, tmp_path):
     write = "import json, sys\nrows = map(json.loads, open(sys.argv[2]))\nout = open(sys.argv[3], 'w')\n"
-    write += "[print(json.dumps({'id': r['id'], 'sample': r['sample'], 'text': 'four'}), file=out) for r in rows]\n"
+    write += "[print(json.dumps({'id': r['id'], 'sample': r['sample'], 'text': 'two'}), file=out) for r in rows]\n"
     found = list(external(policy, tmp_path, write).complete(REQUESTS, Sampling(max_new_tokens=64)))
-    assert {policy.tokenizer.decode(one.tokens[:-1]) for one in found} == {"four"} or found[0].finish_reason == "stop"
+    text = policy.tokenizer.encode("two", add_special_tokens=False)
+    assert not set(text) & set(policy.eos_token_ids)
+    assert {(one.tokens, one.finish_reason) for one in found} == {((*text, policy.eos_token_ids[0]), "stop")}
     assert {one.request.id for one in found} == {"p0", "p1", "p2"}
 
 
@@ -207,11 +293,37 @@ def test_settings_that_an_engine_needs_are_asked_for(policy, tmp_path):
         run(policy, tmp_path, engine="command", command="run {model}")
 
 
-def test_auto_takes_what_the_config_names_and_says_why():
+@pytest.mark.parametrize(
+    "engine", [{"engine": "hf_cb"}, {"vllm_python": sys.executable}, {"command": "x {model} {prompts} {output}"}]
+)
+def test_a_prompt_longer_than_the_context_is_named_whatever_decodes(policy, tmp_path, engine):
+    config, long = dataclasses.replace(GREEDY, **engine), Prompt("long", "", (5,) * 505)
+    with pytest.raises(DataError, match=r"prompt 'long' has 505 tokens, .* takes 517, and the model's context is 512"):
+        generate(policy, [*prompts(), long], None, config, seed=SEED, folder=tmp_path, world=ALONE)
+
+
+def test_auto_takes_what_the_config_names():
     assert choose_engine(Generate()).name == "hf"
     assert choose_engine(Generate(vllm_python="python3")) == ("vllm", "generate.vllm_python is set")
     assert choose_engine(Generate(command="x")).name == "command"
     assert choose_engine(Generate(engine="hf_cb", command="x")).name == "hf_cb"
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({}, "engine hf, since neither generate.vllm_python nor generate.command is set, and samples depend on no"),
+        ({"command": "true {model} {prompts} {output}"}, "engine command, since generate.command is set"),
+        ({"vllm_python": "/no/such/python"}, "engine vllm, since generate.vllm_python is set"),
+        ({"engine": "hf", "command": "x"}, "engine hf, since generate.engine asks for it"),
+    ],
+)
+def test_the_log_says_which_engine_was_chosen_and_why(policy, tmp_path, caplog, changes, line):
+    too_long = Prompt("long", "", (5,) * 505)  # the choice is all that is of interest
+    config = dataclasses.replace(GREEDY, **changes)
+    with caplog.at_level(logging.INFO, "spd_dist"), pytest.raises(DataError, match="prompt 'long'"):
+        generate(policy, [too_long], None, config, seed=SEED, folder=tmp_path, world=ALONE)
+    assert f"generate: {line}" in caplog.text
 
 
 def test_a_program_does_not_take_itself_for_a_rank():

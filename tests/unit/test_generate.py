@@ -19,6 +19,7 @@ from tiny import save_tiny_model
 from spd_dist.config import Generate
 from spd_dist.distributed.zero import weights_fingerprint
 from spd_dist.errors import ConfigError, DataError
+from spd_dist.models.decoding import decode
 from spd_dist.models.policy import Policy
 from spd_dist.runtime.artifacts import read_json
 from spd_dist.runtime.completions import CORPUS, part_name, read_completions
@@ -291,8 +292,10 @@ def test_a_limit_is_raised_without_generating_again(policy, tmp_path, caplog):
 
 
 def test_missing_completions_are_counted(policy, tmp_path, monkeypatch):
-    monkeypatch.setattr("spd_dist.models.engines.in_process.decode", lambda *_, **__: iter(()))
-    monkeypatch.setattr("spd_dist.models.engines.choice.check_probes", lambda *_: None)
+    def only_probes(model, requests, *rest, **settings):
+        return decode(model, [request for request in requests if request.sample < 0], *rest, **settings)
+
+    monkeypatch.setattr("spd_dist.models.engines.in_process.decode", only_probes)
     with pytest.raises(DataError, match=r"18 of 18 completions are missing \('p00' sample 0, "):
         run(policy, tmp_path)
 

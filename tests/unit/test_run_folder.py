@@ -75,6 +75,14 @@ def test_keys_that_do_not_change_results_may_change(tmp_path):
     assert "wandb: offline" in (tmp_path / "config.yaml").read_text()
 
 
+def test_a_batch_that_is_a_fixed_shape_is_a_part_of_the_result(tmp_path):
+    fixed, other = ({"generate__batch_invariant": True, "generate__batch_size": size} for size in (32, 16))
+    assert settings_hash(plain(**fixed), "generate") != settings_hash(plain(**other), "generate")
+    opened(tmp_path, **fixed)
+    with pytest.raises(ConfigError, match=r"another config \(generate.batch_size: 32 -> 16\)"):
+        opened(tmp_path, **other)
+
+
 def test_every_key_that_may_change_is_a_key_of_the_config():
     for key in MAY_CHANGE:
         value = plain()

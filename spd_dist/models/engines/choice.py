@@ -12,15 +12,16 @@ from typing import NamedTuple, Protocol
 
 from spd_dist.config import Generate, engine_of
 from spd_dist.distributed.collectives import together
+from spd_dist.distributed.pace import at_any_pace
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError
 from spd_dist.models.applied import Applied
-from spd_dist.models.decoding import Decoded, Request, Sampling
+from spd_dist.models.decoding import Decoded, Request, Sampling, check_context
 from spd_dist.models.engines.external import ExternalEngine, command_of, environment_of
 from spd_dist.models.engines.hf_cb import ContinuousBatchingEngine
 from spd_dist.models.engines.in_process import opened
-from spd_dist.models.engines.placement import choose_placement
-from spd_dist.models.engines.probes import GREEDY, NUM_PROBES, Reference, check_probes, references
+from spd_dist.models.engines.placement import choose_placement, placed
+from spd_dist.models.engines.probes import References, check_probes, references
 from spd_dist.models.policy import Policy
 from spd_dist.models.projection import projected
 from spd_dist.models.save import save_model, stored_parameters, whole_tensors
@@ -74,7 +75,7 @@ def open_engine(
     world: World,
     *,
     work: Sequence[Request],
-    longest: int,
+    longest: Request,
     scratch: Path,
 ) -> Iterator[Opened]:
     """The engine of `config`, after it answered some of this rank's `work` as the projected policy does. A collective.
@@ -87,41 +88,49 @@ def open_engine(
         config: The section.
         world: This process among all.
         work: This rank's requests.
-        longest: The longest prompt and completion of the whole corpus.
+        longest: That with the longest prompt of the whole corpus.
         scratch: A folder for the files of an engine with a process of its own; removed at the end.
 
     Raises:
-        DataError: the engine can't run the model, or runs another policy.
+        DataError: a prompt is longer than the model's context; the engine can't run the model, or runs another policy.
         ConfigError: the engine's settings.
     """
     name, reason = choose_engine(config)
     if world.is_main:
         log.info("generate: engine %s, since %s", name, reason)
     config = dataclasses.replace(config, engine=name)
-    placement = choose_placement(policy, config, world, longest, section="generate")
-    if name == "hf_cb" and placement == "layerwise":
-        raise ConfigError("generate.engine=hf_cb needs whole weights on each rank; set generate.placement=replica")
-    probes = list({request.id: dataclasses.replace(request, sample=-1) for request in work}.values())[:NUM_PROBES]
+    with together("looking at the longest prompt"):
+        check_context(policy.model, longest, config.max_new_tokens)
+    max_length = len(longest.tokens) + config.max_new_tokens
+    placement = choose_placement(policy, config, world, max_length, section="generate")
+    with together("checking the engine's settings"):
+        if name == "hf_cb" and placement == "layerwise":
+            raise ConfigError("generate.engine=hf_cb needs whole weights on each rank; set generate.placement=replica")
+        if name not in ("hf", "hf_cb"):
+            command_of(config, scratch)
+    candidates = {request.id: dataclasses.replace(request, sample=-1) for request in work}.values()
+    with placed(policy, placement, world, "answering the probes"):
+        expected = references(policy, projection, candidates, config.max_new_tokens)
     if name in ("hf", "hf_cb"):
-        with opened(policy, projection, config, world, placement, longest=longest) as engine:
+        with opened(policy, projection, config, world, placement, longest=max_length) as engine:
             if name == "hf_cb":
                 engine = ContinuousBatchingEngine(policy, config.batch_size, engine.applied)
-            _verify(engine, references(policy, probes), policy)
+            _verify(engine, expected, policy)
+            if engine.applied is not None and expected.answers:
+                engine.applied.check_calls(has_run=True)
             yield Opened(engine, placement, engine.applied)
         return
-    command_of(config, scratch)
-    with opened(policy, projection, config, world, placement) as inner:
-        expected = references(policy, probes)
-    with exported(policy, projection, scratch / "model", world) as model, together(f"generating by {name}"):
+    with exported(policy, projection, scratch / "model", world) as model, at_any_pace(f"generating by {name}"):
         command, environment = command_of(config, model), environment_of(world)
         engine = ExternalEngine(name, command, policy, scratch / f"rank-{world.rank:05d}", environment)
         _verify(engine, expected, policy)
-        yield Opened(engine, "external", inner.applied)
+        yield Opened(engine, "external", expected.applied)
 
 
-def _verify(engine: Engine, expected: Sequence[Reference], policy: Policy) -> None:
-    probes = [reference.request for reference in expected]
-    check_probes(engine.name, expected, engine.complete(probes, GREEDY) if probes else (), policy.model.dtype)
+def _verify(engine: Engine, expected: References, policy: Policy) -> None:
+    probes = [answer.request for answer in expected.answers]
+    found = engine.complete(probes, expected.sampling) if probes else ()
+    check_probes(engine.name, expected.answers, found, policy.model.dtype)
 
 
 @contextmanager

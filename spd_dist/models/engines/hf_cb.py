@@ -15,6 +15,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from spd_dist.errors import DataError
 from spd_dist.models.applied import Applied
 from spd_dist.models.decoding import Decoded, Request
+from spd_dist.models.out_of_memory import half_batch, is_out_of_memory
 from spd_dist.models.policy import Policy
 from spd_dist.models.sampling import Sampling
 
@@ -32,18 +33,24 @@ class ContinuousBatchingEngine:
     name: str = "hf_cb"
 
     def complete(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Decoded]:
-        """Completions, call by call.
+        """Completions, call by call. Out of memory, what has no answer yet is asked again in half the batch.
 
         Raises:
-            DataError: the engine can't run the model, or lost a request.
+            DataError: the engine can't run the model, or lost a request; memory that runs out for good.
         """
-        for start in range(0, len(requests), REQUESTS_A_CALL):
-            part = requests[start : start + REQUESTS_A_CALL]
-            outputs = self._call(part, sampling)
-            for request, output in zip(part, outputs, strict=True):
-                yield self._decoded(request, output)
+        waiting = list(requests)
+        while waiting:
+            part, waiting = waiting[:REQUESTS_A_CALL], waiting[REQUESTS_A_CALL:]
+            answers = dict(zip(part, self._call(part, sampling), strict=True))
+            yield from (self._decoded(request, answer) for request, answer in answers.items() if answer is not None)
+            left = [request for request, answer in answers.items() if answer is None]
+            if left:
+                self.batch_size, waiting = half_batch(self.batch_size), left + waiting
+                torch.cuda.empty_cache()
 
-    def _call(self, requests: Sequence[Request], sampling: Sampling) -> list[GenerationOutput]:
+    def _call(self, requests: Sequence[Request], sampling: Sampling) -> list[GenerationOutput | None]:
+        """An answer a request, None where memory ran out."""
+        attention = self.policy.model.config._attn_implementation
         longest = max(len(request.tokens) for request in requests) + sampling.max_new_tokens
         blocks_a_row = -(-longest // PAGE_SIZE)
         batching = ContinuousBatchingConfig(
@@ -59,9 +66,14 @@ class ContinuousBatchingEngine:
                 )
             except (ValueError, NotImplementedError) as error:
                 raise self._cannot(str(error)) from error
+            except RuntimeError as error:
+                if not is_out_of_memory(str(error)):
+                    raise
+                self.policy.model.set_attn_implementation(attention)  # a call changes it, and this one left it so
+                return [None] * len(requests)
         if len(found) != len(requests):
             raise self._cannot(f"{len(requests) - len(found)} of {len(requests)} requests got no answer, see the log")
-        return list(found.values())
+        return [None if is_out_of_memory(output.error or "") else output for output in found.values()]
 
     def _decoded(self, request: Request, output: GenerationOutput) -> Decoded:
         tokens = tuple(output.generated_tokens)

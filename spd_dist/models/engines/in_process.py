@@ -38,7 +38,7 @@ class HFEngine:
             pad_token_id=self.policy.pad_token_id,
             batch_size=self.batch_size,
             fixed_columns=self.fixed_columns,
-            halve=self.placement == "replica",
+            in_step=self.placement == "layerwise",
         )
 
 

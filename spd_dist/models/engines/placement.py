@@ -15,6 +15,7 @@ from spd_dist.config import Config, Distributed, Generate, Model
 from spd_dist.distributed.collectives import all_ranks, together
 from spd_dist.distributed.lockstep import LockStep
 from spd_dist.distributed.memory import free_bytes
+from spd_dist.distributed.pace import at_any_pace
 from spd_dist.distributed.world import World
 from spd_dist.distributed.zero import full_replica
 from spd_dist.errors import ConfigError
@@ -103,7 +104,7 @@ def placed(policy: Policy, placement: Placement, world: World, doing: str) -> It
         with full_replica(policy.engine, policy.model):
             yield
     else:
-        with full_replica(policy.engine, policy.model), together(doing):
+        with full_replica(policy.engine, policy.model), at_any_pace(doing):
             yield
 
 

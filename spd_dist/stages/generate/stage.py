@@ -13,7 +13,7 @@ from spd_dist.config import Generate
 from spd_dist.distributed.collectives import all_equal, broadcast_object, gather_objects, on_main
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError
-from spd_dist.models.decoding import Decoded, Request
+from spd_dist.models.decoding import Decoded, Request, longest_first
 from spd_dist.models.engines import open_engine
 from spd_dist.models.operators import projection_hash
 from spd_dist.models.policy import Policy
@@ -71,7 +71,7 @@ def generate(
         config,
         world,
         work=own or (requests[:1] if world.is_main else []),
-        longest=max(len(request.tokens) for request in requests) + config.max_new_tokens,
+        longest=longest_first(requests)[0],
         scratch=folder / f"engine-{config.task_index:05d}-of-{config.num_tasks:05d}",
     )
     with engine_of as opened:

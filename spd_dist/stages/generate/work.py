@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from spd_dist.config import Generate
 from spd_dist.errors import ConfigError, DataError
-from spd_dist.models.decoding import Request
+from spd_dist.models.decoding import Request, longest_first
 from spd_dist.models.sampling import Sampling
 from spd_dist.runtime.completions import Key
 from spd_dist.runtime.seeding import row_seed
@@ -47,8 +47,7 @@ def requests_for(prompts: Sequence[Prompt], num_samples: int, seed: int) -> list
 
 def share_of(requests: Iterable[Request], index: int, count: int) -> list[Request]:
     """Every `count`-th request, of all sorted by length: shares are alike in work, and no two overlap."""
-    ordered = sorted(requests, key=lambda request: (-len(request.tokens), request.id, request.sample))
-    return ordered[index::count]
+    return longest_first(requests)[index::count]
 
 
 def check_tasks(config: Generate) -> None:

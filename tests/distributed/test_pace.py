@@ -1,0 +1,64 @@
+"""A rank that is done waits for the others beyond the time of a collective, and notices one that is gone."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from ranks import ends_of_ranks
+
+from spd_dist.distributed.collectives import max_over_ranks, together
+from spd_dist.distributed.pace import at_any_pace
+from spd_dist.errors import DataError
+
+LIMIT_SECONDS = 2.0
+
+
+def take_longer_than_a_collective_may() -> None:
+    """The last rank does."""
+    if dist.get_rank() == dist.get_world_size() - 1:
+        time.sleep(1.5 * LIMIT_SECONDS)
+
+
+def wait_patiently() -> None:
+    with at_any_pace("working"):
+        take_longer_than_a_collective_may()
+    assert max_over_ranks(dist.get_rank()) == dist.get_world_size() - 1  # all are in step
+    fail_on_the_last_rank()
+
+
+def raise_on_the_last_rank() -> None:
+    take_longer_than_a_collective_may()
+    if dist.get_rank() == dist.get_world_size() - 1:
+        raise DataError("row 7 is empty")
+
+
+def fail_on_the_last_rank() -> None:
+    with pytest.raises(DataError, match="row 7 is empty") as failure, at_any_pace("working"):
+        raise_on_the_last_rank()
+    assert failure.value.is_shared
+    assert max_over_ranks(dist.get_rank()) == dist.get_world_size() - 1
+
+
+def wait_in_a_collective() -> None:
+    with together("working"):
+        take_longer_than_a_collective_may()
+
+
+def lose_the_last_rank() -> None:
+    with at_any_pace("working"):
+        if dist.get_rank() == dist.get_world_size() - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_rank_that_is_done_waits_longer_than_a_collective_may_take(tmp_path: Path):
+    assert ends_of_ranks(3, tmp_path / "patient", wait_patiently, timeout_seconds=LIMIT_SECONDS) == [""] * 3
+    first, _ = ends_of_ranks(2, tmp_path / "hasty", wait_in_a_collective, timeout_seconds=LIMIT_SECONDS)
+    assert "imed out" in first
+
+
+def test_a_rank_that_is_gone_is_missed_and_named(tmp_path: Path):
+    *alive, _ = ends_of_ranks(3, tmp_path / "store", lose_the_last_rank, timeout_seconds=LIMIT_SECONDS)
+    assert alive == ["RuntimeError: no sign of life from rank 2 for 2 s, while working"] * 2
