@@ -52,7 +52,9 @@ def _reduced(value: float, operation: Any) -> float:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Every rank's `value`, in rank order: for small Python values."""
+    """Every rank's `value`, in rank order: for small Python values. A process that joined no others is alone."""
+    if not dist.is_initialized():
+        return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values

@@ -18,7 +18,7 @@ def free_bytes(world: World) -> int:
     """Free memory of this rank's accelerator; on the CPU, its part of what the host has left."""
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
-        return int(accelerator.available_memory(world.local_rank))
+        return int(accelerator.available_memory(world.device.index))
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world.size)
     return int(accelerator.available_memory()) // ranks_here
 
@@ -47,7 +47,7 @@ def peak_bytes(world: World) -> int:
     """The most memory that this rank has held so far: of its accelerator, or on the CPU its resident set."""
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
-        return int(accelerator.max_memory_allocated(world.local_rank))
+        return int(accelerator.max_memory_allocated(world.device.index))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -55,7 +55,7 @@ def forget_peak(world: World) -> None:
     """Let `peak_bytes` count from now on."""
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
-        accelerator.reset_peak_memory_stats(world.local_rank)
+        accelerator.reset_peak_memory_stats(world.device.index)
         return
     with contextlib.suppress(OSError):  # a kernel that keeps this to itself only makes the peak that of the process
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

@@ -19,7 +19,7 @@ from spd_dist.models.operators import SitePart
 from spd_dist.models.targets import Target
 
 FOLDABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-REMEDY = "set generate.apply_as=hook"
+REMEDY = "set generate.engine=hf and generate.apply_as=hook"
 
 
 class Output(NamedTuple):

@@ -43,8 +43,9 @@ class JsonlWriter:
     def close(self) -> None:
         """Sync the lines to disk and close the file."""
         if not self._file.closed:
-            os.fsync(self._file.fileno())
-            self._file.close()
+            with writing(self.path):  # NFS says only here that the disk is full
+                os.fsync(self._file.fileno())
+                self._file.close()
 
     def _drop_torn_line(self) -> None:
         end = _end_of_last_line(self._file)

@@ -6,11 +6,13 @@ import copy
 import dataclasses
 import json
 import logging
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from emulated import wait_for
 from families import family_model
 from generating import ALONE, CONFIG, SEED, corpus, merged, policy_of, prompts, some_projection
 from tiny import save_tiny_model
@@ -25,6 +27,7 @@ from spd_dist.models.engines.placement import needed_bytes
 from spd_dist.models.engines.probes import Reference, check_probes, references
 from spd_dist.models.policy import Policy
 from spd_dist.models.projection import projected
+from spd_dist.orphans import every_process, read_process
 from spd_dist.stages.generate import generate
 from spd_dist.types import Projection, Prompt
 
@@ -54,7 +57,10 @@ class Output:
         self.outputs = [self]
         self.token_ids, self.stop_reason, self.finish_reason = tokens, stop, "length" if stop is None else "stop"
 class LLM:
-    def __init__(self, model, skip_tokenizer_init, max_model_len, gpu_memory_utilization, enable_prefix_caching, seed):
+    def __init__(
+        self, model, dtype, skip_tokenizer_init, max_model_len, gpu_memory_utilization, enable_prefix_caching, seed
+    ):
+        assert dtype == "float32"
         self.model = AutoModelForCausalLM.from_pretrained(model).eval()
         assert skip_tokenizer_init and 0 < gpu_memory_utilization < 1
     def generate(self, prompts, settings):
@@ -273,6 +279,59 @@ def test_a_line_that_answers_nothing_is_shown(policy, tmp_path, line):
         list(external(policy, tmp_path, text).complete(REQUESTS, Sampling()))
 
 
+def test_an_answer_that_was_broken_off_is_no_completion(policy, tmp_path):
+    rows = [{"id": one.id, "sample": 0, "tokens": [5, 6]} for one in REQUESTS]
+    text = f"import sys, json\nprint(*map(json.dumps, {rows!r}), sep=chr(10), file=open(sys.argv[3], 'w'))\n"
+    assert len(list(external(policy, tmp_path, text).complete(REQUESTS, Sampling(max_new_tokens=2)))) == 3
+    with pytest.raises(DataError, match=r"answered 'p0', sample 0, with 2 tokens that neither end nor are .*=3; it"):
+        list(external(policy, tmp_path, text).complete(REQUESTS, Sampling(max_new_tokens=3)))
+
+
+def test_a_torn_line_does_not_hide_why_the_program_failed(policy, tmp_path):
+    text = "import sys\nprint('{\"id\": ', end='', file=open(sys.argv[3], 'w'), flush=True)\nsys.exit('out of paper')\n"
+    with pytest.raises(DataError, match=r"ended with exit code 1; .*\n.*out of paper"):
+        list(external(policy, tmp_path, text).complete(REQUESTS, Sampling()))
+
+
+STUBBORN = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if os.fork():
+    print("no line", file=open(sys.argv[3], "w"), flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_program_that_ignores_sigterm_is_ended_with_what_it_started(policy, tmp_path, monkeypatch):
+    monkeypatch.setattr("spd_dist.models.engines.external.GRACE_SECONDS", 0.5)
+    with pytest.raises(DataError, match="wrote a line that answers no open request"):
+        list(external(policy, tmp_path, STUBBORN).complete(REQUESTS, Sampling()))
+    wait_for(lambda: not any(str(tmp_path) in " ".join(one.words) for one in every_process()), 60)
+
+
+ORPHANED = """
+import sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from spd_dist.models.decoding import Request
+from spd_dist.models.engines.external import ExternalEngine
+from spd_dist.models.sampling import Sampling
+policy = SimpleNamespace(tokenizer=SimpleNamespace(decode=str), eos_token_ids=(2,))
+engine = ExternalEngine("command", sys.argv[2:], policy, Path(sys.argv[1]), {})
+list(engine.complete([Request("p0", 0, (5,), 0)], Sampling()))
+"""
+
+
+def test_a_program_does_not_outlive_the_rank(tmp_path):
+    sleeper = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(600)"
+    words = [sys.executable, "-c", sleeper, str(tmp_path / "pid")]
+    rank = subprocess.Popen([sys.executable, "-c", ORPHANED, str(tmp_path / "scratch"), *words])
+    wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != "", 60)
+    rank.kill()
+    rank.wait()
+    wait_for(lambda: read_process(int((tmp_path / "pid").read_text())) is None, 60)
+
+
 def test_a_program_that_is_not_there_is_a_fault_of_the_config(policy, tmp_path):
     engine = ExternalEngine("command", ["/no/such/program"], policy, tmp_path, {})
     with pytest.raises(ConfigError, match="cannot start '/no/such/program': No such file or directory; give the path"):
@@ -332,6 +391,8 @@ def test_a_program_does_not_take_itself_for_a_rank():
     on_gpu = dataclasses.replace(ALONE, local_rank=1, device=torch.device("cuda", 1))
     assert environment_of(on_gpu, launched)["CUDA_VISIBLE_DEVICES"] == "1"
     assert environment_of(on_gpu, {"CUDA_VISIBLE_DEVICES": "4,6"})["CUDA_VISIBLE_DEVICES"] == "6"
+    only_its_own = dataclasses.replace(ALONE, local_rank=3, device=torch.device("cuda", 0))
+    assert environment_of(only_its_own, {"CUDA_VISIBLE_DEVICES": "3"})["CUDA_VISIBLE_DEVICES"] == "3"
 
 
 def test_the_worker_imports_nothing_of_this_package():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
 import shlex
+import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +24,10 @@ from spd_dist.models.policy import Policy
 from spd_dist.models.sampling import Sampling
 
 POLL_SECONDS = 0.05
+GRACE_SECONDS = 10
+"""What a program is given to end after SIGTERM."""
+SET_PARENT_DEATH_SIGNAL = 1
+"""Of prctl(2)."""
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "PYTHONPATH")
 WORKER = Path(__file__).with_name("vllm_worker.py")
 
@@ -47,9 +54,12 @@ class ExternalEngine:
         self.scratch.mkdir(parents=True, exist_ok=True)
         prompts, output, log = (self.scratch / name for name in ("prompts.jsonl", "output.jsonl", "engine.log"))
         rows = [self._row(request, sampling) for request in requests]
-        prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        output.unlink(missing_ok=True)
-        output.touch()
+        try:
+            prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            output.unlink(missing_ok=True)
+            output.touch()
+        except OSError as error:
+            raise DataError(f"{self.scratch} can't be written: {error.strerror}; make room there") from error
         waiting = {(request.id, request.sample): request for request in requests}
         command = [word.replace("{prompts}", str(prompts)).replace("{output}", str(output)) for word in self.command]
         with self._running(command, log) as process, open(output, "rb") as lines:
@@ -70,9 +80,18 @@ class ExternalEngine:
 
     @contextmanager
     def _running(self, command: Sequence[str], log: Path) -> Iterator[subprocess.Popen]:
+        libc = ctypes.CDLL(None)  # loaded here: a forked child is to do no more than call it
+
+        def end_with_this_process() -> None:
+            if hasattr(libc, "prctl"):
+                libc.prctl(SET_PARENT_DEATH_SIGNAL, int(signal.SIGKILL), 0, 0, 0)
+
         with open(log, "wb") as stderr:
             try:
-                process = subprocess.Popen(command, stdout=stderr, stderr=stderr, env=self.environment)
+                process = subprocess.Popen(
+                    command, stdout=stderr, stderr=stderr, env=self.environment, start_new_session=True,
+                    preexec_fn=end_with_this_process,
+                )  # fmt: skip
             except OSError as error:
                 raise ConfigError(
                     f"generate.engine={self.name} cannot start {command[0]!r}: {error.strerror}; give the path of an "
@@ -81,9 +100,7 @@ class ExternalEngine:
         try:
             yield process
         finally:
-            if process.poll() is None:
-                process.terminate()
-            process.wait()
+            _end(process)
 
     def _decoded(self, line: bytes, waiting: dict[tuple[str, int], Request], sampling: Sampling) -> Decoded:
         try:
@@ -95,9 +112,15 @@ class ExternalEngine:
                 f"generate.engine={self.name} wrote a line that answers no open request ({error!r}): {line[:200]!r}; "
                 'a line is {"id": ..., "sample": ..., "tokens": [...]}, or "text" for tokens'
             ) from error
-        stops = [index for index, token in enumerate(tokens) if token in self.policy.eos_token_ids]
-        kept = tuple(tokens[: stops[0] + 1] if stops else tokens[: sampling.max_new_tokens])
-        return Decoded(request, kept, "stop" if stops else "length")
+        kept = tokens[: sampling.max_new_tokens]
+        stops = [index for index, token in enumerate(kept) if token in self.policy.eos_token_ids]
+        if not stops and len(kept) < sampling.max_new_tokens:
+            raise DataError(
+                f"generate.engine={self.name} answered {request.id!r}, sample {request.sample}, with {len(kept)} "
+                f"tokens that neither end nor are generate.max_new_tokens={sampling.max_new_tokens}; it aborted that "
+                "request, or has a limit of its own: raise that"
+            )
+        return Decoded(request, tuple(kept[: stops[0] + 1] if stops else kept), "stop" if stops else "length")
 
     def _tokens(self, text: str) -> list[int]:
         """Text is a whole answer: its end is the policy's."""
@@ -135,12 +158,13 @@ def environment_of(world: World, environment: Mapping[str, str] = os.environ) ->
     kept = {name: value for name, value in environment.items() if not name.startswith(LAUNCHER_VARIABLES)}
     if world.device.type == "cuda":
         visible = environment.get("CUDA_VISIBLE_DEVICES")
-        kept["CUDA_VISIBLE_DEVICES"] = visible.split(",")[world.local_rank] if visible else str(world.local_rank)
+        index = world.device.index
+        kept["CUDA_VISIBLE_DEVICES"] = visible.split(",")[index] if visible else str(index)
     return kept
 
 
 def _follow(lines: BinaryIO, process: subprocess.Popen) -> Iterator[bytes]:
-    """Whole lines while the process runs, and what is left at its end."""
+    """Whole lines while the process runs, and at its end what is left: of a process that failed, a torn line."""
     begun = b""
     while True:
         is_running = process.poll() is None
@@ -150,5 +174,16 @@ def _follow(lines: BinaryIO, process: subprocess.Popen) -> Iterator[bytes]:
             break
         if not whole:
             time.sleep(POLL_SECONDS)
-    if begun:
+    if begun and process.returncode == 0:
         yield begun
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End a program and what it has started: first politely, then for good."""
+    with contextlib.suppress(ProcessLookupError):
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE_SECONDS)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -26,6 +26,7 @@ def main(model: str, prompts: str, output: str) -> int:
     # A folded checkpoint is always a fresh engine: no prefix cache of other weights can be left over.
     engine = LLM(
         model=model,
+        dtype=stored_dtype(model),
         skip_tokenizer_init=True,
         max_model_len=longest,
         gpu_memory_utilization=memory_fraction(),
@@ -40,6 +41,12 @@ def main(model: str, prompts: str, output: str) -> int:
                 file.write(json.dumps({"id": row["id"], "sample": row["sample"], "tokens": tokens(made)}) + "\n")
             file.flush()
     return 0
+
+
+def stored_dtype(model: str) -> str:
+    """That of the policy: left to itself, vLLM would take 16 bits for a float32 checkpoint."""
+    config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+    return str(config.get("dtype") or config.get("torch_dtype") or "auto")
 
 
 def memory_fraction() -> float:
