@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 
 from spd_dist.arms import Arm
@@ -26,7 +27,7 @@ def report(run: Run, arms: Iterable[Arm]) -> str:
 
     def write() -> str:
         shared = check_leaks(task, config.data, num_calibration=config.calibrate.num_examples)
-        overlaps = [{name: value for name, value in vars(one).items() if name != "leaks"} for one in shared]
+        overlaps = [dataclasses.asdict(one) for one in shared]
         asked = {"task": task.name, "metric": task.metric, "temperature": config.evaluate.temperature}
         found = write_report(folder, sentences, **asked, seed=config.seed, overlaps=overlaps)
         write_page(folder, found, questions)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import glob
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +55,12 @@ def why_not_complete(folder: Path, inputs: Mapping[str, str]) -> str | None:
     return None
 
 
-def finished_stages(run: Path) -> list[Path]:
+def finished_stages(run: Path, rounds: Sequence[str] = ("", "rounds/*/")) -> list[Path]:
     """The folders of the finished stages of a run, of all arms and rounds, as far as jobs that share it published them.
 
     `glob` leaves out what vanishes meanwhile, where `Path.rglob` fails; and nothing that is at work is looked into.
     """
-    stages = [f"{place}{stage}" for place in ("", "rounds/*/") for stage in ("*", "evaluate/*", "arms/*/*")]
+    stages = [f"{place}{stage}" for place in rounds for stage in ("*", "evaluate/*", "arms/*/*")]
     return [(run / file).parent for stage in stages for file in sorted(glob.glob(f"{stage}/{MANIFEST}", root_dir=run))]
 
 

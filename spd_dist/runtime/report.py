@@ -78,10 +78,10 @@ def write_report(
 def cost(run_folder: Path, tokens: Mapping[str, int]) -> dict[str, dict[str, Any]]:
     """Tokens, seconds, ranks, device hours and peak memory of every finished stage, by its folder; of its last attempt.
 
-    What was taken over from another arm or run took none.
+    What was taken over from another arm or run took none; later rounds have reports of their own.
     """
     found = {}
-    folders = finished_stages(run_folder)
+    folders = finished_stages(run_folder, rounds=[""])
     for folder in sorted(folders, key=lambda folder: (folder / MANIFEST).stat().st_mtime_ns):
         manifest, stage = read_json(folder / MANIFEST), folder.relative_to(run_folder).as_posix()
         if stage.endswith("evaluate"):
@@ -231,10 +231,10 @@ def _cells(summary: Mapping[str, Any], compared: Mapping[str, Any] | None, metri
 
 def _summaries(run_folder: Path) -> dict[str, Any]:
     """What the stages before summed up, by their folder: the report holds every number."""
-    files: Sequence[Path] = sorted(run_folder.rglob("summary.json"))
+    files = (file for place in ("*", "arms/*/*") for file in run_folder.glob(f"{place}/summary.json"))
     return {
         file.parent.relative_to(run_folder).as_posix(): read_json(file)
-        for file in files
+        for file in sorted(files)
         if file.parent.name in ("project", "generate", "finetune")
     }
 

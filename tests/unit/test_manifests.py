@@ -103,7 +103,7 @@ def test_what_is_complete_is_not_replaced_by_a_copy(tmp_path):
     before = inode_of(target)
     assert take_over(source, target, "project")
     assert inode_of(target) == before
-    assert [file.name for file in target.parent.glob(".*")] == []
+    assert [file.name for file in target.parent.glob(".*")] == [".project.lock"]
 
 
 def test_a_source_that_vanished_is_not_taken_and_leaves_nothing(tmp_path):

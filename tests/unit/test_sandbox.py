@@ -52,10 +52,9 @@ def processes_left() -> list[str]:
 def verdicts_on(sandbox: Sandbox, programs: Sequence[str]) -> list[Verdict]:
     """Of programs that run beside each other, in pairs with an honest one; nothing is left of them."""
     with ThreadPoolExecutor(4) as pool:
-        wrong = [pool.submit(sandbox.run, program, TESTS) for program in programs]
-        right = [pool.submit(sandbox.run, HONEST, TESTS) for _ in programs]
-        assert [one.result() for one in right] == [PASSED] * len(programs)
-        found = [one.result() for one in wrong]
+        pairs = [[pool.submit(sandbox.run, text, TESTS) for text in (program, HONEST)] for program in programs]
+        assert [honest.result() for _, honest in pairs] == [PASSED] * len(programs)
+        found = [hostile.result() for hostile, _ in pairs]
     assert processes_left() == []
     return found
 
