@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -36,6 +35,7 @@ from spd_dist.runtime.progress import Progress
 from spd_dist.runtime.run_folder import RunFolder, settings_hash
 from spd_dist.runtime.sandbox import open_sandbox
 from spd_dist.runtime.show import show_stage
+from spd_dist.runtime.spent import Spent
 from spd_dist.runtime.status import kept_status, status_path
 from spd_dist.runtime.wandb_mirror import open_mirror
 from spd_dist.signals import StopSignals, task_name
@@ -215,18 +215,20 @@ class Run:
             raise DataError(f"{self.folder.folder(stage)} is not complete; run that stage first: --from {verb}")
         self.stopping.stop_if_asked()
         self.heartbeat.beat(f"{stage}, its start", now=True)
-        began = time.monotonic()
         forget_peak(self.world)
         folder = self.folder.start(stage, inputs)
-        extra = work(folder)
-        if extra is not None and not extra.get("is_complete", True):
-            log.info("%s: this task of the array is done, others are not", stage)
-            return
-        seconds = time.monotonic() - began
-        peak = {"peak_memory_gib": round(max_over_ranks(peak_bytes(self.world)) / 2**30, 3)}
-        self.folder.finish(stage, inputs, outputs, seconds=seconds, extra=(extra or {}) | peak)
+        with Spent(folder, self.world) as spent:
+            extra = work(folder)
+            if extra is not None and not extra.get("is_complete", True):
+                spent.keep()
+                log.info("%s: this task of the array is done, others are not", stage)
+                return
+            total = spent.total()
+            peak = {"peak_memory_gib": round(max_over_ranks(peak_bytes(self.world)) / 2**30, 3)}
+            costs = peak | {"device_seconds": round(total["device_seconds"], 3)}
+            self.folder.finish(stage, inputs, outputs, seconds=total["seconds"], extra=(extra or {}) | costs)
         self._show(stage, is_input=False)
-        log.info("%s: complete, %.1f s", stage, seconds)
+        log.info("%s: complete, %.1f s", stage, total["seconds"])
 
     def _show(self, stage: str, *, is_input: bool) -> None:
         """Show what a stage made; or that this job goes on from it, unless it is one that makes everything."""

@@ -15,6 +15,8 @@ from spd_dist.runtime.artifacts import missing, partial_path, read_json, sha256_
 MANIFEST = "manifest.json"
 STARTED = "started.json"
 """The inputs that the unfinished work in a stage's folder was made from."""
+SPENT = "spent.json"
+"""How long earlier attempts at that work took."""
 
 
 def described(folder: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:

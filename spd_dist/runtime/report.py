@@ -76,9 +76,10 @@ def write_report(
 
 
 def cost(run_folder: Path, tokens: Mapping[str, int]) -> dict[str, dict[str, Any]]:
-    """Tokens, seconds, ranks, device hours and peak memory of every finished stage, by its folder; of its last attempt.
+    """Tokens, seconds, ranks, device hours and peak memory of every finished stage, by its folder.
 
-    What was taken over from another arm or run took none; later rounds have reports of their own.
+    Of all its attempts, but for those that were killed outright; world size and peak memory are of the last. What was
+    taken over from another arm or run took none; later rounds have reports of their own.
     """
     found = {}
     folders = finished_stages(run_folder, rounds=[""])
@@ -86,13 +87,15 @@ def cost(run_folder: Path, tokens: Mapping[str, int]) -> dict[str, dict[str, Any
         manifest, stage = read_json(folder / MANIFEST), folder.relative_to(run_folder).as_posix()
         if stage.endswith("evaluate"):
             continue  # the sum of what its arms did
-        seconds, world_size = manifest["seconds"], manifest["world_size"]
+        seconds, world_size, extra = manifest["seconds"], manifest["world_size"], manifest.get("extra", {})
         found[stage] = {
             "tokens": 0 if "taken_from" in manifest else tokens.get(stage),
             "seconds": seconds,
             "world_size": world_size,
-            "device_hours": seconds * world_size / 3600,
-            "peak_memory_gib": manifest.get("extra", {}).get("peak_memory_gib"),
+            "device_hours": 0.0
+            if "taken_from" in manifest
+            else extra.get("device_seconds", seconds * world_size) / 3600,
+            "peak_memory_gib": extra.get("peak_memory_gib"),
             "finished_at": manifest["finished_at"],
         }
     return found

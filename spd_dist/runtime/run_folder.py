@@ -25,6 +25,7 @@ from spd_dist.runtime.environment import environment
 from spd_dist.runtime.lock import alone_in
 from spd_dist.runtime.manifests import (
     MANIFEST,
+    SPENT,
     STARTED,
     described,
     find_finished,
@@ -178,7 +179,8 @@ class RunFolder:
             with alone_in(folder):
                 is_complete = why_not_complete(folder, inputs) is None
                 manifest = read_json(folder / MANIFEST) if is_complete else write()
-                (folder / STARTED).unlink(missing_ok=True)
+                for name in (STARTED, SPENT):
+                    (folder / name).unlink(missing_ok=True)
                 if self.job:
                     publish(folder, self.folder(stage))
                 return manifest

@@ -7,8 +7,9 @@ import torch
 
 from spd_dist.config import Config
 from spd_dist.distributed.world import World
-from spd_dist.errors import ConfigError, DataError
+from spd_dist.errors import ConfigError, DataError, StopRequested
 from spd_dist.runtime.run_folder import MAY_CHANGE, RunFolder, result_settings, settings_hash
+from spd_dist.runtime.spent import Spent
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
@@ -176,6 +177,23 @@ def test_unfinished_work_is_kept_for_the_same_inputs_and_removed_for_others(tmp_
     assert sorted(file.name for file in tmp_path.iterdir()) == [
         ".generate.lock", "config.yaml", "environment.json", "generate",
     ]  # fmt: skip
+
+
+def test_what_attempts_took_is_added_up_until_the_stage_is_finished(tmp_path):
+    folder, two_ranks = opened(tmp_path), dataclasses.replace(ALONE, size=2)
+    work = folder.start("generate", {"config": "c1", "project": "p1"})
+    with pytest.raises(StopRequested), Spent(work, two_ranks):
+        raise StopRequested("asked to")
+    with Spent(work, ALONE) as task:
+        task.keep()
+    kept = json.loads((work / "spent.json").read_text())
+    assert 0 < kept["seconds"] < kept["device_seconds"] < 2 * kept["seconds"]
+    with Spent(work, ALONE) as last:
+        total = last.total()
+    assert total["seconds"] > kept["seconds"]
+    finished(folder)
+    last.keep()
+    assert not (work / "spent.json").exists()
 
 
 def test_damaged_work_is_never_resumed_from(tmp_path):
