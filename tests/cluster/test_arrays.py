@@ -15,7 +15,7 @@ from spd_dist.runtime.artifacts import read_json
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
-NUMBERS = {"stages"}
+NUMBERS = {"stages", "losses", "angles"}
 """Of a report: losses and energies, whose last digits depend on the number of ranks."""
 
 
