@@ -44,7 +44,7 @@ def main() -> None:
     options = options.parse_args()
     pin_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    world = World(0, 1, 0, device)
+    world = World(0, 1, device)
     policy = load_policy(Model(options.model), Distributed(zero_stage=0), world)
     examples = chained_examples(policy, options)
     config = Calibrate(num_examples=len(examples), batch_size=options.batch, num_shards=1)

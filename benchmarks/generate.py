@@ -60,7 +60,7 @@ def main() -> None:
 
 def load() -> Policy:
     """The policy, whole, in this process."""
-    policy = load_policy(Model(MODEL), Distributed(zero_stage=0), World(0, 1, 0, torch.device("cpu")))
+    policy = load_policy(Model(MODEL), Distributed(zero_stage=0), World(0, 1, torch.device("cpu")))
     if torch.cuda.is_available():
         policy.model.to("cuda", torch.bfloat16)
     return policy

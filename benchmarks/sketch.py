@@ -32,7 +32,7 @@ from spd_dist.stages.reduce import reduce
 from spd_dist.stages.sketch import ShardSketch, sketch
 from spd_dist.types import GradientBatch, KVSite
 
-ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 BATCH = 1024
 NUM_ROWS = {128: 16384, 512: 16384, 1024: 8192, 4096: 4096}
 SLOW_WIDTH = 4096

@@ -35,7 +35,7 @@ from spd_dist.runtime.progress import Progress
 from spd_dist.runtime.run_folder import RunFolder, settings_hash
 from spd_dist.runtime.sandbox import open_sandbox
 from spd_dist.runtime.show import show_stage
-from spd_dist.runtime.spent import Spent
+from spd_dist.runtime.spent import AttemptClock, spent_on
 from spd_dist.runtime.status import kept_status, status_path
 from spd_dist.runtime.wandb_mirror import open_mirror
 from spd_dist.signals import StopSignals, task_name
@@ -217,18 +217,16 @@ class Run:
         self.heartbeat.beat(f"{stage}, its start", now=True)
         forget_peak(self.world)
         folder = self.folder.start(stage, inputs)
-        with Spent(folder, self.world) as spent:
+        with AttemptClock(folder, self.world, self.task_index):
             extra = work(folder)
-            if extra is not None and not extra.get("is_complete", True):
-                spent.keep()
-                log.info("%s: this task of the array is done, others are not", stage)
-                return
-            total = spent.total()
-            peak = {"peak_memory_gib": round(max_over_ranks(peak_bytes(self.world)) / 2**30, 3)}
-            costs = peak | {"device_seconds": round(total["device_seconds"], 3)}
-            self.folder.finish(stage, inputs, outputs, seconds=total["seconds"], extra=(extra or {}) | costs)
+        if extra is not None and not extra.get("is_complete", True):
+            log.info("%s: this task of the array is done, others are not", stage)
+            return
+        peak = {"peak_memory_gib": round(max_over_ranks(peak_bytes(self.world)) / 2**30, 3)}
+        spent = on_main(f"adding up {stage}", lambda: spent_on(folder))
+        self.folder.finish(stage, inputs, outputs, **spent._asdict(), extra=(extra or {}) | peak)
         self._show(stage, is_input=False)
-        log.info("%s: complete, %.1f s", stage, total["seconds"])
+        log.info("%s: complete, %.1f s", stage, spent.seconds)
 
     def _show(self, stage: str, *, is_input: bool) -> None:
         """Show what a stage made; or that this job goes on from it, unless it is one that makes everything."""

@@ -52,4 +52,10 @@ def answered_run(folder: Path) -> Path:
 
 def manifest(stage: str, seconds: float) -> dict[str, object]:
     """As a finished stage leaves it."""
-    return {"stage": stage, "seconds": seconds, "world_size": 2, "finished_at": "2026-01-01T00:00:00+00:00"}
+    return {
+        "stage": stage,
+        "seconds": seconds,
+        "device_seconds": 2 * seconds,
+        "world_size": 2,
+        "finished_at": "2026-01-01T00:00:00+00:00",
+    }

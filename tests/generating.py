@@ -16,7 +16,7 @@ from spd_dist.types import KVSite, Projection, Prompt, SiteOperator
 
 CONFIG = Generate(max_new_tokens=12, batch_size=4, temperature=1.0, num_samples=2)
 SEED = 7
-ALONE = World(0, 1, 0, torch.device("cpu"))
+ALONE = World(0, 1, torch.device("cpu"))
 
 
 def prompts(count: int = 9) -> list[Prompt]:

@@ -12,7 +12,7 @@ from spd_dist.distributed.world import World
 from spd_dist.stages.sketch import ShardSketch, sketch
 from spd_dist.types import GradientBatch, KVSite
 
-ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 
 
 def kv_site(layer: int = 0, kind: str = "key", width: int = 8, num_heads: int = 1) -> KVSite:

@@ -23,7 +23,6 @@ class World:
 
     rank: int
     size: int
-    local_rank: int
     device: torch.device
 
     @property
@@ -47,14 +46,15 @@ def join_world(config: Distributed) -> World:
         os.environ |= rendezvous(os.environ)
         # On CPU DeepSpeed would compile this op for minutes, and a killed build hangs every later run on its lock.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        _take_device(int(os.environ["LOCAL_RANK"]))
+        device = _take_device(int(os.environ["LOCAL_RANK"]))
+        if device.index is not None:
+            os.environ["LOCAL_RANK"] = str(device.index)  # by which DeepSpeed takes its device, too
         timeout = timedelta(seconds=config.timeout_seconds)
         deepspeed.init_distributed(verbose=False, timeout=timeout)
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size())
     torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local_size))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     dist.barrier()  # a rank that is done must not close its sockets while another still connects
-    return World(dist.get_rank(), dist.get_world_size(), local_rank, _take_device(local_rank))
+    return World(dist.get_rank(), dist.get_world_size(), _take_device(int(os.environ.get("LOCAL_RANK", "0"))))
 
 
 def check_interface(wanted: str, present: Sequence[str]) -> None:

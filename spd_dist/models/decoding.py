@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 
 import torch
 from transformers import PreTrainedModel
@@ -14,6 +14,7 @@ from spd_dist.models.sampling import Sampling
 from spd_dist.models.slot_loop import SlotLoop
 from spd_dist.models.slots import num_slot_layers
 from spd_dist.models.static_loop import StaticLoop
+from spd_dist.types import Prompt
 
 __all__ = ["Decoded", "Request", "Sampling", "check_context", "decode", "longest_first"]
 
@@ -28,8 +29,8 @@ def decode(
     pad_token_id: int,
     batch_size: int = 32,
     fixed_columns: int | None = None,
-    in_step: bool = False,
-) -> Iterator[Decoded]:
+    smaller: Callable[..., int] = half_batch,
+) -> Generator[Decoded, None, None]:
     """Completions in the order in which they finish, of at most `batch_size` rows at a time.
 
     The longest prompts go first: what does not fit in memory fails early. Out of memory, the rows at hand start again
@@ -47,7 +48,7 @@ def decode(
         pad_token_id: What rows are filled up with.
         batch_size: Rows of a pass.
         fixed_columns: At least the longest prompt and `max_new_tokens`; the same in every run that is to agree.
-        in_step: Whether other ranks take part in each pass: then the batch is not halved.
+        smaller: Gives the batch to go on with when memory runs out for one, or its error: `half_batch` with settings.
 
     Raises:
         DataError: a prompt that with `max_new_tokens` exceeds the model's context; logits that are NaN; memory that
@@ -72,7 +73,7 @@ def decode(
         except RuntimeError as error:
             if not is_out_of_memory(str(error)):
                 raise
-            batch_size = half_batch(batch_size, in_step=in_step, is_fixed=fixed_columns is not None)
+            batch_size = smaller(batch_size, is_fixed=fixed_columns is not None)
         ordered = longest_first(loop.unfinished())
         del loop
         torch.cuda.empty_cache()
@@ -83,7 +84,9 @@ def longest_first(requests: Iterable[Request]) -> list[Request]:
     return sorted(requests, key=lambda request: (-len(request.tokens), request.id, request.sample))
 
 
-def check_context(model: PreTrainedModel, longest: Request, max_new_tokens: int) -> None:
+def check_context(
+    model: PreTrainedModel, longest: Request | Prompt, max_new_tokens: int, *, section: str = "generate"
+) -> None:
     """Refuse what the model has no positions for.
 
     Raises:
@@ -94,6 +97,6 @@ def check_context(model: PreTrainedModel, longest: Request, max_new_tokens: int)
     num_tokens = len(longest.tokens)
     if context is not None and num_tokens + max_new_tokens > context:
         raise DataError(
-            f"prompt {longest.id!r} has {num_tokens} tokens, with generate.max_new_tokens={max_new_tokens} it takes "
+            f"prompt {longest.id!r} has {num_tokens} tokens, with {section}.max_new_tokens={max_new_tokens} it takes "
             f"{num_tokens + max_new_tokens}, and the model's context is {context}; lower one of them"
         )

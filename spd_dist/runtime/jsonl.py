@@ -43,9 +43,8 @@ class JsonlWriter:
     def close(self) -> None:
         """Sync the lines to disk and close the file."""
         if not self._file.closed:
-            with writing(self.path):  # NFS says only here that the disk is full
+            with writing(self.path), self._file:  # NFS says only here that the disk is full
                 os.fsync(self._file.fileno())
-                self._file.close()
 
     def _drop_torn_line(self) -> None:
         end = _end_of_last_line(self._file)

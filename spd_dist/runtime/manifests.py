@@ -15,8 +15,8 @@ from spd_dist.runtime.artifacts import missing, partial_path, read_json, sha256_
 MANIFEST = "manifest.json"
 STARTED = "started.json"
 """The inputs that the unfinished work in a stage's folder was made from."""
-SPENT = "spent.json"
-"""How long earlier attempts at that work took."""
+NO_TIME = {"seconds": 0.0, "device_seconds": 0.0}
+"""What a stage took that was taken over."""
 
 
 def described(folder: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
@@ -82,7 +82,7 @@ def take_over(source: Path, target: Path, stage: str) -> bool:
             for name in manifest["outputs"]:
                 (copy / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source / name, copy / name)
-            write_json(copy / MANIFEST, {**manifest, "stage": stage, "seconds": 0.0, "taken_from": str(source)})
+            write_json(copy / MANIFEST, {**manifest, "stage": stage, **NO_TIME, "taken_from": str(source)})
             publish(copy, target)
     except (FileNotFoundError, MissingError):
         return False

@@ -78,8 +78,8 @@ def write_report(
 def cost(run_folder: Path, tokens: Mapping[str, int]) -> dict[str, dict[str, Any]]:
     """Tokens, seconds, ranks, device hours and peak memory of every finished stage, by its folder.
 
-    Of all its attempts, but for those that were killed outright; world size and peak memory are of the last. What was
-    taken over from another arm or run took none; later rounds have reports of their own.
+    Of all its attempts; world size and peak memory are of the last. What was taken over from another arm or run took
+    none. Later rounds are added with their reports (`add_rounds`).
     """
     found = {}
     folders = finished_stages(run_folder, rounds=[""])
@@ -87,15 +87,12 @@ def cost(run_folder: Path, tokens: Mapping[str, int]) -> dict[str, dict[str, Any
         manifest, stage = read_json(folder / MANIFEST), folder.relative_to(run_folder).as_posix()
         if stage.endswith("evaluate"):
             continue  # the sum of what its arms did
-        seconds, world_size, extra = manifest["seconds"], manifest["world_size"], manifest.get("extra", {})
         found[stage] = {
             "tokens": 0 if "taken_from" in manifest else tokens.get(stage),
-            "seconds": seconds,
-            "world_size": world_size,
-            "device_hours": 0.0
-            if "taken_from" in manifest
-            else extra.get("device_seconds", seconds * world_size) / 3600,
-            "peak_memory_gib": extra.get("peak_memory_gib"),
+            "seconds": manifest["seconds"],
+            "world_size": manifest["world_size"],
+            "device_hours": manifest["device_seconds"] / 3600,
+            "peak_memory_gib": manifest.get("extra", {}).get("peak_memory_gib"),
             "finished_at": manifest["finished_at"],
         }
     return found

@@ -37,6 +37,11 @@ def add_rounds(folders: Sequence[Path], questions: Mapping[str, str]) -> dict[st
     report = {
         **first,
         "rounds": [_described(number, *pair) for number, pair in enumerate(zip(folders, reports, strict=True), 1)],
+        "cost": {
+            (folder.relative_to(folders[0]) / stage).as_posix(): entry
+            for folder, each in zip(folders, reports, strict=True)
+            for stage, entry in each["cost"].items()
+        },
         "progress": comparisons(answers, first["metric"], first["seed"]),
     }
     write_json(folders[0] / "report.json", report)

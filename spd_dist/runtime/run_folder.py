@@ -25,7 +25,6 @@ from spd_dist.runtime.environment import environment
 from spd_dist.runtime.lock import alone_in
 from spd_dist.runtime.manifests import (
     MANIFEST,
-    SPENT,
     STARTED,
     described,
     find_finished,
@@ -35,6 +34,7 @@ from spd_dist.runtime.manifests import (
     take_over,
     why_not_complete,
 )
+from spd_dist.runtime.spent import forget_attempts
 
 MAY_CHANGE = (
     "run_dir",
@@ -144,6 +144,7 @@ class RunFolder:
         outputs: Iterable[str | Path],
         *,
         seconds: float,
+        device_seconds: float | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Wait for every rank, then write the manifest, last; if another task of an array was first, its own stays.
@@ -153,6 +154,7 @@ class RunFolder:
             inputs: Name and hash of everything that the outputs depend on.
             outputs: Files, or folders of them, inside the stage's folder.
             seconds: Wall-clock time of the stage.
+            device_seconds: Of all ranks of all attempts, if they are not what `seconds` and the ranks give.
             extra: Any plain data that is worth keeping beside.
 
         Raises:
@@ -168,6 +170,7 @@ class RunFolder:
                 "inputs": dict(inputs),
                 "outputs": described(folder, [folder / output for output in outputs]),
                 "seconds": round(seconds, 3),
+                "device_seconds": round(seconds * self.world.size if device_seconds is None else device_seconds, 3),
                 "world_size": self.world.size,
                 "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
                 "extra": dict(extra or {}),
@@ -179,8 +182,8 @@ class RunFolder:
             with alone_in(folder):
                 is_complete = why_not_complete(folder, inputs) is None
                 manifest = read_json(folder / MANIFEST) if is_complete else write()
-                for name in (STARTED, SPENT):
-                    (folder / name).unlink(missing_ok=True)
+                (folder / STARTED).unlink(missing_ok=True)
+                forget_attempts(folder)
                 if self.job:
                     publish(folder, self.folder(stage))
                 return manifest

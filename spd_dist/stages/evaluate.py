@@ -17,10 +17,10 @@ from spd_dist.config import Evaluate
 from spd_dist.data.batches import micro_batches, pad
 from spd_dist.data.held_out import TestSet
 from spd_dist.data.tasks.protocol import Row, Task
-from spd_dist.distributed.collectives import gather_objects, on_main
+from spd_dist.distributed.collectives import gather_objects, on_main, together
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError
-from spd_dist.models.decoding import Decoded, Request
+from spd_dist.models.decoding import Decoded, Request, check_context
 from spd_dist.models.engines.in_process import HFEngine, opened
 from spd_dist.models.engines.placement import choose_placement
 from spd_dist.models.likelihood import example_losses
@@ -107,10 +107,13 @@ class _Answering:
 
     def opened(self) -> AbstractContextManager[HFEngine]:
         """The engine, placed: the body holds no collective."""
-        settings = self.config.decoding()
-        max_length = self.test_set.longest + settings.max_new_tokens
+        settings, prompts = self.config.decoding(), self.test_set.prompts
+        with together("looking at the longest prompt"):
+            longest = max(prompts, key=lambda prompt: len(prompt.tokens))
+            check_context(self.policy.model, longest, settings.max_new_tokens, section="evaluate")
+        max_length = len(longest.tokens) + settings.max_new_tokens
         placement = choose_placement(self.policy, settings, self.world, max_length, section="evaluate")
-        return opened(self.policy, self.projection, settings, self.world, placement)
+        return opened(self.policy, self.projection, settings, self.world, placement, section="evaluate")
 
 
 def _todo(answering: _Answering, progress: Progress | None) -> list[Request] | None:

@@ -22,7 +22,7 @@ from spd_dist.stages.sketch import Unfinished, sketch
 from spd_dist.types import SupervisedExample
 
 CPU = torch.device("cpu")
-ALONE = World(0, 1, 0, CPU)
+ALONE = World(0, 1, CPU)
 # Without persistent parameters, every one is sharded, gathered and released.
 SHARDED = Distributed(deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}})
 
@@ -60,7 +60,7 @@ def assert_same(found, expected):
 
 
 def on_all_ranks(policy, examples, sites, config):
-    world = World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), CPU)
+    world = World(dist.get_rank(), dist.get_world_size(), CPU)
     shares = gather_objects(rows_by_shard(policy, examples, sites, config, world))
     for rank, (_, counts) in enumerate(shares):
         assert all(shard % world.size == rank for shard in counts)
@@ -118,7 +118,7 @@ def check_families():
 def check_faults():
     engine = frozen_engine(tiny_model(), SHARDED, torch.float32)
     policy = SimpleNamespace(model=engine.module, engine=engine, pad_token_id=0)
-    world = World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), CPU)
+    world = World(dist.get_rank(), dist.get_world_size(), CPU)
     sites, config = discover_sites(engine.module), Calibrate(num_shards=2, batch_size=1)
     examples = random_examples(4)
     bad = SupervisedExample("bad", (5, 6, 7), (0,))  # of shard 1, so of rank 1 alone
@@ -162,7 +162,7 @@ class Stop:
 
 def attempt(folder, is_sharded, last_round=None):
     """Calibrate and sketch, from what an earlier attempt left; the moments of every shard that this rank owns."""
-    world = World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), CPU)
+    world = World(dist.get_rank(), dist.get_world_size(), CPU)
     model = tiny_model()
     sites = discover_sites(model)
     engine = frozen_engine(model, SHARDED, torch.float32) if is_sharded else None

@@ -46,8 +46,8 @@ def set_up(model: Path, zero_stage: int = 0) -> tuple[Policy, TestSet]:
 
 def world_of_this_process() -> World:
     if not dist.is_initialized():
-        return World(0, 1, 0, torch.device("cpu"))
-    return World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), torch.device("cpu"))
+        return World(0, 1, torch.device("cpu"))
+    return World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
 
 
 def projection() -> Projection:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from generating import CONFIG, SEED, StoppingAfter, merged, policy_of, prompts, some_projection
 from ranks import ends_of_ranks, run_on_ranks
+from safetensors.torch import load_file
 from tiny import save_tiny_model
 
 from spd_dist.config import Generate
@@ -28,7 +29,7 @@ PLACEMENTS = ("replica", "layerwise")
 
 def this_world() -> World:
     """As `join_world` would give it."""
-    return World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), torch.device("cpu"))
+    return World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
 
 
 def run(policy: Policy, folder: Path, config: Generate = CONFIG, **changes: object) -> dict:
@@ -59,7 +60,7 @@ def on_two_ranks(model: Path, folder: Path, expected: bytes) -> None:
     the_projection_of_rank_0_is_used(policy, folder, expected)
     an_error_of_one_rank_is_raised_on_all_and_leaves_nothing_behind(policy, folder, expected, untouched)
     an_error_while_merging_is_raised_on_all(policy, folder)
-    a_program_gets_the_whole_folded_policy(policy, folder)
+    a_program_gets_the_whole_folded_policy(policy, model, folder)
     assert weights_fingerprint(policy.model) == policy.fingerprint
     assert hooks_of(policy) == untouched
 
@@ -125,13 +126,21 @@ def an_error_while_merging_is_raised_on_all(policy: Policy, folder: Path) -> Non
         run(policy, folder / "empty", dataclasses.replace(CONFIG, max_empty_rate=0.0, max_new_tokens=1))
 
 
-def a_program_gets_the_whole_folded_policy(policy: Policy, folder: Path) -> None:
-    """From shards; each rank starts the program on its own requests, and one that fails stops all."""
-    config = dataclasses.replace(CONFIG, engine="command", command="sh -c 'ls {model} >&2; exit 9' {prompts} {output}")
-    with pytest.raises(
-        DataError, match=r"generate.engine=command ended with exit code 9; .*\n(.*\n)*model.safetensors"
-    ):
-        run(policy, folder / "program", config)
+def a_program_gets_the_whole_folded_policy(policy: Policy, model: Path, folder: Path) -> None:
+    """From shards what it gets from a whole one; each rank starts it on its own requests, one that fails stops all."""
+    whole, given = policy_of(model, this_world(), zero_stage=0), {}
+    for name, one in {"sharded": policy, "whole": whole}.items():
+        kept = folder / f"{name}.safetensors"
+        command = f"sh -c 'cp {{model}}/model.safetensors {kept}; echo at work >&2; exit 9' {{prompts}} {{output}}"
+        config = dataclasses.replace(CONFIG, engine="command", command=command)
+        with pytest.raises(DataError, match=r"generate.engine=command ended with exit code 9; .*\nat work"):
+            run(one, folder / f"program-{name}", config)
+        given[name] = load_file(kept)
+    untouched = load_file(model / "model.safetensors")
+    assert given["sharded"].keys() == given["whole"].keys() == untouched.keys()
+    assert all(weight.equal(given["whole"][name]) for name, weight in given["sharded"].items())
+    folded = [name for name, weight in untouched.items() if not weight.equal(given["whole"][name])]
+    assert folded == [f"model.layers.2.self_attn.{kind}_proj.weight" for kind in "kv"]
     with pytest.raises(ConfigError, match=r"generate.engine=hf_cb needs whole weights on each rank"):
         run(policy, folder / "cb", dataclasses.replace(CONFIG, engine="hf_cb", placement="layerwise"))
 

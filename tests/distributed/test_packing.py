@@ -20,7 +20,7 @@ MIX = {
     "falcon_grouped": "ALiBi counts positions in the row",
     "gpt_oss": "its eager mask knows no packing",
 }
-ALONE = World(0, 1, 0, torch.device("cpu"))
+ALONE = World(0, 1, torch.device("cpu"))
 
 
 def check_every_family() -> None:

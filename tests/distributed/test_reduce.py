@@ -26,7 +26,7 @@ METHODS = {"gram": Sketch(method="gram"), "frequent_directions": Sketch(method="
 
 
 def this_world() -> World:
-    return World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), torch.device("cpu"))
+    return World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
 
 
 def stream(world: World, *, spoiled_shard: int | None = None) -> list[GradientBatch]:
@@ -65,7 +65,7 @@ def compare_with_one_rank(folder: Path) -> None:
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_subspace_has_the_same_bits_at_every_world_size(world_size, tmp_path):
-    alone = World(0, 1, 0, torch.device("cpu"))
+    alone = World(0, 1, torch.device("cpu"))
     for method in METHODS:
         for name, config in {"plain": Project(), "centered": Project(centered=True, rank_rule="energy")}.items():
             save_subspace(tmp_path / f"{method}_{name}.safetensors", cut(alone, method, config))

@@ -15,7 +15,7 @@ from spd_dist.runtime.status import kept_status
 
 
 def use_the_folder(path: Path) -> None:
-    world = World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), torch.device("cpu"))
+    world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     folder = RunFolder(path, {"seed": 1}, world)
     assert not folder.is_complete("generate", {"config": "c"})
     stage = folder.start("generate", {"config": "c"})
@@ -46,5 +46,5 @@ def use_the_folder(path: Path) -> None:
 
 def test_every_rank_hears_what_rank_zero_finds(tmp_path):
     run_on_ranks(4, tmp_path / "store", use_the_folder, tmp_path / "run")
-    alone = RunFolder(tmp_path / "run", {"seed": 1}, World(0, 1, 0, torch.device("cpu")))
+    alone = RunFolder(tmp_path / "run", {"seed": 1}, World(0, 1, torch.device("cpu")))
     assert alone.manifest("generate")["world_size"] == 4

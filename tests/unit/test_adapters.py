@@ -25,7 +25,7 @@ from spd_dist.models.adapters import (
 from spd_dist.models.dropout import KeyedDropout
 from spd_dist.models.save import save_model, stored_parameters, whole_tensors
 
-ALONE = World(0, 1, 0, torch.device("cpu"))
+ALONE = World(0, 1, torch.device("cpu"))
 TOKENS = torch.arange(3, 30)[None]
 
 

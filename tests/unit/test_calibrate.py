@@ -16,7 +16,7 @@ from spd_dist.runtime.progress import Progress
 from spd_dist.stages.calibrate import calibrate
 from spd_dist.types import SupervisedExample
 
-ALONE = World(0, 1, 0, torch.device("cpu"))
+ALONE = World(0, 1, torch.device("cpu"))
 PAD = 0
 
 
@@ -130,9 +130,7 @@ def test_cutting_after_the_last_target_loses_only_zero_rows():
 def test_shards_are_dealt_out_to_ranks():
     model = tiny_model()
     whole = run(model, num_shards=4, batch_size=2)
-    dealt = [
-        run(model, world=World(rank, 3, rank, torch.device("cpu")), num_shards=4, batch_size=2) for rank in range(3)
-    ]
+    dealt = [run(model, world=World(rank, 3, torch.device("cpu")), num_shards=4, batch_size=2) for rank in range(3)]
     assert [[batch.shard for batch in batches] for batches in dealt] == [[0, 3], [1], [2]]
     for batches in dealt:
         for batch in batches:
@@ -141,7 +139,7 @@ def test_shards_are_dealt_out_to_ranks():
 
 
 def test_a_rank_without_examples_yields_nothing():
-    assert run(tiny_model(), world=World(5, 8, 5, torch.device("cpu")), num_shards=4) == []
+    assert run(tiny_model(), world=World(5, 8, torch.device("cpu")), num_shards=4) == []
 
 
 def test_progress_counts_examples_and_tokens():

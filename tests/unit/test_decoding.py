@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 from collections import Counter
 
@@ -13,6 +14,7 @@ from tiny import tiny_model
 
 from spd_dist.errors import DataError
 from spd_dist.models.decoding import Decoded, Request, Sampling, decode
+from spd_dist.models.out_of_memory import half_batch
 from spd_dist.models.slots import SlotCache, num_slot_layers
 
 STOP = {"eos_token_ids": tuple(range(2, 64, 9)), "pad_token_id": 0}
@@ -200,10 +202,12 @@ def test_out_of_memory_that_no_smaller_batch_can_cure_says_what_to_do(message):
     with pytest.raises(
         DataError, match=r"generate.batch_size=4; ranks in step .* lower generate.batch_size"
     ) as failure:
-        decoded(model, requests(3), SAMPLED, batch_size=4, in_step=True)
+        decoded(model, requests(3), SAMPLED, batch_size=4, smaller=functools.partial(half_batch, in_step=True))
     assert "placement" not in str(failure.value)
     with pytest.raises(DataError, match=r"generate.batch_invariant=true .* lower generate.batch_size in a run_dir of"):
         decoded(model, requests(3), SAMPLED, batch_size=4, fixed_columns=40)
+    with pytest.raises(DataError, match=r"evaluate.batch_size=1; lower evaluate.max_new_tokens .*evaluate.placement="):
+        decoded(model, requests(3), SAMPLED, batch_size=4, smaller=functools.partial(half_batch, section="evaluate"))
     hook.remove()
 
 

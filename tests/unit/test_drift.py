@@ -11,7 +11,7 @@ from spd_dist.errors import DataError
 from spd_dist.stages.project import drift
 from spd_dist.types import Certificate, KVSite, SiteMoments, SiteSubspace, Subspace
 
-ALONE = World(0, 1, 0, torch.device("cpu"))
+ALONE = World(0, 1, torch.device("cpu"))
 SITE = KVSite(1, "key", "k_proj", ((0, 4),))
 
 

@@ -27,7 +27,7 @@ from spd_dist.models.engines.placement import needed_bytes
 from spd_dist.models.engines.probes import Reference, check_probes, references
 from spd_dist.models.policy import Policy
 from spd_dist.models.projection import projected
-from spd_dist.orphans import every_process, read_process
+from spd_dist.orphans import every_process
 from spd_dist.stages.generate import generate
 from spd_dist.types import Projection, Prompt
 
@@ -272,7 +272,17 @@ def test_requests_without_an_answer_are_counted(policy, tmp_path):
         list(external(policy, tmp_path, "").complete(REQUESTS, Sampling()))
 
 
-@pytest.mark.parametrize("line", ["not json", '{"id": "p9", "sample": 0, "tokens": [1]}', '{"id": "p0", "sample": 0}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "not json",
+        '{"id": "p9", "sample": 0, "tokens": [1]}',
+        '{"id": "p0", "sample": 0}',
+        '{"id": "p0", "sample": 0, "tokens": "abc"}',
+        '{"id": "p0", "sample": 0, "tokens": ["a", "b"]}',
+        '{"id": "p0", "sample": 0, "tokens": 5}',
+    ],
+)
 def test_a_line_that_answers_nothing_is_shown(policy, tmp_path, line):
     text = f"import sys\nopen(sys.argv[3], 'w').write({line!r} + chr(10))\n"
     with pytest.raises(DataError, match=r"wrote a line that answers no open request .*; a line is"):
@@ -303,10 +313,10 @@ time.sleep(600)
 
 
 def test_a_program_that_ignores_sigterm_is_ended_with_what_it_started(policy, tmp_path, monkeypatch):
-    monkeypatch.setattr("spd_dist.models.engines.external.GRACE_SECONDS", 0.5)
+    monkeypatch.setattr("spd_dist.models.engines.program.GRACE_SECONDS", 0.5)
     with pytest.raises(DataError, match="wrote a line that answers no open request"):
         list(external(policy, tmp_path, STUBBORN).complete(REQUESTS, Sampling()))
-    wait_for(lambda: not any(str(tmp_path) in " ".join(one.words) for one in every_process()), 60)
+    wait_for(lambda: not running_in(tmp_path), 60)
 
 
 ORPHANED = """
@@ -323,13 +333,19 @@ list(engine.complete([Request("p0", 0, (5,), 0)], Sampling()))
 
 
 def test_a_program_does_not_outlive_the_rank(tmp_path):
-    sleeper = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(600)"
-    words = [sys.executable, "-c", sleeper, str(tmp_path / "pid")]
+    sleeper = "import os, sys, time; os.fork() or open(sys.argv[1], 'w').write('up'); time.sleep(600)"
+    words = [sys.executable, "-c", sleeper, str(tmp_path / "up")]
     rank = subprocess.Popen([sys.executable, "-c", ORPHANED, str(tmp_path / "scratch"), *words])
-    wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != "", 60)
+    wait_for((tmp_path / "up").exists, 60)
+    assert len(running_in(tmp_path)) == 3
     rank.kill()
     rank.wait()
-    wait_for(lambda: read_process(int((tmp_path / "pid").read_text())) is None, 60)
+    wait_for(lambda: not running_in(tmp_path), 60)
+
+
+def running_in(folder: Path) -> list[int]:
+    """Processes that have the folder in their words."""
+    return [one.pid for one in every_process() if str(folder) in " ".join(one.words)]
 
 
 def test_a_program_that_is_not_there_is_a_fault_of_the_config(policy, tmp_path):
@@ -388,10 +404,10 @@ def test_the_log_says_which_engine_was_chosen_and_why(policy, tmp_path, caplog, 
 def test_a_program_does_not_take_itself_for_a_rank():
     launched = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "PYTHONPATH": "x", "HOME": "/h"}
     assert environment_of(ALONE, launched) == {"HOME": "/h"}
-    on_gpu = dataclasses.replace(ALONE, local_rank=1, device=torch.device("cuda", 1))
+    on_gpu = dataclasses.replace(ALONE, device=torch.device("cuda", 1))
     assert environment_of(on_gpu, launched)["CUDA_VISIBLE_DEVICES"] == "1"
     assert environment_of(on_gpu, {"CUDA_VISIBLE_DEVICES": "4,6"})["CUDA_VISIBLE_DEVICES"] == "6"
-    only_its_own = dataclasses.replace(ALONE, local_rank=3, device=torch.device("cuda", 0))
+    only_its_own = dataclasses.replace(ALONE, device=torch.device("cuda", 0))
     assert environment_of(only_its_own, {"CUDA_VISIBLE_DEVICES": "3"})["CUDA_VISIBLE_DEVICES"] == "3"
 
 

@@ -9,7 +9,7 @@ from spd_dist.distributed.world import World
 
 
 def heartbeat(folder, rank=0, size=2):
-    return Heartbeat(folder, World(rank, size, rank, torch.device("cpu")))
+    return Heartbeat(folder, World(rank, size, torch.device("cpu")))
 
 
 def test_a_silence_is_told_once_and_a_beat_ends_it(tmp_path):

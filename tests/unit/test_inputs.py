@@ -11,7 +11,7 @@ from spd_dist.signals import StopSignals
 
 def protocol(folder, *overrides):
     config = load_config(overrides=[f"run_dir={folder}", "data.num_test=4", "metrics.wandb=disabled", *overrides])
-    run = Run(config, World(0, 1, 0, torch.device("cpu")), StopSignals())
+    run = Run(config, World(0, 1, torch.device("cpu")), StopSignals())
     with run.opened():
         return of_protocol(run)
 

@@ -19,7 +19,7 @@ from spd_dist.runtime.manifests import (
 )
 from spd_dist.runtime.run_folder import RunFolder
 
-ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 INPUTS = {"settings": "s1", "train": "t1"}
 
 

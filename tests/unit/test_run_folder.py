@@ -4,14 +4,15 @@ import logging
 
 import pytest
 import torch
+from emulated import wait_for
 
 from spd_dist.config import Config
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError, DataError, StopRequested
 from spd_dist.runtime.run_folder import MAY_CHANGE, RunFolder, result_settings, settings_hash
-from spd_dist.runtime.spent import Spent
+from spd_dist.runtime.spent import AttemptClock, spent_on
 
-ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 
 
 def plain(**changes):
@@ -179,21 +180,28 @@ def test_unfinished_work_is_kept_for_the_same_inputs_and_removed_for_others(tmp_
     ]  # fmt: skip
 
 
-def test_what_attempts_took_is_added_up_until_the_stage_is_finished(tmp_path):
+def test_what_attempts_took_is_added_up_until_the_stage_is_finished(tmp_path, monkeypatch):
+    monkeypatch.setattr("spd_dist.runtime.spent.SECONDS_BETWEEN", 0.01)
     folder, two_ranks = opened(tmp_path), dataclasses.replace(ALONE, size=2)
     work = folder.start("generate", {"config": "c1", "project": "p1"})
-    with pytest.raises(StopRequested), Spent(work, two_ranks):
+    with pytest.raises(StopRequested), AttemptClock(work, two_ranks, None):
         raise StopRequested("asked to")
-    with Spent(work, ALONE) as task:
-        task.keep()
-    kept = json.loads((work / "spent.json").read_text())
-    assert 0 < kept["seconds"] < kept["device_seconds"] < 2 * kept["seconds"]
-    with Spent(work, ALONE) as last:
-        total = last.total()
-    assert total["seconds"] > kept["seconds"]
+    stopped = spent_on(work)
+    assert stopped.device_seconds == 2 * stopped.seconds > 0
+    with AttemptClock(work, ALONE, None):
+        wait_for(lambda: spent_on(work).seconds > stopped.seconds + 0.02, 60)  # on disk while it goes on
+    both = spent_on(work)
+    assert both.device_seconds == pytest.approx(stopped.seconds + both.seconds)
+    with AttemptClock(work, ALONE, 7):
+        pass
+    task = spent_on(work)
+    assert task.seconds == both.seconds, "tasks may run beside each other"
+    assert task.device_seconds > both.device_seconds
     finished(folder)
-    last.keep()
-    assert not (work / "spent.json").exists()
+    with AttemptClock(work, ALONE, 8):
+        pass
+    assert not (work / "attempts").exists()
+    assert spent_on(work) == (0, 0)
 
 
 def test_damaged_work_is_never_resumed_from(tmp_path):

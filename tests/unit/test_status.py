@@ -7,7 +7,7 @@ from spd_dist.distributed.world import World
 from spd_dist.errors import DataError, StopRequested
 from spd_dist.runtime.status import kept_status, read_status
 
-WORLD = World(0, 2, 0, torch.device("cpu"))
+WORLD = World(0, 2, torch.device("cpu"))
 
 
 def test_a_run_that_ends_well_is_complete_and_was_running_before(tmp_path):
@@ -46,6 +46,6 @@ def test_a_disk_that_failed_does_not_hide_why(tmp_path):
 
 
 def test_only_rank_0_writes(tmp_path):
-    with kept_status(tmp_path / "status.json", World(1, 2, 1, torch.device("cpu")), "evaluate"):
+    with kept_status(tmp_path / "status.json", World(1, 2, torch.device("cpu")), "evaluate"):
         pass
     assert not (tmp_path / "status.json").exists()

@@ -68,7 +68,7 @@ def test_a_file_that_cannot_be_written_fails_when_asked_and_not_before(tmp_path)
 
 
 def test_the_silent_rank_is_named_first(tmp_path):
-    beats = [Heartbeat(tmp_path, World(rank, 3, rank, torch.device("cpu"))) for rank in range(3)]
+    beats = [Heartbeat(tmp_path, World(rank, 3, torch.device("cpu"))) for rank in range(3)]
     beats[0].beat("step 4")
     time.sleep(0.01)
     beats[1].beat("step 5")

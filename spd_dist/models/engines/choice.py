@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -41,8 +41,8 @@ class Engine(Protocol):
 
     name: str
 
-    def complete(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Decoded]:
-        """Answer the requests, in any order."""
+    def complete(self, requests: Sequence[Request], sampling: Sampling) -> Generator[Decoded, None, None]:
+        """Answer the requests, in any order. To close it ends what is at work."""
 
 
 class Choice(NamedTuple):
@@ -112,7 +112,7 @@ def open_engine(
     with placed(policy, placement, world, "answering the probes"):
         expected = references(policy, projection, candidates, config.max_new_tokens)
     if name in ("hf", "hf_cb"):
-        with opened(policy, projection, config, world, placement, longest=max_length) as engine:
+        with opened(policy, projection, config, world, placement, section="generate", longest=max_length) as engine:
             if name == "hf_cb":
                 engine = ContinuousBatchingEngine(policy, config.batch_size, engine.applied)
             _verify(engine, expected, policy)

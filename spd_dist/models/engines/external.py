@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
 import os
 import shlex
-import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,14 +17,11 @@ from spd_dist.config import Generate
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError, DataError
 from spd_dist.models.decoding import Decoded, Request
+from spd_dist.models.engines.program import running
 from spd_dist.models.policy import Policy
 from spd_dist.models.sampling import Sampling
 
 POLL_SECONDS = 0.05
-GRACE_SECONDS = 10
-"""What a program is given to end after SIGTERM."""
-SET_PARENT_DEATH_SIGNAL = 1
-"""Of prctl(2)."""
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "PYTHONPATH")
 WORKER = Path(__file__).with_name("vllm_worker.py")
 
@@ -44,17 +38,17 @@ class ExternalEngine:
     """Where this rank's files are."""
     environment: Mapping[str, str]
 
-    def complete(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Decoded]:
+    def complete(self, requests: Sequence[Request], sampling: Sampling) -> Generator[Decoded, None, None]:
         """Completions as the program writes them.
 
         Raises:
             DataError: the program failed, or left a request without an answer.
             ConfigError: there is no such program.
         """
-        self.scratch.mkdir(parents=True, exist_ok=True)
         prompts, output, log = (self.scratch / name for name in ("prompts.jsonl", "output.jsonl", "engine.log"))
         rows = [self._row(request, sampling) for request in requests]
         try:
+            self.scratch.mkdir(parents=True, exist_ok=True)
             prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
             output.unlink(missing_ok=True)
             output.touch()
@@ -79,34 +73,22 @@ class ExternalEngine:
         }
 
     @contextmanager
-    def _running(self, command: Sequence[str], log: Path) -> Iterator[subprocess.Popen]:
-        libc = ctypes.CDLL(None)  # loaded here: a forked child is to do no more than call it
-
-        def end_with_this_process() -> None:
-            if hasattr(libc, "prctl"):
-                libc.prctl(SET_PARENT_DEATH_SIGNAL, int(signal.SIGKILL), 0, 0, 0)
-
-        with open(log, "wb") as stderr:
+    def _running(self, command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+        with open(log, "wb") as file, ExitStack() as stack:
             try:
-                process = subprocess.Popen(
-                    command, stdout=stderr, stderr=stderr, env=self.environment, start_new_session=True,
-                    preexec_fn=end_with_this_process,
-                )  # fmt: skip
+                process = stack.enter_context(running(command, self.environment, file))
             except OSError as error:
                 raise ConfigError(
                     f"generate.engine={self.name} cannot start {command[0]!r}: {error.strerror}; give the path of an "
                     "installed program"
                 ) from error
-        try:
             yield process
-        finally:
-            _end(process)
 
     def _decoded(self, line: bytes, waiting: dict[tuple[str, int], Request], sampling: Sampling) -> Decoded:
         try:
             row = json.loads(line)
             request = waiting.pop((row["id"], row["sample"]))
-            tokens = row["tokens"] if "tokens" in row else self._tokens(row["text"])
+            tokens = _integers(row["tokens"]) if "tokens" in row else self._tokens(row["text"])
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"generate.engine={self.name} wrote a line that answers no open request ({error!r}): {line[:200]!r}; "
@@ -163,6 +145,13 @@ def environment_of(world: World, environment: Mapping[str, str] = os.environ) ->
     return kept
 
 
+def _integers(tokens: Any) -> list[int]:
+    """The tokens of a line, if that is what they are: a program may write anything."""
+    if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+        raise ValueError("tokens must be a list of integers")
+    return tokens
+
+
 def _follow(lines: BinaryIO, process: subprocess.Popen) -> Iterator[bytes]:
     """Whole lines while the process runs, and at its end what is left: of a process that failed, a torn line."""
     begun = b""
@@ -176,14 +165,3 @@ def _follow(lines: BinaryIO, process: subprocess.Popen) -> Iterator[bytes]:
             time.sleep(POLL_SECONDS)
     if begun and process.returncode == 0:
         yield begun
-
-
-def _end(process: subprocess.Popen) -> None:
-    """End a program and what it has started: first politely, then for good."""
-    with contextlib.suppress(ProcessLookupError):
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE_SECONDS)
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()

@@ -5,7 +5,7 @@ It has one random state for all requests: a sample depends on what it is batched
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +32,7 @@ class ContinuousBatchingEngine:
     applied: Applied | None
     name: str = "hf_cb"
 
-    def complete(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Decoded]:
+    def complete(self, requests: Sequence[Request], sampling: Sampling) -> Generator[Decoded, None, None]:
         """Completions, call by call. Out of memory, what has no answer yet is asked again in half the batch.
 
         Raises:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from spd_dist.distributed.world import World
 from spd_dist.models.applied import Applied
 from spd_dist.models.decoding import Decoded, Request, decode
 from spd_dist.models.engines.placement import Placement, placed
+from spd_dist.models.out_of_memory import half_batch
 from spd_dist.models.policy import Policy
 from spd_dist.models.projection import projected
 from spd_dist.models.sampling import Sampling
@@ -26,9 +28,10 @@ class HFEngine:
     fixed_columns: int | None
     applied: Applied | None
     placement: Placement
+    section: str
     name: str = "hf"
 
-    def complete(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Decoded]:
+    def complete(self, requests: Sequence[Request], sampling: Sampling) -> Generator[Decoded, None, None]:
         """Completions as they finish."""
         return decode(
             self.policy.model,
@@ -38,7 +41,7 @@ class HFEngine:
             pad_token_id=self.policy.pad_token_id,
             batch_size=self.batch_size,
             fixed_columns=self.fixed_columns,
-            in_step=self.placement == "layerwise",
+            smaller=functools.partial(half_batch, section=self.section, in_step=self.placement == "layerwise"),
         )
 
 
@@ -50,13 +53,15 @@ def opened(
     world: World,
     placement: Placement,
     *,
+    section: str,
     longest: int | None = None,
 ) -> Iterator[HFEngine]:
     """The engine, with the policy projected and placed; both undone on every way out.
 
-    `longest` is the longest prompt and completion of the whole corpus: what fixed shapes have room for.
+    `section` is the config's that the settings are from, for messages; `longest` the longest prompt and completion of
+    the whole corpus: what fixed shapes have room for.
     """
     held = nullcontext() if projection is None else projected(policy.model, projection, config.apply_as)
     with held as applied, placed(policy, placement, world, "generating completions"):
         fixed_columns = longest if config.batch_invariant else None
-        yield HFEngine(policy, config.batch_size, fixed_columns, applied, placement)
+        yield HFEngine(policy, config.batch_size, fixed_columns, applied, placement, section)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,10 +75,10 @@ def generate(
         longest=longest_first(requests)[0],
         scratch=folder / f"engine-{config.task_index:05d}-of-{config.num_tasks:05d}",
     )
-    with engine_of as opened:
+    with engine_of as opened, closing(opened.engine.complete(own, sampling_of(config))) as decoded:
         started = time.monotonic()
         part = Part(folder / "completions", config, world)
-        num_tokens = part.write(opened.engine.complete(own, sampling_of(config)), policy, progress) if own else 0
+        num_tokens = part.write(decoded, policy, progress) if own else 0
         attempt = Attempt.of(opened, num_tokens=num_tokens, seconds=time.monotonic() - started)
         check_leakage(attempt, policy.model.dtype)
     attempts = [attempt] if world.size == 1 else gather_objects(attempt)
