@@ -143,7 +143,7 @@ def table(summary: Mapping[str, Any], folder: str) -> str:
         value, low, high = (f"{x:.3f}" if one["metric"] == "nll" else f"{100 * x:.1f}" for x in numbers)
         shares = ("ended_fraction", "strict_extraction_fraction", "lenient_extraction_fraction")
         found.add_row(
-            task, "nll" if one["metric"] == "nll" else "right %", value, f"{low} to {high}", str(one["num_examples"]),
+            task, "nll" if one["metric"] == "nll" else "right %", value, f"{low} to {high}", number_of(one),
             *(f"{100 * one[share]:.0f}" for share in shares), f"{one['mean_tokens']:.0f}",
             f"{100 * one['repetition_fraction']:.0f}",
         )  # fmt: skip
@@ -152,6 +152,12 @@ def table(summary: Mapping[str, Any], folder: str) -> str:
         console.print(pass_table(summary["tasks"]))
     console.print(f"Files: {folder}/summary.json, and every answer in {folder}/TASK/evaluate/model/", soft_wrap=True)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+
+def number_of(one: Mapping[str, Any]) -> str:
+    """How many examples were answered, and of how many, if that is not all of the published split."""
+    num, size = one["num_examples"], one["test_size"]
+    return str(num) if size in (None, num) else f"{num} of {size}"
 
 
 def harness_command(config: Config, tasks: Mapping[str, str | None], adapter: Path | None) -> list[str]:

@@ -73,6 +73,7 @@ class Job:
         return environment.get_template("job.sbatch.j2").render(dataclasses.asdict(self))
 
 
+OF_AN_ARRAY = {"nodes": 1, "output": "slurm-%x-%A_%a.out"}
 FILES = {  # what `make` of these scripts by hand would give: slurm/NAME
     "spd.sbatch": Job(),
     "array_generate.sbatch": Job(
@@ -80,27 +81,24 @@ FILES = {  # what `make` of these scripts by hand would give: slurm/NAME
         PART_OF_A_CORPUS.format(words='"$@"'),
         "One corpus by an array of jobs, two at a time; the task that finds it complete merges it.",
         "sbatch slurm/array_generate.sbatch --config configs/NAME.yaml   (after: spd.sbatch --until project)",
-        nodes=1,
         array="0-3%2",
-        output="slurm-%x-%A_%a.out",
+        **OF_AN_ARRAY,
     ),
     "array_experiment.sbatch": Job(
         "spd-experiment",
         ARMS.format(words='"$@"'),
         "Arms over seeds by an array of jobs, two at a time; the task that finds all complete compares them.",
         "sbatch --array=0-N%2 slurm/array_experiment.sbatch --config configs/experiments/NAME.yaml",
-        nodes=1,
         array="0-3%2",
-        output="slurm-%x-%A_%a.out",
+        **OF_AN_ARRAY,
     ),
     "array_sweep.sbatch": Job(
         "spd-sweep",
         POINT.format(words='"$1"'),
         "A sweep: one run a point of a plan, two at a time.",
         "sbatch --array=0-N%2 slurm/array_sweep.sbatch runs/sweeps/NAME/plan.json   (launchers/sweep.py plan says N)",
-        nodes=1,
         array="0-0%2",
-        output="slurm-%x-%A_%a.out",
+        **OF_AN_ARRAY,
     ),
 }
 

@@ -105,4 +105,4 @@ def _answered(run: Run, policy: Callable[[], Policy], inputs: dict[str, str]) ->
             "reading the summary of the answers", lambda: read_json(run.folder.folder("evaluate") / "summary.json")
         )
         run.metrics.log("evaluate", {summary["metric"]: summary["value"]}, summary["num_examples"])
-    return summary
+    return summary | {"test_size": run.task.test_size}

@@ -53,7 +53,9 @@ class Data:
     template_options: dict[str, Any] = setting({}, "variables for the chat template, as {enable_thinking: false}")
     system: str | None = setting(None, "system prompt of the chat; the template's own if not given")
     max_prompt_tokens: int = setting(1024, "a longer prompt is an error", at_least=1)
-    leaks: Literal["report", "remove"] = setting("report", "rows whose problem is in the test split")
+    leaks: Literal["report", "remove", "remove_all"] = setting(
+        "report", "rows whose problem is in the test split; all: training rows whose is in data.calibration, too"
+    )
     leak_similarity: float = setting(
         0.5, "Jaccard similarity of 5-grams that makes two problems one", above=0, at_most=1
     )

@@ -28,8 +28,9 @@ def report(run: Run, arms: Iterable[Arm]) -> str:
     def write() -> str:
         shared = check_leaks(task, config.data, num_calibration=config.calibrate.num_examples)
         overlaps = [dataclasses.asdict(one) for one in shared]
-        asked = {"task": task.name, "metric": task.metric, "temperature": config.evaluate.temperature}
-        found = write_report(folder, sentences, **asked, seed=config.seed, overlaps=overlaps)
+        asked = {"task": task.name, "metric": task.metric, "test_size": task.test_size}
+        settings = {"seed": config.seed, "temperature": config.evaluate.temperature}
+        found = write_report(folder, sentences, **asked, **settings, overlaps=overlaps)
         write_page(folder, found, questions)
         log_report(run.metrics, folder, found)
         show_cost(run.metrics, found["cost"])

@@ -33,20 +33,30 @@ def load_rows(task: Task, split: Split, config: Data) -> list[Row]:
 
     Calibration examples are the task's own split where it has one, else the training rows from the first on, whatever
     `data.num_train` says. `data.leaks=remove` drops the training and calibration rows whose problem is in the test
-    split.
+    split; `remove_all` also the training rows whose problem is in a calibration split of its own.
 
     Raises:
         DataError: no source; a file or line that cannot be read; a field missing or of another type; an id twice.
     """
     rows = _load_all(task, split, config)
-    if split != "test" and config.leaks == "remove":
-        test_rows = _load_all(task, "test", config)
-        rows = without_leaks(
-            rows, find_leaks({split: rows, "test": test_rows}, task, similarity=config.leak_similarity)
-        )
+    for other in _kept_apart(task, split, config):
+        both = {split: rows, other: _load_all(task, other, config)}
+        rows = without_leaks(rows, find_leaks(both, task, similarity=config.leak_similarity))
         if not rows:
-            raise DataError(f"data.leaks=remove: every {split} row is also in the test split; correct data.{split}")
+            raise DataError(
+                f"data.leaks={config.leaks}: every {split} row is also in the {other} split; correct data.{split}"
+            )
     return rows[: {"train": config.num_train, "calibration": None, "test": config.num_test}[split]]
+
+
+def _kept_apart(task: Task, split: Split, config: Data) -> list[Split]:
+    """The splits whose problems are removed from this one."""
+    if split == "test" or config.leaks == "report":
+        return []
+    is_of_training = sources_of(task, "calibration", config) == sources_of(task, "train", config)
+    if split == "train" and config.leaks == "remove_all" and not is_of_training:
+        return ["test", "calibration"]
+    return ["test"]
 
 
 def check_leaks(task: Task, config: Data, *, num_calibration: int) -> list[LeakReport]:

@@ -210,7 +210,14 @@ def blind_notes(found: Sequence[Mapping[str, Any]]) -> list[str]:
     named = [f"{one['after']} - {one['before']}" for one in found if one["detectable_difference"] is None]
     if not named:
         return []
-    return [f"Too few examples on which arms differ for any difference to be found in 4 of 5: {', '.join(named)}."]
+    return [f"Too few examples to find any difference in 4 runs of 5, since so few answers differ: {', '.join(named)}."]
+
+
+def size_notes(num_examples: int, test_size: int | None) -> list[str]:
+    """Whether all that was published was answered, in words: other numbers have another denominator."""
+    if test_size is None or num_examples == test_size:
+        return []
+    return [f"{num_examples} examples; the published test split has {test_size}: not to be put beside numbers of it."]
 
 
 def overlap_notes(overlaps: Sequence[Mapping[str, Any]]) -> list[str]:

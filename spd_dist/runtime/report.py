@@ -15,7 +15,7 @@ from spd_dist.config import STAGES
 from spd_dist.runtime.angles import angles
 from spd_dist.runtime.answers import answers_path, answers_summary, manner, read_answers
 from spd_dist.runtime.artifacts import content_hash, read_json, write_json
-from spd_dist.runtime.comparison import amount, blind_notes, comparisons, notes, overlap_notes, verdict
+from spd_dist.runtime.comparison import amount, blind_notes, comparisons, notes, overlap_notes, size_notes, verdict
 from spd_dist.runtime.manifests import MANIFEST, finished_stages
 from spd_dist.runtime.metrics import MetricLogger
 from spd_dist.runtime.training_log import training_losses
@@ -34,6 +34,7 @@ def write_report(
     metric: str,
     seed: int,
     temperature: float = 0.0,
+    test_size: int | None = None,
     overlaps: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Compare the arms of a finished evaluation, write `report.json`, and give what it holds. On one rank only.
@@ -45,6 +46,7 @@ def write_report(
         metric: The task's.
         seed: The run's, for the bootstrap.
         temperature: That arms answered at.
+        test_size: Rows of the task's published test split, if there is one.
         overlaps: Pairs of splits, with the counts of problems that stand in both, word for word and nearly.
 
     Raises:
@@ -61,7 +63,13 @@ def write_report(
         "num_samples": next(iter(summaries.values()))["num_samples"],
         "examples": content_hash(sorted(answer.id for answer in next(iter(answers.values())))),
         "verdict": verdict(found, metric),
-        "notes": notes(summaries) + blind_notes(found) + overlap_notes(overlaps),
+        "test_size": test_size,
+        "notes": [
+            *notes(summaries),
+            *blind_notes(found),
+            *size_notes(next(iter(summaries.values()))["num_examples"], test_size),
+            *overlap_notes(overlaps),
+        ],
         "overlaps": [dict(one) for one in overlaps],
         "arms": {arm: {"sentence": sentence, **summaries[arm]} for arm, sentence in arms.items()},
         "comparisons": found,

@@ -24,6 +24,7 @@ from spd_dist.runtime.comparison import (
     diagnostics,
     notes,
     overlap_notes,
+    size_notes,
     wanted_of,
 )
 from spd_dist.runtime.report import pass_table
@@ -65,7 +66,12 @@ def over_seeds(run_folders: Sequence[Path]) -> dict[str, Any]:
         "num_examples": num_examples,
         "seeds": [report["seed"] for report in reports],
         "verdict": seeds_verdict(found, first["metric"], len(reports), num_examples),
-        "notes": notes(arms) + blind_notes(found) + overlap_notes(first["overlaps"]),
+        "notes": [
+            *notes(arms),
+            *blind_notes(found),
+            *size_notes(num_examples, first["test_size"]),
+            *overlap_notes(first["overlaps"]),
+        ],
         "overlaps": first["overlaps"],
         "arms": arms,
         "comparisons": found,

@@ -35,6 +35,7 @@ def test_a_run_goes_on_for_more_rounds_and_resumes_after_a_kill_in_the_second(wo
     assert {path.name: path.read_text() for path in (run / "generate/completions").glob("*.jsonl")} == before
     report = read_json(run / "report.json")
     first, last = report["rounds"]
+    assert {"generate", "finetune", "rounds/2/generate", "rounds/2/finetune"} <= report["cost"].keys()
     assert (first["round"], first["drift"], last["round"], set(last["drift"])) == (1, {}, 2, {"1"})
     drift = last["drift"]["1"]
     assert set(drift) == {f"layers.{layer}.{kind}" for layer in (2, 3) for kind in ("key", "value")}

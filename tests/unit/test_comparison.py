@@ -13,6 +13,7 @@ from spd_dist.runtime.comparison import (
     identical_fraction,
     notes,
     overlap_notes,
+    size_notes,
     verdict,
 )
 
@@ -109,7 +110,7 @@ def test_arms_that_hardly_differ_are_said_to_show_nothing():
     found = comparisons({"base": answers(100), "psr": answers(100, first=20), "spd": answers(101)}, "accuracy", 0)
     assert [one["detectable_difference"] is None for one in found] == [False, True, False]
     assert blind_notes(found) == [
-        "Too few examples on which arms differ for any difference to be found in 4 of 5: spd - base."
+        "Too few examples to find any difference in 4 runs of 5, since so few answers differ: spd - base."
     ]
 
 
@@ -181,6 +182,13 @@ def test_test_problems_that_an_arm_may_have_seen_are_put_in_words():
     assert overlap_notes([none, overlap, inside]) == [
         "2 exact and 1 near copies of test problems are among the 96 train rows; data.leaks=remove drops them."
     ]
+
+
+def test_a_part_of_the_published_split_is_put_in_words():
+    assert size_notes(100, 1319) == [
+        "100 examples; the published test split has 1319: not to be put beside numbers of it."
+    ]
+    assert size_notes(1319, 1319) == size_notes(100, None) == []
 
 
 def test_gains_that_may_be_of_ending_or_of_form_are_counted():

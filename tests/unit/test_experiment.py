@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from spd_dist.arms import ARMS
 from spd_dist.config import Config, Experiment
 from spd_dist.errors import ConfigError
 from spd_dist.experiment import Job, jobs, unfinished
@@ -80,5 +81,6 @@ def test_every_shipped_experiment_loads_and_begins_with_its_command(path):
     assert f"launchers/experiment.py --config {path}" in first
 
 
-def test_experiments_are_shipped():
-    assert EXPERIMENTS
+def test_experiments_are_shipped_and_one_has_every_arm():
+    arms = [{arm.partition("@")[0] for arm in load_experiment([path]).arms} for path in EXPERIMENTS]
+    assert ARMS.keys() in arms

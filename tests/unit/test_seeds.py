@@ -96,7 +96,7 @@ def test_samples_are_counted_over_seeds_as_means(tmp_path):
 def test_arms_that_never_differ_are_said_to_show_nothing(tmp_path):
     result = over_seeds([run(tmp_path / str(seed), seed, spd=70) for seed in (1, 2)])
     assert result["notes"] == [
-        "Too few examples on which arms differ for any difference to be found in 4 of 5: spd - psr."
+        "Too few examples to find any difference in 4 runs of 5, since so few answers differ: spd - psr."
     ]
 
 

@@ -214,6 +214,19 @@ def test_shared_problems_are_removed_before_the_rows_are_counted(tmp_path):
     assert ids("train", strict) == ["r1", "r2"]
 
 
+def test_training_problems_of_a_calibration_split_of_its_own_are_removed_where_all_are(tmp_path):
+    own = write(tmp_path / "calibration.jsonl", [row(20, question="Quite another question of six words?")])
+    config = replace(
+        leaking(tmp_path), calibration=own, test=write(tmp_path / "none.jsonl", [row(30, question="Why?")])
+    )
+    assert ids("train", replace(config, leaks="remove")) == ["r0", "r1", "r2"]
+    everywhere = replace(config, leaks="remove_all")
+    assert ids("train", everywhere) == ["r0", "r1"]
+    assert ids("calibration", everywhere) == ["r20"]
+    of_training = replace(everywhere, calibration=None)
+    assert ids("train", of_training) == ids("calibration", of_training) == ["r0", "r1", "r2"]
+
+
 def test_nothing_left_after_removal_is_an_error(tmp_path):
     config = replace(leaking(tmp_path), leaks="remove")
     with pytest.raises(

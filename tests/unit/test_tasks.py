@@ -317,6 +317,7 @@ def test_every_real_row_has_its_span_and_accepts_its_reference(name):
     task = with_execution(find_task(name), lambda code, tests, setup: True)
     rows = load_rows(task, "test", Data(task=name, test=f"{REAL_ROWS}/{file}.jsonl"))
     assert len(rows) == count
+    assert task.test_size == (None if name == "codealpaca" else count)
     for row in rows:
         assert task.target_spans(row), row["id"]
         assert task.metric == "nll" or task.score(row, task.answer(row)).correct, row["id"]

@@ -33,6 +33,7 @@ class Bbh:
 
     name: str = "bbh"
     metric: Metric = "accuracy"
+    test_size: int | None = 6511
     fields: Mapping[str, type] = field(default_factory=lambda: {"task": str, "input": str, "target": str})
     sources: Mapping[Split, str] = field(
         default_factory=lambda: {"test": ",".join(f"lukaemon/bbh:{name}:test" for name in SUBTASKS)}

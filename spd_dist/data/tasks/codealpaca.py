@@ -21,6 +21,7 @@ class CodeAlpaca:
 
     name: str = "codealpaca"
     metric: Metric = "nll"
+    test_size: int | None = None
     fields: Mapping[str, type] = field(default_factory=lambda: {"instruction": str, "input": str, "output": str})
     sources: Mapping[Split, str] = field(
         default_factory=lambda: {"train": f"{HUB}::train[:-100]", "test": f"{HUB}::train[-100:]"}

@@ -26,6 +26,7 @@ class CompetitionMath:
 
     name: str = "math"
     metric: Metric = "accuracy"
+    test_size: int | None = 500
     fields: Mapping[str, type] = field(default_factory=lambda: {"problem": str, "solution": str, "answer": str})
     sources: Mapping[Split, str] = field(
         default_factory=lambda: {

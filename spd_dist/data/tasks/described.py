@@ -89,6 +89,11 @@ class DescribedTask:
         """The file's `sources`."""
         return self.description.sources
 
+    @property
+    def test_size(self) -> int | None:
+        """A file publishes none."""
+        return None
+
     def normalise(self, raw: Mapping[str, Any], subset: str) -> Row | None:
         """The row with its fields renamed."""
         return {**raw, **{ours: raw[theirs] for ours, theirs in self.description.fields.items()}}

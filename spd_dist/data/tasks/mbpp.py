@@ -28,6 +28,7 @@ class Mbpp:
 
     name: str
     sources: Mapping[Split, str]
+    test_size: int | None
     execute: Execute | None = None
     metric: Metric = "accuracy"
     fields: Mapping[str, type] = field(default_factory=lambda: {"prompt": str, "code": str, "tests": list})
@@ -108,5 +109,5 @@ def parses(program: str) -> bool:
 
 
 _TRAIN = f"{HUB}:full:train,{HUB}:full:validation"
-MBPP = Mbpp("mbpp", {"train": _TRAIN, "test": f"{HUB}:full:test"})
-MBPP_SANITIZED = Mbpp("mbpp_sanitized", {"train": _TRAIN, "test": f"{HUB}:sanitized:test"})
+MBPP = Mbpp("mbpp", {"train": _TRAIN, "test": f"{HUB}:full:test"}, 500)
+MBPP_SANITIZED = Mbpp("mbpp_sanitized", {"train": _TRAIN, "test": f"{HUB}:sanitized:test"}, 257)

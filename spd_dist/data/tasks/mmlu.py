@@ -22,6 +22,7 @@ class Mmlu:
 
     name: str = "mmlu"
     metric: Metric = "accuracy"
+    test_size: int | None = 14042
     fields: Mapping[str, type] = field(default_factory=lambda: {"question": str, "choices": list, "answer": str})
     sources: Mapping[Split, str] = field(
         default_factory=lambda: {"train": f"{HUB}:auxiliary_train", "test": f"{HUB}:test"}

@@ -50,6 +50,10 @@ class Task(Protocol):
     def sources(self) -> Mapping[Split, str]:
         """Where the rows of a split come from by default (`spd_dist.data.sources`); a split may be absent."""
 
+    @property
+    def test_size(self) -> int | None:
+        """Rows of the published test split; None where none is published."""
+
     def normalise(self, raw: Mapping[str, Any], subset: str) -> Row | None:
         """A published row with our fields (`subset`: the hub's config name), or None to drop it."""
 

@@ -21,6 +21,7 @@ class WordProblems:
 
     name: str
     sources: Mapping[Split, str]
+    test_size: int | None = None
     metric: Metric = "accuracy"
     fields: Mapping[str, type] = field(default_factory=lambda: {"question": str, "solution": str, "answer": str})
 
@@ -66,5 +67,5 @@ class WordProblems:
 ARITHMETIC = WordProblems(
     "arithmetic", {split: f"builtin:arithmetic:{split}" for split in ("train", "calibration", "test")}
 )
-GSM8K = WordProblems("gsm8k", {"train": "openai/gsm8k:main:train", "test": "openai/gsm8k:main:test"})
-SVAMP = WordProblems("svamp", {"train": "ChilleD/SVAMP::train", "test": "ChilleD/SVAMP::test"})
+GSM8K = WordProblems("gsm8k", {"train": "openai/gsm8k:main:train", "test": "openai/gsm8k:main:test"}, 1319)
+SVAMP = WordProblems("svamp", {"train": "ChilleD/SVAMP::train", "test": "ChilleD/SVAMP::test"}, 300)
