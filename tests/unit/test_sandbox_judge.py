@@ -111,7 +111,8 @@ WRONG = {
     r"loading the program: the program ended by itself": ("import os; os._exit(0)", TESTS),
     r"test 1 of 2: the program was ended by signal 9": ("import os\ndef double(x): os.kill(os.getpid(), 9)", TESTS),
     r"test 1 of 2: the program exceeded cpu_seconds": ("def double(x):\n    while True: pass", TESTS),
-    r"test 1 of 2: the program exceeded memory_mib": (GREEDY["10 GB in many processes"], TESTS),
+    # On a busy machine its many processes may use up their processor time before they have grown.
+    r"test 1 of 2: the program exceeded (memory_mib|cpu_seconds)": (GREEDY["10 GB in many processes"], TESTS),
     r"test 1 of 2: the program (closed its connection|ended by itself)": (
         "import os, time\ndef double(x):\n    os.closerange(0, 64)\n    time.sleep(2)\n    os._exit(0)", TESTS,
     ),
@@ -146,7 +147,7 @@ def test_mbpp_is_scored_in_the_sandbox(any_sandbox):
 @pytest.mark.parametrize(("name", "count"), [("mbpp", 500), ("mbpp_sanitized", 257)])
 def test_every_reference_passes_and_fails_the_tests_of_another_problem(name, count):
     task, sandbox = find_task(name), usable_sandbox()
-    rows = load_rows(task, "test", Data(task=name, test=f"{REAL_ROWS}/{name}/test.jsonl"), 0)
+    rows = load_rows(task, "test", Data(task=name, test=f"{REAL_ROWS}/{name}/test.jsonl"))
     with ThreadPoolExecutor(2) as pool:
         right = list(pool.map(lambda row: sandbox.passes(row["code"], row["tests"], row["setup"]), rows))
         wrong = list(pool.map(lambda pair: sandbox.passes(pair[0]["code"], pair[1]["tests"], ""), pairwise(rows)))

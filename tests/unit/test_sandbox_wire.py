@@ -144,6 +144,7 @@ def test_a_call_to_the_kernel_that_fails_says_which():
 @pytest.mark.parametrize(
     ("host", "user", "message"),
     [(1, None, "the process 1 is gone"), (os.getpid(), os.geteuid(), "no user could be mapped into the new user")],
+    ids=["another host process", "own user"],
 )
 def test_entering_fails_aloud(host, user, message):
     usable_sandbox(isolations=[Namespaces()])
