@@ -11,6 +11,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
@@ -25,6 +26,8 @@ OURS = {
     "scheduler": "finetune.learning_rate and finetune.warmup_epochs",
 }
 """DeepSpeed keys that the fixed global batch and the resumable schedule rule out, and what to set in their place."""
+COMPILED = {"adam", "adamw", "muon"}
+"""Optimizers for which DeepSpeed compiles an Adam, unless told `torch_adam`."""
 
 
 def training_settings(config: Distributed, dtype: torch.dtype, *, max_grad_norm: float) -> dict[str, Any]:
@@ -50,7 +53,15 @@ def training_settings(config: Distributed, dtype: torch.dtype, *, max_grad_norm:
         "bf16": {"enabled": dtype == torch.bfloat16},
         "fp16": {"enabled": dtype == torch.float16},
     }
-    return merge_settings(ours, users)
+    return _without_compilation(merge_settings(ours, users))
+
+
+def _without_compilation(settings: dict[str, Any]) -> dict[str, Any]:
+    """On a CPU, Adam is torch's own: DeepSpeed's is compiled at first use, for minutes, and needs a compiler."""
+    optimizer = settings.get("optimizer", {})
+    if str(optimizer.get("type", "")).lower() not in COMPILED or get_accelerator().device_name() != "cpu":
+        return settings
+    return merge_settings(settings, {"optimizer": {"params": {"torch_adam": True} | optimizer.get("params", {})}})
 
 
 def _without_auto(settings: Mapping[str, Any]) -> dict[str, Any]:

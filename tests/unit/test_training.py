@@ -32,6 +32,17 @@ def test_users_settings_join_ours_and_auto_means_ours():
     assert found["optimizer"]["type"] == "Muon"
 
 
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "Muon"])
+def test_nothing_is_compiled_for_an_optimizer_on_a_cpu_unless_asked_for(name):
+    params = {"lr": 1e-3}
+    found = settings_with({"optimizer": {"type": name, "params": params}})
+    assert found["optimizer"]["params"] == {"lr": 1e-3, "torch_adam": True}
+    assert params == {"lr": 1e-3}
+    compiled = {"optimizer": {"type": name, "params": {"torch_adam": False}}}
+    assert settings_with(compiled)["optimizer"] == compiled["optimizer"]
+    assert "params" not in settings_with({"optimizer": {"type": "Lion"}})["optimizer"]
+
+
 @pytest.mark.parametrize(("deepspeed", "message"), [
     ({"zero_optimization": {"stage": 3}}, r"distributed\.deepspeed\.zero_optimization\.stage: 3 conflicts with 2"),
     ({"gradient_clipping": 1.0}, r"distributed\.deepspeed\.gradient_clipping: 1\.0 conflicts with 0\.5"),
