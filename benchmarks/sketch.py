@@ -21,8 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.fft
 import torch
-from common import interleaved_seconds, parser, pin_threads, publish
-from sklearn.decomposition import IncrementalPCA
+from common import interleaved_seconds, parsed, parser, pin_threads, publish
 from torch import Tensor
 
 from spd_dist.config import Project, Reduce, Sketch
@@ -103,6 +102,8 @@ def numpy_svd(rows_ND: Tensor, size: int) -> Side:
 
 def incremental_pca(rows_ND: Tensor, size: int, batch: int, name: str) -> Side:
     """scikit-learn's streaming PCA. It takes off the mean, which these rows hardly have."""
+    from sklearn.decomposition import IncrementalPCA
+
     rows = rows_ND.numpy()
 
     def run() -> IncrementalPCA:
@@ -177,9 +178,9 @@ def sides_of(rows_ND: Tensor) -> Iterator[Side]:
     yield numpy_svd(rows_ND, 64)
 
 
-def measure(width: int, repeats: int) -> tuple[list[dict[str, Any]], Mapping[str, float]]:
+def measure(width: int, num_rows: int, repeats: int) -> tuple[list[dict[str, Any]], Mapping[str, float]]:
     """The rows of one width, and its seconds by side."""
-    rows_ND = gradient_rows(NUM_ROWS[width], width)
+    rows_ND = gradient_rows(num_rows, width)
     sides = {f"{side.name} {side.size}": side for side in sides_of(rows_ND)}
     results: dict[str, Any] = {}
 
@@ -213,11 +214,12 @@ def main() -> None:
     """Measure every width, and publish."""
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--widths", type=int, nargs="+", default=[128, 512, 1024, 4096])
-    chosen = options.parse_args()
+    options.add_argument("--rows", type=int, help="of each width; by default fewer of the larger ones")
+    chosen = parsed(options, "sklearn", widths=[512], rows=2560)
     pin_threads(chosen.threads)
     table, ratios = [], {}
     for width in chosen.widths:
-        rows, seconds = measure(width, 1 if width >= SLOW_WIDTH else chosen.repeats)
+        rows, seconds = measure(width, chosen.rows or NUM_ROWS[width], 1 if width >= SLOW_WIDTH else chosen.repeats)
         table += rows
         if width == 512:
             fd, gram = seconds["spd_dist frequent_directions 64"], seconds["spd_dist gram 64"]
