@@ -1,5 +1,6 @@
 # make quickstart   sets up this machine, then runs the method on a real small model: 2 CPU ranks, or every GPU
 # make test         sets up, then passes the tests
+# make qwen         fetches a second real model (0.5 GB), for the tests that are marked data
 # make test-cluster passes those on two emulated hosts with a real SLURM: needs root, installs SLURM and pdsh by apt-get
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,7 +15,7 @@ ifeq ($(HAS_GPU),0)
   RANKS := --num_accelerators 2 --quiet
 endif
 
-.PHONY: install quickstart test test-cluster lint
+.PHONY: install quickstart test qwen test-cluster lint
 
 install: $(VENV)/.installed
 
@@ -33,6 +34,9 @@ quickstart: install
 test: install
 	PATH="$(BIN):$$PATH" TOKENIZERS_PARALLELISM=false DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 \
 	  $(BIN)/python -m pytest -m "not slow and not cluster and not gpu"
+
+qwen: install
+	PYTHONPATH=. $(BIN)/python tests/fetch_qwen.py
 
 # After 14 minutes it is interrupted, and takes the hosts down.
 test-cluster: install

@@ -20,7 +20,15 @@ PLACES = {
 }  # fmt: skip
 
 
-def write_tiny_gguf(path: Path, *, architecture: str = "llama", whole: bool = False, **changes: object) -> Path:
+def write_tiny_gguf(
+    path: Path,
+    *,
+    architecture: str = "llama",
+    whole: bool = False,
+    left_out: str = "",
+    num_parts: int = 0,
+    **changes: object,
+) -> Path:
     """Write the tiny model; `whole` keeps all of its numbers, or its MLPs are in Q8_0."""
     model = tiny_model(**SHAPE | changes)
     config = model.config
@@ -34,6 +42,8 @@ def write_tiny_gguf(path: Path, *, architecture: str = "llama", whole: bool = Fa
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(10000.0)
+    if num_parts:
+        writer.add_uint16("split.count", num_parts)
     _add_tokenizer(writer)
     for name, parameter in model.named_parameters():
         tensor = parameter.detach()
@@ -41,7 +51,8 @@ def write_tiny_gguf(path: Path, *, architecture: str = "llama", whole: bool = Fa
             tensor = _interleaved(tensor, head_dim=config.head_dim)
         is_packed = "mlp" in name and not whole
         kind = GGMLQuantizationType.Q8_0 if is_packed else GGMLQuantizationType.F32
-        writer.add_tensor(place_of(name), quantize(np.ascontiguousarray(tensor), kind), raw_dtype=kind)
+        if place_of(name) != left_out:
+            writer.add_tensor(place_of(name), quantize(np.ascontiguousarray(tensor), kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
