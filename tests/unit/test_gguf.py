@@ -1,4 +1,4 @@
-"""A converted folder is what the GGUF file says, whole, or not there; every fault of a file or a cache has a sentence."""
+"""A converted folder is what the GGUF file says, whole, or not there; faults of files and caches have sentences."""
 
 from __future__ import annotations
 
@@ -104,9 +104,7 @@ def test_large_models_are_written_in_pieces_and_read_back(tmp_path):
 
 def test_what_was_written_is_compared_with_the_model(tmp_path):
     write_model(tiny_model(**SHAPE), tiny_tokenizer(), tmp_path)
-    with pytest.raises(
-        DataError, match=r"does not hold what was written \(lm_head.weight is None.*set model.cache_dir"
-    ):
+    with pytest.raises(DataError, match=r"not hold what was written \(lm_head.weight is None.*set model.cache_dir"):
         check_written(tmp_path, tiny_model(**SHAPE, tie_word_embeddings=False), tiny_tokenizer())
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
@@ -265,7 +263,7 @@ def of_another_version(path: Path) -> None:
 @pytest.mark.parametrize(
     ("write", "expected", "remedy"),
     [
-        (lambda path: path.write_bytes(b""), r"is no GGUF file: it is empty, where one begins with b'GGUF'", "download"),
+        (lambda path: path.write_bytes(b""), r"no GGUF file: it is empty, where one begins with b'GGUF'", "download"),
         (lambda path: path.write_text("version https://git-lfs"), r"no GGUF file: it begins with b'vers'", "download"),
         (of_another_version, r"is of version 1 of GGUF, and 2 and 3 are read", "llama.cpp"),
         (lambda path: path.write_bytes(b"GGUF"), r"cut or damaged: no whole header is in its 4 bytes", "download"),
@@ -294,9 +292,7 @@ def test_a_bad_file_is_named_and_the_cache_left_as_it_was(tmp_path, write, expec
 @pytest.mark.parametrize(("num_parts", "remedy"), [(0, "give the model folder"), (3, "join them")])
 def test_a_file_that_lacks_tensors_is_named_and_nothing_written(tmp_path, num_parts, remedy):
     bad = write_tiny_gguf(tmp_path / "bad.gguf", left_out="blk.2.attn_v.weight", num_parts=num_parts)
-    with pytest.raises(
-        DataError, match=rf"{bad} lacks 1 tensors of a llama model, as .*2\.self_attn\.v_proj.*{remedy}"
-    ):
+    with pytest.raises(DataError, match=rf"{bad} lacks 1 tensors of a llama model, as .*2\.self_attn\.v.*{remedy}"):
         converted(bad, str(tmp_path / "cache"))
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
@@ -342,7 +338,7 @@ for cache in sys.argv[2:]:
 
 
 def test_a_read_only_and_a_full_disk_name_the_setting(tiny, tmp_path):
-    sizes = {"read-only": "size=9m,ro", "full": "size=100k", "nearly full": "size=260k"}
+    sizes = {"read-only": "size=9m,ro", "full": "size=4k", "nearly full": "size=100k"}
     folders = [tmp_path / name for name in sizes]
     mounts = [f"mount -t tmpfs -o {sizes[folder.name]} none '{folder}'" for folder in folders]
     for folder in folders:
