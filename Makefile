@@ -36,7 +36,7 @@ test: install
 	  $(BIN)/python -m pytest -m "not slow and not cluster and not gpu"
 
 qwen: install
-	PYTHONPATH=. $(BIN)/python tests/fetch_qwen.py
+	$(BIN)/python tests/fetch_qwen.py
 
 # After 14 minutes it is interrupted, and takes the hosts down.
 test-cluster: install

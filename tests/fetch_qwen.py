@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spd_dist.distributed.lock import alone_in
+from spd_dist.errors import DataError
 from spd_dist.models.gguf import cache_folder
 
 NAME = "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
@@ -111,11 +112,12 @@ def _is_right(path: Path, joined: Joined) -> bool:
 
 def main() -> None:
     """Fetch it, and say where it is."""
-    target = qwen_path()
+    target = os.environ.get("SPD_QWEN_GGUF", "its place")
     try:
+        target = qwen_path()
         fetch(QWEN, target)
-    except OSError as error:
-        sys.exit(f"error: {target} cannot be written ({error.strerror}); set SPD_QWEN_GGUF=FILE where there is room")
+    except (OSError, DataError) as error:
+        sys.exit(f"error: {target} cannot be written ({error}); set SPD_QWEN_GGUF=FILE where there is room")
     sys.stdout.write(f"{target}: Qwen2.5-Coder-0.5B-Instruct, Q4_K_M\n")
 
 

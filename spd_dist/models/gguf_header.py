@@ -7,6 +7,7 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import math
 import mmap
 import struct
@@ -57,8 +58,11 @@ def check_gguf(path: Path) -> GGUFHeader:
     """The header of a file that is whole and whose tensors can be de-quantized.
 
     Raises:
-        DataError: it is no GGUF file, of another version, cut, damaged, or of a quantisation that is not known.
+        DataError: it is no GGUF file, of another version, cut, damaged, or of a quantisation that is not known; or the
+            package that knows them is not installed.
     """
+    if importlib.util.find_spec("gguf") is None:
+        raise DataError(f"model.name: {path} is read by gguf, which is not installed; pip install gguf accelerate")
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)

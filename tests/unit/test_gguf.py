@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import multiprocessing
@@ -24,11 +25,13 @@ from tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 from tiny_gguf import SHAPE, write_tiny_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from spd_dist.config import Model
 from spd_dist.distributed.lock import alone_in
 from spd_dist.errors import DataError
 from spd_dist.models import gguf as module
 from spd_dist.models.conversion import check_written, why_incomplete, write_model
 from spd_dist.models.gguf import cache_folder, converted
+from spd_dist.models.reachable import find_model
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(PRELOADED)
@@ -287,6 +290,19 @@ def test_a_bad_file_is_named_and_the_cache_left_as_it_was(tmp_path, write, expec
         assert cache.exists() == present
         cache.mkdir(exist_ok=True)
     assert not list(cache.iterdir())
+
+
+def test_a_package_that_is_not_installed_is_named(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match=rf"{tiny} is read by gguf, which is not installed; pip install gguf"):
+        converted(tiny, str(tmp_path))
+
+
+def test_the_look_at_a_model_sees_a_bad_file(tiny, tmp_path):
+    assert find_model(Model(str(tiny))).num_bytes == tiny.stat().st_size
+    (tmp_path / "bad.gguf").write_bytes(tiny.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"bad\.gguf is cut"):
+        find_model(Model(str(tmp_path / "bad.gguf")))
 
 
 @pytest.mark.parametrize(("num_parts", "remedy"), [(0, "give the model folder"), (3, "join them")])
