@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from spd_dist.distributed.lock import alone_in
 from spd_dist.errors import DataError
@@ -99,6 +100,9 @@ def converted(gguf: Path, cache_dir: str | None) -> Path:
     if why_incomplete(folder) is None:
         _remove_left(folder, is_locked=False)
         return folder
+    assert not is_deepspeed_zero3_enabled(), (
+        "convert before a model is loaded into shards, which all ranks do together"
+    )
     header = check_gguf(gguf)
     settings = read_settings(gguf, header)
     num_bytes = FLOAT32_BYTES * sum(tensor.num_weights for tensor in header.tensors)

@@ -39,9 +39,10 @@ def load_from_an_empty_cache(gguf: Path, cache: Path, zero_stage: int) -> None:
     world = join_world(Distributed())
     let_rank_1_first(cache)
     config = Model(str(gguf), cache_dir=str(cache))
-    sharding = HfDeepSpeedConfig(sharding_settings(Distributed(), torch.float32))  # must not reach the conversion
-    prepare_model(config)
-    del sharding
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING"):  # with which transformers asks for ranks
+            patch.setenv(name, "true")
+        prepare_model(config)
     policy = load_policy(config, Distributed(zero_stage=zero_stage), world)
     assert policy.fingerprint == weights_fingerprint(tiny_model(**SHAPE))
 
@@ -98,6 +99,19 @@ def test_nodes_with_caches_of_their_own_wait_longer_than_a_collective_may_take(t
     name = converted(gguf, str(tmp_path / "cache")).name
     arguments = (load_on_nodes_of_unlike_speed, gguf, tmp_path / "caches", name)
     assert ends_of_ranks(2, tmp_path / "store", *arguments, timeout_seconds=LIMIT_SECONDS) == ["", ""]
+
+
+def convert_under_sharding(gguf: Path, cache: Path) -> None:
+    sharding = HfDeepSpeedConfig(sharding_settings(Distributed(), torch.float32))
+    with pytest.raises(AssertionError, match="before a model is loaded into shards"):
+        converted(gguf, str(cache))
+    del sharding
+    assert not cache.exists()
+
+
+def test_no_rank_converts_alone_what_all_would_have_to_load_together(tmp_path):
+    gguf = write_tiny_gguf(tmp_path / "tiny.gguf")
+    run_on_ranks(2, tmp_path / "store", convert_under_sharding, gguf, tmp_path / "cache")
 
 
 def test_a_node_without_room_fails_all_ranks(tmp_path):

