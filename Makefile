@@ -1,5 +1,6 @@
 # make quickstart    sets up this machine, then runs the method on a real small model: 2 CPU ranks, or every GPU
 # make test          sets up, then passes the tests; make test-slow those that take minutes
+# make qwen          fetches a second real model (0.5 GB), for the tests that are marked data
 # make test-cluster  passes those on two emulated hosts with a real SLURM: needs root, installs SLURM and pdsh by apt-get
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,7 +16,7 @@ endif
 IN_VENV := PATH="$$(cd "$(VENV)" && pwd)/bin:$$PATH" TOKENIZERS_PARALLELISM=false
 PYTEST := $(IN_VENV) DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 python -m pytest
 
-.PHONY: install quickstart test test-slow test-cluster lint
+.PHONY: install quickstart test test-slow qwen test-cluster lint
 
 install:
 	@$(PYTHON) launchers/install.py --venv "$(VENV)"
@@ -29,10 +30,14 @@ test: install
 test-slow: install
 	@$(PYTEST) -m "slow and not cluster and not gpu"
 
-# After 14 minutes it is interrupted, and takes the hosts down.
+qwen: install
+	@$(IN_VENV) python tests/fetch_qwen.py
+
+# After 20 minutes, three times what it takes, it is interrupted, and takes the hosts down.
 test-cluster: install
 	tests/cluster/install.sh
-	$(PYTEST) -m cluster tests/cluster
+	$(IN_VENV) DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 \
+	  timeout --signal=INT --kill-after=60 1200 python -m pytest -m cluster tests/cluster
 
 lint: install
 	$(IN_VENV) ruff check .

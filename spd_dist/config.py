@@ -34,7 +34,7 @@ class Model:
     revision: str | None = setting(None, "branch, tag or commit on the hub")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "auto: bfloat16, float32 on CPU")
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = setting("auto", "auto: what the model prefers")
-    cache_dir: str | None = setting(None, "where converted GGUF weights are kept; ~/.cache/spd_dist if not given")
+    cache_dir: str | None = setting(None, "of converted GGUF weights; spd_dist in XDG_CACHE_HOME or ~/.cache")
     trust_remote_code: bool = setting(False, "run the model's own Python code")
 
 

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
+MAKE_ROOM = "make room or fix the permissions, and start the same command again: what was finished is kept"
+
 
 class UserError(ValueError):
     """A fault outside our code; its message names the key or file, the value, the rule and the remedy."""
@@ -31,3 +39,14 @@ class StopRequested(UserError):
     """The run was asked to stop and did, at the same unit on all ranks: requeue it."""
 
     exit_code = 75
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Turn a full or forbidden disk, met in the body, into a `DataError` that names `path` and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        raise DataError(f"{path} cannot be written: {error.strerror}; {MAKE_ROOM}") from error

@@ -24,7 +24,7 @@ from spd_dist.distributed.memory import forget_peak, peak_bytes
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError
 from spd_dist.models.engines.placement import load_to_answer
-from spd_dist.models.policy import Policy, load_policy, load_tokenizer
+from spd_dist.models.policy import Policy, load_policy, load_tokenizer, prepare_model
 from spd_dist.overrides import config_of_arm
 from spd_dist.runtime.artifacts import content_hash, read_json
 from spd_dist.runtime.completions import CORPUS, read_completions
@@ -166,6 +166,7 @@ class Run:
             UserError: rows or tokenizer can't be read, or a row can't be asked.
         """
         rows, config = self.rows("test"), self.config
+        prepare_model(config.model)
         with together("rendering the test prompts"):
             return make_test_set(rows, self.task, load_tokenizer(config.model), config)
 

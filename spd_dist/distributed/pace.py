@@ -63,6 +63,7 @@ class _Others:
         self.done_key, self.sign_keys = f"pace/{use}/done", [f"pace/{use}/{rank}" for rank in range(self.size)]
         self.is_waiting, self.are_done, self.is_over = threading.Event(), threading.Event(), threading.Event()
         self.fault: RuntimeError | None = None
+        self.num_missing = self.size
         self.signs = [0] * self.size
         self.heard = [time.monotonic()] * self.size
         self.thread = threading.Thread(target=self._watch, name="pace", daemon=True)
@@ -70,10 +71,14 @@ class _Others:
 
     def wait(self, doing: str) -> None:
         """Until every rank is done."""
-        self.heard = [time.monotonic()] * self.size
+        started = said = time.monotonic()
+        self.heard = [started] * self.size
         self.is_waiting.set()
         while not self.are_done.wait(min(POLL_SECONDS, self.limit_seconds / SIGNS)):
             now = time.monotonic()
+            if now - said >= LONGEST_SECONDS:
+                said = now
+                log.info("%s: waiting for %d of %d ranks, %.0f s", doing, self.num_missing, self.size, now - started)
             lost = [rank for rank in range(self.size) if now - self.heard[rank] > self.limit_seconds]
             if lost or self.fault is not None:
                 self.is_over.set()
@@ -101,7 +106,8 @@ class _Others:
     def _watch_the_end(self) -> None:
         self.store.add(self.done_key, 1)
         pause, next_sign = FIRST_SECONDS, 0.0
-        while self.store.add(self.done_key, 0) < self.size:
+        while (num_done := self.store.add(self.done_key, 0)) < self.size:
+            self.num_missing = self.size - num_done
             if self.is_over.wait(pause):
                 return
             pause = min(2 * pause, POLL_SECONDS)

@@ -20,11 +20,12 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from spd_dist.config import Distributed, Model
 from spd_dist.distributed.collectives import together
+from spd_dist.distributed.pace import at_any_pace
 from spd_dist.distributed.world import World
 from spd_dist.distributed.zero import DeepSpeedEngine, frozen_engine, sharding_settings, weights_fingerprint
 from spd_dist.errors import DataError
 from spd_dist.models.adapters import load_adapter
-from spd_dist.models.gguf import converted, find_gguf
+from spd_dist.models.gguf import converted, find_gguf, is_gguf
 
 
 @dataclass
@@ -62,8 +63,8 @@ def load_policy(config: Model, distributed: Distributed, world: World) -> Policy
     Raises:
         DataError: no such model, or one whose files can't be read.
     """
+    source = prepare_model(config)
     with together("reading the model's configuration"):
-        source = _local_source(config)
         settings = _read(AutoConfig, source, config)
         tokenizer = _read(AutoTokenizer, source, config)
     dtype = resolve_dtype(config.dtype, world.device)
@@ -80,6 +81,20 @@ def load_policy(config: Model, distributed: Distributed, world: World) -> Policy
     eos = _eos_token_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
     return Policy(model, tokenizer, engine, config.name, eos, pad, weights_fingerprint(model))
+
+
+def prepare_model(config: Model) -> str:
+    """What transformers loads for `model.name`: a GGUF file is converted if it never was. A collective.
+
+    Nodes with caches of their own may take unlike times for it, and none waits in a collective meanwhile.
+
+    Raises:
+        DataError: the GGUF file is missing or can't be converted, or the cache not be written.
+    """
+    if not is_gguf(config.name):
+        return config.name
+    with at_any_pace("converting the model"):
+        return _local_source(config)
 
 
 def load_replica(config: Model, distributed: Distributed, world: World, *, adapter: Path | None = None) -> Policy:

@@ -11,6 +11,7 @@ from transformers import AutoConfig
 from spd_dist.config import Model
 from spd_dist.errors import DataError
 from spd_dist.models.gguf import find_gguf
+from spd_dist.models.gguf_header import check_gguf
 
 WEIGHTS = ("*.safetensors", "*.bin")
 
@@ -28,10 +29,12 @@ def find_model(config: Model) -> Reachable:
     """The policy of `config`, as this host sees it.
 
     Raises:
-        DataError: it has no weights here and none on the hub, or its configuration can't be read.
+        DataError: it has no weights here and none on the hub, or its configuration can't be read, or it is a GGUF file
+            that is not whole.
     """
     gguf = find_gguf(config.name)
     if gguf is not None:
+        check_gguf(gguf)
         return Reachable("GGUF", gguf.stat().st_size, str(gguf))
     folder = Path(config.name).expanduser()
     if not folder.is_dir():

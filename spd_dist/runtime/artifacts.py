@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -16,10 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spd_dist.errors import DataError, MissingError
+from spd_dist.errors import MAKE_ROOM, DataError, MissingError, writing
 
 PARTIAL = ".partial"
-UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
 
 
 class TensorFile(NamedTuple):
@@ -52,20 +50,6 @@ def replacing(path: str | Path) -> Iterator[Path]:
 def partial_path(path: Path) -> Path:
     """Where `path` is written before it is renamed: a name of this process, since array jobs share run folders."""
     return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}{PARTIAL}")
-
-
-@contextmanager
-def writing(path: str | Path) -> Iterator[None]:
-    """Turn a full or forbidden disk, met in the body, into a `DataError` that names `path` and the remedy."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in UNWRITABLE:
-            raise
-        raise DataError(f"{path} cannot be written: {error.strerror}; {_MAKE_ROOM}") from error
-
-
-_MAKE_ROOM = "make room or fix the permissions, and start the same command again: what was finished is kept"
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -103,7 +87,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, dict(metadata or {}))
         except SafetensorError as error:
-            raise DataError(f"{path} cannot be written: {error}; {_MAKE_ROOM}") from error
+            raise DataError(f"{path} cannot be written: {error}; {MAKE_ROOM}") from error
 
 
 def read_tensors(path: str | Path) -> TensorFile:

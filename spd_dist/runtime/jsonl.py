@@ -9,8 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from spd_dist.errors import DataError
-from spd_dist.runtime.artifacts import corrupt, missing, writing
+from spd_dist.errors import DataError, writing
+from spd_dist.runtime.artifacts import corrupt, missing
 
 
 class JsonlWriter:

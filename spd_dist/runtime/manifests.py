@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spd_dist.errors import MissingError
-from spd_dist.runtime.artifacts import missing, partial_path, read_json, sha256_of, write_json, writing
+from spd_dist.errors import MissingError, writing
+from spd_dist.runtime.artifacts import missing, partial_path, read_json, sha256_of, write_json
 
 MANIFEST = "manifest.json"
 STARTED = "started.json"

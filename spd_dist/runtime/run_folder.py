@@ -18,11 +18,11 @@ from yaml import YAMLError
 
 from spd_dist.config import engine_of
 from spd_dist.distributed.collectives import any_rank, on_main
+from spd_dist.distributed.lock import alone_in
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError, MissingError
 from spd_dist.runtime.artifacts import content_hash, corrupt, read_json, write_json, write_text
 from spd_dist.runtime.environment import environment
-from spd_dist.runtime.lock import alone_in
 from spd_dist.runtime.manifests import (
     MANIFEST,
     STARTED,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from launching import SMALL, launch
 from tiny import save_tiny_model, tiny_model, tiny_tokenizer
+from tiny_gguf import write_tiny_gguf
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,14 @@ def test_a_wrong_config_ends_with_2(model, tmp_path, word, message):
 )
 def test_wrong_data_ends_with_3(model, tmp_path, word, message):
     assert message in fail(tmp_path, [f"model.name={model}", word], code=3)
+
+
+def test_a_cut_gguf_file_ends_with_3_and_leaves_the_cache_as_it_was(tmp_path):
+    gguf, cache = write_tiny_gguf(tmp_path / "tiny.gguf"), tmp_path / "cache"
+    gguf.write_bytes(gguf.read_bytes()[:-1])
+    error = fail(tmp_path, [f"model.name={gguf}", f"model.cache_dir={cache}"], code=3)
+    assert f"model.name: {gguf} is cut: it has" in error
+    assert not cache.exists()
 
 
 def test_a_bad_line_is_named_with_its_number_and_field(model, tmp_path):

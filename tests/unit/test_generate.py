@@ -17,13 +17,13 @@ from ranks import PRELOADED
 from tiny import save_tiny_model
 
 from spd_dist.config import Generate
+from spd_dist.distributed.lock import alone_in
 from spd_dist.distributed.zero import weights_fingerprint
 from spd_dist.errors import ConfigError, DataError
 from spd_dist.models.decoding import decode
 from spd_dist.models.policy import Policy
 from spd_dist.runtime.artifacts import read_json
 from spd_dist.runtime.completions import CORPUS, part_name, read_completions
-from spd_dist.runtime.lock import alone_in
 from spd_dist.runtime.manifests import MANIFEST, why_not_complete
 from spd_dist.runtime.run_folder import RunFolder
 from spd_dist.runtime.seeding import row_seed

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from ranks import PRELOADED
 
+from spd_dist.distributed.lock import alone_in
 from spd_dist.errors import DataError
-from spd_dist.runtime.lock import alone_in
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(PRELOADED)

@@ -21,7 +21,7 @@ from spd_dist.distributed.zero import full_replica
 from spd_dist.errors import ConfigError
 from spd_dist.models.meta import meta_model
 from spd_dist.models.outline import decode_bytes, outline_of
-from spd_dist.models.policy import Policy, load_adapted, load_replica, load_settings, resolve_dtype
+from spd_dist.models.policy import Policy, load_adapted, load_replica, load_settings, prepare_model, resolve_dtype
 
 HEADROOM = 0.85
 Placement = Literal["replica", "layerwise"]
@@ -56,6 +56,7 @@ def will_be_whole(model: Model, distributed: Distributed, config: Generate, worl
     """Whether a model is to be loaded whole on every rank to decode by itself, told from its config. A collective."""
     if distributed.zero_stage < 3 or config.placement != "auto":
         return config.placement != "layerwise"
+    prepare_model(model)
     with together("reading the model's configuration"):
         skeleton = meta_model(load_settings(model), resolve_dtype(model.dtype, world.device))
     return all_ranks(_needed_bytes(skeleton, config, max_length) <= HEADROOM * free_bytes(world))

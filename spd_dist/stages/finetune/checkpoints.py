@@ -12,8 +12,8 @@ from typing import Any
 from spd_dist.distributed.collectives import any_rank, gather_objects, on_main, together
 from spd_dist.distributed.training import DeepSpeedEngine, convert_to_universal, load_engine, save_engine
 from spd_dist.distributed.world import World
-from spd_dist.errors import DataError
-from spd_dist.runtime.artifacts import read_json, sha256_of, write_json, writing
+from spd_dist.errors import DataError, writing
+from spd_dist.runtime.artifacts import read_json, sha256_of, write_json
 
 MARKER = "COMPLETE.json"
 PARTIAL = ".partial"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spd_dist.distributed.collectives import on_main, together
 from spd_dist.distributed.zero import frozen_engine, is_sharded
-from spd_dist.errors import DataError
+from spd_dist.errors import DataError, writing
 from spd_dist.models.adapters import (
     PeftModel,
     adapter_parameters,
@@ -25,7 +25,6 @@ from spd_dist.models.adapters import (
 from spd_dist.models.card import Card, write_card
 from spd_dist.models.policy import Policy
 from spd_dist.models.save import load_saved_model, probe_logits, save_model, stored_parameters, whole_tensors
-from spd_dist.runtime.artifacts import writing
 from spd_dist.stages.finetune.job import Job
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}

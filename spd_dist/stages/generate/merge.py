@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from spd_dist.config import Generate
+from spd_dist.distributed.lock import alone_in
 from spd_dist.errors import DataError
 from spd_dist.models.decoding import Request
 from spd_dist.models.engines.choice import Opened
 from spd_dist.runtime.artifacts import read_json, write_json
 from spd_dist.runtime.completions import MERGED, gathered, write_merged
-from spd_dist.runtime.lock import alone_in
 from spd_dist.stages.generate.checks import canonical, check_rates, corpus_summary
 
 LARGEST_LEAKAGE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}

@@ -1,0 +1,225 @@
+"""From a GGUF file to a folder of float32 safetensors, and whether such a folder is whole.
+
+Nothing here asks which rank it runs on: `save_pretrained` writes weights on rank 0 of torch.distributed only, and any
+rank may be the one that converts. So transformers reads, and what is written is written here, then read back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from spd_dist.errors import DataError
+from spd_dist.models.checkpoint_files import DTYPES, INDEX, WEIGHTS, CheckpointFolder, open_checkpoint
+from spd_dist.models.gguf_header import GGUFHeader
+from spd_dist.models.meta import FOREIGN_FAULTS, first_line, meta_model
+from spd_dist.models.save import stored_parameters
+
+SHARD_BYTES = 4 * 2**30
+NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json")
+MADE_OF = "give the model folder or hub name that it was made of"
+log = logging.getLogger(__name__)
+
+
+def read_settings(gguf: Path, header: GGUFHeader) -> PretrainedConfig:
+    """The configuration of the model of a GGUF file.
+
+    Raises:
+        DataError: transformers does not read this architecture.
+    """
+    with _reading(gguf, header):
+        return AutoConfig.from_pretrained(**_source(gguf))
+
+
+def read_gguf(
+    gguf: Path, header: GGUFHeader, settings: PretrainedConfig
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of a GGUF file, de-quantized to float32, and its tokenizer.
+
+    Raises:
+        DataError: transformers can't read it, or the file lacks some of its weights.
+    """
+    with _reading(gguf, header):
+        tokenizer = AutoTokenizer.from_pretrained(**_source(gguf))
+        options = {"config": settings, "dtype": torch.float32, "output_loading_info": True}
+        model, found = AutoModelForCausalLM.from_pretrained(**_source(gguf), **options)
+    lacking = sorted([*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])])
+    if lacking:
+        parts = f"it is one of {header.num_parts} parts: join them (llama-gguf-split --merge)"
+        raise DataError(
+            f"model.name: {gguf} lacks {len(lacking)} tensors of a {settings.model_type} model, as {lacking[0]}; "
+            f"{parts if header.num_parts > 1 else MADE_OF}"
+        )
+    num_read = sum(parameter.numel() for parameter in stored_parameters(model).values())
+    num_unused = sum(tensor.num_weights for tensor in header.tensors) - num_read
+    if num_unused > 0:
+        log.warning("%s: %d of its numbers have no place in transformers' %s", gguf, num_unused, type(model).__name__)
+    return model, tokenizer
+
+
+@contextlib.contextmanager
+def _reading(gguf: Path, header: GGUFHeader) -> Iterator[None]:
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # the bars of libraries; what they log has its own way
+            yield
+    except (*FOREIGN_FAULTS, OSError, ImportError) as error:
+        raise DataError(
+            f"model.name: {gguf}: transformers {transformers.__version__} can't read it as a causal language model of "
+            f"architecture {header.architecture!r} ({first_line(error)}); {MADE_OF}, or pip install -U transformers "
+            "gguf accelerate"
+        ) from error
+
+
+def _source(gguf: Path) -> dict[str, str]:
+    # The file's whole path and not its name: transformers would take one of that name in the working directory.
+    return {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": str(gguf)}
+
+
+def write_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write a model of float32 into an empty folder, as transformers loads it.
+
+    Raises:
+        OSError, SafetensorError: the disk is full or may not be written.
+    """
+    # What fails inside of tokenizers has no type of its own, so that a full disk is met here.
+    (folder / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(), encoding="utf-8")
+    tokenizer.save_pretrained(folder)
+    config = copy.deepcopy(model.config)
+    if "quantization_config" in vars(config):
+        del config.quantization_config  # the weights are plain float32 from here on
+    config.architectures, config.dtype = [type(model).__name__], torch.float32
+    config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    _write_weights({name: tensor.detach() for name, tensor in stored_parameters(model).items()}, folder, shard_bytes)
+    mode = (folder / "config.json").stat().st_mode
+    for file in folder.iterdir():
+        if file.stat().st_mode != mode:
+            file.chmod(mode)  # safetensors lets nobody else read its files
+        _sync(file)
+    _sync(folder)
+
+
+def _write_weights(tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int) -> None:
+    shards = _shards(tensors, shard_bytes)
+    weight_map = {}
+    for number, names in enumerate(shards, 1):
+        file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file({name: tensors[name].contiguous() for name in names}, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(map(_num_bytes, tensors.values()))}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = []
+    free_bytes = 0
+    for name, tensor in tensors.items():
+        if not shards or _num_bytes(tensor) > free_bytes:
+            shards.append([])
+            free_bytes = shard_bytes
+        shards[-1].append(name)
+        free_bytes -= _num_bytes(tensor)
+    return shards
+
+
+def check_written(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Read back what was written: files, and names, dtypes and shapes of all tensors as the model has them.
+
+    That is asked twice: of the model that was read, and of the one that the written config describes.
+
+    Raises:
+        DataError: something is not as it was given to be written.
+    """
+    problem = why_incomplete(folder)
+    if problem is not None:
+        raise _not_as_written(folder, problem)
+    found = {name: (tensor.dtype, tensor.shape) for name, tensor in open_checkpoint(folder).tensors.items()}
+    config = AutoConfig.from_pretrained(folder)
+    for wanted in (model, meta_model(config, torch.float32)):
+        expected = {name: ("F32", tuple(tensor.shape)) for name, tensor in stored_parameters(wanted).items()}
+        different = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+        if different:
+            name = different[0]
+            raise _not_as_written(folder, f"{name} is {found.get(name)}, and not {expected.get(name)}")
+    if AutoTokenizer.from_pretrained(folder).get_vocab() != tokenizer.get_vocab():
+        raise _not_as_written(folder, "the tokenizer has other tokens")
+
+
+def _not_as_written(folder: Path, problem: str) -> DataError:
+    return DataError(
+        f"model.cache_dir: {folder} does not hold what was written ({problem}); set model.cache_dir=FOLDER on another "
+        "disk, or report this with the name of the GGUF file"
+    )
+
+
+def why_incomplete(folder: Path) -> str | None:
+    """What a converted folder lacks, or None: told from lengths and headers, in no time."""
+    if not folder.is_dir():
+        return "it is not there"
+    empty = [name for name in NEEDED if not (folder / name).is_file() or (folder / name).stat().st_size == 0]
+    if empty:
+        return f"it holds no {empty[0]}"
+    if not ((folder / WEIGHTS).is_file() or (folder / INDEX).is_file()):
+        return "it holds no weights"
+    try:
+        checkpoint = open_checkpoint(folder)
+        lacking = _indexed(folder) - checkpoint.tensors.keys()
+        ends = _ends(checkpoint)
+    except (DataError, OSError, KeyError, TypeError, ValueError) as error:
+        return f"its weights cannot be read ({first_line(error)})"
+    if lacking:
+        return f"its weights lack {min(lacking)}"
+    lengths = {file: (folder / file).stat().st_size for file in checkpoint.files}
+    cut = [f"{file} has {lengths[file]:,} bytes, not {end:,}" for file, end in ends.items() if lengths[file] != end]
+    return cut[0] if cut else None
+
+
+def _ends(checkpoint: CheckpointFolder) -> dict[str, int]:
+    """How long each file of weights is by its own header."""
+    ends: dict[str, int] = {}
+    for tensor in checkpoint.tensors.values():
+        num_bytes = DTYPES[tensor.dtype].itemsize * math.prod(tensor.shape)
+        ends[tensor.file] = max(ends.get(tensor.file, 0), tensor.start + num_bytes)
+    return ends
+
+
+def _indexed(folder: Path) -> set[str]:
+    if not (folder / INDEX).is_file():
+        return set()
+    return set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
