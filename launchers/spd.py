@@ -7,16 +7,18 @@ Exit codes: 0 done, 2 the config is wrong, 3 the data or the model is wrong, 75 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spd_dist.config import STAGES, Config
-from spd_dist.errors import UserError
+from spd_dist.errors import ConfigError, UserError
 from spd_dist.orphans import watch_launchers
 from spd_dist.overrides import load_config, split_words, to_yaml
 from spd_dist.signals import StopSignals
@@ -37,6 +39,7 @@ def main() -> int:
     arguments = parse_arguments()
     try:
         config = load_config(arguments.config, arguments.overrides)
+        check_restart(config, arguments)
     except UserError as error:
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -55,6 +58,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--config", nargs="+", action="extend", default=[], metavar="YAML", help="later files win")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="win over every file")
     parser.add_argument("--from", dest="first", choices=STAGES, default=STAGES[0], help="stages before it are complete")
+    parser.add_argument(
+        "--restart-from", choices=STAGES, default="", metavar="STAGE",
+        help="do this stage and all later ones again, under this config; what they made is moved to RUN_DIR/replaced",
+    )  # fmt: skip
     parser.add_argument("--until", dest="last", choices=STAGES, default=STAGES[-1], help="stop after this stage")
     parser.add_argument("--show-config", action="store_true", help="print the resolved config and exit")
     parser.add_argument("--preview-masks", type=int, metavar="N", help="print N examples, kept tokens marked")
@@ -62,6 +69,25 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_intermixed_args()
     arguments.config, arguments.overrides = split_words(arguments.config + arguments.overrides)
     return arguments
+
+
+def check_restart(config: Config, arguments: argparse.Namespace) -> None:
+    """See that `--restart-from` names a stage that this command does, alone in its folder.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    stage = arguments.restart_from
+    if stage and not STAGES.index(arguments.first) <= STAGES.index(stage) <= STAGES.index(arguments.last):
+        raise ConfigError(
+            f"--restart-from {stage}: not among the stages from {arguments.first} to {arguments.last} that this "
+            "command does; change --from or --until"
+        )
+    if stage and config.generate.num_tasks > 1:
+        raise ConfigError(
+            f"--restart-from {stage}: with generate.num_tasks={config.generate.num_tasks} each task of the array would "
+            "move what the others made; restart once with generate.num_tasks=1, then start the array"
+        )
 
 
 def preview(config: Config, num_examples: int) -> int:
@@ -89,9 +115,14 @@ def preview(config: Config, num_examples: int) -> int:
 def run(config: Config, arguments: argparse.Namespace, signals: StopSignals) -> int:
     """Run the stages."""
     from spd_dist.rounds import run_rounds
+    from spd_dist.runtime.restart import restart
 
-    stages = {"first": arguments.first, "last": arguments.last}
-    return on_every_rank(config, lambda world: run_rounds(config, world, signals, **stages))
+    def work(world: World) -> str:
+        if arguments.restart_from:
+            restart(Path(config.run_dir), arguments.restart_from, dataclasses.asdict(config))
+        return run_rounds(config, world, signals, first=arguments.first, last=arguments.last)
+
+    return on_every_rank(config, work)
 
 
 def on_every_rank(config: Config, work: Callable[[World], str]) -> int:

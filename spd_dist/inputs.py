@@ -6,15 +6,12 @@ from spd_dist.arms import ARMS, Arm
 from spd_dist.run import Run
 from spd_dist.runtime.artifacts import content_hash
 from spd_dist.runtime.completions import CORPUS
-
-CUT = ("rank_rule", "rank", "fraction", "energy", "centered", "insertion")
-"""Settings of `project` that shape the subspace; the others say what is done with it."""
+from spd_dist.runtime.settings import READ_BY
 
 
 def of_subspace(run: Run, arm: Arm) -> dict[str, str]:
     """Calibration, and how the subspace is cut; in later rounds of `refit=false`, the round that it is kept from."""
-    cut = (f"project.{name}" for name in CUT)
-    settings = run.settings("model", "data", "calibrate", "sketch", "reduce", *cut, arm=arm)
+    settings = run.settings(*READ_BY["project"], arm=arm)
     found = {"settings": settings, "calibration": content_hash(run.rows("calibration"))}
     return found | ({} if run.config.refit or not run.rounds_before else {"kept": str(len(run.rounds_before))})
 
@@ -36,13 +33,13 @@ def of_projection(run: Run, arm: Arm) -> dict[str, str]:
 
 def of_completions(run: Run, arm: Arm) -> dict[str, str]:
     """Policy, prompts, sampling and projection."""
-    settings = run.settings("seed", "model", "data", "generate", arm=arm)
+    settings = run.settings("seed", "model", "data", "generate", arm=arm)  # `project` counts where the arm is projected
     return {"settings": settings, "train": content_hash(run.rows("train")), **of_projection(run, arm)}
 
 
 def of_student(run: Run, arm: Arm) -> dict[str, str]:
     """Policy, training, and what the student learns from; and the arm, that its card names."""
-    found = {"settings": run.settings("seed", "model", "finetune", arm=arm), "arm": f"{arm.name}: {arm.learns_from}"}
+    found = {"settings": run.settings(*READ_BY["finetune"], arm=arm), "arm": f"{arm.name}: {arm.learns_from}"}
     if arm.writes:
         return found | {"completions": run.folder.output_hash(arm.stage("generate"), CORPUS)}
     references = [run.settings("data", "calibrate.num_examples", arm=arm), run.rows("calibration")]

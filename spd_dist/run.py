@@ -32,8 +32,9 @@ from spd_dist.runtime.manifests import MANIFEST
 from spd_dist.runtime.metrics import MetricLogger
 from spd_dist.runtime.products import product_of
 from spd_dist.runtime.progress import Progress
-from spd_dist.runtime.run_folder import RunFolder, settings_hash
+from spd_dist.runtime.run_folder import RunFolder
 from spd_dist.runtime.sandbox import open_sandbox
+from spd_dist.runtime.settings import settings_hash
 from spd_dist.runtime.show import show_stage
 from spd_dist.runtime.spent import AttemptClock, spent_on
 from spd_dist.runtime.status import kept_status, status_path

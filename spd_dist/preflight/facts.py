@@ -23,7 +23,7 @@ from spd_dist.errors import UserError
 from spd_dist.models.reachable import find_model
 from spd_dist.runtime.artifacts import content_hash
 from spd_dist.runtime.environment import PACKAGES, version_of
-from spd_dist.runtime.run_folder import result_settings
+from spd_dist.runtime.settings import result_settings
 
 SPLITS = ("train", "calibration", "test")
 

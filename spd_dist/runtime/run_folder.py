@@ -16,7 +16,6 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from spd_dist.config import engine_of
 from spd_dist.distributed.collectives import any_rank, on_main
 from spd_dist.distributed.lock import alone_in
 from spd_dist.distributed.world import World
@@ -28,51 +27,18 @@ from spd_dist.runtime.manifests import (
     STARTED,
     described,
     find_finished,
+    finished_stages,
     inode_of,
     publish,
     set_aside,
     take_over,
     why_not_complete,
 )
+from spd_dist.runtime.settings import changed, first_reader, result_settings
 from spd_dist.runtime.spent import forget_attempts
 
-MAY_CHANGE = (
-    "run_dir",
-    "rounds",
-    "metrics",
-    "model.cache_dir",
-    "calibrate.batch_size",
-    "calibrate.checkpointing",
-    "generate.placement",
-    "generate.batch_size",
-    "generate.num_tasks",
-    "generate.task_index",
-    "generate.vllm_python",
-    "generate.max_empty_rate",
-    "generate.max_repetition_rate",
-    "generate.max_length_rate",
-    "finetune.micro_batch_size",
-    "finetune.checkpointing",
-    "finetune.checkpoint_every",
-    "finetune.keep_checkpoints",
-    "finetune.keep_every",
-    "finetune.packing",
-    "finetune.merge",
-    "evaluate.arms",
-    "evaluate.allow_code_execution",
-    "evaluate.batch_size",
-    "evaluate.placement",
-    "distributed.zero_stage",
-    "distributed.timeout_seconds",
-    "distributed.time_limit_seconds",
-    "distributed.time_margin_seconds",
-    "distributed.threads",
-    "distributed.interface",
-)
-"""Config keys, or whole sections, that do not change results: they may differ when a run goes on."""
-
-ENGINE_KEYS = ("generate.engine", "generate.vllm_python", "generate.command")
-"""What decides the engine; of these, the interpreter's path may change while the engine is the same."""
+REPLACED = "replaced"
+"""Where a restart moves what it replaces."""
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +66,7 @@ class RunFolder:
             others: Runs whose finished stages are as good as one's own, if they have the same inputs.
 
         Raises:
-            ConfigError: the folder holds a run of another config, or is not a folder.
+            ConfigError: the folder holds finished stages of another config, or is not a folder.
         """
         self.path = Path(path)
         self.world = world
@@ -209,13 +175,26 @@ class RunFolder:
         plain = OmegaConf.create(dict(config))
         file = self.path / "config.yaml"
         if file.exists():
-            _refuse_another_config(self.path, _read_yaml(file), OmegaConf.to_container(plain))
+            self._accept(read_config(file), OmegaConf.to_container(plain))
         write_text(file, OmegaConf.to_yaml(plain))
         earlier = []
         if (self.path / "environment.json").exists():
             last = read_json(self.path / "environment.json")
             earlier = [*last.pop("earlier", []), last]
         write_json(self.path / "environment.json", {**machine, "earlier": earlier})
+
+    def _accept(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+        """See that the folder may go on under the new config: nothing is finished, or what is finished stays true."""
+        changes = changed(result_settings(old), result_settings(new))
+        if changes and finished_stages(self.path):
+            raise ConfigError(
+                f"run_dir: {self.path} holds a run of another config ({'; '.join(changes.values())}); give this run a "
+                f"folder of its own by run_dir=FOLDER, or do the stages that read these keys again by --restart-from "
+                f"{first_reader(changes)}, which moves what they made to {self.path / REPLACED}; or set the keys back"
+            )
+        if changes:
+            words = "; ".join(changes.values())
+            log.info("%s: nothing was finished there, so this config takes it over: %s", self.path, words)
 
     def _take_over(self, stage: str, inputs: Mapping[str, str]) -> Path | None:
         """Where the stage was found and taken from: its own folder, if another job has published it meanwhile."""
@@ -240,54 +219,12 @@ class RunFolder:
             write_json(started, dict(inputs))
 
 
-def result_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that results depend on, by dotted key.
+def read_config(file: Path) -> dict[str, Any]:
+    """The config of a run folder, as plain data.
 
-    All but `MAY_CHANGE`; of these the engine that `auto` takes, and the batch size if it fixes the shapes.
+    Raises:
+        DataError: it is not YAML.
     """
-    flat = settings_by_key(config)
-    if "generate.engine" in flat:
-        flat["generate.engine"] = engine_of(*map(flat.get, ENGINE_KEYS))
-    shapes = ("generate.batch_size",) if flat.get("generate.batch_invariant") else ()
-    return {key: value for key, value in flat.items() if key in shapes or not _is_of(key, MAY_CHANGE)}
-
-
-def settings_hash(config: Mapping[str, Any], *names: str) -> str:
-    """The hash of the settings that results depend on, of these sections and keys (`generate`, `project.rank`)."""
-    settings = result_settings(config)
-    return content_hash({key: value for key, value in settings.items() if _is_of(key, names)})
-
-
-def _refuse_another_config(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    before, after = result_settings(old), result_settings(new)
-    differing = [
-        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
-    ]
-    if differing:
-        raise ConfigError(
-            f"run_dir: {path} holds a run of another config ({'; '.join(differing)}); "
-            "give this run a run_dir of its own, or set the keys back"
-        )
-
-
-def settings_by_key(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by dotted key; tuples as lists, which is what YAML gives back."""
-    flat = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= settings_by_key(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return flat
-
-
-def _is_of(key: str, names: Iterable[str]) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in names)
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         return OmegaConf.to_container(OmegaConf.load(file))
     except (YAMLError, OmegaConfBaseException) as error:

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from spd_dist.config import Metrics
 from spd_dist.runtime.artifacts import content_hash
 from spd_dist.runtime.metrics import Product, Value
-from spd_dist.runtime.run_folder import result_settings
+from spd_dist.runtime.settings import result_settings
 
 log = logging.getLogger(__name__)
 

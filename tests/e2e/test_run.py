@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import SMALL, Launch, free_port, launch, results
+from launching import SMALL, Launch, differences, free_port, launch, results
 from peft import PeftModel
 from tiny import save_tiny_model, tiny_model
 from transformers import AutoModelForCausalLM
@@ -95,7 +95,31 @@ def test_a_complete_run_is_skipped_and_another_config_refused(words, undisturbed
     assert output.count("complete, skipped") == 9
     assert {file: file.stat().st_mtime_ns for file in before} == before
     output = launch(2, [*words, f"run_dir={undisturbed}", "project.rank_rule=energy"], tmp_path / "other", code=2)
-    assert output.count("holds a run of another config (project.rank_rule: 'half' -> 'energy')") == 1
+    assert output.count("holds a run of another config (project.rank_rule is 'half' there and 'energy' now)") == 1
+
+
+def test_a_first_attempt_that_failed_does_not_hold_the_folder_and_a_restart_does_a_part_again(
+    words, undisturbed, tmp_path
+):
+    run, log = tmp_path / "run", tmp_path / "log"
+    launch(2, [*words, f"run_dir={run}", "model.name=nowhere/model"], log, code=3)
+    attempt = Launch(2, [*words, f"run_dir={run}", "calibrate.num_examples=5"], log)
+    attempt.kill_when(lambda: any((run / "project").rglob("*.safetensors")))
+    changed = ["generate.max_new_tokens=11", "finetune.num_epochs=3"]
+    output = launch(2, [*words, f"run_dir={run}", *changed], tmp_path / "log2")
+    assert "so this config takes it over: calibrate.num_examples is 5 there and 7 now" in output
+    whole = launch(1, [*words, f"run_dir={run}", "--restart-from", "finetune"], tmp_path / "log3", code=2)
+    assert "earlier stages read what changed (generate.max_new_tokens is 11 there and 12 now)" in whole
+    assert "take --restart-from generate" in whole
+    kept = {file: file.stat().st_mtime_ns for file in (run / "project").rglob("*") if file.is_file()}
+    output = launch(2, [*words, f"run_dir={run}", "--restart-from", "generate"], tmp_path / "log4")
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept
+    (replaced,) = (run / "replaced").iterdir()
+    replaced.rename(tmp_path / replaced.name)
+    assert differences(results(run), results(undisturbed)) == []
+    assert f"had made is in {replaced}" in output
+    for name in ("generate/manifest.json", "arms/psr/finetune/adapter", "evaluate/spd", "report.html", "metrics"):
+        assert (tmp_path / replaced.name / name).exists(), name
 
 
 KILLS = {

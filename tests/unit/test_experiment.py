@@ -11,7 +11,7 @@ from spd_dist.errors import ConfigError
 from spd_dist.experiment import Job, jobs, unfinished
 from spd_dist.overrides import load_experiment, to_yaml
 from spd_dist.runtime.artifacts import write_json
-from spd_dist.runtime.run_folder import result_settings
+from spd_dist.runtime.settings import result_settings
 
 EXPERIMENTS = sorted(Path("configs/experiments").glob("*.yaml"))
 

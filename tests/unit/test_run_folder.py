@@ -9,7 +9,8 @@ from emulated import wait_for
 from spd_dist.config import Config
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError, DataError, StopRequested
-from spd_dist.runtime.run_folder import MAY_CHANGE, RunFolder, result_settings, settings_hash
+from spd_dist.runtime.run_folder import RunFolder
+from spd_dist.runtime.settings import MAY_CHANGE, result_settings, settings_hash
 from spd_dist.runtime.spent import AttemptClock, spent_on
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
@@ -57,17 +58,27 @@ def test_the_environment_keeps_what_earlier_attempts_ran_on(tmp_path):
 
 
 def test_a_folder_of_another_config_is_refused_with_the_keys_that_differ(tmp_path):
-    opened(tmp_path)
-    with pytest.raises(
-        ConfigError, match=r"another config \(finetune.num_epochs: 5 -> 3; seed: 42 -> 1\); give this run"
-    ):
+    finished(opened(tmp_path))
+    differing = r"another config \(finetune.num_epochs is 5 there and 3 now; seed is 42 there and 1 now\)"
+    with pytest.raises(ConfigError, match=rf"{differing}; .* run_dir=FOLDER, .* --restart-from generate, .*/replaced"):
         opened(tmp_path, finetune__num_epochs=3, seed=1)
     assert "num_epochs: 5" in (tmp_path / "config.yaml").read_text()
 
 
+def test_a_folder_in_which_nothing_was_finished_takes_another_config_and_says_so(tmp_path, caplog):
+    folder = opened(tmp_path)
+    (folder.start("generate", {"config": "c1"}) / "part").touch()
+    with caplog.at_level("INFO"):
+        taken = opened(tmp_path, finetune__num_epochs=3)
+    assert "so this config takes it over: finetune.num_epochs is 5 there and 3 now" in caplog.text
+    assert "num_epochs: 3" in (tmp_path / "config.yaml").read_text()
+    assert (taken.start("generate", {"config": "c1"}) / "part").exists()
+    assert not (taken.start("generate", {"config": "c2"}) / "part").exists()
+
+
 def test_a_key_that_the_older_config_lacks_counts_as_a_difference(tmp_path):
-    RunFolder(tmp_path, {"seed": 1}, ALONE)
-    with pytest.raises(ConfigError, match="extra: None -> True"):
+    finished(RunFolder(tmp_path, {"seed": 1}, ALONE))
+    with pytest.raises(ConfigError, match="extra is None there and True now"):
         RunFolder(tmp_path, {"seed": 1, "extra": True}, ALONE)
 
 
@@ -80,8 +91,8 @@ def test_keys_that_do_not_change_results_may_change(tmp_path):
 def test_a_batch_that_is_a_fixed_shape_is_a_part_of_the_result(tmp_path):
     fixed, other = ({"generate__batch_invariant": True, "generate__batch_size": size} for size in (32, 16))
     assert settings_hash(plain(**fixed), "generate") != settings_hash(plain(**other), "generate")
-    opened(tmp_path, **fixed)
-    with pytest.raises(ConfigError, match=r"another config \(generate.batch_size: 32 -> 16\)"):
+    finished(opened(tmp_path, **fixed))
+    with pytest.raises(ConfigError, match=r"another config \(generate.batch_size is 32 there and 16 now\)"):
         opened(tmp_path, **other)
 
 
@@ -231,10 +242,10 @@ def test_the_task_that_finishes_second_changes_nothing(tmp_path):
 
 
 def test_the_interpreter_of_vllm_may_change_and_the_engine_may_not(tmp_path):
-    opened(tmp_path, generate__vllm_python="/a/python")
+    finished(opened(tmp_path, generate__vllm_python="/a/python"))
     opened(tmp_path, generate__vllm_python="/b/python")
     opened(tmp_path, generate__vllm_python="/b/python", generate__engine="vllm")
-    with pytest.raises(ConfigError, match=r"another config \(generate.engine: 'vllm' -> 'hf'\)"):
+    with pytest.raises(ConfigError, match=r"another config \(generate.engine is 'vllm' there and 'hf' now\)"):
         opened(tmp_path)
     hashes = {
         settings_hash(plain(**settings), "generate")

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from spd_dist.config import Config
 from spd_dist.runtime.answers import manner
 from spd_dist.runtime.artifacts import read_json
-from spd_dist.runtime.run_folder import settings_by_key
+from spd_dist.runtime.settings import settings_by_key
 
 
 def render(template: str, report: Mapping[str, Any], run_folder: Path, **context: Any) -> str:
