@@ -100,9 +100,7 @@ def converted(gguf: Path, cache_dir: str | None) -> Path:
     if why_incomplete(folder) is None:
         _remove_left(folder, is_locked=False)
         return folder
-    assert not is_deepspeed_zero3_enabled(), (
-        "convert before a model is loaded into shards, which all ranks do together"
-    )
+    assert not is_deepspeed_zero3_enabled(), "convert before a model is loaded into shards, which all ranks do together"
     header = check_gguf(gguf)
     settings = read_settings(gguf, header)
     num_bytes = FLOAT32_BYTES * sum(tensor.num_weights for tensor in header.tensors)
