@@ -178,9 +178,9 @@ def _not_as_written(folder: Path, problem: str) -> DataError:
 
 def why_incomplete(folder: Path) -> str | None:
     """What a converted folder lacks, or None: told from lengths and headers, in no time."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # nor where this user may not look, which `Path.is_dir` raises
         return "it is not there"
-    empty = [name for name in NEEDED if not (folder / name).is_file() or (folder / name).stat().st_size == 0]
+    empty = [name for name in NEEDED if not os.path.isfile(folder / name) or os.path.getsize(folder / name) == 0]
     if empty:
         return f"it holds no {empty[0]}"
     if not ((folder / WEIGHTS).is_file() or (folder / INDEX).is_file()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import glob
 import hashlib
 import importlib.util
 import logging
@@ -96,7 +97,7 @@ def converted(gguf: Path, cache_dir: str | None) -> Path:
     """
     gguf = gguf.absolute()
     cache = cache_folder(cache_dir)
-    folder = cache / f"{gguf.stem}-{_digest(gguf, _stamp(gguf))}"
+    folder = cache / f"{gguf.stem}-{_digest(gguf)}"
     if why_incomplete(folder) is None:
         _remove_left(folder, is_locked=False)
         return folder
@@ -183,12 +184,12 @@ def _publish(partial: Path, folder: Path) -> None:
 
 def _remove_left(folder: Path, *, is_locked: bool) -> None:
     """Remove what killed processes left: those of this host while no other can be at work, others' after a day."""
-    for left in folder.parent.iterdir():
-        if not left.is_dir() or not left.name.startswith((f".{folder.name}.", f"{folder.name}.")):
-            continue
+    name = glob.escape(folder.name)
+    places = [place for like in (f".{name}.*", f"{name}.*") for place in glob.glob(like, root_dir=folder.parent)]
+    for left in (folder.parent / place for place in places):
         host, _, number = left.stem.removeprefix(f".{folder.name}.").rpartition("-")
         is_dead = is_locked and host == socket.gethostname() and number.isdigit() and not _is_alive(int(number))
-        if is_dead or _seconds_since_written(left) > LEFT_SECONDS:
+        if os.path.isdir(left) and (is_dead or _seconds_since_written(left) > LEFT_SECONDS):
             shutil.rmtree(left, ignore_errors=True)
 
 
@@ -210,15 +211,15 @@ def _seconds_since_written(folder: Path) -> float:
         return 0.0
 
 
-def _stamp(gguf: Path) -> tuple[int, int, int]:
-    state = gguf.stat()
-    return state.st_size, state.st_mtime_ns, state.st_ino
+def _digest(gguf: Path) -> str:
+    try:
+        state = gguf.stat()
+        return _digest_of(gguf, (state.st_size, state.st_mtime_ns, state.st_ino))
+    except OSError as error:
+        raise DataError(f"model.name: {gguf} cannot be read: {error.strerror}; fix its permissions or disk") from error
 
 
 @functools.cache
-def _digest(gguf: Path, _: tuple[int, int, int]) -> str:
-    try:
-        with gguf.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:12]
-    except OSError as error:
-        raise DataError(f"model.name: {gguf} cannot be read: {error.strerror}; fix its permissions or disk") from error
+def _digest_of(gguf: Path, _: tuple[int, int, int]) -> str:
+    with gguf.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]

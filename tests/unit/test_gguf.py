@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import json
 import logging
 import multiprocessing
 import os
-import shlex
 import shutil
 import socket
 import subprocess
-import sys
+import tempfile
 import threading
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ from spd_dist.models.conversion import check_written, why_incomplete, write_mode
 from spd_dist.models.gguf import cache_folder, converted
 from spd_dist.models.reachable import find_model
 
+CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(PRELOADED)
 
@@ -338,37 +340,66 @@ def test_a_home_that_cannot_hold_a_cache_names_the_setting(tiny, tmp_path, monke
             converted(tiny, None)
 
 
-IN_SMALL_FILE_SYSTEMS = """
-import sys
-from pathlib import Path
-from spd_dist.errors import DataError
-from spd_dist.models.gguf import converted
-for cache in sys.argv[2:]:
-    before = list(Path(cache).iterdir())
-    try:
-        converted(Path(sys.argv[1]), cache)
-    except DataError as error:
-        print(error)
-    assert [path for path in Path(cache).iterdir() if path.suffix != ".lock"] == before
-"""
+def convert_as_nobody(gguf: Path, closed: Path, answer: Connection) -> None:
+    converted(gguf, str(gguf.parent))  # whatever is imported late is imported while it may be
+    shutil.rmtree(converted(gguf, str(gguf.parent)))
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+    for cache in (closed / "cache", gguf.parent):  # one that may not be looked into, and one that may only be read
+        try:
+            converted(gguf, str(cache))
+        except DataError as error:
+            answer.send(str(error))
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_another_users_cache_names_the_setting(tiny):
+    with tempfile.TemporaryDirectory() as name:  # pytest's own is closed to others
+        folder, closed = Path(name), Path(name, "closed")
+        folder.chmod(0o755)
+        closed.mkdir(mode=0o700)
+        shutil.copy(tiny, folder / "tiny.gguf")
+        answers, answer = CONTEXT.Pipe(duplex=False)
+        process = CONTEXT.Process(target=convert_as_nobody, args=(folder / "tiny.gguf", closed, answer))
+        process.start()
+        process.join()
+        for cache in (closed / "cache", folder):
+            assert answers.poll(1)
+            assert f"model.cache_dir: {cache} cannot be written (Permission denied)" in answers.recv()
+
+
+def convert_on_small_disks(gguf: Path, disks: dict[Path, str], answer: Connection) -> None:
+    """Mount each disk where only this process sees it, and try to convert there."""
+    user, group = os.getuid(), os.getgid()
+    if ctypes.CDLL(None).unshare(CLONE_NEWNS | CLONE_NEWUSER) != 0:
+        return
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+    Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+    for disk, options in disks.items():
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", disk], check=True)
+        try:
+            converted(gguf, str(disk))
+        except DataError as error:
+            answer.send((str(error), [path.suffix for path in disk.iterdir()]))
 
 
 def test_a_read_only_and_a_full_disk_name_the_setting(tiny, tmp_path):
-    sizes = {"read-only": "size=9m,ro", "full": "size=4k", "nearly full": "size=100k"}
-    folders = [tmp_path / name for name in sizes]
-    mounts = [f"mount -t tmpfs -o {sizes[folder.name]} none '{folder}'" for folder in folders]
-    for folder in folders:
-        folder.mkdir()
-    enter = ["unshare", "--map-root-user", "--mount", "bash", "-ec"]
-    if subprocess.run([*enter, mounts[0]], check=False, capture_output=True).returncode != 0:
+    options = {"read-only": "size=9m,ro", "full": "size=4k", "nearly full": "size=100k"}
+    reasons = {"read-only": "Read-only file system", "full": "No space left", "nearly full": "No space left"}
+    disks = {tmp_path / name: option for name, option in options.items()}
+    for disk in disks:
+        disk.mkdir()
+    answers, answer = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=convert_on_small_disks, args=(tiny, disks, answer))
+    process.start()
+    process.join()
+    if not answers.poll(1):
         pytest.skip("this host lets nobody mount in a namespace of his own")
-    words = [sys.executable, "-c", IN_SMALL_FILE_SYSTEMS, tiny, *folders]
-    command = "; ".join([*mounts, shlex.join(map(str, words))])
-    done = subprocess.run([*enter, command], check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert len(lines) == 3, done.stdout
-    for line, folder, reason in zip(lines, folders, ("Read-only file system", *["No space left"] * 2), strict=True):
-        assert f"model.cache_dir: {folder} cannot be written" in line
-        assert reason in line
-        assert "set model.cache_dir=FOLDER" in line
+    for disk in disks:
+        error, left = answers.recv()
+        assert f"model.cache_dir: {disk} cannot be written" in error
+        assert reasons[disk.name] in error
+        assert "set model.cache_dir=FOLDER" in error
+        assert set(left) <= {".lock"}
