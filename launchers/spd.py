@@ -12,7 +12,6 @@ import os
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -130,7 +129,6 @@ def on_every_rank(config: Config, work: Callable[[World], str]) -> int:
     from spd_dist.distributed.world import join_world, leave_world
     from spd_dist.runtime.log import set_up_logging
 
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch|deepspeed")
     set_up_logging(int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))))
     world = join_world(config.distributed)
     try:

@@ -226,7 +226,7 @@ class Metrics:
     project: str = setting("spd", "W&B project")
     entity: str | None = setting(None, "W&B entity")
     experiment: str | None = setting(None, "name in front of the config hash; the run folder's if not given")
-    progress_seconds: float = setting(5.0, "between two progress lines", above=0)
+    progress_seconds: float = setting(30.0, "between two lines of progress in a log file; a terminal has bars", above=0)
 
 
 @dataclass(frozen=True)

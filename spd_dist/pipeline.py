@@ -126,7 +126,7 @@ def train_student(run: Run, arm: Arm, *, wanted: bool) -> None:
         policy = run.policy()
         job = Job(
             folder, config.seed, run.world, config.distributed, run.stopping.should_stop, run.metrics_of(arm),
-            config.metrics.progress_seconds, run.facts_of(arm), run.heartbeat,
+            config.metrics.progress_seconds, run.estimate, run.facts_of(arm), run.heartbeat,
         )  # fmt: skip
         outcome = finetune(policy, run.corpus(arm, policy), config.finetune, job)
         if config.finetune.mode == "full":

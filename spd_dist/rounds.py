@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from spd_dist.arms import chosen
 from spd_dist.config import STAGES, Config
 from spd_dist.distributed.collectives import on_main
 from spd_dist.distributed.world import World
@@ -20,6 +21,7 @@ from spd_dist.models.merge import write_merged
 from spd_dist.models.policy import load_policy
 from spd_dist.pipeline import run_stages
 from spd_dist.run import Run
+from spd_dist.run_parts import parts_of
 from spd_dist.runtime.rounds import add_rounds, rounds_text
 from spd_dist.signals import StopSignals
 from spd_dist.stopping import watch
@@ -62,6 +64,8 @@ def run_rounds(
             run = Run(config_of_round(config, number), world, signals, **part, others=others, rounds_before=before)
             if number == 1:
                 whole.enter_context(run.kept_status(last))
+            arms = chosen(only or run.config.evaluate.arms)
+            run.estimate.expect(parts_of(run.config, arms, world.size, last))
             texts.append(run_stages(run, first=first, last=last, only=only))
         if config.rounds == 1:
             return texts[0]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from spd_dist.arms import Arm
-from spd_dist.config import STAGES, Config
+from spd_dist.config import Config
 from spd_dist.data.controls import ended
 from spd_dist.data.held_out import TestSet, make_test_set
 from spd_dist.data.prompts import make_references
@@ -28,9 +28,10 @@ from spd_dist.models.policy import Policy, load_policy, load_tokenizer, prepare_
 from spd_dist.overrides import config_of_arm
 from spd_dist.runtime.artifacts import content_hash, read_json
 from spd_dist.runtime.completions import CORPUS, read_completions
+from spd_dist.runtime.estimate import RunEstimate
 from spd_dist.runtime.manifests import MANIFEST
 from spd_dist.runtime.metrics import MetricLogger
-from spd_dist.runtime.products import product_of
+from spd_dist.runtime.products import job_type, product_of
 from spd_dist.runtime.progress import Progress
 from spd_dist.runtime.run_folder import RunFolder
 from spd_dist.runtime.sandbox import open_sandbox
@@ -91,7 +92,10 @@ class Run:
         prefix = f"{self.part}_" if self.part else ""
         opening = functools.partial(open_mirror, config.metrics, self.folder.path, self.plain, job=self.job)
         self.metrics = MetricLogger(
-            self.folder.path / "metrics", world.rank, opening=opening if world.is_main else None, prefix=prefix
+            self.folder.path / "metrics",
+            world.rank,
+            opening=opening if world.is_main else None,
+            prefix=prefix,
         )
         self.heartbeat = Heartbeat(self.folder.path / "heartbeat" / self.part, world)
         self._rows: dict[Split, list[Row]] = {}
@@ -99,6 +103,7 @@ class Run:
         self.rounds_before = tuple(rounds_before)
         self._student_before = on_main("reading the round before", self._hash_of_student_before)
         self._once: dict[Hashable, Any] = {}
+        self.estimate = RunEstimate()
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -210,6 +215,7 @@ class Run:
             StopRequested: between two stages, if the run was asked to stop.
         """
         if self.folder.is_complete(stage, inputs):
+            self.estimate.finish(stage)
             self._show(stage, is_input=True)
             return
         if not wanted:
@@ -218,9 +224,11 @@ class Run:
         self.stopping.stop_if_asked()
         self.heartbeat.beat(f"{stage}, its start", now=True)
         forget_peak(self.world)
+        self.estimate.now = stage
         folder = self.folder.start(stage, inputs)
         with AttemptClock(folder, self.world, self.task_index):
             extra = work(folder)
+        self.estimate.finish(stage)
         if extra is not None and not extra.get("is_complete", True):
             log.info("%s: this task of the array is done, others are not", stage)
             return
@@ -253,17 +261,16 @@ class Run:
 
     def progress(self, stage: str, total: int | None, unit: str, arm: Arm | None = None) -> Progress:
         """A counter whose lines and metrics carry the stage's name. Where ranks decode, it heeds requests to stop."""
-        stops_alone = stage in ("generate", "evaluate")
 
         def after_unit(place: str) -> None:
             self.heartbeat.beat(place)
-            if stops_alone:
+            if stage in ("generate", "evaluate"):
                 self.stopping.stop_alone()
 
         self.heartbeat.beat(f"{stage}, before its first unit", now=True)
-        every_seconds = self.config.metrics.progress_seconds
+        said = {"every_seconds": self.config.metrics.progress_seconds, "check": after_unit, "run": self.estimate}
         unit, metrics = (unit, self.metrics) if arm is None else (f"{unit} of {arm.name}", self.metrics_of(arm))
-        return Progress(stage, total, unit, metrics, every_seconds=every_seconds, check=after_unit)
+        return Progress(stage, total, unit, metrics, **said)
 
     def metrics_of(self, arm: Arm) -> MetricLogger:
         """The metrics; names of other arms than the method's own carry the arm's name."""
@@ -276,12 +283,6 @@ class Run:
         """What a student's model card says of the run that it comes from."""
         settings = self.settings(*(name for name in self.plain if name not in ("run_dir", "rounds", "metrics")))
         return {"arm": f"{arm.name}: {arm.sentence}", "task": self.task.name, "config hash": settings[:16]}
-
-
-def job_type(first: str, last: str) -> str:
-    """What W&B calls a job from one stage to another: the folder that it fills, or `pipeline` if there are several."""
-    jobs = {"project" if stage in STAGES[:4] else stage for stage in (first, last)}
-    return jobs.pop() if len(jobs) == 1 else "pipeline"
 
 
 def able_to_judge(task: Task, *, allowed: bool) -> Task:

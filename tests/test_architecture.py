@@ -35,7 +35,8 @@ MAY_IMPORT = {  # besides itself
     "reporting": BELOW | {"data", "runtime", "arms", "run"},
     "pipeline": BELOW | {"models", "data", "runtime", "stages", "arms", "run", "inputs", "reporting"},
     "alone": BELOW | {"models", "data", "runtime", "stages", "arms", "signals", "stopping", "run", "inputs"},
-    "rounds": BELOW | {"models", "runtime", "signals", "stopping", "run", "pipeline"},
+    "run_parts": {"arms", "config", "runtime"},
+    "rounds": BELOW | {"models", "runtime", "arms", "signals", "stopping", "run", "run_parts", "pipeline"},
     "experiment": BELOW | {"data", "runtime", "signals", "stopping", "rounds"},
 }
 ONLY_IN = {

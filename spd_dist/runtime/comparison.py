@@ -155,6 +155,20 @@ def verdict(found: Sequence[Mapping[str, Any]], metric: str) -> str:
     return " ".join(spoken)
 
 
+def meaning(found: Sequence[Mapping[str, Any]], metric: str) -> str:
+    """One sentence, in plain words, of what the last of the method's arms shows against the first arm."""
+    spoken = [one for wanted in wanted_of(found).values() for one in wanted[:1]] if found else []
+    if not spoken:
+        return "In short: the arm's answers are in the table; there is no other arm to hold them against."
+    one = spoken[-1]
+    after, before, num = one["after"].upper(), one["before"].upper(), one["num_examples"]
+    low, high = one["interval"]
+    if low <= 0 <= high or one["p_holm"] >= SIGNIFICANCE:
+        return f"In short: on {num} examples this run cannot tell {after} from {before}; more examples and seeds could."
+    word = "better" if (low > 0) != (metric == "nll") else "worse"
+    return f"In short: {after} answers {word} than {before} on these {num} examples; other seeds may say otherwise."
+
+
 def wanted_of(found: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
     """The arms that a verdict is about, each with its comparisons with the first arm and with plain self-retraining.
 

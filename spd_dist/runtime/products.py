@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from spd_dist.config import STAGES
 from spd_dist.runtime.artifacts import content_hash, read_json
 from spd_dist.runtime.metrics import Product
 
@@ -51,3 +52,9 @@ def _of_subspace(folder: Path) -> dict[str, Any]:
     summary = read_json(folder / "summary.json")
     sites = {name: {key: site[key] for key in ("rank", "energy_fraction")} for name, site in summary["sites"].items()}
     return {**summary["metadata"], "sites": sites}
+
+
+def job_type(first: str, last: str) -> str:
+    """What W&B calls a job from one stage to another: the folder that it fills, or `pipeline` if there are several."""
+    jobs = {"project" if stage in STAGES[:4] else stage for stage in (first, last)}
+    return jobs.pop() if len(jobs) == 1 else "pipeline"

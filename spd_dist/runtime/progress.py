@@ -1,4 +1,4 @@
-"""A stage's progress, for people and for metrics: units done, tokens/s, time left."""
+"""A stage's progress, for people and for metrics: units done, tokens/s, time left of the stage and of the run."""
 
 from __future__ import annotations
 
@@ -7,13 +7,22 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
+from spd_dist.runtime.estimate import RunEstimate, StageEstimate
 from spd_dist.runtime.metrics import MetricLogger
+from spd_dist.runtime.terminal import Bars, terminal
 
+METRICS_SECONDS = 5.0
+"""Between two rows of the metrics."""
+BAR_SECONDS = 0.2
+"""Between two looks of the bars."""
 log = logging.getLogger(__name__)
 
 
 class Progress:
-    """Counts a stage's units, and says every few seconds how far it is: `with Progress(...) as progress: ...`."""
+    """Counts a stage's units, and says now and then how far it is: `with Progress(...) as progress: ...`.
+
+    On a terminal it draws bars, in a log file it writes lines.
+    """
 
     def __init__(
         self,
@@ -22,9 +31,10 @@ class Progress:
         unit: str,
         metrics: MetricLogger | None = None,
         *,
-        every_seconds: float = 5.0,
+        every_seconds: float = 30.0,
         clock: Callable[[], float] = time.monotonic,
         check: Callable[[str], None] | None = None,
+        run: RunEstimate | None = None,
     ) -> None:
         """Start the clock.
 
@@ -36,12 +46,14 @@ class Progress:
             every_seconds: Time between two lines.
             clock: Seconds.
             check: Told after each unit how far this rank is; it may raise, where a rank may stop alone.
+            run: The run's other stages, so that its whole time can be told.
         """
         self.stage, self.total, self.unit = stage, total, unit
         self.done, self.tokens, self.skipped = 0, 0, 0
         self._metrics, self._every_seconds, self._clock = metrics, every_seconds, clock
-        self._check = check
-        self._started = self._said = clock()
+        self._check, self._run, self._estimate = check, run, StageEstimate()
+        self._bars = Bars(terminal())
+        self._started = self._said = self._logged = self._drawn = clock()
 
     @property
     def seconds(self) -> float:
@@ -52,8 +64,18 @@ class Progress:
         """Count what was just done."""
         self.done += units
         self.tokens += tokens
-        if self._clock() - self._said >= self._every_seconds:
-            self._say()
+        self._estimate.observe(self.done - self.skipped, self.seconds)
+        now = self._clock()
+        if now - self._logged >= METRICS_SECONDS:
+            self._logged = now
+            self._log_metrics()
+        if self._bars.are_drawn:
+            if now - self._drawn >= BAR_SECONDS:
+                self._drawn = now
+                self._draw()
+        elif now - self._said >= self._every_seconds:
+            self._said = now
+            log.info("%s: %s", self.stage, ", ".join([self._counted(), *self._speed(), *self._time_left()]))
         if self._check is not None:
             self._check(f"{self.stage}, {self._counted()}")
 
@@ -67,10 +89,12 @@ class Progress:
         self.done += units
         self.skipped += units
 
-    def _say(self) -> None:
-        self._said = self._clock()
-        log.info("%s: %s", self.stage, ", ".join([self._counted(), *self._speed(), *self._time_left()]))
-        self._log_metrics()
+    def _draw(self) -> None:
+        self._bars.show(self.stage, self.done, self.total, ", ".join([self._counted(), *self._speed()]))
+        stage_left, run_left = self._seconds_left()
+        words = [] if stage_left is None else [f"{self.stage} {clock_time(stage_left)} left"]
+        words += [] if run_left is None else [f"all {clock_time(run_left)} left"]
+        self._bars.show_run(self.seconds, run_left, ", ".join(words))
 
     def _counted(self) -> str:
         return f"{self.done}{'' if self.total is None else f'/{self.total}'} {self.unit}"
@@ -80,11 +104,21 @@ class Progress:
             return [f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s"]
         return [f"{(self.done - self.skipped) / max(self.seconds, 1e-9):,.2f} {self.unit}/s"]
 
+    def _seconds_left(self) -> tuple[float | None, float | None]:
+        """Of the stage and of the run; None where it is not known."""
+        pace = self._estimate.seconds_a_unit(self.done - self.skipped, self.seconds)
+        if pace is None or self.total is None:
+            return None, None
+        left = pace * max(0, self.total - self.done)
+        if self._run is None:
+            return left, None
+        self._run.measure(self.stage, pace)
+        return left, self._run.seconds_left(left)
+
     def _time_left(self) -> list[str]:
-        fresh = self.done - self.skipped
-        if self.total is None or fresh == 0:
-            return []
-        return [f"ETA {clock_time(self.seconds / fresh * max(0, self.total - self.done))}"]
+        stage, run = self._seconds_left()
+        words = [] if stage is None else [f"ETA {clock_time(stage)}"]
+        return words if run is None else [*words, f"of the run {clock_time(run)}"]
 
     def _log_metrics(self) -> None:
         if self._metrics is None:
@@ -97,11 +131,14 @@ class Progress:
     def __enter__(self) -> Progress:
         if self.skipped < (self.total or 1):
             log.info("%s: starts, %s", self.stage, self.unit if self.total is None else f"{self.total} {self.unit}")
+        self._bars.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._bars.stop()
+        self._seconds_left()
         word = "done" if error is None else "stopped"
         parts = [self._counted(), *(self._speed() if self.tokens else []), f"{self.seconds:.1f} s"]
         log.info("%s: %s, %s", self.stage, word, ", ".join(parts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,16 @@ from spd_dist.config import STAGES
 from spd_dist.runtime.angles import angles
 from spd_dist.runtime.answers import answers_path, answers_summary, manner, read_answers
 from spd_dist.runtime.artifacts import content_hash, read_json, write_json
-from spd_dist.runtime.comparison import amount, blind_notes, comparisons, notes, overlap_notes, size_notes, verdict
+from spd_dist.runtime.comparison import (
+    amount,
+    blind_notes,
+    comparisons,
+    meaning,
+    notes,
+    overlap_notes,
+    size_notes,
+    verdict,
+)
 from spd_dist.runtime.manifests import MANIFEST, finished_stages
 from spd_dist.runtime.metrics import MetricLogger
 from spd_dist.runtime.training_log import training_losses
@@ -146,6 +156,7 @@ def report_text(report: Mapping[str, Any], run_folder: str | Path, *, width: int
     if report["num_samples"] > 1:
         console.print(pass_table(report["arms"]))
     console.print(report["verdict"])
+    console.print(meaning(report["comparisons"], report["metric"]))
     for note in report["notes"]:
         console.print(f"Note: {note}")
     smallest = {
@@ -161,10 +172,9 @@ def report_text(report: Mapping[str, Any], run_folder: str | Path, *, width: int
     for stage, entry in report["cost"].items():
         verb = next(part for part in stage.split("/")[::-1] if part in STAGES)
         seconds[verb] = seconds.get(verb, 0.0) + entry["seconds"]
-    console.print(f"Time: {', '.join(f'{verb} {each:.0f} s' for verb, each in seconds.items()) or 'not recorded'}")
-    console.print(f"Files: {run_folder}/")
-    for what, path in report["artifacts"].items():
-        console.print(f"  {path:<38} {what}")
+    parts = ", ".join(f"{verb} {each:.0f} s" for verb, each in seconds.items())
+    console.print(f"Time: {sum(seconds.values()):.0f} s ({parts})" if parts else "Time: not recorded")
+    console.print(f"Report: {Path(run_folder) / 'report.html'}", soft_wrap=True)
     console.print("Next:")
     for command in next_commands(run_folder):
         console.print(f"  {command}", soft_wrap=True)
@@ -173,11 +183,11 @@ def report_text(report: Mapping[str, Any], run_folder: str | Path, *, width: int
 
 def next_commands(run_folder: str | Path) -> list[str]:
     """What one may want to do with a finished run, as commands."""
+    folder = shlex.quote(str(run_folder))
     return [
-        f"python launchers/corpus.py stats {run_folder}",
-        f"python launchers/compare.py {run_folder}",
-        f"python launchers/export.py {run_folder} --base MODEL_FOLDER --out FOLDER",
-        "deepspeed launchers/spd.py --config configs/presets/paper.yaml configs/qwen2.5-0.5b_gsm8k.yaml",
+        f"python launchers/corpus.py show {folder} --num 3",
+        f"python launchers/spd.py --config {folder}/config.yaml --preview-masks 3",
+        "deepspeed launchers/experiment.py --config configs/experiments/arithmetic_smollm2.yaml",
     ]
 
 

@@ -2,6 +2,7 @@ import logging
 
 import pytest
 
+from spd_dist.runtime.estimate import Part, RunEstimate
 from spd_dist.runtime.metrics import MetricLogger, read_metrics
 from spd_dist.runtime.progress import Progress, clock_time
 
@@ -33,6 +34,23 @@ def test_a_line_every_few_seconds_with_units_speed_and_time_left(lines):
     ]
 
 
+def test_the_time_of_the_whole_run_is_told_once_its_later_stages_have_a_pace(lines):
+    clock, run = Clock(), RunEstimate()
+    run.expect([Part("generate", "generate", 10), Part("evaluate/spd", "evaluate", 20, "generate"),
+                Part("finetune", "finetune", 5, "calibrate", 4.0)])  # fmt: skip
+    run.now = "generate"
+    for stage in ("generate", "finetune"):
+        with Progress(stage, 10, "units", every_seconds=1, clock=clock, run=run) as progress:
+            for _ in range(5):
+                clock.seconds += 2
+                progress.advance()
+        run.measure("calibrate", 1.0)
+    assert "generate: 5/10 units, 0.50 units/s, ETA 0:10" in lines()
+    run.finish("finetune")
+    run.finish("generate")
+    assert run.seconds_left(3.0) == 3.0 + 20 * 2.0
+
+
 def test_it_works_without_a_total_and_without_tokens(lines):
     clock = Clock()
     with Progress("calibrate", None, "batches", every_seconds=2, clock=clock) as progress:
@@ -51,7 +69,11 @@ def test_what_an_earlier_attempt_did_counts_as_done_and_not_as_speed(lines):
         progress.skip(90)
         clock.seconds += 2
         progress.advance(1)
-    assert "generate: 91/100 prompts, 0.50 prompts/s, ETA 0:18" in lines()
+        assert "generate: 91/100 prompts, 0.50 prompts/s" in lines()
+        for _ in range(3):
+            clock.seconds += 2
+            progress.advance(1)
+    assert lines()[-2] == "generate: 94/100 prompts, 0.50 prompts/s, ETA 0:12"
 
 
 def test_a_total_may_be_learned_when_the_work_is_planned(lines):
@@ -73,12 +95,12 @@ def test_progress_is_in_the_metrics_too(tmp_path):
         MetricLogger(tmp_path) as metrics,
         Progress("generate", 2, "prompts", metrics, every_seconds=1, clock=clock) as progress,
     ):
-        clock.seconds += 2
+        clock.seconds += 6
         progress.advance(1, tokens=30)
         progress.advance(1, tokens=10)
     first, last = read_metrics(tmp_path)
-    assert (first["step"], first["generate/done_count"], first["generate/tokens_per_second"]) == (1, 1, 15.0)
-    assert (last["step"], last["generate/tokens_per_second"], last["generate/elapsed_seconds"]) == (2, 20.0, 2.0)
+    assert (first["step"], first["generate/done_count"], first["generate/tokens_per_second"]) == (1, 1, 5.0)
+    assert (last["step"], last["generate/tokens_per_second"], last["generate/elapsed_seconds"]) == (2, 6.7, 6.0)
 
 
 def test_times_are_written_as_clocks():

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 
 import pytest
 from answering import ARMS, answered_run, answers, sampled
@@ -57,11 +58,13 @@ def test_the_text_is_a_table_a_verdict_and_where_everything_is(run_folder):
     assert float(low) < 60 < float(high)
     assert (ended, strict, lenient, tokens, loops) == ("100", "100", "100", "20", "0")
     assert "SPD against BASE" in text
-    assert "Time: project 9 s" in text
-    assert any(line.startswith("  finetune/adapter ") for line in lines)
+    assert "In short: SPD answers better than BASE on these 150 examples; other seeds may say otherwise." in text
+    assert re.search(r"^Time: \d+ s \(project 9 s", text, re.MULTILINE)
+    assert f"Report: {run_folder / 'report.html'}" in lines
     prose, commands = lines[: lines.index("Next:")], lines[lines.index("Next:") + 1 :]
     assert max(map(len, prose)) <= 100
-    assert f"  python launchers/corpus.py stats {run_folder}" in commands, "whole, to be copied"
+    assert len(commands) == 3
+    assert f"  python launchers/corpus.py show {run_folder} --num 3" in commands, "whole, to be copied"
 
 
 def test_several_samples_make_a_table_of_pass_at_k(run_folder):

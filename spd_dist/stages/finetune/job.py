@@ -9,6 +9,7 @@ from pathlib import Path
 from spd_dist.config import Distributed
 from spd_dist.distributed.heartbeat import Heartbeat
 from spd_dist.distributed.world import World
+from spd_dist.runtime.estimate import RunEstimate
 from spd_dist.runtime.metrics import MetricLogger
 
 
@@ -29,8 +30,10 @@ class Job:
     """Asked before every step; one rank's yes stops all of them, at the same step, after a checkpoint."""
     metrics: MetricLogger | None = None
     """Gets the numbers of every step and epoch, on all ranks."""
-    progress_seconds: float = 5.0
+    progress_seconds: float = 30.0
     """Time between two progress lines."""
+    estimate: RunEstimate | None = None
+    """Of the run's other stages."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """What else the model card should say: the task, the arm, the hash of the config."""
     heartbeat: Heartbeat | None = None

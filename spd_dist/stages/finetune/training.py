@@ -77,7 +77,8 @@ class Training:
             keep=config.keep_checkpoints,
             keep_every=config.keep_every,
         )
-        self.progress = Progress("finetune", self.num_steps, "steps", every_seconds=job.progress_seconds)
+        said = {"every_seconds": job.progress_seconds, "run": job.estimate}
+        self.progress = Progress("finetune", self.num_steps, "steps", **said)
         self.heartbeat = job.heartbeat or Heartbeat(job.folder / "heartbeat", job.world)
         self.speed = Speedometer(outline_of(policy.model), job.world)
         self.state = State()

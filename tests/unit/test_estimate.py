@@ -1,0 +1,70 @@
+"""A time is told when it can be known: after three units, when steady; of the run once all paces are known."""
+
+import pytest
+
+from spd_dist.arms import chosen
+from spd_dist.overrides import load_config
+from spd_dist.run_parts import parts_of
+from spd_dist.runtime.estimate import Part, RunEstimate, StageEstimate
+
+
+def paces(times):
+    """What is told after each unit that ends at one of `times`."""
+    estimate, told = StageEstimate(), []
+    for count, seconds in enumerate(times, 1):
+        estimate.observe(count, seconds)
+        told.append(estimate.seconds_a_unit(count, seconds))
+    return told
+
+
+def test_nothing_is_told_before_three_units_are_done_and_one_more_agrees():
+    assert paces([2.0, 4.0, 6.0, 8.0, 10.0]) == [None, None, None, 2.0, 2.0]
+
+
+def test_nothing_is_told_while_the_estimate_moves_by_more_than_half():
+    # The first unit took forty seconds, the others one each, as where many prompts are decoded at once.
+    told = paces([40.0 + count for count in range(40)])
+    first = next(count for count, pace in enumerate(told, 1) if pace is not None)
+    assert told[3] is not None or first > 3
+    for count, pace in enumerate(told, 1):
+        if pace is not None:
+            half = -(-count // 2)
+            assert abs((40.0 + half - 1) / half - pace) <= pace * 0.51 or half < 3
+
+
+def test_a_pace_that_jumps_is_not_told_until_it_is_steady_again():
+    times = [1.0, 2.0, 3.0, 4.0, 5.0, 25.0, 45.0]
+    assert paces(times)[4:] == [1.0, None, None]
+
+
+def test_a_million_units_leave_a_few_hundred_sights():
+    estimate = StageEstimate()
+    for count in range(1, 1_000_001):
+        estimate.observe(count, float(count))
+    assert len(estimate._seen) < 400
+
+
+def test_the_run_takes_its_stage_and_all_that_come_after():
+    run = RunEstimate()
+    run.expect([Part("generate", "generate", 10), Part("finetune", "finetune", 4, "calibrate", 2.0),
+                Part("evaluate/base", "evaluate", 5, "generate")])  # fmt: skip
+    run.now = "generate"
+    run.measure("generate", 3.0)
+    assert run.seconds_left(12.0) is None
+    run.measure("calibrate", 1.0)
+    assert run.seconds_left(12.0) == 12.0 + 4 * 2.0 * 1.0 + 5 * 3.0
+    run.measure("finetune", 7.0)
+    run.finish("generate")
+    assert run.seconds_left(0.0) == 4 * 7.0 + 5 * 3.0
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_the_parts_are_those_of_the_arms(num_ranks):
+    config = load_config(["configs/quickstart.yaml"])
+    parts = parts_of(config, chosen(config.evaluate.arms), num_ranks)
+    assert [part.folder for part in parts] == [
+        "project", "arms/psr/generate", "generate", "arms/psr/finetune", "finetune", "evaluate/base", "evaluate/psr",
+        "evaluate/spd", "evaluate/projected",
+    ]  # fmt: skip
+    assert [part.units for part in parts[:2]] == [32 / num_ranks, 96 / num_ranks]
+    assert parts[3].units == 12
