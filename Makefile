@@ -1,4 +1,5 @@
 # make quickstart    sets up this machine, then runs the method on a real small model: 2 CPU ranks, or every GPU
+# make doctor        says what is wrong with this machine
 # make test          sets up, then passes the tests; make test-slow those that take minutes
 # make qwen          fetches a second real model (0.5 GB), for the tests that are marked data
 # make test-cluster  passes those on two emulated hosts with a real SLURM: needs root, installs SLURM and pdsh by apt-get
@@ -16,10 +17,16 @@ endif
 IN_VENV := PATH="$$(cd "$(VENV)" && pwd)/bin:$$PATH" TOKENIZERS_PARALLELISM=false
 PYTEST := $(IN_VENV) DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 python -m pytest
 
-.PHONY: install quickstart test test-slow qwen test-cluster lint
+.PHONY: install doctor quickstart test test-slow qwen test-cluster lint
 
 install:
 	@$(PYTHON) launchers/install.py --venv "$(VENV)"
+
+# Looks for what is wrong with this machine; also where the set-up failed.
+doctor:
+	@$(PYTHON) launchers/install.py --venv "$(VENV)" --check
+	@if [ -f "$(VENV)/.installed" ]; then $(IN_VENV) $(ON_CPU) python launchers/doctor.py --config configs/quickstart.yaml; \
+	else echo "the packages are not installed yet: make install"; fi
 
 quickstart: install
 	@$(IN_VENV) $(ON_CPU) deepspeed $(RANKS) launchers/spd.py --config configs/quickstart.yaml run_dir="$(RUN_DIR)"

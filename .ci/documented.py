@@ -112,7 +112,7 @@ def parse(words: Sequence[str]) -> None:
 
         found = parse_torchrun(rest)
         parse_script(found.training_script, found.training_script_args)
-    elif program == "python":
+    elif program in ("python", "python3"):
         parse_script(rest[0], rest[1:])
     elif program == "srun":
         parse(rest[rest.index("python") :])

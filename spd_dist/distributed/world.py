@@ -37,7 +37,8 @@ def join_world(config: Distributed) -> World:
     Rank and address come from `deepspeed`, `torchrun`, or SLURM under `srun`; without any, the world is this process.
 
     Raises:
-        ConfigError: a RANK without the other variables that a launcher sets, or an interface that this host lacks.
+        ConfigError: a RANK without the other variables that a launcher sets, an interface that this host lacks, or a
+            port that is taken.
     """
     if config.interface is not None:
         check_interface(config.interface, [name for _, name in socket.if_nameindex()])
@@ -50,7 +51,15 @@ def join_world(config: Distributed) -> World:
         if device.index is not None:
             os.environ["LOCAL_RANK"] = str(device.index)  # by which DeepSpeed takes its device, too
         timeout = timedelta(seconds=config.timeout_seconds)
-        deepspeed.init_distributed(verbose=False, timeout=timeout)
+        try:
+            deepspeed.init_distributed(verbose=False, timeout=timeout)
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise ConfigError(
+                f"MASTER_PORT: {os.environ['MASTER_PORT']} is taken on {socket.gethostname()}, by another run perhaps; "
+                "give this one another: deepspeed --master_port PORT, or MASTER_PORT=PORT elsewhere"
+            ) from error
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size())
     torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local_size))
     dist.barrier()  # a rank that is done must not close its sockets while another still connects

@@ -21,6 +21,7 @@ from spd_dist.data.tasks import find_task
 from spd_dist.distributed.memory import describe_device
 from spd_dist.errors import UserError
 from spd_dist.models.reachable import find_model
+from spd_dist.preflight.places import faults_of_places
 from spd_dist.runtime.artifacts import content_hash
 from spd_dist.runtime.environment import PACKAGES, version_of
 from spd_dist.runtime.settings import result_settings
@@ -61,6 +62,7 @@ def gather_facts(config: Config, environment: Mapping[str, str]) -> Facts:
     local_size = int(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or 1)
     reachable, faults, model_gib = _find_inputs(config) if local_rank == 0 else ({}, {}, 0.0)
     disks, unwritable = _disks(Path(config.run_dir))
+    places = faults_of_places(config.model.cache_dir, environment) if local_rank == 0 else {}
     device = describe_device(local_rank, local_size)
     return Facts(
         rank=int(environment.get("RANK", environment.get("SLURM_PROCID", "0"))),
@@ -77,7 +79,7 @@ def gather_facts(config: Config, environment: Mapping[str, str]) -> Facts:
         free_disk_gib=disks,
         model_gib=model_gib,
         reachable=reachable,
-        faults=faults | unwritable,
+        faults=faults | unwritable | places,
     )
 
 

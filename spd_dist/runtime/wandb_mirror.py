@@ -10,7 +10,8 @@ import netrc
 import os
 import re
 import socket
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -68,7 +69,7 @@ class WandbMirror:
         log.info("W&B: to upload what the server has not: python launchers/wandb_sync.py %s", self._folder)
 
     def _product(self, product: Product, is_input: bool) -> None:
-        name = re.sub(r"[^\w.-]", "-", f"{self._run.group.rpartition('-')[0]}-{product.name}")
+        name = re.sub(r"[^\w.-]", "-", f"{self._run.group.rpartition('-')[0]}-{product.name}", flags=re.ASCII)
         artifact = self._wandb.Artifact(name, type=product.kind, metadata=dict(product.metadata))
         for path in product.paths:
             for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
@@ -105,6 +106,21 @@ class WandbMirror:
             log.warning("W&B: %s failed, no more of that is sent; all is in the run's folder: %s", doing, error)
 
 
+@contextmanager
+def _service_files() -> Iterator[None]:
+    """Where W&B's own files were moved, its service logs there as well, and not beside the user's caches."""
+    moved = os.environ.get("WANDB_DATA_DIR")
+    if moved is None or "XDG_CACHE_HOME" in os.environ:
+        yield
+        return
+    os.environ["XDG_CACHE_HOME"] = moved
+    try:
+        yield
+    finally:
+        del os.environ["XDG_CACHE_HOME"]
+
+
+@_service_files()
 def open_mirror(
     config: Metrics,
     run_folder: str | Path,
