@@ -7,7 +7,9 @@ Exit codes: 0 done, 2 the config is wrong, 3 the data or the model is wrong, 75 
 from __future__ import annotations
 
 import argparse
+import codecs
 import dataclasses
+import locale
 import logging
 import os
 import sys
@@ -132,6 +134,10 @@ def on_every_rank(config: Config, work: Callable[[World], str]) -> int:
     from spd_dist.runtime.log import set_up_logging
 
     set_up_logging(int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))))
+    encoding = codecs.lookup(locale.getencoding()).name
+    if encoding != "utf-8":  # DeepSpeed reads its own files by it
+        print(f"error: LC_ALL: files are read as {encoding} here; set PYTHONUTF8=1, or LC_ALL=C.UTF-8", file=sys.stderr)
+        return ConfigError.exit_code
     moved = make_room(os.environ)
     if moved is not None:
         logging.getLogger("spd_dist").info(moved)

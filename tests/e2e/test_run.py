@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +70,32 @@ def test_the_results_do_not_depend_on_ranks_and_sharding(words, undisturbed, tmp
         projectors = [basis_DR @ basis_DR.T for basis_DR in bases]
         assert (projectors[0] - projectors[1]).abs().max() < 1e-5
     torch.testing.assert_close(losses(run), losses(undisturbed), rtol=0, atol=1e-5)
+
+
+def test_nothing_is_printed_but_our_own_lines_and_the_report(undisturbed):
+    lines = (undisturbed.parent / "log").read_text().splitlines()
+    end = next(number for number, line in enumerate(lines) if line.startswith("arithmetic: 4 arms"))
+    ours = re.compile(r"\d\d:\d\d:\d\d (\[rank 1\] )?\w")
+    assert [line for line in lines[:end] if not ours.match(line)] == []
+    assert lines[-4] == "Next:"
+    assert all(line.startswith("  ") for line in lines[-3:])
+
+
+def test_a_locale_that_is_not_utf_8_and_a_port_that_is_taken_end_in_one_sentence(words, tmp_path):
+    alone = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    command = [sys.executable, "launchers/spd.py", *words, f"run_dir={tmp_path}"]
+    done = subprocess.run(command, env={**os.environ, **alone}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: LC_ALL: files are read as ascii here; set PYTHONUTF8=1, or LC_ALL=C.UTF-8")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        ranks["MASTER_PORT"] = str(taken.getsockname()[1])
+        done = subprocess.run(command, env={**os.environ, **ranks}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"error: MASTER_PORT: {ranks['MASTER_PORT']} is taken on" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_the_run_folder_keeps_its_contract(undisturbed, model):

@@ -66,7 +66,8 @@ runpy.run_path("launchers/install.py", run_name="__main__")
 
 @pytest.mark.parametrize(("change", "message"), [
     ("sys.version_info = (3, 8, 1)", "error: Python 3.11 or newer is needed, "),
-    ("find = importlib.util.find_spec\nimportlib.util.find_spec = lambda name: None if name == 'ensurepip' else find(name)",
+    ("find = importlib.util.find_spec\n"
+     "importlib.util.find_spec = lambda name: None if name == 'ensurepip' else find(name)",
      "cannot make virtual environments: apt-get install python3."),
     ("shutil.disk_usage = lambda place: type('U', (), {'free': 1 << 30})", "has 1.0 GiB free, 3 are needed: make room"),
 ])  # fmt: skip
