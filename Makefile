@@ -24,9 +24,9 @@ install:
 
 # Looks for what is wrong with this machine; also where the set-up failed.
 doctor:
-	@$(PYTHON) launchers/install.py --venv "$(VENV)" --check
-	@if [ -f "$(VENV)/.installed" ]; then $(IN_VENV) $(ON_CPU) python launchers/doctor.py --config configs/quickstart.yaml; \
-	else echo "the packages are not installed yet: make install"; fi
+	@$(PYTHON) launchers/install.py --venv "$(VENV)" --check; code=$$?; \
+	if [ ! -f "$(VENV)/.installed" ]; then echo "the packages are not installed yet: make install"; exit $$code; fi; \
+	$(IN_VENV) $(ON_CPU) python launchers/doctor.py --config configs/quickstart.yaml && exit $$code
 
 quickstart: install
 	@$(IN_VENV) $(ON_CPU) deepspeed $(RANKS) launchers/spd.py --config configs/quickstart.yaml run_dir="$(RUN_DIR)"

@@ -229,6 +229,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # as after `activate`
     os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     sys.path.insert(0, str(Path().resolve()))
     sys.exit(main())

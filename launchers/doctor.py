@@ -95,7 +95,7 @@ def leave_report(folder: Path, own: Facts) -> None:
     """Put this rank's facts where rank 0 can read them if no message reaches it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"rank_{own.rank:05d}.json").write_text(json.dumps(dataclasses.asdict(own)))
+        (folder / f"rank_{own.rank:05d}.json").write_text(json.dumps(dataclasses.asdict(own)), encoding="utf-8")
     except OSError:
         pass  # the table will say so
 
@@ -130,7 +130,7 @@ def reports(folder: Path) -> Iterator[Facts]:
 
     for file in sorted(folder.glob("rank_*.json")):
         if time.time() - file.stat().st_mtime < SECONDS_OF_ONE_LAUNCH:
-            yield Facts(**json.loads(file.read_text()))
+            yield Facts(**json.loads(file.read_text(encoding="utf-8")))
 
 
 def show(found: Sequence[Finding], num_hosts: int) -> None:

@@ -32,6 +32,7 @@ from spd_dist.config import Config
 from spd_dist.errors import ConfigError, UserError
 from spd_dist.orphans import watch_launchers
 from spd_dist.overrides import load_config
+from spd_dist.runtime.home import make_room
 from spd_dist.signals import StopSignals
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return error.exit_code
     signals.install()
     watch_launchers(os.environ)
+    make_room(os.environ)
 
     def work(world: World) -> str:
         from spd_dist.alone import evaluate_alone

@@ -26,6 +26,7 @@ from spd_dist.config import Experiment
 from spd_dist.errors import ConfigError, UserError
 from spd_dist.orphans import watch_launchers
 from spd_dist.overrides import load_experiment, split_words, to_yaml
+from spd_dist.runtime.home import make_room
 from spd_dist.signals import StopSignals
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def main(words: Sequence[str] | None = None) -> int:
     signals = StopSignals()
     signals.install()
     watch_launchers(os.environ)
+    make_room(os.environ)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # our own lines say how far a stage is
     arguments = parse_arguments(words)
     try:

@@ -43,7 +43,8 @@ def main():
         print("" if wrong else f"python {sys.version.split()[0]} and {venv.parent} are right", flush=True)
         return int(bool(wrong))
     stamp = venv / ".installed"
-    if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted():
+    is_whole = stamp.is_file() and (venv / "bin" / "python").exists()
+    if is_whole and stamp.read_text(encoding="utf-8") == wanted():
         return 0
     started = time.monotonic()
     print(f"setting up {venv}: about a minute", flush=True)
@@ -64,7 +65,9 @@ def faults(venv):
     found = []
     if sys.version_info < OLDEST:
         have, need = (".".join(map(str, version)) for version in (sys.version_info[:2], OLDEST))
-        found.append(f"Python {need} or newer is needed, {sys.executable} is {have}: make PYTHON=python{need}")
+        newer = [name for name in ("python3.13", "python3.12", "python3.11") if shutil.which(name)]
+        remedy = "make PYTHON=" + newer[0] if newer else "install it, and name it by make PYTHON=PATH"
+        found.append(f"Python {need} or newer is needed, {sys.executable} is {have}: {remedy}")
     elif any(importlib.util.find_spec(name) is None for name in ("venv", "ensurepip")):
         package = "python{}.{}-venv".format(*sys.version_info[:2])
         found.append(f"{sys.executable} cannot make virtual environments: apt-get install {package}")

@@ -23,6 +23,7 @@ from spd_dist.config import STAGES, Config
 from spd_dist.errors import ConfigError, UserError
 from spd_dist.orphans import watch_launchers
 from spd_dist.overrides import load_config, split_words, to_yaml
+from spd_dist.runtime.home import home_of, make_room, where_files_go
 from spd_dist.signals import StopSignals
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def main() -> int:
     signals = StopSignals()
     signals.install()
     watch_launchers(os.environ)
+    make_room(os.environ)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # our own lines say how far a stage is
     arguments = parse_arguments()
     try:
@@ -130,17 +132,15 @@ def run(config: Config, arguments: argparse.Namespace, signals: StopSignals) -> 
 def on_every_rank(config: Config, work: Callable[[World], str]) -> int:
     """Join the other ranks and print what `work` gives; every failure ends all ranks, and none waits for ever."""
     from spd_dist.distributed.world import join_world, leave_world
-    from spd_dist.runtime.home import make_room
     from spd_dist.runtime.log import set_up_logging
 
     set_up_logging(int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))))
-    encoding = codecs.lookup(locale.getencoding()).name
+    encoding = codecs.lookup(locale.getpreferredencoding(do_setlocale=False)).name
     if encoding != "utf-8":  # DeepSpeed reads its own files by it
         print(f"error: LC_ALL: files are read as {encoding} here; set PYTHONUTF8=1, or LC_ALL=C.UTF-8", file=sys.stderr)
         return ConfigError.exit_code
-    moved = make_room(os.environ)
-    if moved is not None:
-        logging.getLogger("spd_dist").info(moved)
+    if home_of(os.environ) is None:
+        logging.getLogger("spd_dist").info(where_files_go(os.environ))
     try:
         world = join_world(config.distributed)
     except UserError as error:

@@ -230,7 +230,7 @@ def check_margin(time: str, margin_seconds: int) -> None:
 def submit(job: Job, folder: Path, after: str | None) -> str | None:
     """Keep the script, hand it to sbatch, and give the job's id; None if sbatch refused. It waits for job `after`."""
     path = folder / f"{job.name}.sbatch"
-    path.write_text(job.script())
+    path.write_text(job.script(), encoding="utf-8")
     chained = [] if after is None else [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
     done = subprocess.run(["sbatch", "--parsable", *chained, str(path)], capture_output=True, text=True, check=False)
     if done.returncode != 0:

@@ -85,7 +85,7 @@ def plan(path: Path) -> None:
     ]
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / "plan.json"
-    if target.exists() and json.loads(target.read_text())["points"] != described:
+    if target.exists() and json.loads(target.read_text(encoding="utf-8"))["points"] != described:
         raise ConfigError(
             f"{target} is the plan of another sweep, and its runs would be taken for this one's; "
             "give this sweep a folder of its own"
@@ -138,7 +138,7 @@ def read_plan(path: Path) -> list[Point]:
         ConfigError: it can't be read.
     """
     try:
-        found = json.loads(path.read_text())["points"]
+        found = json.loads(path.read_text(encoding="utf-8"))["points"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path} is no plan ({error!r}); write one with launchers/sweep.py plan SWEEP.yaml"
@@ -189,7 +189,7 @@ def collect(path: Path) -> None:
         raise DataError(f"{path}: no point is finished yet; see launchers/sweep.py status {path}")
     target = path.parent / "results.csv"
     rows = [row for point in finished for row in _rows(point)]
-    with target.open("w", newline="") as file:
+    with target.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
@@ -206,7 +206,7 @@ def collect(path: Path) -> None:
 
 
 def _rows(point: Point) -> list[dict[str, Any]]:
-    report = json.loads((point.run_dir / "report.json").read_text())
+    report = json.loads((point.run_dir / "report.json").read_text(encoding="utf-8"))
     rows = []
     for arm, described in report["arms"].items():
         low, high = described["interval"]
@@ -218,7 +218,7 @@ def _rows(point: Point) -> list[dict[str, Any]]:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None  # not there yet
 

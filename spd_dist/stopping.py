@@ -55,7 +55,7 @@ class Stopping:
         """Raise `StopRequested` on this rank if it was asked to stop, and ask the others: not within a collective."""
         reason = self.signals.reason()
         if reason is not None:
-            self.own.write_text(f"{reason}\n")
+            self.own.write_text(f"{reason}\n", encoding="utf-8")
             raise _request(reason)
 
     def _reason(self) -> str | None:

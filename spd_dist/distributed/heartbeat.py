@@ -47,7 +47,7 @@ class Heartbeat:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             beside = path.with_suffix(".partial")
-            beside.write_text(json.dumps(line))
+            beside.write_text(json.dumps(line), encoding="utf-8")
             beside.replace(path)
         except OSError as error:
             log.warning("%s cannot be written: %s", path, error)
@@ -58,7 +58,7 @@ class Heartbeat:
         for rank in range(self.world.size):
             path = self.folder / f"rank_{rank:05d}.json"
             try:
-                line = json.loads(path.read_text())
+                line = json.loads(path.read_text(encoding="utf-8"))
             except OSError:
                 seen.append((0, float("-inf"), f"rank {rank}: never seen"))
                 continue
@@ -75,7 +75,7 @@ class Heartbeat:
 def _is_alive(pid: int) -> bool:
     """Whether the process runs; a dead one whose parent has not noticed yet still has its folder."""
     try:
-        status = Path(f"/proc/{pid}/stat").read_text()
+        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
     except OSError:
         return False
     return status.rpartition(")")[2].split()[0] not in "ZX"

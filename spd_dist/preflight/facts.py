@@ -62,8 +62,9 @@ def gather_facts(config: Config, environment: Mapping[str, str]) -> Facts:
     local_size = int(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or 1)
     reachable, faults, model_gib = _find_inputs(config) if local_rank == 0 else ({}, {}, 0.0)
     disks, unwritable = _disks(Path(config.run_dir))
-    places = faults_of_places(config.model.cache_dir, environment) if local_rank == 0 else {}
     device = describe_device(local_rank, local_size)
+    has_gpu = device.num_visible > 0
+    places = faults_of_places(config.model, environment, has_gpu=has_gpu) if local_rank == 0 else {}
     return Facts(
         rank=int(environment.get("RANK", environment.get("SLURM_PROCID", "0"))),
         host=socket.gethostname(),

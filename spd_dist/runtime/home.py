@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 LIBRARIES = {
@@ -32,9 +32,10 @@ def _is_virtual(folder: Path) -> bool:
 
 
 def home_of(environment: Mapping[str, str]) -> Path | None:
-    """The home folder, if there is one that can be written."""
+    """The home folder, if there is one in which libraries can keep files."""
     home = environment.get("HOME", "")
-    return Path(home) if home and is_writable(Path(home)) else None
+    places = (Path(home), Path(home) / ".cache", Path(home) / ".config")
+    return Path(home) if home and all(map(is_writable, places)) else None
 
 
 def stand_ins(environment: Mapping[str, str]) -> dict[str, str]:
@@ -44,17 +45,29 @@ def stand_ins(environment: Mapping[str, str]) -> dict[str, str]:
     """
     if home_of(environment) is not None:
         return {}
+    base = _own_folder()
+    found = {name: str(base / folder) for name, folder in LIBRARIES.items()}
+    if "HOME" not in environment:
+        found["NETRC"] = str(base / "netrc")  # W&B would look for the home of a user who may have none
+    return {name: folder for name, folder in found.items() if name not in environment}
+
+
+def _own_folder() -> Path:
+    """A folder of this user alone: one of its name that belongs to somebody else is not trusted."""
     base = Path(tempfile.gettempdir()) / f"spd_dist-{os.getuid()}"
-    return {name: str(base / folder) for name, folder in LIBRARIES.items() if name not in environment}
+    base.mkdir(mode=0o700, exist_ok=True)
+    return base if base.stat().st_uid == os.getuid() else Path(tempfile.mkdtemp(prefix="spd_dist-"))
 
 
-def make_room(environment: dict[str, str] | os._Environ[str]) -> str | None:
-    """Set the variables of `stand_ins`, and make their folders; a sentence of what was done, None if nothing."""
-    found = stand_ins(environment)
-    for folder in found.values():
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    environment |= found
-    if not found:
-        return None
+def make_room(environment: MutableMapping[str, str]) -> None:
+    """Set the variables of `stand_ins`, before the libraries are imported, and make their folders."""
+    for name, folder in stand_ins(environment).items():
+        if name != "NETRC":
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        environment[name] = folder
+
+
+def where_files_go(environment: Mapping[str, str]) -> str:
+    """A sentence for users whose home folder cannot be written."""
     home = environment.get("HOME") or "not set"
     return f"HOME ({home}) cannot be written: matplotlib, W&B and compilers keep their files in {tempfile.gettempdir()}"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -175,7 +177,7 @@ def report_text(report: Mapping[str, Any], run_folder: str | Path, *, width: int
     parts = ", ".join(f"{verb} {each:.0f} s" for verb, each in seconds.items())
     console.print(f"Time: {sum(seconds.values()):.0f} s ({parts})" if parts else "Time: not recorded")
     console.print(f"Report: {Path(run_folder) / 'report.html'}", soft_wrap=True)
-    console.print("Next:")
+    console.print(f"Next, after `source {shlex.quote(os.path.relpath(sys.prefix))}/bin/activate`:", soft_wrap=True)
     for command in next_commands(run_folder):
         console.print(f"  {command}", soft_wrap=True)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())

@@ -151,7 +151,11 @@ def open_mirror(
         log.info("W&B: not installed; metrics are in %s/metrics", run_folder)
         return None
     failures = _failures(wandb)
-    server = os.environ.get("WANDB_BASE_URL") or wandb.setup().settings.base_url
+    try:
+        server = os.environ.get("WANDB_BASE_URL") or wandb.setup().settings.base_url
+    except failures as error:
+        log.warning("W&B: cannot start: %s; metrics are in %s/metrics", error, run_folder)
+        return None
     quiet = {name: value for name, value in QUIET.items() if name in wandb.Settings.model_fields}
     folder = Path(run_folder).resolve()
     identity = _identity(config, folder, settings, job)
@@ -230,7 +234,7 @@ def _has_key(server: str) -> bool:
     try:
         file = os.environ.get("NETRC") or Path.home() / ".netrc"
         return netrc.netrc(file).authenticators(urlsplit(server).hostname or "") is not None
-    except (OSError, netrc.NetrcParseError):
+    except (OSError, RuntimeError, netrc.NetrcParseError):  # RuntimeError: there is no home folder
         return False
 
 

@@ -56,6 +56,11 @@ def losses(run: Path) -> torch.Tensor:
     return torch.tensor([named[key] for key in sorted(named)])
 
 
+def strange_lines(text: str) -> list[str]:
+    """What libraries said: lines that do not begin with the time, as ours do."""
+    return [line for line in text.splitlines() if not re.match(r"\d\d:\d\d:\d\d ", line)]
+
+
 @pytest.mark.parametrize(("world_size", "zero_stage"), [(1, 0), (1, 3), (4, 3), (2, 2)])
 def test_the_results_do_not_depend_on_ranks_and_sharding(words, undisturbed, tmp_path, world_size, zero_stage):
     run = tmp_path / "run"
@@ -70,15 +75,6 @@ def test_the_results_do_not_depend_on_ranks_and_sharding(words, undisturbed, tmp
         projectors = [basis_DR @ basis_DR.T for basis_DR in bases]
         assert (projectors[0] - projectors[1]).abs().max() < 1e-5
     torch.testing.assert_close(losses(run), losses(undisturbed), rtol=0, atol=1e-5)
-
-
-def test_nothing_is_printed_but_our_own_lines_and_the_report(undisturbed):
-    lines = (undisturbed.parent / "log").read_text().splitlines()
-    end = next(number for number, line in enumerate(lines) if line.startswith("arithmetic: 4 arms"))
-    ours = re.compile(r"\d\d:\d\d:\d\d (\[rank 1\] )?\w")
-    assert [line for line in lines[:end] if not ours.match(line)] == []
-    assert lines[-4] == "Next:"
-    assert all(line.startswith("  ") for line in lines[-3:])
 
 
 def test_a_locale_that_is_not_utf_8_and_a_port_that_is_taken_end_in_one_sentence(words, tmp_path):
@@ -96,6 +92,32 @@ def test_a_locale_that_is_not_utf_8_and_a_port_that_is_taken_end_in_one_sentence
     assert done.returncode == 2
     assert f"error: MASTER_PORT: {ranks['MASTER_PORT']} is taken on" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_user_without_home_git_or_compiler_gets_a_report_in_a_folder_of_any_name(words, model, tmp_path):
+    if os.geteuid() != 0 or shutil.which("setpriv") is None:
+        pytest.skip("only root can become a user without a name")
+    programs, place = tmp_path / "bin", tmp_path / "läuf e"
+    programs.mkdir()
+    place.mkdir()
+    for folder in (place, *tmp_path.parents[: len(tmp_path.parents) - 2], tmp_path):
+        os.chmod(folder, 0o777)
+    for file in (model.parent, *model.parent.rglob("*")):
+        os.chmod(file, 0o755)
+    readable = ["--inh-caps=-all,+dac_read_search", "--ambient-caps=+dac_read_search"]  # this Python may be root's
+    user = [shutil.which("setpriv"), "--reuid=12345", "--regid=12345", "--clear-groups", *readable]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--quiet"]
+    launcher += ["--master_port", str(free_port()), "launchers/spd.py"]
+    few = ["evaluate.arms=[base,spd]", "finetune.num_epochs=1", f"run_dir={place / 'rün'}"]
+    environment = {"PATH": str(programs), "LC_ALL": "C", "PYTHONPATH": str(Path.cwd()), "DS_ACCELERATOR": "cpu"}
+    environment |= {"OMP_NUM_THREADS": "1", "TMPDIR": str(place)}
+    command = [*user, *launcher, *words, *few]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (place / "rün" / "report.html").is_file()
+    assert (place / "rün" / "report.html").stat().st_uid == 12345
+    assert "HOME (not set) cannot be written" in done.stderr
+    assert strange_lines(done.stderr) == []
 
 
 def test_the_run_folder_keeps_its_contract(undisturbed, model):
@@ -223,10 +245,12 @@ def test_the_deepspeed_launcher_runs_two_ranks_and_ends_in_a_table(words, undist
         capture_output=True, text=True, timeout=240, check=False, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    for shown in ("base", "psr", "spd", "interval", "report.html", f"launchers/corpus.py stats {run}"):
+    for shown in ("base", "psr", "spd", "interval", "report.html", f"launchers/corpus.py show {run}"):
         assert shown in done.stdout
     for progress in ("calibrate: done, 4/4 examples", "finetune: done", "tokens/s"):
         assert progress in done.stderr
+    assert strange_lines(done.stderr) == []
+    assert done.stdout.splitlines()[-4].startswith("Next, after `source ")
     assert results(run) == results(undisturbed)
     check_dashboard(run)
 

@@ -106,7 +106,7 @@ def test_what_ranks_find_together_is_said_of_the_host_that_is_wrong(meeting, che
 def test_facts_are_of_this_host_and_inputs_that_are_missing_are_faults(tmp_path):
     model = save_tiny_model(tmp_path / "model")
     config = load_config(overrides=[*SMALL, f"model.name={model}", f"run_dir={tmp_path / 'run'}"])
-    facts = gather_facts(config, {"RANK": "5", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"})
+    facts = gather_facts(config, {"RANK": "5", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "HOME": str(tmp_path)})
     assert (facts.rank, facts.local_size, facts.device, facts.faults) == (5, 2, "cpu", {})
     assert facts.reachable["model"].startswith("LlamaForCausalLM, ")
     assert facts.reachable["test rows"].startswith("6, ")

@@ -128,7 +128,7 @@ def read_task(path: str) -> DescribedTask:
         ConfigError: the file cannot be read, or a key is missing, unknown or not valid.
     """
     try:
-        values = yaml.safe_load(Path(path).expanduser().read_text())
+        values = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"data.task: {path} cannot be read as YAML: {error}") from error
     known = [item.name for item in fields(Description)]
