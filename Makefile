@@ -12,7 +12,7 @@ NUM_TEST_WORKERS ?= 2
 HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
 ifeq ($(HAS_GPU),0)
   ON_CPU := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
-  RANKS := --num_accelerators 2 --quiet
+  RANKS := --num_accelerators 2
 endif
 IN_VENV := PATH="$$(cd "$(VENV)" && pwd)/bin:$$PATH" TOKENIZERS_PARALLELISM=false
 PYTEST := $(IN_VENV) DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 python -m pytest
@@ -29,7 +29,7 @@ doctor:
 	$(IN_VENV) $(ON_CPU) python launchers/doctor.py --config configs/quickstart.yaml && exit $$code
 
 quickstart: install
-	@$(IN_VENV) $(ON_CPU) deepspeed $(RANKS) launchers/spd.py --config configs/quickstart.yaml run_dir="$(RUN_DIR)"
+	@$(IN_VENV) $(ON_CPU) deepspeed --quiet $(RANKS) launchers/spd.py --config configs/quickstart.yaml run_dir="$(RUN_DIR)"
 
 test: install
 	@$(PYTEST) -n $(NUM_TEST_WORKERS) --dist loadfile -m "not slow and not cluster and not gpu"
@@ -40,11 +40,11 @@ test-slow: install
 qwen: install
 	@$(IN_VENV) python tests/fetch_qwen.py
 
-# After 20 minutes, three times what it takes, it is interrupted, and takes the hosts down.
+# After 40 minutes, three times what it takes, it is interrupted, and takes the hosts down.
 test-cluster: install
 	tests/cluster/install.sh
 	$(IN_VENV) DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 \
-	  timeout --signal=INT --kill-after=60 1200 python -m pytest -m cluster tests/cluster
+	  timeout --signal=INT --kill-after=60 2400 python -m pytest -m cluster tests/cluster
 
 lint: install
 	$(IN_VENV) ruff check .

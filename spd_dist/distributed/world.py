@@ -52,6 +52,8 @@ def join_world(config: Distributed) -> World:
             os.environ["LOCAL_RANK"] = str(device.index)  # by which DeepSpeed takes its device, too
         timeout = timedelta(seconds=config.timeout_seconds)
         try:
+            if device.type == "cuda":  # NCCL guesses a device that it is not told
+                dist.init_process_group("nccl", timeout=timeout, device_id=device)
             deepspeed.init_distributed(verbose=False, timeout=timeout)
         except dist.DistNetworkError as error:
             if "EADDRINUSE" not in str(error):

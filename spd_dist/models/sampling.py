@@ -66,6 +66,7 @@ def choose(logits_NV: Tensor, uniform_N: Tensor, sampling: Sampling, seen_NV: Te
     if sampling.temperature == 0:
         return score_NV.argmax(-1)
     score_NV = (score_NV - top_N1) / sampling.temperature
+    uniform_N = uniform_N.to(score_NV.device)  # drawn on the CPU, so that they are the same on every machine
     if not sampling.truncates:
         return _inverse_distribution(score_NV.double().exp(), uniform_N)
     return _choose_truncated(score_NV, uniform_N, sampling)

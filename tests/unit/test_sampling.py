@@ -109,3 +109,13 @@ def test_the_random_state_of_the_process_is_left_alone():
 def test_logits_that_are_not_numbers_are_named(value):
     with pytest.raises(DataError, match="logits are NaN or infinite; check the weights"):
         choose(torch.full((2, 5), value), uniforms(0, 2), Sampling())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("truncation", [{}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}])
+def test_a_gpu_draws_what_a_cpu_draws(truncation):
+    draw = torch.Generator().manual_seed(0)
+    logits_NV, uniform_N = torch.randn(64, 2048, generator=draw), torch.rand(64, generator=draw, dtype=torch.float64)
+    sampling = Sampling(max_new_tokens=1, **({"top_p": 1.0} | truncation))
+    assert choose(logits_NV.cuda(), uniform_N, sampling).tolist() == choose(logits_NV, uniform_N, sampling).tolist()
