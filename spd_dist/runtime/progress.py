@@ -12,7 +12,7 @@ from spd_dist.runtime.metrics import MetricLogger
 from spd_dist.runtime.terminal import Bars, terminal
 
 METRICS_SECONDS = 5.0
-"""Between two rows of the metrics."""
+"""Between two rows of the metrics, if lines come no more often."""
 BAR_SECONDS = 0.2
 """Between two looks of the bars."""
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class Progress:
         self.tokens += tokens
         self._estimate.observe(self.done - self.skipped, self.seconds)
         now = self._clock()
-        if now - self._logged >= METRICS_SECONDS:
+        if now - self._logged >= min(METRICS_SECONDS, self._every_seconds):
             self._logged = now
             self._log_metrics()
         if self._bars.are_drawn:
