@@ -161,7 +161,7 @@ def parse_script(script: str, words: Sequence[str]) -> None:
 def run(table: Mapping[str, str], quickstart: Path, out: Path) -> list[str]:
     """Start each command of the table, one after the other, and give those that failed."""
     names = {"run": str(quickstart), "out": str(out), "tiny": str(tiny_model(out)), "model": str(model_folder())}
-    names["small"] = SMALL.format(**names)
+    names |= {"small": SMALL.format(**names), "experiment": EXPERIMENT.format(**names)}
     failed = []
     for command, instead in table.items():
         line = instead.format(command=command, **names)
@@ -186,6 +186,12 @@ SMALL = (
     "metrics.wandb=offline"
 )
 """Settings of a run of seconds."""
+EXPERIMENT = (
+    "folder={out}/experiment seeds=[1,2] arms=[base,spd] run.model.name={tiny} run.data.num_train=4 "
+    "run.data.num_test=4 run.calibrate.num_examples=4 run.generate.max_new_tokens=4 run.evaluate.max_new_tokens=4 "
+    "run.finetune.global_batch_size=2 run.metrics.wandb=disabled"
+)
+"""Settings of an experiment of seconds."""
 
 
 def tiny_model(out: Path) -> Path:
