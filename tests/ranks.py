@@ -14,7 +14,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-os.environ["CXX"] = "/nowhere/c++"  # what DeepSpeed would compile, for minutes and where there is a compiler, fails
 
 # One server imports these and forks every rank from that clean state, where spawn would import them in each rank.
 # (torch.testing imports dynamo, and so sympy, at its first use.)

@@ -27,7 +27,7 @@ def use_the_folder(path: Path) -> None:
     assert set(manifest["outputs"]) == {f"rank_{rank}.txt" for rank in range(world.size)}
     assert folder.is_complete("generate", {"config": "c"})
     assert folder.output_hash("generate") == RunFolder(path, {"seed": 1}, world).output_hash("generate")
-    with pytest.raises(ConfigError, match="seed: 1 -> 2"):  # found by rank 0, raised by all
+    with pytest.raises(ConfigError, match="seed is 1 there and 2 now"):  # found by rank 0, raised by all
         RunFolder(path, {"seed": 2}, world)
     with pytest.raises(DataError, match=r"gone.json is missing"):
         folder.finish("generate", {}, ["gone.json"], seconds=1.0)

@@ -238,7 +238,8 @@ def test_a_request_to_stop_ends_all_ranks_with_75_and_the_run_goes_on(words, und
 
 def test_the_deepspeed_launcher_runs_two_ranks_and_ends_in_a_table(words, undisturbed, tmp_path):
     run = tmp_path / "run"
-    command = [Path(sys.executable).parent / "deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())]
+    command = [Path(sys.executable).parent / "deepspeed", "--num_accelerators", "2", "--quiet"]
+    command += ["--master_port", str(free_port())]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(
         [*command, "launchers/spd.py", *words, f"run_dir={run}", "metrics.wandb=offline"],

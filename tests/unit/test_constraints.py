@@ -2,11 +2,14 @@
 
 import re
 import sys
+import sysconfig
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 
+SITE = sysconfig.get_path("purelib")
+"""Where packages are; a library may have added its own copies of others to the path."""
 NOT_PINNED = {"pip", "spd-dist"}
 """pip comes with the Python that makes the environment."""
 
@@ -23,7 +26,7 @@ def _normalized(name: str, version: str) -> tuple[str, str]:
 def test_every_installed_package_is_pinned_at_its_version_and_no_pin_is_left_over():
     if not (Path(sys.prefix) / ".installed").is_file():
         pytest.skip("this environment was not made by `make install`")
-    installed = dict(_normalized(one.metadata["Name"], one.version) for one in metadata.distributions())
+    installed = dict(_normalized(one.metadata["Name"], one.version) for one in metadata.distributions(path=[SITE]))
     pinned = pins()
     assert {name: version for name, version in installed.items() - pinned.items() if name not in NOT_PINNED} == {}
     assert pinned.keys() - installed.keys() - {"uv"} == set(), "uv is installed only where there is none yet"

@@ -61,7 +61,7 @@ def test_the_text_is_a_table_a_verdict_and_where_everything_is(run_folder):
     assert "In short: SPD answers better than BASE on these 150 examples; other seeds may say otherwise." in text
     assert re.search(r"^Time: \d+ s \(project 9 s", text, re.MULTILINE)
     assert f"Report: {run_folder / 'report.html'}" in lines
-    prose, commands = lines[:-4], lines[-3:]
+    prose, commands = lines[:-5], lines[-3:]
     assert re.fullmatch(r"Next, after `source .*/bin/activate`:", lines[-4])
     assert max(map(len, prose)) <= 100
     assert f"  python launchers/corpus.py show {run_folder} --num 3" in commands, "whole, to be copied"
