@@ -1,5 +1,6 @@
 """Fine-tuning gives the same losses and the same student on any number of ranks, sharded or whole, packed or not."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -131,7 +132,8 @@ def test_full_fine_tuning_is_that_of_a_plain_loop_and_saves_what_it_trained(mode
     run_on_ranks(world_size, tmp_path / "store", compare_full_with_the_plain_loop, model, tmp_path / "run", world_size)
 
 
-def train_in_every_mode(model: Path, folder: Path) -> None:
+def train_in_every_mode(model: Path, folder: Path, names: Sequence[str] = ()) -> None:
+    """Those named, or all but Muon, whose kernels torch compiles."""
     world = join_world(Distributed())
     expected = tiny_model()(TOKENS).logits
     offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
@@ -147,7 +149,8 @@ def train_in_every_mode(model: Path, folder: Path) -> None:
         "bf16-full": {"dtype": "bfloat16", "mode": "full", "learning_rate": 1e-3, "distributed": {"zero_stage": 2}},
         "prototype": {"pads_in_loss": True, "loss_on": "completion", "stop_on_train_loss": True},
     }
-    for name, changes in modes.items():
+    for name in names or [name for name in modes if name != "muon"]:
+        changes = modes[name]
         trained = train(model, folder / name, **changes)
         assert trained.losses[-1] < trained.losses[0] - 0.1, name
         if changes.get("merge"):
@@ -159,6 +162,11 @@ def train_in_every_mode(model: Path, folder: Path) -> None:
 
 def test_every_mode_learns_and_saves_what_it_learned(model, tmp_path):
     run_on_ranks(2, tmp_path / "store", train_in_every_mode, model, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_muon_learns(model, tmp_path):
+    run_on_ranks(2, tmp_path / "store", train_in_every_mode, model, tmp_path / "run", ["muon"])
 
 
 def keep_the_best_epoch(model: Path, folder: Path) -> None:

@@ -92,6 +92,7 @@ def test_what_arms_and_seeds_have_in_common_is_done_once(whole):
     assert ranks == [{8}, {4}]
 
 
+@pytest.mark.slow
 def test_an_array_of_jobs_in_any_order_ends_in_the_same_comparison(config, whole, tmp_path):
     folder = tmp_path / "experiment"
     array = [*words(config, folder), "--num-tasks", "2", "--task"]

@@ -51,6 +51,7 @@ def test_a_run_goes_on_for_more_rounds_and_resumes_after_a_kill_in_the_second(wo
     )
 
 
+@pytest.mark.slow
 def test_a_frozen_subspace_is_that_of_the_first_round(words, tmp_path):
     run = tmp_path / "run"
     launch(2, [*words, f"run_dir={run}", "rounds=3", "refit=false", "finetune.mode=full"], tmp_path / "log")
