@@ -2,12 +2,13 @@
 # make doctor        says what is wrong with this machine
 # make test          sets up, then passes the tests; make test-slow those that take minutes
 # make qwen          fetches a second real model (0.5 GB), for the tests that are marked data
-# make test-cluster  passes those on two emulated hosts with a real SLURM: needs root, installs SLURM and pdsh by apt-get
+# make test-cluster  passes those on two emulated hosts with a real SLURM: needs root, installs SLURM and pdsh by apt-get;
+#                    make test-cluster-slow those of them that take minutes
 PYTHON ?= python3
 VENV ?= .venv
 RUN_DIR ?= runs/quickstart
 NUM_TEST_WORKERS ?= 2
-CLUSTER_SECONDS ?= 2400
+CLUSTER_SECONDS ?= 1200
 
 # Without a GPU: two gloo ranks of one thread each, and nothing to look for.
 HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
@@ -18,7 +19,7 @@ endif
 IN_VENV := PATH="$$(cd "$(VENV)" && pwd)/bin:$$PATH" TOKENIZERS_PARALLELISM=false
 PYTEST := $(IN_VENV) DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 python -m pytest
 
-.PHONY: install doctor quickstart test test-slow qwen test-cluster lint
+.PHONY: install doctor quickstart test test-slow qwen test-cluster test-cluster-slow lint
 
 install:
 	@$(PYTHON) launchers/install.py --venv "$(VENV)"
@@ -33,7 +34,7 @@ quickstart: install
 	@$(IN_VENV) $(ON_CPU) deepspeed --quiet $(RANKS) launchers/spd.py --config configs/quickstart.yaml run_dir="$(RUN_DIR)"
 
 test: install
-	@$(PYTEST) -n $(NUM_TEST_WORKERS) --dist loadfile -m "not slow and not cluster and not gpu"
+	@$(PYTEST) -n $(NUM_TEST_WORKERS) --dist loadfile --durations=15 -m "not slow and not cluster and not gpu"
 
 test-slow: install
 	@$(PYTEST) -m "slow and not cluster and not gpu"
@@ -42,10 +43,12 @@ qwen: install
 	@$(IN_VENV) python tests/fetch_qwen.py
 
 # After CLUSTER_SECONDS, three times what it takes on a quiet machine, it is interrupted, and takes the hosts down.
-test-cluster: install
+test-cluster: CASES := cluster and not slow
+test-cluster-slow: CASES := cluster and slow
+test-cluster test-cluster-slow: install
 	tests/cluster/install.sh
-	$(IN_VENV) DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 \
-	  timeout --signal=INT --kill-after=60 $(CLUSTER_SECONDS) python -m pytest -m cluster tests/cluster
+	$(IN_VENV) DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 timeout --signal=INT --kill-after=60 $(CLUSTER_SECONDS) \
+	  python -m pytest -m "$(CASES)" --durations=20 --durations-min=5 tests/cluster
 
 lint: install
 	$(IN_VENV) ruff check .

@@ -25,6 +25,7 @@ def close(found: dict, expected: dict) -> bool:
     return found | {"report": reports[0]} == expected | {"report": reports[1]}
 
 
+@pytest.mark.slow
 def test_a_chain_of_jobs_on_other_numbers_of_nodes_is_the_same_run(run, undisturbed):
     options = " ".join(["--ntasks-per-node=1", "--cpus-per-task=2", "--gpus-per-node=1", "--time=30"])
     output = f"--output={run.folder.parent}/%x.out"
@@ -62,6 +63,7 @@ def test_an_array_makes_one_corpus_two_tasks_at_a_time(run, undisturbed):
     assert close(results(run.folder), undisturbed)
 
 
+@pytest.mark.slow
 def test_a_sweep_is_planned_submitted_seen_and_collected(cluster, words, undisturbed, tmp_path):
     overrides = dict(word.split("=", 1) for word in words[2:])
     sweep = {
@@ -87,6 +89,7 @@ def test_a_sweep_is_planned_submitted_seen_and_collected(cluster, words, undistu
     assert differences(results(points[0].folder), undisturbed) == []
 
 
+@pytest.mark.slow
 def test_an_experiment_by_an_array_goes_on_by_itself_after_all_its_tasks_were_asked_to_stop(cluster, words, tmp_path):
     folder = tmp_path / "experiment"
     (model,) = (word for word in words if word.startswith("model.name="))

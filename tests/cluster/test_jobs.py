@@ -45,6 +45,7 @@ def test_a_job_that_is_pre_empted_in_every_stage_goes_on_by_itself(run, undistur
     assert run.log().count("stopped on request, requeued") == 3
 
 
+@pytest.mark.slow
 def test_a_job_survives_its_node_its_time_limit_and_is_gone_when_cancelled(run, undisturbed):
     job = run.submit("--nodes=2", more=["generate.batch_size=1"])
     pids = run.freeze_when(run.has_completions)

@@ -160,6 +160,7 @@ def train_in_every_mode(model: Path, folder: Path, names: Sequence[str] = ()) ->
             assert not torch.allclose(merged(TOKENS).logits, expected)
 
 
+@pytest.mark.slow
 def test_every_mode_learns_and_saves_what_it_learned(model, tmp_path):
     run_on_ranks(2, tmp_path / "store", train_in_every_mode, model, tmp_path / "run")
 

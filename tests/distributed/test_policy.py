@@ -81,7 +81,7 @@ def check_adapter_is_merged(folder: Path) -> None:
     ).eval()
     adapted.save_pretrained(folder / "adapter")
     policy = load_replica(Model(name=str(folder / "model")), Distributed(), world, adapter=folder / "adapter")
-    torch.testing.assert_close(policy.model(TOKENS).logits, adapted(TOKENS).logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(policy.model(TOKENS).logits, adapted(TOKENS).logits, rtol=1e-3, atol=1e-4)
     with pytest.raises(DataError, match=r"holds no adapter_config\.json; run the finetune stage again"):
         load_replica(Model(name=str(folder / "model")), Distributed(), world, adapter=folder)
 

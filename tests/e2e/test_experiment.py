@@ -133,6 +133,7 @@ def stop(file: Path, status: Path, task: Launch) -> None:
     assert read_json(status)["state"] == "stopped"
 
 
+@pytest.mark.slow
 def test_every_arm_of_the_table_runs_in_one_run(config, tmp_path):
     run = tmp_path / "run"
     settings = [

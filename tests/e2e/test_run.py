@@ -61,7 +61,9 @@ def strange_lines(text: str) -> list[str]:
     return [line for line in text.splitlines() if not re.match(r"\d\d:\d\d:\d\d ", line)]
 
 
-@pytest.mark.parametrize(("world_size", "zero_stage"), [(1, 0), (1, 3), (4, 3), (2, 2)])
+@pytest.mark.parametrize(("world_size", "zero_stage"), [
+    (1, 0), (4, 3), pytest.param(1, 3, marks=pytest.mark.slow), pytest.param(2, 2, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_the_results_do_not_depend_on_ranks_and_sharding(words, undisturbed, tmp_path, world_size, zero_stage):
     run = tmp_path / "run"
     launch(world_size, [*words, f"run_dir={run}", f"distributed.zero_stage={zero_stage}"], tmp_path / "log")

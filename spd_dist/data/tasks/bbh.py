@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from spd_dist.data import spans
-from spd_dist.data.extract import last_number
+from spd_dist.data.choices import committed_letter, stated_letter
+from spd_dist.data.numbers import last_number, plain, same_number, segment_number
 from spd_dist.data.spans import Span
 from spd_dist.data.tasks.protocol import Metric, Row, Score, Split, scored
+from spd_dist.data.thoughts import settled, without_thoughts
 
 INSTRUCTION = "Give only the answer, without an explanation."
 SUBTASKS = (
@@ -60,11 +63,15 @@ class Bbh:
         return spans.whole_answer(self.prompt(row), self.answer(row), row)
 
     def score(self, row: Row, output: str) -> Score:
-        """Strict: the first line is the answer. Lenient: the last thing in the output that has the target's form."""
-        gold = row["target"]
-        first_line = re.sub(r"^(the )?answer( is|:)\s*", "", output.strip().partition("\n")[0], flags=re.IGNORECASE)
-        strict = _option_at_start(first_line) if _is_option(gold) else first_line.strip() or None
-        return scored(gold, strict, _last_of_form(gold, output), same=same_text)
+        """Strict: the first line, or what is said to be the answer. Lenient: whatever has the target's form."""
+        gold, spoken = row["target"], without_thoughts(output)
+        strict, lenient = _read(gold, spoken.text)
+        return scored(gold, strict, lenient, same=same_answer, is_unfinished=spoken.is_unfinished)
+
+
+def same_answer(left: str, right: str) -> bool:
+    """Equality as numbers, else as text; lists of words word by word."""
+    return same_number(left, right) or same_text(left, right)
 
 
 def same_text(left: str, right: str) -> bool:
@@ -73,31 +80,53 @@ def same_text(left: str, right: str) -> bool:
 
 
 def _plain(text: str) -> str:
-    plain = re.sub(r"[\s,]+", " ", text.casefold()).strip(" .*\"'`")
-    return plain if re.search(r"\w", plain) else plain.replace(" ", "")
+    bare = re.sub(r"[\s,]+", " ", text.casefold()).strip(" .*\"'`")
+    return bare if re.search(r"\w", bare) else bare.replace(" ", "")
 
 
-def _is_option(target: str) -> bool:
-    return re.fullmatch(r"\([A-Z]\)", target) is not None
+def _read(gold: str, text: str) -> tuple[str | None, str | None]:
+    """The strict and the lenient answer of `text`, in the form that `gold` has."""
+    if re.fullmatch(r"\([A-Z]\)", gold):
+        strict, lenient = stated_letter(text, string.ascii_uppercase), committed_letter(text, string.ascii_uppercase)
+        return strict and f"({strict})", lenient and f"({lenient})"
+    said = _said(text)
+    if gold.casefold() in WORDS:
+        return _word(said), _word(said) or _lone_word(text)
+    if re.fullmatch(r"-?\d+", gold):
+        return segment_number(said), last_number(text)
+    words = _listed(text)
+    return (words if len(words.split()) == len(gold.split()) else said) or None, words or None
 
 
-def _option_at_start(line: str) -> str | None:
-    match = re.match(r"[\s*]*(?:\(([A-Z])\)|([A-Z])(?:[).:*]|\s*\Z))", line)
-    return f"({match[1] or match[2]})" if match else None
+def _said(text: str) -> str:
+    """What is said to be the answer, else the first line."""
+    spelled = plain(text).strip()
+    said = re.findall(r"\banswer\b\s*(?:is|:|=)[ :]*([^\n]*)", spelled, re.IGNORECASE)
+    return (said[-1] if said else spelled.partition("\n")[0]).strip()
 
 
-def _last_of_form(target: str, output: str) -> str | None:
-    """The last option, word or number of `output`, whichever the target is; else its last line."""
-    if _is_option(target):
-        options = re.findall(r"\([A-Z]\)", output)
-        return options[-1] if options else _option_at_start(output)
-    if target.casefold() in WORDS:
-        words = re.findall(rf"\b({'|'.join(WORDS)})\b", output, re.IGNORECASE)
-        return words[-1] if words else None
-    if re.fullmatch(r"-?\d+", target):
-        return last_number(output)
-    lines = [line for line in output.splitlines() if line.strip()]
-    return lines[-1].strip() if lines else None
+def _word(said: str) -> str | None:
+    """One of the two words, where `said` begins with it."""
+    match = re.match(rf"\W*({'|'.join(WORDS)})\b(?!\s+(?:or|and)\b)", said, re.IGNORECASE)
+    return match[1] if match else None
+
+
+def _lone_word(text: str) -> str | None:
+    """The word of the answer's form that stands anywhere, if they all agree and none is negated."""
+    found = [(match.start(), match[1].casefold())
+             for match in re.finditer(rf"\b({'|'.join(WORDS)})\b", text, re.IGNORECASE)]  # fmt: skip
+    is_negated = re.search(rf"\b(?:not|neither)\s+(?:{'|'.join(WORDS)})\b", text, re.IGNORECASE)
+    return None if is_negated else settled(found, text, str.__eq__)
+
+
+def _listed(text: str) -> str:
+    """The words of an answer of one word a line, with or without numbers and bullets, or of its last line."""
+    lines = [re.sub(r"^\s*(?:[-*\u2022]|\d+[.)])\s*", "", line).strip() for line in plain(text).strip().splitlines()]
+    lines = [line for line in lines if line]
+    if len(lines) > 1 and all(len(line.split()) == 1 for line in lines):
+        return " ".join(lines)
+    last = _said(text) if re.search(r"\banswer\b", text, re.IGNORECASE) else (lines[-1] if lines else "")
+    return last.rpartition(":")[2].strip() or last
 
 
 BBH = Bbh()

@@ -21,11 +21,13 @@ from typing import Any
 
 import yaml
 
-from spd_dist.data.extract import boxed, last_number, marked_number, same_number
+from spd_dist.data.choices import committed_letter, stated_letter
+from spd_dist.data.extract import boxed
+from spd_dist.data.numbers import last_number, marked_number, same_number
 from spd_dist.data.spans import Span, find_mask
 from spd_dist.data.tasks.bbh import same_text
-from spd_dist.data.tasks.mmlu import lone_letter, stated_letter
 from spd_dist.data.tasks.protocol import Metric, Row, Score, Split, scored
+from spd_dist.data.thoughts import without_thoughts
 from spd_dist.errors import ConfigError
 
 Extract = Callable[[str], str | None]
@@ -39,7 +41,7 @@ def _first_line(text: str) -> str | None:
 
 EXTRACTIONS: Mapping[str, tuple[Extract, Extract]] = {
     "number": (marked_number, last_number),
-    "letter": (lambda text: stated_letter(text, _LETTERS), lambda text: lone_letter(text, _LETTERS)),
+    "letter": (lambda text: stated_letter(text, _LETTERS), lambda text: committed_letter(text, _LETTERS)),
     "boxed": (boxed, lambda text: boxed(text) or last_number(text)),
     "text": (_first_line, _first_line),
 }
@@ -118,7 +120,9 @@ class DescribedTask:
         """By the file's extraction and metric."""
         strict, lenient = _extraction(self.description.extraction)
         same = same_number if self.description.metric == "numeric" else same_text
-        return scored(_fill(self.description.gold, row), strict(output), lenient(output), same=same)
+        said, is_unfinished = without_thoughts(output)
+        gold = _fill(self.description.gold, row)
+        return scored(gold, strict(said), lenient(said), same=same, is_unfinished=is_unfinished)
 
 
 def read_task(path: str) -> DescribedTask:

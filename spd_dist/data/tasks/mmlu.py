@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from spd_dist.data import spans
+from spd_dist.data.choices import committed_letter, stated_letter
 from spd_dist.data.spans import Span
 from spd_dist.data.tasks.protocol import Metric, Row, Score, Split, scored
+from spd_dist.data.thoughts import without_thoughts
 
 HUB = "cais/mmlu:all"
 INSTRUCTION = "Give the letter of the right answer."
@@ -51,23 +52,11 @@ class Mmlu:
         return spans.letter(self.prompt(row), self.answer(row), row)
 
     def score(self, row: Row, output: str) -> Score:
-        """Strict: the output opens with a letter, or says what the answer is. Lenient: the first letter on its own."""
-        letters = _letters(row)
-        return scored(row["answer"], stated_letter(output, letters), lone_letter(output, letters), same=str.__eq__)
-
-
-def stated_letter(text: str, letters: str) -> str | None:
-    """The letter that `text` opens with, or the last one after `answer is` or `Answer:`."""
-    if opening := re.match(rf"[\s*(\"']*([{letters}])(?=[\s*).:,\"']|\Z)(?! [a-z])", text):
-        return opening[1]
-    said = re.findall(rf"\b[Aa]nswer(?: is|:)[\s*(:]*(?:option |choice )?\(?([{letters}])\b(?! [a-z])", text)
-    return said[-1] if said else None
-
-
-def lone_letter(text: str, letters: str) -> str | None:
-    """The first of `letters` that stands alone."""
-    match = re.search(rf"(?<![A-Za-z'])([{letters}])(?![A-Za-z'])", text)
-    return match[1] if match else None
+        """Strict: the output opens with a letter, or says what the answer is. Lenient: or is a choice's text alone."""
+        letters, spoken = _letters(row), without_thoughts(output)
+        lenient = committed_letter(spoken.text, letters, row["choices"])
+        strict = stated_letter(spoken.text, letters)
+        return scored(row["answer"], strict, lenient, same=str.__eq__, is_unfinished=spoken.is_unfinished)
 
 
 def _letters(row: Row) -> str:

@@ -29,6 +29,8 @@ class Score:
     """What could be taken from anywhere in the output."""
     strict_correct: bool = False
     lenient_correct: bool = False
+    reason: str = ""
+    """Why it is right or wrong: `right`, `other value`, `no answer`, `unfinished` (its thought was cut), `failed`."""
 
 
 class Task(Protocol):
@@ -73,10 +75,16 @@ class Task(Protocol):
         """Judge what the policy answered."""
 
 
-def scored(gold: str, strict: str | None, lenient: str | None, *, same: Any) -> Score:
+def scored(gold: str, strict: str | None, lenient: str | None, *, same: Any, is_unfinished: bool = False) -> Score:
     """The score of two extractions against the reference, by the equality `same(extracted, gold)`."""
     strict_correct = strict is not None and same(strict, gold)
     lenient_correct = lenient is not None and same(lenient, gold)
     correct = strict_correct if strict is not None else lenient_correct
     extracted = strict if strict is not None else lenient
-    return Score(correct, extracted, gold, strict, lenient, strict_correct, lenient_correct)
+    if correct:
+        reason = "right"
+    elif is_unfinished:
+        reason = "unfinished"
+    else:
+        reason = "no answer" if extracted is None else "other value"
+    return Score(correct, extracted, gold, strict, lenient, strict_correct, lenient_correct, reason)

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from spd_dist.runtime.comparison import amount
 from spd_dist.runtime.training_log import Losses
+
+if TYPE_CHECKING:  # a tenth of what the launchers import, and needed once a run
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 STYLE = {
     "font.family": "sans-serif",
@@ -36,14 +36,19 @@ Lengths = Sequence[tuple[int, bool]]
 
 def svg(name: str, figure: Figure) -> str:
     """`figure` as an `<svg>` element, its inner ids made of `name`: those of one page must differ."""
-    with mpl.rc_context({**STYLE, "svg.hashsalt": name}):
+    from matplotlib import rc_context
+
+    with rc_context({**STYLE, "svg.hashsalt": name}):
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight")
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
 def _blank(height_inches: float, num_columns: int = 1, **options: Any) -> tuple[Figure, Any]:
-    with mpl.rc_context(STYLE):
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
         return figure, figure.subplots(1, num_columns, **options)
 
@@ -139,7 +144,7 @@ def curves(losses: Losses) -> str | None:
         axes.plot(one["steps"], one["losses"], linewidth=1.1, label=arm)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats a token)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     _legend(axes, ncols=1 + (len(losses) > 5))
     return svg("curves", figure)
 
@@ -169,5 +174,5 @@ def rounds(found: Sequence[Mapping[str, Any]]) -> str | None:
     right.set_ylabel("mean angle to round 1 (degrees)")
     for axes in (left, right):
         axes.set_xlabel("round")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.get_major_locator().set_params(integer=True)
     return svg("rounds", figure)

@@ -1,0 +1,111 @@
+"""The choice that an output commits to: a letter inside of prose is none, and neither are two that differ."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from spd_dist.data.numbers import plain
+from spd_dist.data.thoughts import settled
+
+_NEGATED = re.compile(
+    r"\b(?:not|isn't|neither|nor|never|rather than|instead of|rule out|eliminate)\s+(?:option |choice |answer )?"
+    r"\(?[A-Z]\)?(?=[\s.,;:)]|$)"
+)
+_ANSWER = (
+    r"\b(?:[Aa](?:nswer|NSWER)\b(?: to [^.\n:]{1,60}?)?|(?:correct|right|best) (?:option|choice|letter|one))"
+    r"\s*(?:is|was|would be|must be|should be|:|=)(?:\s+but\b)?\W*?"
+    r"(?:(?:the |an? )?(?:correct |right |best )?(?:option|choice|letter|answer)\b[\s:]*(?:is\b)?\W*)?"
+)
+_CHOSEN = (
+    r"\b(?:(?:I|we)(?:'d| would|'ll| will)? (?:choose|chose|pick|select|go with|say)"
+    r"|choose|chose|pick|select|go with|so|therefore,?|thus,?|hence,?)"
+    r"\s+(?:the )?(?:option |choice |letter |answer )?"
+)
+
+
+def committed_letter(text: str, letters: str, choices: Sequence[str] = ()) -> str | None:
+    """The letter that `text` gives as its answer, in whatever form a person would take for one; else None.
+
+    `Answer: B`, `(B)`, `B.`, `the answer is b`, `B is correct`, or the text of one of `choices` alone. Of two letters
+    none, unless the first is taken back: `A or B` is no answer, `not A but B` is B.
+    """
+    return stated_letter(text, letters) or _by_text(text, letters, choices) or _in_brackets(text, letters)
+
+
+def stated_letter(text: str, letters: str) -> str | None:
+    """The letter that `text` opens with, or says the answer to be."""
+    spelled = _NEGATED.sub(" ", _unboxed(plain(text))).strip()
+    return settled(sorted(_given(spelled, letters)), spelled, str.__eq__)
+
+
+def _given(text: str, letters: str) -> Iterator[tuple[int, str | None]]:
+    both = f"{letters}{letters.lower()}"
+    alone = re.fullmatch(rf"[\W_]*([{both}])[\W_]*", text)
+    if alone:
+        yield 0, alone[1].upper()
+        return
+    opening = re.match(
+        rf"[\s*\"'\[(]*([{letters}])(?=[).:,;\]\"*]|\s*[-\u2014]\s|\s*\n|\s*$|\s+(?:or|and|&|/)\s|/|\s+(?:is|because|since|as|seems|would)\b)",
+        text,
+    )
+    opening = opening or re.match(rf"[\s*\"]*\(([{both}])\)", text) or re.match(rf"[\s*]*([{both}])[).](?=\s|$)", text)
+    if opening and not _is_word(opening[1], text[opening.end() :]):
+        listed = set(re.findall(rf"^[\s*]*\(?([{letters}])[).:]", text, re.MULTILINE)) - {opening[1].upper()}
+        yield 0, None if listed else _alone(opening[1], text[opening.end() :], letters)
+    for pattern, taken in ((_ANSWER, both), (_CHOSEN, letters)):
+        for match in re.finditer(rf"{pattern}[\s*\"'\[(]*([{taken}])(?![\w'])", text):
+            rest = text[match.end() :]
+            if not _is_word(match[1], rest):
+                yield match.start(), _alone(match[1], rest, letters)
+    for match in re.finditer(
+        rf"\b(?:[Oo]ption|[Cc]hoice)?\s*\(?([{letters}])\)? (?:is|must be|seems) (?:the )?"
+        r"(?:correct|right|best|true)\b",
+        text,
+    ):
+        if match.start() > 0:
+            yield match.start(), _alone(match[1], "", letters)
+
+
+def _is_word(letter: str, rest: str) -> bool:
+    """Whether the letter is the article or the pronoun: `A man`, `I think`."""
+    return letter in "AaIi" and re.match(r"\s+[a-z]", rest) is not None and not re.match(
+        r"\s+(?:or|and|is|because|since|as|seems|would)\b", rest
+    )  # fmt: skip
+
+
+def _alone(letter: str, rest: str, letters: str) -> str | None:
+    """The letter, if no other one stands beside it as an alternative."""
+    other = re.match(rf"[).\]\"*]*\s*(?:or|and|&|/|,)\s*(?:option |choice )?\(?([{letters}])(?![\w'])", rest)
+    is_other = other is not None and other[1] != letter.upper() and not _is_word(other[1], rest[other.end() :])
+    return None if is_other else letter.upper()
+
+
+def _by_text(text: str, letters: str, choices: Sequence[str]) -> str | None:
+    """The letter of the choice whose text is the whole answer."""
+    said = {_bare(text), _bare(text.strip().partition("\n")[0])}
+    said |= {_bare(match[1]) for match in re.finditer(rf"{_ANSWER}([^\n]*)", text)}
+    found = {letter for letter, choice in zip(letters, choices, strict=False) if _bare(str(choice)) in said - {""}}
+    return found.pop() if len(found) == 1 else None
+
+
+def _in_brackets(text: str, letters: str) -> str | None:
+    """The letter in brackets, or after `option`."""
+    spelled = _NEGATED.sub(" ", plain(text))
+    if re.match(r"\W*[A-Za-z]\W*$", spelled):
+        return None
+    found = re.finditer(rf"(?<!\w)\(([{letters}])\)|\b[Oo]ption ([{letters}])\b", spelled)
+    given = [(match.start(), match[1] or match[2]) for match in found]
+    return None if _unsure(spelled) else settled(given, spelled, str.__eq__)
+
+
+def _unsure(text: str) -> bool:
+    return re.search(r"\b(?:or|not sure|unsure|don't know|cannot|maybe|perhaps)\b", text, re.IGNORECASE) is not None
+
+
+def _unboxed(text: str) -> str:
+    return re.sub(r"\\f?boxed\s*\{([^{}]*)\}", r" answer: \1 ", text)
+
+
+def _bare(text: str) -> str:
+    return re.sub(r"\s+", " ", plain(text).casefold()).strip(" .*\"'`:;,!")

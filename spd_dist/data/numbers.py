@@ -1,0 +1,191 @@
+"""Numbers as people write them, and the one number that a text gives as its answer.
+
+The grammar is that of lm-evaluation-harness for GSM8K, widened by signs, currencies, fractions, exponents, percent and
+every mark of thousands. A number is never cut out of a longer token, and several different answers are none.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import NamedTuple
+
+from spd_dist.data.thoughts import settled
+
+MARKER = "####"
+"""Stands before the final answer of a worked solution (GSM8K's convention)."""
+MAX_EXPONENT = 300
+MAX_DIGITS = 300
+
+_SPELLINGS = str.maketrans({
+    "\u2212": "-", "\u2013": "-", "\ufe63": "-", "\uff0d": "-", "\u2010": "-", "\u2011": "-",
+    "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u2019": "'", "\u00d7": "*", "\u22c5": "*", "\u00f7": "/",
+    "\u2044": "/", "\u2248": "=",
+})  # fmt: skip
+_MARKUP = (
+    (re.compile(r"\\d?t?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r"\1/\2"),
+    (re.compile(r"\\(?:text|mathrm|mathbf|textbf|mbox)\s*\{([^{}]*)\}"), r" \1"),
+    (re.compile(r"\{,\}"), ","),
+    (re.compile(r"\\(?:times|cdot)\b"), "*"),
+    (re.compile(r"\\(?:approx|equiv)\b"), "="),
+    (re.compile(r"\\([$%#])"), r"\1"),
+    (re.compile(r"\\[,;:! ]"), ""),
+    (re.compile(r"\\[()\[\]]"), " "),
+    (re.compile(r"\*\*|__|`"), ""),
+    (re.compile(r"(?<![\w$])\$(?=[^$\n]*\$(?!\d))([^$\n]*)\$"), r" \1 "),  # $...$ of LaTeX
+    (re.compile(r"(?<!\S)[*_]+(?=[-+\w$])|(?<=\w)[*_]+(?=[\s.,;:!?]|$)"), ""),
+)
+_UNITS = (
+    r"(?:cm|mm|km|m|kg|g|mg|lbs?|oz|ft|in|l|ml|h|hrs?|min|s|mph|kph|km/h|m/s|\u00b0[CF]?|\u20ac|\u00a3|USD|dollars?"
+    r"|cents?)"
+)
+_INTEGER = (
+    r"\d{1,3}(?:,\d{3})+(?!\d)|\d{1,3}(?: \d{3})+(?!\d)|\d{1,3}(?:'\d{3})+(?!\d)|\d{1,3}(?:_\d{3})+(?!\d)"
+    r"|\d{1,3}(?:\.\d{3}){2,}(?!\d)|\d+"
+)
+_EXPONENT = r"(?:[eE][+-]?\d+| ?\* ?10 ?\^ ?(?:\{[+-]?\d+\}|[+-]?\d+))"
+_NUMBER = re.compile(
+    r"(?<![\w.^/\\])(?<!\d,)(?<!\d:)(?<!\d')"
+    r"(?P<sign>(?<![\w)\].%])(?<![\w)\]%] )[-+])?(?P<currency>[$\u20ac\u00a3\u00a5\u20b9] ?)?(?P<inner>-)?"
+    rf"(?P<value>\d+ \d+/\d+|(?:(?:{_INTEGER})(?:\.\d+)?|\.\d+){_EXPONENT}?(?: ?/ ?(?:\d+(?:\.\d+)?))?)"
+    rf"(?P<after> ?%|{_UNITS})?(?![\w^/]|[.,:']\d|\()",
+    re.ASCII,
+)
+_ARITHMETIC = re.compile(r"[\d)%] ?[-+*/^] ?[$(]*[-.]?\d", re.ASCII)
+_STATEMENT = re.compile(
+    r"\banswer\b(?: to [^.\n:]{1,60}?| of [^.\n:]{1,60}?)?\s*(?:is|was|are|would be|will be|must be|should be|=|:)"
+    r"[\s:]*"
+    r"((?:(?!\banswer\b)[^\n])*)",
+    re.IGNORECASE,
+)
+_LEAD = re.compile(
+    r"^\W*(?:(?:so|the|my|our|final|answer|result|total|is|equals|about|approximately|around|exactly|to|be|a|an)\b[\s:,=]*)*",
+    re.IGNORECASE,
+)
+_STOP = re.compile(r"(?<=[\w%)\]}$])[.!?;](?=\s|$)")
+_ALTERNATIVES = re.compile(r"[\d%] ?\w* ?(?:\bor\b|\bto\b|\bversus\b|\bvs\b)[^\d\n]{0,12}$", re.IGNORECASE)
+
+
+class Number(NamedTuple):
+    """A number where it stands."""
+
+    text: str
+    start: int
+    stop: int
+
+
+def plain(text: str) -> str:
+    """`text` with one spelling of minus signs, spaces and fractions, and without LaTeX and markdown around numbers."""
+    spelled = text.translate(_SPELLINGS)
+    for pattern, instead in _MARKUP:
+        spelled = pattern.sub(instead, spelled)
+    return spelled
+
+
+def parse_number(text: str) -> Fraction | None:
+    """The exact value of a number as people write it (`5`, `5.0`, `$5`, `1,000`, `40%`, `1/2`, `1e3`), or None."""
+    spelled = re.sub(r"^([-+]) +", r"\1", plain(text).strip().rstrip(".").strip())
+    match = _NUMBER.fullmatch(spelled)
+    return _value(match) if match else None
+
+
+def same_number(left: str | None, right: str) -> bool:
+    """Whether both are numbers of one value: `5` is `5.0` is `$5`."""
+    value = None if left is None else parse_number(left)
+    return value is not None and value == parse_number(right)
+
+
+def marked_number(text: str) -> str | None:
+    """The number after `####`, on its line: strict. None where several differ."""
+    return settled(list(_marked(text)), text, same_number)
+
+
+def has_marked_numbers(text: str) -> bool:
+    """Whether numbers follow a `####`, be it one or several."""
+    return bool(list(_marked(text)))
+
+
+def last_number(text: str) -> str | None:
+    """The number that `text` states as the answer, else the last that stands anywhere in it: lenient.
+
+    None where the answer is not one number: several statements that differ, `5 or 6`, `10 - 5` without its result.
+    """
+    spelled = plain(text)
+    stated = [(match.start(), segment_number(match[1])) for match in _STATEMENT.finditer(spelled) if match[1].strip()]
+    if any(re.search(r"\d", spelled[place:]) for place, _ in stated):
+        return settled(stated, spelled, same_number)
+    numbers = list(_numbers(spelled))
+    if not numbers:
+        return None
+    last = numbers[-1]
+    before = spelled[: last.start]
+    is_operand = re.search(r"[\d)%] ?[-+*/^] ?$", before) and not re.search(r"=[^=]*$", spelled[last.stop :])
+    return None if is_operand or _ALTERNATIVES.search(before) else last.text
+
+
+def segment_number(segment: str) -> str | None:
+    """The one number of a short text that is an answer: `10 + 2 = 12` gives 12, `5 or 6` none."""
+    spelled = plain(segment)
+    sentence = _STOP.split(spelled, maxsplit=1)[0]
+    spelled = sentence if re.search(r"\d", sentence) else spelled
+    sides = [side for side in spelled.split("=") if re.search(r"\d", side)]
+    for side in reversed(sides):
+        without = re.sub(r"\([^()]*\)", " ", side)
+        side = without if re.search(r"\d", without) else side
+        side = re.sub(r"^(\W*)([-+]) +(?=[\d.$])", r"\1\2", side)
+        numbers = list(_numbers(side))
+        if _ARITHMETIC.search(_NUMBER.sub("0", side)):
+            continue
+        values = {parse_number(number.text) for number in numbers}
+        return numbers[0].text if len(values) == 1 else None
+    return None
+
+
+def _marked(text: str) -> Iterator[tuple[int, str | None]]:
+    """What each `####` gives, with its place; headings are passed over."""
+    for match in re.finditer(rf"{MARKER}(?!#)", text):
+        tail = text[match.end() :].lstrip()
+        line = plain(tail.partition("\n")[0].partition(MARKER)[0]).strip()
+        begin = _LEAD.match(line)
+        rest = line[begin.end() :] if begin else line
+        opening = re.match(
+            r"[-+$\u20ac\u00a3\u00a5\u20b9 ]*\.?\d", line[max(0, len(line) - len(rest) - 4) :].strip(" :,")
+        )
+        if opening or re.match(r"[-+$\u20ac\u00a3\u00a5\u20b9 .(]*\d", rest) or re.match(r"[a-z] ?=", rest):
+            yield match.start(), segment_number(line)
+
+
+def _numbers(spelled: str) -> Iterator[Number]:
+    for match in _NUMBER.finditer(spelled):
+        if _value(match) is not None:
+            yield Number(match.group().strip(), match.start(), match.end())
+
+
+def _value(match: re.Match[str]) -> Fraction | None:
+    text = match["value"]
+    if sum(character.isdigit() for character in text) > MAX_DIGITS:
+        return None
+    if mixed := re.fullmatch(r"(\d+) (\d+)/(\d+)", text):
+        whole, above, below = (int(part) for part in mixed.groups())
+        value = None if below == 0 else whole + Fraction(above, below)
+    else:
+        above, _, below = text.partition("/")
+        value, divisor = _decimal(above), _decimal(below) if below else Fraction(1)
+        value = None if value is None or not divisor else value / divisor
+    if value is None:
+        return None
+    if match["sign"] and match["inner"]:
+        return None
+    return -value if "-" in (match["sign"], match["inner"]) else value
+
+
+def _decimal(text: str) -> Fraction | None:
+    mantissa, exponent = text.replace(" * ", "*").strip(), 0
+    if power := re.search(r"(?:[eE]([+-]?\d+)| ?\* ?10 ?\^ ?\{?([+-]?\d+)\}?)$", mantissa):
+        exponent, mantissa = int((power[1] or power[2])[:6]), mantissa[: power.start()]
+    if abs(exponent) > MAX_EXPONENT:
+        return None
+    digits = re.sub(r"[ ,'_]", "", mantissa)
+    digits = digits.replace(".", "") if digits.count(".") > 1 else digits
+    return Fraction(digits if digits[0] != "." else f"0{digits}") * Fraction(10) ** exponent

@@ -1,0 +1,55 @@
+"""What of a model's output is its answer: not what it thinks before, and not one of several that differ."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+_MARKS = (
+    (re.compile(r"<(?:think|thinking|thought|reasoning)>", re.IGNORECASE),
+     re.compile(r"</(?:think|thinking|thought|reasoning)>", re.IGNORECASE)),
+    (re.compile(r"\[THINK\]"), re.compile(r"\[/THINK\]")),
+    (re.compile(r"<\|channel\|>analysis"), re.compile(r"<\|channel\|>final(?:<\|message\|>)?")),
+    (re.compile(r"<\|begin_of_thought\|>"), re.compile(r"<\|end_of_thought\|>")),
+)  # fmt: skip
+_TURNED = re.compile(
+    r"\b(?:wait|no(?=[,.!\s]*\n|[,.!])|nope|actually|correction|corrected|sorry|mistake|oops"
+    r"|instead|rather|scratch that|let me (?:re|fix))",
+    re.IGNORECASE,
+)
+
+
+class Spoken(NamedTuple):
+    """What a model said after it had thought."""
+
+    text: str
+    is_unfinished: bool
+    """Its thought was cut: there is no answer."""
+
+
+def without_thoughts(output: str) -> Spoken:
+    """The part of `output` that answers: what stands between the marks of thinking never does."""
+    text = output
+    for opening, closing in _MARKS:
+        closed = list(closing.finditer(text))
+        if closed:
+            text = text[closed[-1].end() :]
+        if opening.search(text):
+            return Spoken("", is_unfinished=True)
+    return Spoken(text, is_unfinished=False)
+
+
+def settled(given: Sequence[tuple[int, str | None]], text: str, same: Callable[[str, str], bool]) -> str | None:
+    """The one answer of all that were given, each with its place in `text`; None where they differ.
+
+    The last one counts where the text before it takes the earlier ones back.
+    """
+    answers = [one for _, one in given]
+    if not answers:
+        return None
+    first, last = answers[0], answers[-1]
+    if first is not None and all(one is not None and same(one, first) for one in answers):
+        return first
+    is_taken_back = len(given) > 1 and _TURNED.search(text, given[-2][0], given[-1][0]) is not None
+    return last if is_taken_back else None
