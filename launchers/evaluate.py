@@ -8,6 +8,10 @@ numbers, in summary.json; start the same command again to go on where it stopped
 with evaluate.allow_code_execution=true. Answers are greedy; evaluate.num_samples=8 evaluate.temperature=0.8 samples
 several an example, for pass@k.
 
+`--judge FILE.jsonl --task NAME [--json OUT]` judges outputs that are there already, without a model: a line of the file
+is {"row": {...}, "output": "..."}, the row as in the task's data file, and so many lines come out, in the same order:
+{"correct": ..., "strict": ..., "extracted": ..., "reason": ...}.
+
 With --lm-eval EleutherAI's harness answers instead, where the package lm_eval is installed, with its own prompts and
 rows.
 Exit codes: 0 done, 2 the config is wrong, 3 the data or the model is wrong, 75 stopped on request, 1 anything else.
@@ -51,6 +55,8 @@ def main(words: Sequence[str] | None = None) -> int:
     signals = StopSignals()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     arguments = parse_arguments(words)
+    if arguments.judge is not None:
+        return judge(arguments)
     try:
         tasks = named_tasks(arguments.tasks)
         out = arguments.out or default_folder(arguments.model, arguments.adapter)
@@ -78,20 +84,48 @@ def main(words: Sequence[str] | None = None) -> int:
 def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     """The command line; `--local_rank` is what the deepspeed launcher adds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("model", nargs="?", metavar="MODEL")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as for spd.py")
     parser.add_argument(
-        "--tasks", nargs="+", action="extend", required=True, metavar="TASK", help="names, YAML files, or NAME=SOURCE"
+        "--tasks", nargs="+", action="extend", default=[], metavar="TASK", help="names, YAML files, or NAME=SOURCE"
     )
     parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="a LoRA adapter, merged into the model")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="runs/evaluate/MODEL if not given")
     parser.add_argument("--config", nargs=1, action="extend", default=[], metavar="YAML", help="later files win")
     parser.add_argument("--lm-eval", action="store_true", help="let EleutherAI's harness do it, as a cross-check")
+    parser.add_argument("--judge", metavar="FILE", help="judge these outputs, a line a row and its output; no MODEL")
+    parser.add_argument("--task", metavar="NAME", help="with --judge: the task of its rows")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="with --judge: where the judgements go, else printed")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args(words)
     arguments.overrides += filter(is_override, arguments.tasks)  # argparse gives --tasks every word that follows it
     arguments.tasks = [word for word in arguments.tasks if not is_override(word)]
+    if arguments.judge is None:
+        if arguments.model is None or not arguments.tasks:
+            parser.error("the following arguments are required: MODEL, --tasks (or --judge FILE --task NAME)")
+        if arguments.task is not None or arguments.json is not None:
+            parser.error("--task and --json go with --judge; to evaluate a model give --tasks and --out")
+    else:
+        if arguments.task is None or arguments.tasks:
+            parser.error("--judge takes one --task NAME, and no --tasks")
+        arguments.overrides = [*filter(None, [arguments.model]), *arguments.overrides]
     return arguments
+
+
+def judge(arguments: argparse.Namespace) -> int:
+    """Judge a file of outputs; the exit code."""
+    make_room(os.environ)
+    try:
+        config = load_config(arguments.config, [*DEFAULTS, *arguments.overrides, f"data.task={arguments.task}"])
+        from spd_dist.data.tasks import find_task
+        from spd_dist.judge import able_to_judge, judge_file, write_judgements
+
+        task = able_to_judge(find_task(config.data.task), allowed=config.evaluate.allow_code_execution)
+        print(write_judgements(judge_file(arguments.judge, task), arguments.json), flush=True)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    return 0
 
 
 def is_override(word: str) -> bool:

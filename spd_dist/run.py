@@ -16,13 +16,14 @@ from spd_dist.data.controls import ended
 from spd_dist.data.held_out import TestSet, make_test_set
 from spd_dist.data.prompts import make_references
 from spd_dist.data.sources import load_rows
-from spd_dist.data.tasks import Task, find_task, refusal, runs_code, with_execution
+from spd_dist.data.tasks import find_task
 from spd_dist.data.tasks.protocol import Row, Split
 from spd_dist.distributed.collectives import max_over_ranks, on_main, together
 from spd_dist.distributed.heartbeat import Heartbeat, naming_lagging_ranks, telling_of_silence
 from spd_dist.distributed.memory import forget_peak, peak_bytes
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError
+from spd_dist.judge import able_to_judge
 from spd_dist.models.engines.placement import load_to_answer
 from spd_dist.models.policy import Policy, load_policy, load_tokenizer, prepare_model
 from spd_dist.overrides import config_of_arm
@@ -34,7 +35,6 @@ from spd_dist.runtime.metrics import MetricLogger
 from spd_dist.runtime.products import job_type, product_of
 from spd_dist.runtime.progress import Progress
 from spd_dist.runtime.run_folder import RunFolder
-from spd_dist.runtime.sandbox import open_sandbox
 from spd_dist.runtime.settings import settings_hash
 from spd_dist.runtime.show import show_stage
 from spd_dist.runtime.spent import AttemptClock, spent_on
@@ -283,16 +283,3 @@ class Run:
         """What a student's model card says of the run that it comes from."""
         settings = self.settings(*(name for name in self.plain if name not in ("run_dir", "rounds", "metrics")))
         return {"arm": f"{arm.name}: {arm.sentence}", "task": self.task.name, "config hash": settings[:16]}
-
-
-def able_to_judge(task: Task, *, allowed: bool) -> Task:
-    """The task, with a sandbox on this machine if it is scored by running programs.
-
-    Raises:
-        ConfigError: that isn't allowed, or no sandbox holds on this machine.
-    """
-    if not runs_code(task):
-        return task
-    if not allowed:
-        raise refusal(task.name)
-    return with_execution(task, open_sandbox().passes)

@@ -133,7 +133,7 @@ def _read_hub(source: Source) -> Iterator[Located]:
 def _normalised(task: Task, located: Iterable[Located], key: str) -> Iterator[Row]:
     seen: dict[str, str] = {}
     for item in located:
-        row = _normalise(task, item, key)
+        row = normalised_row(task, item, key)
         if row is None:
             continue
         if row["id"] in seen:
@@ -145,7 +145,12 @@ def _normalised(task: Task, located: Iterable[Located], key: str) -> Iterator[Ro
         yield row
 
 
-def _normalise(task: Task, item: Located, key: str) -> Row | None:
+def normalised_row(task: Task, item: Located, key: str) -> Row | None:
+    """The row with the task's fields, or None if the task drops it; `key` is the setting that an error names.
+
+    Raises:
+        DataError: a field is missing or of another type.
+    """
     missing = f"missing, the row has {', '.join(map(str, item.row))}"
     remedy = (
         f"the task {task.name!r} needs {', '.join(task.fields)}: correct the row, "

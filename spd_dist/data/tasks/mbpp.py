@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import ast
 import re
+import textwrap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from spd_dist.data import spans
-from spd_dist.data.extract import fenced
 from spd_dist.data.spans import Span
 from spd_dist.data.tasks.protocol import Metric, Row, Score, Split
-from spd_dist.errors import ConfigError
+from spd_dist.data.thoughts import without_thoughts
+from spd_dist.errors import ConfigError, DataError
 
 Execute = Callable[[str, Sequence[str], str], bool]
 """The seam for the sandbox: whether `code` passes all `tests` after `setup`. It must be safe to call from threads."""
 
 HUB = "google-research-datasets/mbpp"
+PYTHON = ("", "python", "py", "python3", "python2")
+"""What a fence may name the language of a program."""
+IMPORTS = (
+    "import collections, copy, datetime, functools, heapq, itertools, math, operator, random, re, string, sys\n"
+    "from collections import *\nfrom typing import *"
+)
+"""What the field's harnesses put before a program."""
+_FENCE = re.compile(r"```[ \t]*([\w+-]*)[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
 _FIRST_LINE_OF_CODE = re.compile(r"^(def |import |from |class |@|async def )", re.MULTILINE)
 
 
@@ -37,9 +46,14 @@ class Mbpp:
         """The hub's forms: `text` and `test_list`, in the sanitized one `prompt` and `test_imports`."""
         if "test_list" not in raw:
             return {"setup": "", **raw}
-        setup = raw["test_setup_code"] if "test_setup_code" in raw else "\n".join(raw["test_imports"])
+        setup = raw["test_setup_code"] if "test_setup_code" in raw else "\n".join(raw.get("test_imports", ()))
         prompt = raw["text"] if "text" in raw else raw["prompt"]
         tests = list(raw["test_list"])
+        if any("def check(" in test for test in tests):
+            raise DataError(
+                f"mbpp row {raw['task_id']!r}: its test_list defines check(candidate) and calls nothing, as "
+                "HumanEval's rows do, so that every program would fail; give MBPP's own rows, whose tests are assertions"
+            )
         return {"id": f"mbpp/{raw['task_id']}", "prompt": prompt, "code": raw["code"], "tests": tests, "setup": setup}
 
     def problem(self, row: Row) -> str:
@@ -67,14 +81,19 @@ class Mbpp:
         """
         if self.execute is None:
             raise refusal(self.name)
-        strict = fenced(output)
-        lenient = python_in(output)
-        program = strict if strict is not None else lenient
-        correct = program is not None and self.execute(program, row["tests"], row["setup"])
+        spoken = without_thoughts(output)
+        blocks = fences(spoken.text)
+        strict = program_in(blocks, row["tests"])
+        lenient = strict or program_in(unfenced(spoken.text), row["tests"]) or next(filter(str.strip, blocks), None)
+        correct = lenient is not None and self.execute(lenient, row["tests"], f"{IMPORTS}\n{row['setup']}".strip())
+        if correct:
+            reason = "right"
+        elif spoken.is_unfinished:
+            reason = "unfinished"
+        else:
+            reason = "no answer" if lenient is None else "failed"
         in_form = correct and strict is not None
-        return Score(
-            correct, program, row["code"], strict, lenient, in_form, in_form or (correct and program == lenient)
-        )
+        return Score(correct, lenient, row["code"], strict, lenient, in_form, correct, reason)
 
 
 def refusal(name: str) -> ConfigError:
@@ -85,9 +104,45 @@ def refusal(name: str) -> ConfigError:
     )
 
 
+def program_in(candidates: Sequence[str], tests: Sequence[str]) -> str | None:
+    """The last candidate that is Python and defines what `tests` call, else the last that is Python."""
+    programs = [block for block in map(_dedented, candidates) if block.strip() and parses(block)]
+    called = {name for test in tests for name in re.findall(r"\b([A-Za-z_]\w*)\s*\(", test)}
+    defining = [block for block in programs if called & _defined(block)]
+    return next(iter([*defining[::-1], *programs[::-1]]), None)
+
+
+def fences(text: str) -> list[str]:
+    """The fenced blocks of Python or of no language; one that was never closed counts."""
+    return [block for language, block in _FENCE.findall(text) if language.lower() in PYTHON]
+
+
+def unfenced(text: str) -> list[str]:
+    """What may be a program without a fence: all before a fence that was only closed, or the most that parses."""
+    before, mark, _ = text.partition("```")
+    found = [before if mark else text, python_in(_dedented(before if mark else text)), python_in(text)]
+    return [block for block in found if block and parses(_dedented(block)) and _defined(_dedented(block))]
+
+
+def _dedented(block: str) -> str:
+    lines = block.replace("\t", "    ").rstrip().splitlines()
+    while lines and not lines[0].strip():
+        lines = lines[1:]
+    return textwrap.dedent("\n".join(lines)) + "\n" if lines else ""
+
+
+def _defined(program: str) -> set[str]:
+    """The names that a program gives to functions, classes and values at its top."""
+    with warnings.catch_warnings(action="ignore"):
+        body = ast.parse(program).body
+    names = {node.name for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
+    assigned = [target for node in body if isinstance(node, ast.Assign) for target in node.targets]
+    return names | {target.id for target in assigned if isinstance(target, ast.Name)}
+
+
 def python_in(text: str) -> str | None:
     """A fenced block, else the most lines that parse as Python, from the first that opens a definition or import."""
-    block = fenced(text)
+    block = next((one for one in fences(text) if one.strip()), None)
     if block is not None:
         return block
     start = _FIRST_LINE_OF_CODE.search(text)

@@ -39,7 +39,7 @@ class WordProblems:
             }
         if "solution" in raw:
             return dict(raw)
-        solution, _, answer = raw["answer"].rpartition(MARKER)
+        solution, _, answer = str(raw["answer"]).rpartition(MARKER)
         return {**raw, "solution": solution.strip(), "answer": answer.strip().replace(",", "")}
 
     def problem(self, row: Row) -> str:

@@ -1,0 +1,114 @@
+"""Outputs that are there already, judged by the launcher without a model."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from spd_dist.data.tasks import find_task
+from spd_dist.data.tasks.mbpp import MBPP, fences, program_in, unfenced
+from spd_dist.errors import DataError
+from spd_dist.judge import judge_file, write_judgements
+
+GSM8K = {"question": "Half of 10?", "answer": "10/2 = <<10/2=5>>5\n#### 5"}
+MMLU = {"question": "Which?", "choices": ["red", "blue"], "answer": 1}
+BBH = {"input": "Sort: b a", "target": "a b"}
+MATH = {"problem": "Half of 1?", "solution": r"It is \boxed{\frac{1}{2}}."}
+MBPP_ROW = {"task_id": 1, "text": "Double.", "code": "def f(x): return 2 * x", "test_list": ["assert f(2) == 4"]}
+LINES = {
+    "gsm8k": [
+        (GSM8K, "#### 5", (True, True, "5", "right")),
+        (GSM8K, "so it is 5 apples", (True, False, "5", "right")),
+        (GSM8K, "#### .5", (False, False, ".5", "other value")),
+        (GSM8K, "#### 5</think>", (False, False, None, "no answer")),
+        (GSM8K, "<think>#### 5", (False, False, None, "unfinished")),
+    ],
+    "svamp": [({"question": "?", "answer": "5.0"}, "5", (True, False, "5", "right"))],
+    "mmlu": [
+        (MMLU, "Answer: b", (True, True, "B", "right")),
+        (MMLU | {"answer": "A"}, "A or B", (False, False, None, "no answer")),
+    ],
+    "bbh": [(BBH, "a\nb", (True, True, "a b", "right"))],
+    "math": [(MATH, r"\boxed{.5}", (True, True, ".5", "right"))],
+}
+
+
+def written(tmp_path, lines):
+    file = tmp_path / "outputs.jsonl"
+    file.write_text("".join(json.dumps({"row": row, "output": output}) + "\n" for row, output, *_ in lines))
+    return file
+
+
+def judged(file, task, *more):
+    command = [sys.executable, "launchers/evaluate.py", "--judge", str(file), "--task", task, *more]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("task", LINES)
+def test_every_line_is_judged_in_its_order(tmp_path, task):
+    file, out = written(tmp_path, LINES[task]), tmp_path / "out" / "judged.jsonl"
+    write_judgements(judge_file(str(file), find_task(task)), out)
+    found = [tuple(json.loads(line).values()) for line in out.read_text().splitlines()]
+    assert found == [expected for _, _, expected in LINES[task]]
+
+
+def test_the_launcher_prints_one_line_a_row_and_needs_no_model(tmp_path):
+    done = judged(written(tmp_path, LINES["gsm8k"]), "gsm8k")
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [tuple(one.values()) for one in found] == [expected for _, _, expected in LINES["gsm8k"]]
+    assert list(found[0]) == ["correct", "strict", "extracted", "reason"]
+
+
+def test_programs_are_run_only_when_that_was_allowed(tmp_path):
+    refused = judged(written(tmp_path, [(MBPP_ROW, "def f(x): return 2 * x")]), "mbpp")
+    assert refused.returncode == 2
+    assert "set evaluate.allow_code_execution=true" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ({"row": GSM8K}, ("--judge", "line 1", "output")),
+        ({"row": {"question": "?"}, "output": "5"}, ("line 1", "'answer'", "gsm8k")),
+    ],
+)
+def test_a_line_without_row_or_output_is_named(tmp_path, line, words):
+    file = tmp_path / "outputs.jsonl"
+    file.write_text(json.dumps(line) + "\n")
+    with pytest.raises(DataError) as fault:
+        list(judge_file(str(file), find_task("gsm8k")))
+    assert all(word in str(fault.value) for word in words), fault.value
+
+
+TESTS = ["assert f(2) == 4"]
+GOOD = "def f(x):\n    return 2 * x\n"
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        f"```python\n{GOOD}```",
+        f"{GOOD}```\nThat is it.",
+        f"For example\n```\nf(2)\n```\nso\n```python\n{GOOD}```",
+        f"```bash\npip install x\n```\n```python\n{GOOD}```",
+        f"```python\ndef f(x):\n    return x\n```\nThat is wrong:\n```python\n{GOOD}```",
+        "```python\n    def f(x):\n        return 2 * x\n```",
+        "1. Do this:\n   ```python\n   def f(x):\n       return 2 * x\n   ```",
+        "f = lambda x: 2 * x",
+        "```python\nf = lambda x: 2 * x\n```",
+        f"Sure.\n{GOOD}\nIt doubles.",
+    ],
+)
+def test_the_program_is_found_wherever_it_stands(output):
+    program = program_in(fences(output), TESTS) or program_in(unfenced(output), TESTS)
+    namespace: dict = {}
+    exec(program, namespace)
+    assert namespace["f"](2) == 4
+
+
+def test_rows_of_humaneval_are_refused():
+    row = MBPP_ROW | {"test_list": ["def check(candidate):\n    assert candidate(2) == 4"]}
+    with pytest.raises(ValueError, match=r"mbpp row 1: .* check\(candidate\) .* give MBPP's own rows"):
+        MBPP.normalise(row, "")
