@@ -52,7 +52,7 @@ class Mbpp:
         if any("def check(" in test for test in tests):
             raise DataError(
                 f"mbpp row {raw['task_id']!r}: its test_list defines check(candidate) and calls nothing, as "
-                "HumanEval's rows do, so that every program would fail; give MBPP's own rows, whose tests are assertions"
+                "HumanEval's rows do, so that every program would fail; give MBPP's own rows, whose tests are asserts"
             )
         return {"id": f"mbpp/{raw['task_id']}", "prompt": prompt, "code": raw["code"], "tests": tests, "setup": setup}
 
