@@ -170,9 +170,9 @@ def test_the_program_is_the_fenced_block_or_what_parses():
     assert fenced.strict_correct
     raw = task.score(ROWS["mbpp"], "Sure, here it is:\nimport math\ndef f(x):\n    return 2 * x\n\nThis doubles it.")
     assert (raw.strict, raw.strict_correct, raw.lenient_correct) == (None, False, True)
-    assert ran[0][:2] == ("def f(x): return 2 * x\n", ROWS["mbpp"]["tests"])
-    assert ran[0][2].endswith("from typing import *")
-    assert ran[1][0] == "import math\ndef f(x):\n    return 2 * x\n"
+    assert ran[0][1:] == (ROWS["mbpp"]["tests"], "")
+    assert ran[0][0].endswith("from typing import *\ndef f(x): return 2 * x\n")
+    assert ran[1][0].endswith("import *\nimport math\ndef f(x):\n    return 2 * x\n")
     assert not task.score(ROWS["mbpp"], "I cannot.").correct
     assert len(ran) == 2
 

@@ -85,7 +85,7 @@ class Mbpp:
         blocks = fences(spoken.text)
         strict = program_in(blocks, row["tests"])
         lenient = strict or program_in(unfenced(spoken.text), row["tests"]) or next(filter(str.strip, blocks), None)
-        correct = lenient is not None and self.execute(lenient, row["tests"], f"{IMPORTS}\n{row['setup']}".strip())
+        correct = lenient is not None and self.execute(with_imports(lenient), row["tests"], row["setup"])
         if correct:
             reason = "right"
         elif spoken.is_unfinished:
@@ -110,6 +110,11 @@ def program_in(candidates: Sequence[str], tests: Sequence[str]) -> str | None:
     called = {name for test in tests for name in re.findall(r"\b([A-Za-z_]\w*)\s*\(", test)}
     defining = [block for block in programs if called & _defined(block)]
     return next(iter([*defining[::-1], *programs[::-1]]), None)
+
+
+def with_imports(program: str) -> str:
+    """The program after the usual imports, which `from __future__` must precede."""
+    return program if "from __future__" in program else f"{IMPORTS}\n{program}"
 
 
 def fences(text: str) -> list[str]:
