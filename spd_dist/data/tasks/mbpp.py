@@ -124,9 +124,9 @@ def fences(text: str) -> list[str]:
 
 def unfenced(text: str) -> list[str]:
     """What may be a program without a fence: all before a fence that was only closed, or the most that parses."""
-    before, mark, _ = text.partition("```")
-    found = [before if mark else text, python_in(_dedented(before if mark else text)), python_in(text)]
-    return [block for block in found if block and parses(_dedented(block)) and _defined(_dedented(block))]
+    whole = _dedented(text.partition("```")[0])
+    found = [whole if parses(whole) and _defined(whole) else None, python_in(whole), python_in(text)]
+    return [block for block in found if block]
 
 
 def _dedented(block: str) -> str:
