@@ -1,1 +1,36 @@
-"""Distributed Self-Policy Distillation: a model learns from what it writes in its own capability subspace."""
+"""Distributed Self-Policy Distillation: a model learns from what it writes in its own capability subspace.
+
+`import spd_dist as spd` gives `find_subspace`, `projected`, `load_subspace`, `save_subspace` and `overlap`, for any
+Hugging Face causal language model in one process; `load_config` and `Config` are the settings. Nothing heavy is
+imported before it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spd_dist.config import Config
+    from spd_dist.overrides import load_config
+    from spd_dist.python_api import find_subspace, load_subspace, overlap, projected, save_subspace
+
+__all__ = ["Config", "find_subspace", "load_config", "load_subspace", "overlap", "projected", "save_subspace"]
+
+_HOMES = {"Config": "config", "load_config": "overrides"}
+
+try:
+    __version__ = version("spd_dist")
+except PackageNotFoundError:  # a clone that was not installed
+    __version__ = "0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'python_api')}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

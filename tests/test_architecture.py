@@ -14,7 +14,8 @@ MAX_LINES = 300
 
 BELOW = {"errors", "config", "types", "distributed"}
 MAY_IMPORT = {  # besides itself
-    "__init__": set(),
+    "__init__": {"config", "overrides", "python_api"},
+    "python_api": BELOW | {"data", "models", "runtime", "stages", "overrides"},
     "errors": set(),
     "config": set(),
     "overrides": {"config", "errors", "arms"},
@@ -42,7 +43,7 @@ MAY_IMPORT = {  # besides itself
 }
 ONLY_IN = {
     "deepspeed": {"distributed"},
-    "transformers": {"models"},
+    "transformers": {"models", "python_api"},
     "peft": {"models"},
     "gguf": {"models"},
     "datasets": {"data"},

@@ -78,7 +78,7 @@ def load_policy(config: Model, distributed: Distributed, world: World) -> Policy
         model.to(world.device)
     model.eval().requires_grad_(False)
     engine = frozen_engine(model, distributed, dtype) if sharded else None
-    eos = _eos_token_ids(model, tokenizer)
+    eos = eos_token_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
     return Policy(model, tokenizer, engine, config.name, eos, pad, weights_fingerprint(model))
 
@@ -170,7 +170,7 @@ def _read(reader: type, source: str, model: Model, **settings: object) -> object
         raise DataError(f"model.name: {model.name} can't be loaded by {reader.__name__}: {error}") from error
 
 
-def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Every token that ends a sequence, by the model's generation config and by the tokenizer."""
     declared = model.generation_config.eos_token_id if model.generation_config is not None else None
     from_model = declared if isinstance(declared, list) else [declared]

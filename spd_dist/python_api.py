@@ -1,0 +1,129 @@
+"""The method from Python, in one process, on any Hugging Face causal language model: `import spd_dist as spd`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from spd_dist.data.prompts import make_examples
+from spd_dist.data.tasks.described import DescribedTask, Description
+from spd_dist.distributed.world import World
+from spd_dist.distributed.zero import weights_fingerprint
+from spd_dist.errors import DataError
+from spd_dist.models.kv_sites import discover_sites
+from spd_dist.models.policy import Policy, eos_token_ids
+from spd_dist.models.projection import projected as held_to
+from spd_dist.overrides import load_config
+from spd_dist.runtime.subspace_file import load_subspace, save_subspace
+from spd_dist.runtime.subspaces import overlap as overlap_of_sites
+from spd_dist.runtime.subspaces import shared_sites
+from spd_dist.stages.calibrate import calibrate
+from spd_dist.stages.project import projection, subspace
+from spd_dist.stages.reduce import reduce
+from spd_dist.stages.sketch import sketch
+from spd_dist.types import Subspace
+
+__all__ = ["find_subspace", "load_subspace", "overlap", "projected", "save_subspace"]
+
+_TASK = DescribedTask(Description(name="rows", prompt="{prompt}", answer="{answer}", mask="answer"))
+
+
+def find_subspace(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]],
+    overrides: Sequence[str] = (),
+) -> Subspace:
+    """The capability subspace of `model`: where the loss on the answers is sensitive to keys and values (paper, Eq. 6).
+
+    The weights stay as they are, and `requires_grad` and the mode are put back.
+
+    Args:
+        model: Whole, in this process, on any device.
+        tokenizer: A fast one.
+        rows: Each with `prompt` and `answer`, as text. The tokens of the answer are supervised; `calibrate.mask` in
+            `overrides` names another mask.
+        overrides: Settings as on the command line, of the sections data, calibrate, sketch, reduce and project:
+            `["project.rank_rule=fixed", "project.rank=16"]`.
+
+    Raises:
+        DataError: no rows, a row without prompt or answer, or one in which nothing is supervised.
+        ConfigError: a setting that is not valid, or a model without the keys and values that are asked for.
+    """
+    config = load_config([], [f"calibrate.num_examples={max(1, len(rows))}", *overrides])
+    numbered = [{"id": str(number), **row} for number, row in enumerate(rows)]
+    for number, row in enumerate(numbered):
+        for name in ("prompt", "answer"):
+            if not isinstance(row.get(name), str):
+                raise DataError(
+                    f"rows[{number}], field {name!r}: {row.get(name)!r} must be text; a row has prompt and answer"
+                )
+    world = World(rank=0, size=1, device=next(model.parameters()).device)
+    eos = eos_token_ids(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
+    policy = Policy(model, tokenizer, None, model.config._name_or_path, eos, pad, weights_fingerprint(model))
+    examples, _ = make_examples(numbered, _TASK, tokenizer, config.data, config.calibrate)
+    with _frozen(model):
+        sites = discover_sites(model, config.calibrate.layers, whole_keys=config.project.insertion == "rope")
+        sketches = sketch(
+            calibrate(policy, examples, sites, config.calibrate, world),
+            sites,
+            config.sketch,
+            num_shards=config.calibrate.num_shards,
+            planned_rank=config.project.planned_rank,
+            world=world,
+        )
+    moments = reduce(sketches, sites, config.reduce, num_shards=config.calibrate.num_shards, world=world)
+    names = {"base_model": policy.name, "base_fingerprint": policy.fingerprint}
+    return subspace(moments, sites, config.project, world, metadata=names)
+
+
+@contextmanager
+def projected(
+    model: PreTrainedModel,
+    subspace: Subspace,
+    overrides: Sequence[str] = (),
+    *,
+    apply_as: Literal["hook", "fold"] = "hook",
+) -> Iterator[PreTrainedModel]:
+    """`model` with its keys and values held to `subspace`; as it was before, bit by bit, after the `with` block.
+
+    Args:
+        model: That `subspace` was found in, or one of the same shape.
+        subspace: From `find_subspace` or `load_subspace`.
+        overrides: Settings of the section project: `["project.mode=blend", "project.rho=0.3"]`.
+        apply_as: By forward hooks, or folded into the weights, at no cost a token.
+
+    Raises:
+        ConfigError: a setting that is not valid, or a fold that would not be exact.
+        DataError: the model lacks a module of the subspace, or was not called in the block.
+    """
+    insertion = subspace.metadata.get("insertion", "linear")
+    config = load_config([], [f"project.insertion={insertion}", *overrides])
+    with held_to(model, projection(subspace, config.project, config.seed), apply_as):
+        yield model
+
+
+def overlap(first: Subspace, second: Subspace) -> dict[str, float]:
+    """How much of the smaller subspace lies in the other, from 0 to 1, site by site: the mean squared cosine."""
+    sites = shared_sites({"first": first, "second": second})
+    return {str(site): overlap_of_sites(first.sites[site], second.sites[site]) for site in sites}
+
+
+@contextmanager
+def _frozen(model: PreTrainedModel) -> Iterator[None]:
+    """Eval mode and no gradients of weights."""
+    was_training = model.training
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval().requires_grad_(False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        model.train(was_training)
+        for parameter in trained:
+            parameter.requires_grad_(True)

@@ -1,0 +1,79 @@
+"""The method from Python: README's lines as they stand, and that they leave the model as it was."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import save_tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+import spd_dist as spd
+from spd_dist.errors import ConfigError, DataError
+
+ROWS = [{"prompt": f"What is {a} + 2?", "answer": str(a + 2)} for a in range(6)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def model(folder):
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_readmes_lines_run_as_they_stand(folder, tmp_path, monkeypatch, capsys):
+    code = re.search(r"^```python\n(import spd_dist.*?)^```", Path("README.md").read_text(), re.M | re.S)[1]
+    model_name = "Qwen/Qwen2.5-0.5B-Instruct"
+    assert model_name in code
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace(model_name, str(folder)), {})
+    assert (tmp_path / "subspace.safetensors").is_file()
+    assert capsys.readouterr().out
+
+
+def test_the_model_is_as_it_was_and_a_saved_subspace_is_the_same(model, tmp_path):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.train()
+    subspace = spd.find_subspace(model, tiny_tokenizer(), ROWS, ["project.rank_rule=fixed", "project.rank=4"])
+    assert model.training
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert {site.basis_DR.shape[1] for site in subspace.sites.values()} == {4}
+    spd.save_subspace(tmp_path / "subspace.safetensors", subspace)
+    again = spd.load_subspace(tmp_path / "subspace.safetensors")
+    assert all(share == pytest.approx(1) for share in spd.overlap(subspace, again).values())
+    assert again.metadata == subspace.metadata
+
+
+@pytest.mark.parametrize("apply_as", ["hook", "fold"])
+def test_keys_and_values_are_held_to_the_subspace_within_the_block_alone(model, apply_as):
+    subspace = spd.find_subspace(model, tiny_tokenizer(), ROWS, ["project.rank_rule=fixed", "project.rank=2"])
+    tokens = tiny_tokenizer()("What is 6 + 1?", return_tensors="pt")["input_ids"]
+    before = model(tokens).logits
+    with spd.projected(model, subspace, apply_as=apply_as) as held:
+        assert not torch.allclose(held(tokens).logits, before, atol=1e-4)
+    assert torch.equal(model(tokens).logits, before)
+    with spd.projected(model, subspace, ["project.mode=identity"]):
+        assert torch.allclose(model(tokens).logits, before)
+
+
+def test_what_is_wrong_is_named(model):
+    with pytest.raises(DataError, match=r"rows\[1\], field 'answer': None must be text"):
+        spd.find_subspace(model, tiny_tokenizer(), [ROWS[0], {"prompt": "?"}])
+    with pytest.raises(ConfigError, match=r"project\.rnk.*project\.rank"):
+        spd.find_subspace(model, tiny_tokenizer(), ROWS, ["project.rnk=4"])
+    with pytest.raises(DataError, match="keeps no token in any of 0 examples"):
+        spd.find_subspace(model, tiny_tokenizer(), [])
+    with pytest.raises(AttributeError, match="no attribute 'find'; it has Config, find_subspace"):
+        spd.find  # noqa: B018
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = "import sys, spd_dist; assert spd_dist.__version__ != '0'; print('torch' in sys.modules, dir(spd_dist)[:2])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False ['Config', '__version__']\n"
