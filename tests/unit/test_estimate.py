@@ -60,7 +60,7 @@ def test_the_run_takes_its_stage_and_all_that_come_after():
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_the_parts_are_those_of_the_arms(num_ranks):
-    config = load_config(["configs/quickstart.yaml"])
+    config = load_config(["configs/quickstart.yaml"], ["data.num_train=96"])
     parts = parts_of(config, chosen(config.evaluate.arms), num_ranks)
     assert [part.folder for part in parts] == [
         "project", "arms/psr/generate", "generate", "arms/psr/finetune", "finetune", "evaluate/base", "evaluate/psr",
