@@ -86,9 +86,7 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", metavar="MODEL")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as for spd.py")
-    parser.add_argument(
-        "--tasks", nargs="+", action="extend", default=[], metavar="TASK", help="names, YAML files, or NAME=SOURCE"
-    )
+    parser.add_argument("--tasks", nargs="+", action="extend", metavar="TASK", help="names, YAML files, or NAME=SOURCE")
     parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="a LoRA adapter, merged into the model")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="runs/evaluate/MODEL if not given")
     parser.add_argument("--config", nargs=1, action="extend", default=[], metavar="YAML", help="later files win")
@@ -98,17 +96,18 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="OUT", help="with --judge: where the judgements go, else printed")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args(words)
-    arguments.overrides += filter(is_override, arguments.tasks)  # argparse gives --tasks every word that follows it
-    arguments.tasks = [word for word in arguments.tasks if not is_override(word)]
+    given = arguments.tasks or []  # argparse gives --tasks every word that follows it
+    arguments.overrides += filter(is_override, given)
     if arguments.judge is None:
-        if arguments.model is None or not arguments.tasks:
+        if arguments.model is None or arguments.tasks is None:
             parser.error("the following arguments are required: MODEL, --tasks (or --judge FILE --task NAME)")
         if arguments.task is not None or arguments.json is not None:
             parser.error("--task and --json go with --judge; to evaluate a model give --tasks and --out")
     else:
-        if arguments.task is None or arguments.tasks:
+        if arguments.task is None or arguments.tasks is not None:
             parser.error("--judge takes one --task NAME, and no --tasks")
         arguments.overrides = [*filter(None, [arguments.model]), *arguments.overrides]
+    arguments.tasks = [word for word in given if not is_override(word)]
     return arguments
 
 

@@ -238,6 +238,7 @@ def test_a_request_to_stop_ends_all_ranks_with_75_and_the_run_goes_on(words, und
     assert results(run) == results(undisturbed)
 
 
+@pytest.mark.slow  # quickstart does it in CI
 def test_the_deepspeed_launcher_runs_two_ranks_and_ends_in_a_table(words, undisturbed, tmp_path):
     run = tmp_path / "run"
     command = [Path(sys.executable).parent / "deepspeed", "--num_accelerators", "2", "--quiet"]
