@@ -106,6 +106,10 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     else:
         if arguments.task is None or arguments.tasks is not None:
             parser.error("--judge takes one --task NAME, and no --tasks")
+        if arguments.adapter is not None or arguments.out is not None or arguments.lm_eval:
+            parser.error(
+                "--judge starts no model: leave --adapter, --out and --lm-eval out, and give --json for a file"
+            )
         arguments.overrides = [*filter(None, [arguments.model]), *arguments.overrides]
     arguments.tasks = [word for word in given if not is_override(word)]
     return arguments
@@ -115,6 +119,8 @@ def judge(arguments: argparse.Namespace) -> int:
     """Judge a file of outputs; the exit code."""
     make_room(os.environ)
     try:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigError("--judge: it takes one process; start this file by python, not by deepspeed or torchrun")
         config = load_config(arguments.config, [*DEFAULTS, *arguments.overrides, f"data.task={arguments.task}"])
         from spd_dist.data.tasks import find_task
         from spd_dist.judge import able_to_judge, judge_file, write_judgements

@@ -13,6 +13,7 @@ from spd_dist.data.files import Located, read_rows
 from spd_dist.data.sources import normalised_row
 from spd_dist.data.tasks import Row, Score, Task, refusal, runs_code, with_execution
 from spd_dist.errors import DataError
+from spd_dist.runtime.artifacts import write_text
 from spd_dist.runtime.sandbox import open_sandbox
 
 
@@ -59,8 +60,7 @@ def write_judgements(judgements: Iterator[Judgement], out: Path | None) -> str:
     lines = "\n".join(json.dumps(vars(one), ensure_ascii=False) for one in found)
     if out is None:
         return lines
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(lines + "\n", encoding="utf-8")
+    write_text(out, lines + "\n")
     return f"{out}: {len(found)} judged, {sum(one.correct for one in found)} right"
 
 

@@ -29,7 +29,7 @@ from spd_dist.types import Subspace
 
 __all__ = ["find_subspace", "load_subspace", "overlap", "projected", "save_subspace"]
 
-_TASK = DescribedTask(Description(name="rows", prompt="{prompt}", answer="{answer}", mask="answer"))
+_TASK = DescribedTask(Description(name="rows", prompt="{prompt}", answer=" {answer}", mask="answer"))
 
 
 def find_subspace(
@@ -65,7 +65,7 @@ def find_subspace(
     world = World(rank=0, size=1, device=next(model.parameters()).device)
     eos = eos_token_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
-    policy = Policy(model, tokenizer, None, model.config._name_or_path, eos, pad, weights_fingerprint(model))
+    policy = Policy(model, tokenizer, None, model.name_or_path, eos, pad, weights_fingerprint(model))
     examples, _ = make_examples(numbered, _TASK, tokenizer, config.data, config.calibrate)
     with _frozen(model):
         sites = discover_sites(model, config.calibrate.layers, whole_keys=config.project.insertion == "rope")

@@ -17,6 +17,10 @@ _ANSWER = (
     r"\s*(?:is|was|would be|must be|should be|:|=)(?:\s+but\b)?\W*?"
     r"(?:(?:the |an? )?(?:correct |right |best )?(?:option|choice|letter|answer)\b[\s:]*(?:is\b)?\W*)?"
 )
+_AFTER_OPENING = (
+    r"(?=[).:,;\]\"*/]|\s*[-\u2014]\s|\s*\n|\s*$|\s+(?:or|and|&|/)\s"
+    r"|\s+(?:is|because|since|as|seems|would)\b)"
+)
 _CHOSEN = (
     r"\b(?:(?:I|we)(?:'d| would|'ll| will)? (?:choose|chose|pick|select|go with|say)"
     r"|choose|chose|pick|select|go with|so|therefore,?|thus,?|hence,?)"
@@ -45,10 +49,7 @@ def _given(text: str, letters: str) -> Iterator[tuple[int, str | None]]:
     if alone:
         yield 0, alone[1].upper()
         return
-    opening = re.match(
-        rf"[\s*\"'\[(]*([{letters}])(?=[).:,;\]\"*]|\s*[-\u2014]\s|\s*\n|\s*$|\s+(?:or|and|&|/)\s|/|\s+(?:is|because|since|as|seems|would)\b)",
-        text,
-    )
+    opening = re.match(rf"[\s*\"'\[(]*([{letters}]){_AFTER_OPENING}", text)
     opening = opening or re.match(rf"[\s*\"]*\(([{both}])\)", text) or re.match(rf"[\s*]*([{both}])[).](?=\s|$)", text)
     if opening and not _is_word(opening[1], text[opening.end() :]):
         listed = set(re.findall(rf"^[\s*]*\(?([{letters}])[).:]", text, re.MULTILINE)) - {opening[1].upper()}

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+
+from spd_dist.data.numbers import last_number
+from spd_dist.data.thoughts import settled
 
 _CALCULATOR = re.compile(r"<<[^<>\n]*>>")
-_FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
+_FENCE = re.compile(r"```[ \t]*([\w+-]*)[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
 def without_calculator(solution: str) -> str:
@@ -40,6 +44,18 @@ def all_boxed(text: str) -> list[tuple[int, str]]:
     return found[::-1]
 
 
+def boxed_answers(text: str, same: Callable[[str, str], bool]) -> tuple[str | None, str | None]:
+    """The content of the boxes, where all agree; leniently, where there is no box, the last number."""
+    boxes = all_boxed(text)
+    strict = settled(boxes, text, same)
+    return strict, strict if boxes else last_number(text)
+
+
+def fences(text: str) -> list[tuple[str, str]]:
+    """The language, in lower case, and the content of every fenced block; one that was never closed counts."""
+    return [(language.lower(), block) for language, block in _FENCE.findall(text)]
+
+
 def fenced(text: str) -> str | None:
-    """The first fenced block that is not empty; one that was never closed counts."""
-    return next((block for block in _FENCE.findall(text) if block.strip()), None)
+    """The first fenced block that is not empty."""
+    return next((block for _, block in fences(text) if block.strip()), None)

@@ -47,7 +47,7 @@ _INTEGER = (
 _EXPONENT = r"(?:[eE][+-]?\d+| ?\* ?10 ?\^ ?(?:\{[+-]?\d+\}|[+-]?\d+))"
 _NUMBER = re.compile(
     r"(?<![\w.^/\\])(?<!\d,)(?<!\d:)(?<!\d')"
-    r"(?P<sign>(?<![\w)\].%])(?<![\w)\]%] )[-+])?(?P<currency>[$\u20ac\u00a3\u00a5\u20b9] ?)?(?P<inner>-)?"
+    r"(?P<sign>(?<![\w)\].%])(?<![\d)\]%] )[-+])?(?:[$\u20ac\u00a3\u00a5\u20b9] ?(?P<inner>-)?)?"
     rf"(?P<value>\d+ \d+/\d+|(?:(?:{_INTEGER})(?:\.\d+)?|\.\d+){_EXPONENT}?(?: ?/ ?(?:\d+(?:\.\d+)?))?)"
     rf"(?P<after> ?%|{_UNITS})?(?![\w^/]|[.,:']\d|\()",
     re.ASCII,
@@ -59,10 +59,12 @@ _STATEMENT = re.compile(
     r"((?:(?!\banswer\b)[^\n])*)",
     re.IGNORECASE,
 )
-_LEAD = re.compile(
-    r"^\W*(?:(?:so|the|my|our|final|answer|result|total|is|equals|about|approximately|around|exactly|to|be|a|an)\b[\s:,=]*)*",
+_OPENS = re.compile(
+    r"\W*(?:(?:so|the|my|our|final|answer|result|total|is|equals|about|approximately|around|exactly|to|be|a|an)\b\W*)*"
+    r"(?:\d|[a-z] ?=)",
     re.IGNORECASE,
 )
+"""How the line of a final answer begins; any other one is a heading."""
 _STOP = re.compile(r"(?<=[\w%)\]}$])[.!?;](?=\s|$)")
 _ALTERNATIVES = re.compile(r"[\d%] ?\w* ?(?:\bor\b|\bto\b|\bversus\b|\bvs\b)[^\d\n]{0,12}$", re.IGNORECASE)
 
@@ -96,14 +98,19 @@ def same_number(left: str | None, right: str) -> bool:
     return value is not None and value == parse_number(right)
 
 
+def number_answers(text: str) -> tuple[str | None, str | None]:
+    """The number that `text` gives strictly, after `####`, and leniently, as `last_number`.
+
+    Where several are marked that differ, neither: what was marked is the answer, and it is not one number.
+    """
+    marked = list(_marked(text))
+    strict = settled(marked, text, same_number)
+    return strict, None if marked and strict is None else last_number(text)
+
+
 def marked_number(text: str) -> str | None:
     """The number after `####`, on its line: strict. None where several differ."""
-    return settled(list(_marked(text)), text, same_number)
-
-
-def has_marked_numbers(text: str) -> bool:
-    """Whether numbers follow a `####`, be it one or several."""
-    return bool(list(_marked(text)))
+    return number_answers(text)[0]
 
 
 def last_number(text: str) -> str | None:
@@ -112,8 +119,8 @@ def last_number(text: str) -> str | None:
     None where the answer is not one number: several statements that differ, `5 or 6`, `10 - 5` without its result.
     """
     spelled = plain(text)
-    stated = [(match.start(), segment_number(match[1])) for match in _STATEMENT.finditer(spelled) if match[1].strip()]
-    if any(re.search(r"\d", spelled[place:]) for place, _ in stated):
+    stated = [(place, segment_number(segment)) for place, segment in stated_answers(spelled)]
+    if stated and re.search(r"\d", spelled[stated[0][0] :]):
         return settled(stated, spelled, same_number)
     numbers = list(_numbers(spelled))
     if not numbers:
@@ -122,6 +129,11 @@ def last_number(text: str) -> str | None:
     before = spelled[: last.start]
     is_operand = re.search(r"[\d)%] ?[-+*/^] ?$", before) and not re.search(r"=[^=]*$", spelled[last.stop :])
     return None if is_operand or _ALTERNATIVES.search(before) else last.text
+
+
+def stated_answers(text: str) -> list[tuple[int, str]]:
+    """What stands behind each `answer is` and `Answer:`, to the end of its line, with its place."""
+    return [(match.start(), match[1].strip()) for match in _STATEMENT.finditer(text) if match[1].strip()]
 
 
 def segment_number(segment: str) -> str | None:
@@ -147,12 +159,7 @@ def _marked(text: str) -> Iterator[tuple[int, str | None]]:
     for match in re.finditer(rf"{MARKER}(?!#)", text):
         tail = text[match.end() :].lstrip()
         line = plain(tail.partition("\n")[0].partition(MARKER)[0]).strip()
-        begin = _LEAD.match(line)
-        rest = line[begin.end() :] if begin else line
-        opening = re.match(
-            r"[-+$\u20ac\u00a3\u00a5\u20b9 ]*\.?\d", line[max(0, len(line) - len(rest) - 4) :].strip(" :,")
-        )
-        if opening or re.match(r"[-+$\u20ac\u00a3\u00a5\u20b9 .(]*\d", rest) or re.match(r"[a-z] ?=", rest):
+        if _OPENS.match(line):
             yield match.start(), segment_number(line)
 
 

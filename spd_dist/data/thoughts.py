@@ -15,7 +15,7 @@ _MARKS = (
 )  # fmt: skip
 _TURNED = re.compile(
     r"\b(?:wait|no(?=[,.!\s]*\n|[,.!])|nope|actually|correction|corrected|sorry|mistake|oops"
-    r"|instead|rather|scratch that|let me (?:re|fix))",
+    r"|scratch that|let me (?:re|fix))",
     re.IGNORECASE,
 )
 

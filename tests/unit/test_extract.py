@@ -1,6 +1,8 @@
 """What a text holds: boxes, fenced code, calculator marks."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from spd_dist.data.extract import all_boxed, boxed, fenced, without_calculator
 
@@ -28,6 +30,13 @@ def test_the_last_complete_box_is_found(text, content):
 def test_every_complete_box_is_found_with_its_place():
     text = r"\boxed{1}, \boxed{\frac{1}{2}} and \boxed{3"
     assert all_boxed(text) == [(7, "1"), (18, r"\frac{1}{2}")]
+
+
+@given(st.text())
+def test_no_text_breaks_the_extraction(text):
+    assert boxed(text) is None or boxed(text) in text
+    assert fenced(text) is None or fenced(text).strip()
+    assert all(content in text for _, content in all_boxed(text))
 
 
 def test_the_first_fenced_block_with_content_is_the_program():

@@ -1,13 +1,15 @@
 """Outputs that are there already, judged by the launcher without a model."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
+from sandboxes import usable_sandbox
 
 from spd_dist.data.tasks import find_task
-from spd_dist.data.tasks.mbpp import MBPP, fences, program_in, unfenced
+from spd_dist.data.tasks.mbpp import MBPP, program_in, python_blocks, unfenced
 from spd_dist.errors import DataError
 from spd_dist.judge import judge_file, write_judgements
 
@@ -67,10 +69,53 @@ def test_programs_are_run_only_when_that_was_allowed(tmp_path):
     assert "set evaluate.allow_code_execution=true" in refused.stderr
 
 
+def test_programs_are_run_in_the_sandbox_where_that_was_allowed(tmp_path):
+    usable_sandbox()
+    lines = [
+        (MBPP_ROW, "```python\ndef f(x: List[int]): return 2 * x\n```", (True, True, "right")),
+        (MBPP_ROW, "<think>doubling</think>\nf = lambda x: math.floor(2 * x)", (True, False, "right")),
+        (MBPP_ROW, "def f(x): return x", (False, False, "failed")),
+        (MBPP_ROW, "I cannot.", (False, False, "no answer")),
+    ]
+    done = judged(written(tmp_path, lines), "mbpp", "evaluate.allow_code_execution=true")
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(one["correct"], one["strict"], one["reason"]) for one in found] == [expected for *_, expected in lines]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--judge", "outputs.jsonl"], "--judge takes one --task NAME, and no --tasks"),
+        (
+            ["--judge", "outputs.jsonl", "--task", "gsm8k", "--out", "x"],
+            "--judge starts no model: leave --adapter, --out",
+        ),
+        (["model", "--tasks", "gsm8k", "--json", "x"], "--task and --json go with --judge"),
+        (["--tasks", "gsm8k"], "required: MODEL, --tasks (or --judge FILE --task NAME)"),
+        (["--judge", "nowhere.jsonl", "--task", "gsm8k"], "nowhere.jsonl: no such file"),
+    ],
+)
+def test_words_that_do_not_go_together_are_named(words, message):
+    command = [sys.executable, "launchers/evaluate.py", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode in (2, 3)
+    assert message in done.stderr
+
+
+def test_one_process_judges(tmp_path):
+    file, environment = written(tmp_path, LINES["gsm8k"]), {**os.environ, "WORLD_SIZE": "2"}
+    command = [sys.executable, "launchers/evaluate.py", "--judge", str(file), "--task", "gsm8k"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--judge: it takes one process" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
         ({"row": GSM8K}, ("--judge", "line 1", "output")),
+        ({"row": MATH | {"solution": "none"}, "output": "5"}, ("line 1", "'math'", "no answer")),
         ({"row": {"question": "?"}, "output": "5"}, ("line 1", "'answer'", "gsm8k")),
     ],
 )
@@ -78,7 +123,7 @@ def test_a_line_without_row_or_output_is_named(tmp_path, line, words):
     file = tmp_path / "outputs.jsonl"
     file.write_text(json.dumps(line) + "\n")
     with pytest.raises(DataError) as fault:
-        list(judge_file(str(file), find_task("gsm8k")))
+        list(judge_file(str(file), find_task("math" if "solution" in line["row"] else "gsm8k")))
     assert all(word in str(fault.value) for word in words), fault.value
 
 
@@ -102,7 +147,7 @@ GOOD = "def f(x):\n    return 2 * x\n"
     ],
 )
 def test_the_program_is_found_wherever_it_stands(output):
-    program = program_in(fences(output), TESTS) or program_in(unfenced(output), TESTS)
+    program = program_in(python_blocks(output), TESTS) or program_in(unfenced(output), TESTS)
     namespace: dict = {}
     exec(program, namespace)
     assert namespace["f"](2) == 4

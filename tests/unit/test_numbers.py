@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spd_dist.data.numbers import last_number, marked_number, parse_number, same_number
+from spd_dist.data.numbers import last_number, marked_number, number_answers, parse_number, same_number
 from spd_dist.data.tasks import find_task
+from spd_dist.data.tasks.described import DescribedTask, Description
 
 RIGHT, WRONG = True, False
 
@@ -122,6 +123,74 @@ def test_a_number_counts_as_a_person_would_count_it(output, gold, correct):
 def test_numbers_are_compared_by_value(left):
     assert same_number(left, "5")
     assert not same_number(left, "50")
+
+
+@pytest.mark.parametrize(
+    ("left", "right"), [("1,234", "1234"), ("$1,000.50", "1000.5"), ("40%", "40"), ("-$3", "-3"), ("$-3", "-3")]
+)
+def test_commas_signs_and_units_do_not_matter(left, right):
+    assert same_number(left, right)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("He has 3 + 5 = 8 apples.", "8"),
+        ("10-5", None),
+        ("(3)-2", None),
+        ("it is -5.", "-5"),
+        ("x=-3", "-3"),
+        ("**-7**", "-7"),
+        ("that is $1,234.50 in all", "$1,234.50"),
+        ("12,345,678", "12,345,678"),
+        ("1,0000", None),
+        ("in 2024.", "2024"),
+        ("0.20.", "0.20"),
+        ("no number", None),
+        ("", None),
+    ],
+)
+def test_the_last_number_is_found(text, number):
+    assert last_number(text) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("3 + 5 = 8\n#### 8", "8"),
+        ("#### 1,000 dollars", "1,000"),
+        ("####8", "8"),
+        ("#### 3\nno\n#### 4\nThen 9 more", "4"),
+        ("#### 3\nSo she takes the others instead.\n#### 4", None),
+        ("####\n12\n13", "12"),
+        ("#### eight\n8", None),
+        ("The answer is 8", None),
+        ("### 8", None),
+    ],
+)
+def test_the_marked_number_follows_a_marker_on_its_line(text, number):
+    assert marked_number(text) == number
+
+
+@pytest.mark.parametrize("output", ["#### 5, 6", "#### 6 or 5", "#### 5\n#### 6", "The answer is 5. The answer is 6."])
+def test_of_several_answers_none_counts_in_any_task_of_numbers(output):
+    task = DescribedTask(Description("t", "{q}", gold="{a}", extraction="number", metric="numeric"))
+    assert not task.score({"q": "?", "a": "6"}, output).correct
+    assert not find_task("bbh").score({"target": "6"}, output).correct
+
+
+def test_of_several_boxes_none_counts_in_a_described_task():
+    task = DescribedTask(Description("t", "{q}", gold="{a}", extraction="boxed", metric="numeric"))
+    assert not task.score({"q": "?", "a": "6"}, r"\boxed{5} or \boxed{6}").correct
+    assert task.score({"q": "?", "a": "6"}, r"\boxed{6}, that is \boxed{6}").correct
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "unit", ["9", "1,000", " 1", "$1$ ", "answer is ", "#### 5 ", "\\frac{", "**", "a = 1 + 2 = ", "(", "so the "]
+)
+def test_no_long_text_takes_for_ever(unit):
+    number_answers("#### " + unit * (50_000 // len(unit)))
 
 
 @pytest.mark.parametrize("text", [None, "", "five", "1/0", "5 apples", "\u0663", "--5", "1e999999999", "9" * 9999])

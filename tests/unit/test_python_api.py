@@ -50,6 +50,22 @@ def test_the_model_is_as_it_was_and_a_saved_subspace_is_the_same(model, tmp_path
     assert again.metadata == subspace.metadata
 
 
+@pytest.mark.parametrize("template", ["chat", "plain"])
+def test_a_model_in_bfloat16_and_one_without_chat_template_are_taken(folder, template):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    tokenizer = tiny_tokenizer()
+    if template == "plain":
+        tokenizer.chat_template = None
+    before = model.lm_head.weight.clone()
+    subspace = spd.find_subspace(model, tokenizer, ROWS, [f"data.template={template}"])
+    tokens = tokenizer("What is 6 + 1?", return_tensors="pt")["input_ids"]
+    plain = model(tokens).logits
+    with spd.projected(model, subspace):
+        assert not torch.equal(model(tokens).logits, plain)
+    assert torch.equal(model(tokens).logits, plain)
+    assert torch.equal(model.lm_head.weight, before)
+
+
 @pytest.mark.parametrize("apply_as", ["hook", "fold"])
 def test_keys_and_values_are_held_to_the_subspace_within_the_block_alone(model, apply_as):
     subspace = spd.find_subspace(model, tiny_tokenizer(), ROWS, ["project.rank_rule=fixed", "project.rank=2"])

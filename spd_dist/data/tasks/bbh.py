@@ -10,7 +10,7 @@ from typing import Any
 
 from spd_dist.data import spans
 from spd_dist.data.choices import committed_letter, stated_letter
-from spd_dist.data.numbers import last_number, plain, same_number, segment_number
+from spd_dist.data.numbers import number_answers, plain, same_number, segment_number, stated_answers
 from spd_dist.data.spans import Span
 from spd_dist.data.tasks.protocol import Metric, Row, Score, Split, scored
 from spd_dist.data.thoughts import settled, without_thoughts
@@ -93,16 +93,18 @@ def _read(gold: str, text: str) -> tuple[str | None, str | None]:
     if gold.casefold() in WORDS:
         return _word(said), _word(said) or _lone_word(text)
     if re.fullmatch(r"-?\d+", gold):
-        return segment_number(said), last_number(text)
-    words = _listed(text)
-    return (words if len(words.split()) == len(gold.split()) else said) or None, words or None
+        marked, lenient = number_answers(text)
+        return marked or segment_number(said), lenient
+    listed = _one_word_a_line(text)
+    last = next((line for line in reversed(text.splitlines()) if line.strip()), "")
+    return listed or _after_colon(said), listed or _after_colon(said if stated_answers(plain(text)) else last)
 
 
 def _said(text: str) -> str:
-    """What is said to be the answer, else the first line."""
+    """What is said to be the answer, else the first line; nothing where two sayings differ."""
     spelled = plain(text).strip()
-    said = re.findall(r"\banswer\b\s*(?:is|:|=)[ :]*([^\n]*)", spelled, re.IGNORECASE)
-    return (said[-1] if said else spelled.partition("\n")[0]).strip()
+    stated = stated_answers(spelled)
+    return (settled(stated, spelled, same_answer) or "") if stated else spelled.partition("\n")[0].strip()
 
 
 def _word(said: str) -> str | None:
@@ -112,21 +114,22 @@ def _word(said: str) -> str | None:
 
 
 def _lone_word(text: str) -> str | None:
-    """The word of the answer's form that stands anywhere, if they all agree and none is negated."""
-    found = [(match.start(), match[1].casefold())
-             for match in re.finditer(rf"\b({'|'.join(WORDS)})\b", text, re.IGNORECASE)]  # fmt: skip
+    """The word of the answer's form that stands anywhere, if it is the only one and not negated."""
+    found = {word.casefold() for word in re.findall(rf"\b({'|'.join(WORDS)})\b", text, re.IGNORECASE)}
     is_negated = re.search(rf"\b(?:not|neither)\s+(?:{'|'.join(WORDS)})\b", text, re.IGNORECASE)
-    return None if is_negated else settled(found, text, str.__eq__)
+    return found.pop() if len(found) == 1 and not is_negated else None
 
 
-def _listed(text: str) -> str:
-    """The words of an answer of one word a line, with or without numbers and bullets, or of its last line."""
+def _one_word_a_line(text: str) -> str | None:
+    """The words of an answer of one word a line, with or without numbers and bullets."""
     lines = [re.sub(r"^\s*(?:[-*\u2022]|\d+[.)])\s*", "", line).strip() for line in plain(text).strip().splitlines()]
     lines = [line for line in lines if line]
-    if len(lines) > 1 and all(len(line.split()) == 1 for line in lines):
-        return " ".join(lines)
-    last = _said(text) if re.search(r"\banswer\b", text, re.IGNORECASE) else (lines[-1] if lines else "")
-    return last.rpartition(":")[2].strip() or last
+    return " ".join(lines) if len(lines) > 1 and all(len(line.split()) == 1 for line in lines) else None
+
+
+def _after_colon(line: str) -> str | None:
+    """`a b` of `The sorted words are: a b`."""
+    return line.rpartition(":")[2].strip() or line.strip() or None
 
 
 BBH = Bbh()

@@ -53,9 +53,9 @@ class CodeAlpaca:
         strict, lenient = fenced(output), python_in(output) or _whole(output)
         in_form, anywhere = strict is not None and parses(strict), lenient is not None and parses(lenient)
         extracted = strict if strict is not None else lenient
-        return Score(
-            in_form if strict is not None else anywhere, extracted, row["output"], strict, lenient, in_form, anywhere
-        )
+        correct = in_form if strict is not None else anywhere
+        reason = "right" if correct else "no answer" if extracted is None else "failed"
+        return Score(correct, extracted, row["output"], strict, lenient, in_form, anywhere, reason)
 
 
 def _whole(output: str) -> str | None:

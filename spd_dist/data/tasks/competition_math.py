@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spd_dist.data import spans
-from spd_dist.data.extract import all_boxed, boxed
-from spd_dist.data.numbers import last_number, parse_number
+from spd_dist.data.extract import boxed, boxed_answers
+from spd_dist.data.numbers import parse_number
 from spd_dist.data.spans import Span
 from spd_dist.data.tasks.protocol import Metric, Row, Score, Split, scored
-from spd_dist.data.thoughts import settled, without_thoughts
+from spd_dist.data.thoughts import without_thoughts
 
 INSTRUCTION = r"Put the final answer in \boxed{}."
 SUBJECTS = (
@@ -90,9 +90,7 @@ class CompetitionMath:
     def score(self, row: Row, output: str) -> Score:
         """Strict: the last box, where several agree. Lenient: else the number that is said to be the answer."""
         spoken = without_thoughts(output)
-        boxes = all_boxed(spoken.text)
-        strict = settled(boxes, spoken.text, same_expression)
-        lenient = strict if boxes else last_number(spoken.text)
+        strict, lenient = boxed_answers(spoken.text, same_expression)
         return scored(row["answer"], strict, lenient, same=same_expression, is_unfinished=spoken.is_unfinished)
 
 

@@ -22,30 +22,32 @@ from typing import Any
 import yaml
 
 from spd_dist.data.choices import committed_letter, stated_letter
-from spd_dist.data.extract import boxed
-from spd_dist.data.numbers import last_number, marked_number, same_number
+from spd_dist.data.extract import boxed_answers
+from spd_dist.data.numbers import number_answers, same_number
 from spd_dist.data.spans import Span, find_mask
 from spd_dist.data.tasks.bbh import same_text
 from spd_dist.data.tasks.protocol import Metric, Row, Score, Split, scored
 from spd_dist.data.thoughts import without_thoughts
 from spd_dist.errors import ConfigError
 
-Extract = Callable[[str], str | None]
+Extract = Callable[[str], tuple[str | None, str | None]]
+"""The strict and the lenient answer of an output."""
 _LETTERS = "ABCDEFGHIJ"
 _PLACE = re.compile(r"\{(\w+)\}")
 
 
-def _first_line(text: str) -> str | None:
-    return text.strip().partition("\n")[0].strip() or None
+def _first_line(text: str) -> tuple[str | None, str | None]:
+    line = text.strip().partition("\n")[0].strip() or None
+    return line, line
 
 
-EXTRACTIONS: Mapping[str, tuple[Extract, Extract]] = {
-    "number": (marked_number, last_number),
-    "letter": (lambda text: stated_letter(text, _LETTERS), lambda text: committed_letter(text, _LETTERS)),
-    "boxed": (boxed, lambda text: boxed(text) or last_number(text)),
-    "text": (_first_line, _first_line),
+EXTRACTIONS: Mapping[str, Extract] = {
+    "number": number_answers,
+    "letter": lambda text: (stated_letter(text, _LETTERS), committed_letter(text, _LETTERS)),
+    "boxed": lambda text: boxed_answers(text, same_text),
+    "text": _first_line,
 }
-"""Strict and lenient extraction by name."""
+"""Extractions by name."""
 METRICS = ("exact", "numeric", "nll")
 
 
@@ -118,11 +120,11 @@ class DescribedTask:
 
     def score(self, row: Row, output: str) -> Score:
         """By the file's extraction and metric."""
-        strict, lenient = _extraction(self.description.extraction)
         same = same_number if self.description.metric == "numeric" else same_text
         said, is_unfinished = without_thoughts(output)
         gold = _fill(self.description.gold, row)
-        return scored(gold, strict(said), lenient(said), same=same, is_unfinished=is_unfinished)
+        strict, lenient = _extraction(self.description.extraction)(said)
+        return scored(gold, strict, lenient, same=same, is_unfinished=is_unfinished)
 
 
 def read_task(path: str) -> DescribedTask:
@@ -162,7 +164,7 @@ def _fill(template: str, row: Row) -> str:
     return _PLACE.sub(lambda place: str(row[place[1]]), template)
 
 
-def _extraction(name: str) -> tuple[Extract, Extract]:
+def _extraction(name: str) -> Extract:
     if name in EXTRACTIONS:
         return EXTRACTIONS[name]
     kind, _, pattern = name.partition(":")
@@ -173,8 +175,9 @@ def _extraction(name: str) -> tuple[Extract, Extract]:
     except re.error as error:
         raise ConfigError(f"data.task, extraction: {pattern!r} is not a regular expression: {error}") from error
 
-    def last_match(text: str) -> str | None:
+    def last_match(text: str) -> tuple[str | None, str | None]:
         matches = list(compiled.finditer(text))
-        return matches[-1].group(1 if compiled.groups else 0) if matches else None
+        found = matches[-1].group(1 if compiled.groups else 0) if matches else None
+        return found, found
 
-    return last_match, last_match
+    return last_match

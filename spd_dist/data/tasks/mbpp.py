@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spd_dist.data import spans
+from spd_dist.data.extract import fences
 from spd_dist.data.spans import Span
 from spd_dist.data.tasks.protocol import Metric, Row, Score, Split
 from spd_dist.data.thoughts import without_thoughts
@@ -27,7 +28,6 @@ IMPORTS = (
     "from collections import *\nfrom typing import *"
 )
 """What the field's harnesses put before a program."""
-_FENCE = re.compile(r"```[ \t]*([\w+-]*)[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
 _FIRST_LINE_OF_CODE = re.compile(r"^(def |import |from |class |@|async def )", re.MULTILINE)
 
 
@@ -82,7 +82,7 @@ class Mbpp:
         if self.execute is None:
             raise refusal(self.name)
         spoken = without_thoughts(output)
-        blocks = fences(spoken.text)
+        blocks = python_blocks(spoken.text)
         strict = program_in(blocks, row["tests"])
         lenient = strict or program_in(unfenced(spoken.text), row["tests"]) or next(filter(str.strip, blocks), None)
         correct = lenient is not None and self.execute(with_imports(lenient), row["tests"], row["setup"])
@@ -117,9 +117,9 @@ def with_imports(program: str) -> str:
     return program if "from __future__" in program else f"{IMPORTS}\n{program}"
 
 
-def fences(text: str) -> list[str]:
-    """The fenced blocks of Python or of no language; one that was never closed counts."""
-    return [block for language, block in _FENCE.findall(text) if language.lower() in PYTHON]
+def python_blocks(text: str) -> list[str]:
+    """The fenced blocks of Python or of no language."""
+    return [block for language, block in fences(text) if language in PYTHON]
 
 
 def unfenced(text: str) -> list[str]:
@@ -147,7 +147,7 @@ def _defined(program: str) -> set[str]:
 
 def python_in(text: str) -> str | None:
     """A fenced block, else the most lines that parse as Python, from the first that opens a definition or import."""
-    block = next((one for one in fences(text) if one.strip()), None)
+    block = next((one for one in python_blocks(text) if one.strip()), None)
     if block is not None:
         return block
     start = _FIRST_LINE_OF_CODE.search(text)

@@ -9,7 +9,7 @@ from typing import Any
 
 from spd_dist.data import spans
 from spd_dist.data.extract import without_calculator
-from spd_dist.data.numbers import MARKER, has_marked_numbers, last_number, marked_number, same_number
+from spd_dist.data.numbers import MARKER, number_answers, same_number
 from spd_dist.data.spans import Span
 from spd_dist.data.tasks.protocol import Metric, Row, Score, Split, scored
 from spd_dist.data.thoughts import without_thoughts
@@ -64,9 +64,7 @@ class WordProblems:
     def score(self, row: Row, output: str) -> Score:
         """Strict: the number after `####`. Lenient: the number that is said to be the answer, else the last one."""
         spoken = without_thoughts(output)
-        strict = marked_number(spoken.text)
-        in_form = strict is not None or has_marked_numbers(spoken.text)
-        lenient = strict if in_form else last_number(spoken.text)
+        strict, lenient = number_answers(spoken.text)
         return scored(row["answer"], strict, lenient, same=same_number, is_unfinished=spoken.is_unfinished)
 
 
