@@ -90,13 +90,25 @@ class Launch:
             rank.kill()
             rank.join()
 
-    def kill_when(self, happened: Callable[[], bool], seconds: float = 60) -> None:
-        """Wait for something to be seen on disk, then kill."""
+    def when(self, happened: Callable[[], bool], action: Callable[[], None], seconds: float = 60) -> None:
+        """Wait for something to be seen on disk, then act."""
+
+        def seen() -> bool:
+            try:
+                return happened()
+            except FileNotFoundError:  # a run in motion renames and removes what a walk had listed
+                return False
+
         deadline = time.monotonic() + seconds
-        while not happened() and any(rank.is_alive() for rank in self.ranks):
+        while not seen():
+            assert any(rank.is_alive() for rank in self.ranks), self.output()
             assert time.monotonic() < deadline, self.output()
             time.sleep(0.002)
-        self.kill()
+        action()
+
+    def kill_when(self, happened: Callable[[], bool], seconds: float = 60) -> None:
+        """Wait for something to be seen on disk, then kill."""
+        self.when(happened, self.kill, seconds)
 
     def output(self) -> str:
         """What all ranks printed."""

@@ -25,6 +25,11 @@ def corpora(run: Path) -> dict[str, bytes]:
     return {str(file.relative_to(run)): file.read_bytes() for file in run.glob("**/completions/*.jsonl")}
 
 
+def written(run: Path) -> list[Path]:
+    """The parts of ranks, of both arms."""
+    return [path for arm in (run, run / "arms/ssd") for path in arm.glob("generate/completions/part-*.jsonl")]
+
+
 def test_tasks_of_an_array_share_one_corpus_and_a_stop_loses_nothing(words, tmp_path):
     launch(2, [*words, f"run_dir={tmp_path / 'whole'}"], tmp_path / "log")
     whole = corpora(tmp_path / "whole")
@@ -49,14 +54,10 @@ def test_tasks_of_an_array_share_one_corpus_and_a_stop_loses_nothing(words, tmp_
     stopped = tmp_path / "stopped"
     settings = [*words, f"run_dir={stopped}", "generate.batch_size=1"]
     run = Launch(2, settings, tmp_path / "log-stopped")
-    asked = False
-    while any(rank.is_alive() for rank in run.ranks):
-        if not asked and any(path.stat().st_size for path in stopped.glob("**/completions/part-*.jsonl")):
-            (stopped / STOP_FILE).touch()
-            asked = True
+    run.when(lambda: any(path.stat().st_size for path in written(stopped)), (stopped / STOP_FILE).touch)
     assert run.wait() == [75, 75], run.output()
     assert "stopped on request" in run.output()
-    left = [one for part in stopped.glob("**/completions/part-*.jsonl") for one in read_completions(part)]
+    left = [one for part in written(stopped) for one in read_completions(part)]
     assert 1 <= len(left) < 24
     launch(2, settings, tmp_path / "log-again")
     assert corpora(stopped) == whole

@@ -229,9 +229,7 @@ def check_lineage(run: Path) -> None:
 def test_a_request_to_stop_ends_all_ranks_with_75_and_the_run_goes_on(words, undisturbed, tmp_path):
     run, log = tmp_path / "run", tmp_path / "log"
     started = Launch(2, [*words, f"run_dir={run}"], log)
-    while not (run / "project" / "started.json").exists():
-        assert any(rank.is_alive() for rank in started.ranks), started.output()
-    (run / "PREEMPT").touch()
+    started.when((run / "project" / "started.json").exists, (run / "PREEMPT").touch)
     assert started.wait() == [75, 75], started.output()
     assert "stopped on request (the file" in started.output()
     launch(2, [*words, f"run_dir={run}"], log)
