@@ -33,14 +33,13 @@ from common import (
 )
 
 from spd_dist.config import Distributed, Finetune, Model
-from spd_dist.distributed.training import training_engine, training_settings
+from spd_dist.distributed.training_engine import training_engine, training_settings
 from spd_dist.distributed.world import join_world
-from spd_dist.models.adapters import add_adapters, key_dropout
-from spd_dist.models.next_token_loss import Student
+from spd_dist.models.lora import add_adapters, key_dropout
+from spd_dist.models.loss import Student
 from spd_dist.models.policy import load_policy
-from spd_dist.stages.finetune.loop import Trainer
-from spd_dist.stages.finetune.plan import global_batches
-from spd_dist.stages.finetune.sequences import TrainingSequence
+from spd_dist.stages.finetune.batching import TrainingSequence, global_batches
+from spd_dist.stages.finetune.step import TrainStep
 
 GLOBAL_BATCH, MICRO_BATCH, ROW_TOKENS = 8, 4, 512
 LORA = Finetune(global_batch_size=GLOBAL_BATCH, micro_batch_size=MICRO_BATCH, max_tokens=ROW_TOKENS, learning_rate=1e-4)
@@ -115,7 +114,7 @@ def our_epoch(model: str, sequences: list[list[int]], *, packing: bool, zero_sta
         weight_decay=config.weight_decay,
     )
     corpus = [TrainingSequence(str(i), tuple(tokens), 1, len(tokens)) for i, tokens in enumerate(sequences)]
-    trainer = Trainer(engine, key_dropout(adapted), corpus, config, 0, world, policy.pad_token_id)
+    trainer = TrainStep(engine, key_dropout(adapted), corpus, config, 0, world, policy.pad_token_id)
     lengths = [len(tokens) for tokens in sequences]
 
     def epoch() -> None:

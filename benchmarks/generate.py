@@ -19,12 +19,12 @@ from spd_dist.data.prompts import make_prompts
 from spd_dist.data.sources import load_rows
 from spd_dist.data.tasks import find_task
 from spd_dist.distributed.world import World
-from spd_dist.models.decoding import Request, decode
+from spd_dist.inference.decode import Request, decode
+from spd_dist.inference.sampling import Sampling
 from spd_dist.models.kv_sites import discover_sites
 from spd_dist.models.policy import Policy, load_policy
-from spd_dist.models.projection import projected
-from spd_dist.models.sampling import Sampling
-from spd_dist.runtime.seeding import row_seed
+from spd_dist.projection.hooks import projected
+from spd_dist.seeding import row_seed
 from spd_dist.types import Projection, SiteOperator
 
 SEED = 42

@@ -27,9 +27,10 @@ from spd_dist.distributed.world import World, join_world, leave_world
 from spd_dist.models.kv_sites import discover_sites
 from spd_dist.models.policy import load_policy
 from spd_dist.planner import Cluster, profile_of
-from spd_dist.planner.memory import need
+from spd_dist.planner.stage_memory import need
 from spd_dist.stages.calibrate import calibrate
-from spd_dist.stages.finetune import Job, finetune
+from spd_dist.stages.context import StageContext
+from spd_dist.stages.finetune import finetune
 from spd_dist.stages.generate import generate
 from spd_dist.stages.project import projection, subspace
 from spd_dist.stages.reduce import reduce
@@ -188,7 +189,7 @@ def run_stages(size: str, folder: Path, world: World, meter: Meter) -> None:
             meter.peak(stage, partial(generate, policy, prompts, held, settings, **options))
         if verb == "finetune":
             settings = config_of(size, folder, stage).finetune
-            job = Job(scratch, 0, world, config.distributed)
+            job = StageContext(scratch, 0, world, config.distributed)
             meter.peak(stage, partial(finetune, policy, completions(settings), settings, job))
     policy.release()
 

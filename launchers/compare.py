@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from spd_dist.analysis.subspace_algebra import overlap, principal_angles, shared_sites
 from spd_dist.errors import UserError
-from spd_dist.runtime.subspace_file import load_subspace
-from spd_dist.runtime.subspaces import overlap, principal_angles, shared_sites
+from spd_dist.storage.subspace_file import load_subspace
 from spd_dist.types import KVSite, SiteSubspace, Subspace
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from spd_dist.analysis.corpus import corpus_diff, corpus_stats, length_histogram, load_corpus, pairs
 from spd_dist.errors import UserError
-from spd_dist.runtime.corpus import corpus_diff, corpus_stats, length_histogram, load_corpus, pairs
 from spd_dist.types import Completion
 
 BAR_WIDTH = 40

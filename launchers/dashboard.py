@@ -36,8 +36,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def make(arguments: argparse.Namespace) -> None:
     """Build what is asked for."""
-    from spd_dist.runtime.dashboard import report, save, workspace
-    from spd_dist.runtime.panels import logged_metrics
+    from spd_dist.tracking.dashboard import logged_metrics, report, save, workspace
 
     axes = logged_metrics(arguments.run_dir)
     metrics = load_config([arguments.run_dir / "config.yaml"]).metrics

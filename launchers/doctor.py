@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 
 from spd_dist.config import Config
 from spd_dist.errors import UserError
-from spd_dist.orphans import watch_launchers
 from spd_dist.overrides import load_config, split_words
+from spd_dist.process.launcher_watchdog import watch_launchers
 
 if TYPE_CHECKING:
     from spd_dist.preflight import Facts, Finding, Needs

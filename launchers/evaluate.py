@@ -34,10 +34,10 @@ from spd import on_every_rank
 
 from spd_dist.config import Config
 from spd_dist.errors import ConfigError, UserError
-from spd_dist.orphans import watch_launchers
 from spd_dist.overrides import load_config
-from spd_dist.runtime.home import make_room
-from spd_dist.signals import StopSignals
+from spd_dist.process.environment import make_room
+from spd_dist.process.launcher_watchdog import watch_launchers
+from spd_dist.process.signals import StopSignals
 
 if TYPE_CHECKING:
     from spd_dist.distributed.world import World
@@ -73,7 +73,7 @@ def main(words: Sequence[str] | None = None) -> int:
     make_room(os.environ)
 
     def work(world: World) -> str:
-        from spd_dist.alone import evaluate_alone
+        from spd_dist.standalone_eval import evaluate_alone
 
         summary = evaluate_alone(config, tasks, adapter=arguments.adapter, world=world, signals=signals)
         return table(summary, config.run_dir)
@@ -123,7 +123,7 @@ def judge(arguments: argparse.Namespace) -> int:
             raise ConfigError("--judge: it takes one process; start this file by python, not by deepspeed or torchrun")
         config = load_config(arguments.config, [*DEFAULTS, *arguments.overrides, f"data.task={arguments.task}"])
         from spd_dist.data.tasks import find_task
-        from spd_dist.judge import able_to_judge, judge_file, write_judgements
+        from spd_dist.judging import able_to_judge, judge_file, write_judgements
 
         task = able_to_judge(find_task(config.data.task), allowed=config.evaluate.allow_code_execution)
         print(write_judgements(judge_file(arguments.judge, task), arguments.json), flush=True)
@@ -168,8 +168,8 @@ def table(summary: Mapping[str, Any], folder: str) -> str:
     from rich.console import Console
     from rich.table import Table
 
-    from spd_dist.runtime.answers import manner
-    from spd_dist.runtime.report import pass_table
+    from spd_dist.analysis.answer_summary import manner
+    from spd_dist.reports.run_report import pass_table
 
     named = summary["model"] if summary["adapter"] is None else f"{summary['model']} with {summary['adapter']}"
     console = Console(file=io.StringIO(), width=100, color_system=None, highlight=False)

@@ -24,10 +24,10 @@ from spd import on_every_rank
 
 from spd_dist.config import Experiment
 from spd_dist.errors import ConfigError, UserError
-from spd_dist.orphans import watch_launchers
 from spd_dist.overrides import load_experiment, split_words, to_yaml
-from spd_dist.runtime.home import make_room
-from spd_dist.signals import StopSignals
+from spd_dist.process.environment import make_room
+from spd_dist.process.launcher_watchdog import watch_launchers
+from spd_dist.process.signals import StopSignals
 
 if TYPE_CHECKING:
     from spd_dist.distributed.world import World

@@ -49,11 +49,11 @@ def export(arguments: argparse.Namespace) -> str:
     config_file = arguments.subspace / "config.yaml"
     config = load_config([config_file] if is_run and config_file.is_file() else [], arguments.overrides)
 
-    from spd_dist.models.adapter_export import export_adapter
-    from spd_dist.models.export import export_folded
-    from spd_dist.models.parity import check_base
-    from spd_dist.runtime.subspace_file import load_subspace
+    from spd_dist.projection.adapter_export import export_adapter
+    from spd_dist.projection.folded_export import export_folded
+    from spd_dist.projection.parity import check_base
     from spd_dist.stages.project import projection
+    from spd_dist.storage.subspace_file import load_subspace
 
     subspace = load_subspace(arguments.subspace / "project" / "subspace.safetensors" if is_run else arguments.subspace)
     operators = projection(subspace, config.project, config.seed)

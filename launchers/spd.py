@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING
 
 from spd_dist.config import STAGES, Config
 from spd_dist.errors import ConfigError, UserError
-from spd_dist.orphans import watch_launchers
 from spd_dist.overrides import load_config, split_words, to_yaml
-from spd_dist.runtime.home import home_of, make_room, where_files_go
-from spd_dist.signals import StopSignals
+from spd_dist.process.environment import home_of, make_room, where_files_go
+from spd_dist.process.launcher_watchdog import watch_launchers
+from spd_dist.process.signals import StopSignals
 
 if TYPE_CHECKING:
     from spd_dist.distributed.world import World
@@ -98,7 +98,7 @@ def preview(config: Config, num_examples: int) -> int:
     """Show which tokens the mask keeps, on a terminal in colour."""
     from rich.console import Console
 
-    from spd_dist.data.preview import preview_masks
+    from spd_dist.data.masking import preview_masks
     from spd_dist.data.sources import load_rows
     from spd_dist.data.tasks import find_task
     from spd_dist.models.policy import load_tokenizer
@@ -119,7 +119,7 @@ def preview(config: Config, num_examples: int) -> int:
 def run(config: Config, arguments: argparse.Namespace, signals: StopSignals) -> int:
     """Run the stages."""
     from spd_dist.rounds import run_rounds
-    from spd_dist.runtime.restart import restart
+    from spd_dist.storage.restart import restart
 
     def work(world: World) -> str:
         if arguments.restart_from:
@@ -132,7 +132,7 @@ def run(config: Config, arguments: argparse.Namespace, signals: StopSignals) -> 
 def on_every_rank(config: Config, work: Callable[[World], str]) -> int:
     """Join the other ranks and print what `work` gives; every failure ends all ranks, and none waits for ever."""
     from spd_dist.distributed.world import join_world, leave_world
-    from spd_dist.runtime.log import set_up_logging
+    from spd_dist.tracking.console import set_up_logging
 
     set_up_logging(int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))))
     encoding = codecs.lookup(locale.getpreferredencoding(do_setlocale=False)).name

@@ -182,7 +182,7 @@ def collect(path: Path) -> None:
     Raises:
         DataError: no point is finished.
     """
-    from spd_dist.runtime.seeds import over_seeds, seeds_text
+    from spd_dist.reports.seeds import over_seeds, seeds_text
 
     finished = [point for point in read_plan(path) if (point.run_dir / "report.json").exists()]
     if not finished:

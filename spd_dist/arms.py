@@ -1,8 +1,4 @@
-"""The arms of a comparison, one a row: what each learns from, and the few settings that it has for its own.
-
-`NAME@KEY=VALUE` is a variant of an arm: `spd@rank=16`, `random@mode=isotropic`, `psr@generate.temperature=1`. A key
-without a section is one of `project`. All arms share data, model and evaluation.
-"""
+"""The arms of a comparison, one a row: what each learns from, and the few settings that it has for its own."""
 
 from __future__ import annotations
 

@@ -18,29 +18,29 @@ from spd_dist.data.tasks import find_task
 from spd_dist.distributed.collectives import on_main, together
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError
+from spd_dist.process.signals import StopSignals, task_name
+from spd_dist.process.stopping import watch
+from spd_dist.reports.experiment_report import write_experiment
+from spd_dist.reports.seeds import seeds_text
 from spd_dist.rounds import folders, run_rounds
-from spd_dist.runtime.experiment_report import write_experiment
-from spd_dist.runtime.manifests import MANIFEST
-from spd_dist.runtime.seeds import seeds_text
-from spd_dist.runtime.status import kept_status, status_path
-from spd_dist.signals import StopSignals, task_name
-from spd_dist.stopping import watch
+from spd_dist.storage.manifests import MANIFEST
+from spd_dist.storage.restart import kept_status, status_path
 
 log = logging.getLogger(__name__)
 
 
-class Job(NamedTuple):
+class ExperimentJob(NamedTuple):
     """What one task of an array does: some arms of one seed."""
 
     seed: int
     arms: tuple[str, ...]
 
 
-def jobs(experiment: Experiment) -> list[Job]:
+def jobs(experiment: Experiment) -> list[ExperimentJob]:
     """One arm of one seed each; later rounds begin with the method's student, so with rounds all arms of a seed."""
     if experiment.run.rounds > 1:
-        return [Job(seed, experiment.arms) for seed in experiment.seeds]
-    return [Job(seed, (arm,)) for seed in experiment.seeds for arm in experiment.arms]
+        return [ExperimentJob(seed, experiment.arms) for seed in experiment.seeds]
+    return [ExperimentJob(seed, (arm,)) for seed in experiment.seeds for arm in experiment.arms]
 
 
 def run_experiment(
@@ -75,7 +75,7 @@ def run_seed(experiment: Experiment, seed: int, world: World, signals: StopSigna
     return run_rounds(experiment.config_of(seed), world, signals, only=only, job="_".join(only), others=others)
 
 
-def unfinished(experiment: Experiment) -> list[Job]:
+def unfinished(experiment: Experiment) -> list[ExperimentJob]:
     """The jobs whose answers are not all there, in any round."""
     return [
         job
@@ -122,6 +122,6 @@ def _questions(config: Config) -> dict[str, str]:
         return {row["id"]: task.prompt(row) for row in load_rows(task, "test", config.data)}
 
 
-def _named(left: Sequence[Job]) -> str:
+def _named(left: Sequence[ExperimentJob]) -> str:
     shown = [f"{', '.join(job.arms)} of seed {job.seed}" for job in left[:4]]
     return "; ".join(shown) + (f"; and {len(left) - 4} more" if len(left) > 4 else "")

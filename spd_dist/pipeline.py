@@ -11,24 +11,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spd_dist import inputs
+from spd_dist import stage_inputs
 from spd_dist.arms import Arm, chosen
 from spd_dist.config import STAGES, Config
 from spd_dist.data.prompts import make_examples, make_prompts
 from spd_dist.distributed.collectives import on_main, together
 from spd_dist.models.kv_sites import discover_sites
-from spd_dist.reporting import report
+from spd_dist.reports.run_end import report
 from spd_dist.run import Run
-from spd_dist.runtime.artifacts import write_json
-from spd_dist.runtime.completions import CORPUS
-from spd_dist.runtime.subspace_file import load_subspace, save_subspace
 from spd_dist.stages.calibrate import calibrate
 from spd_dist.stages.evaluate import evaluate_arm
-from spd_dist.stages.finetune import Job, finetune
+from spd_dist.stages.finetune import finetune
 from spd_dist.stages.generate import generate
 from spd_dist.stages.project import drift, projection, subspace, summary
 from spd_dist.stages.reduce import reduce
 from spd_dist.stages.sketch import Unfinished, plan_sketches, sketch
+from spd_dist.storage.artifacts import write_json
+from spd_dist.storage.completions import CORPUS
+from spd_dist.storage.subspace_file import load_subspace, save_subspace
 from spd_dist.types import KVSite, Projection, SiteMoments, SupervisedExample
 
 
@@ -44,7 +44,7 @@ def run_stages(run: Run, *, first: str = STAGES[0], last: str = STAGES[-1], only
     arms = chosen(only or run.config.evaluate.arms)
     writers, students = [arm for arm in arms if arm.writes], [arm for arm in arms if arm.trains]
     with run.opened():
-        for arm in {inputs.subspace_stage(run, arm): arm for arm in arms if arm.projects}.values():
+        for arm in {stage_inputs.subspace_stage(run, arm): arm for arm in arms if arm.projects}.values():
             find_subspace(run, arm, wanted=first in STAGES[:4])
         for arm in writers if last in STAGES[4:] else []:
             write_completions(run, arm, wanted="generate" in stages)
@@ -59,7 +59,7 @@ def run_stages(run: Run, *, first: str = STAGES[0], last: str = STAGES[-1], only
 
 def find_subspace(run: Run, arm: Arm, *, wanted: bool) -> None:
     """Calibrate, sketch, reduce and project: stream gradients into one subspace."""
-    config, stage, rows = run.config_of(arm), inputs.subspace_stage(run, arm), run.rows("calibration")
+    config, stage, rows = run.config_of(arm), stage_inputs.subspace_stage(run, arm), run.rows("calibration")
 
     def work(folder: Path) -> None:
         policy = run.policy()
@@ -69,7 +69,7 @@ def find_subspace(run: Run, arm: Arm, *, wanted: bool) -> None:
             earlier = {number: load_subspace(path / "subspace.safetensors") for number, path in run.earlier(stage)}
         plans = plan_sketches(sites, config.sketch, **_shards(config))
         key = (config.calibrate, config.reduce, config.sketch.non_finite, tuple(plans.items()))
-        moments = run.once(key, lambda: sum_moments(run, config, examples, sites, folder))
+        moments = run.memoize(key, lambda: sum_moments(run, config, examples, sites, folder))
         names = {"base_model": policy.name, "base_fingerprint": policy.fingerprint, "config_hash": made["settings"]}
         found = subspace(moments, sites, config.project, run.world, metadata=names)
         described = {"masks": dataclasses.asdict(audit)}
@@ -79,8 +79,8 @@ def find_subspace(run: Run, arm: Arm, *, wanted: bool) -> None:
         on_main("writing the subspace", lambda: save_subspace(folder / "subspace.safetensors", found))
         on_main("writing the subspace's summary", lambda: write_json(folder / "summary.json", described))
 
-    made = inputs.of_subspace(run, arm)
-    run.do(stage, made, ["subspace.safetensors", "summary.json"], work, wanted=wanted)
+    made = stage_inputs.of_subspace(run, arm)
+    run.run_stage(stage, made, ["subspace.safetensors", "summary.json"], work, wanted=wanted)
 
 
 def sum_moments(
@@ -115,7 +115,8 @@ def write_completions(run: Run, arm: Arm, *, wanted: bool) -> None:
                 seed=config.seed, folder=folder, world=run.world, progress=progress,
             )  # fmt: skip
 
-    run.do(arm.stage("generate"), inputs.of_completions(run, arm), [CORPUS, "summary.json"], work, wanted=wanted)
+    made_from = stage_inputs.of_completions(run, arm)
+    run.run_stage(arm.stage("generate"), made_from, [CORPUS, "summary.json"], work, wanted=wanted)
 
 
 def train_student(run: Run, arm: Arm, *, wanted: bool) -> None:
@@ -124,18 +125,14 @@ def train_student(run: Run, arm: Arm, *, wanted: bool) -> None:
 
     def work(folder: Path) -> dict[str, Any]:
         policy = run.policy()
-        job = Job(
-            folder, config.seed, run.world, config.distributed, run.stopping.should_stop, run.metrics_of(arm),
-            config.metrics.progress_seconds, run.estimate, run.facts_of(arm), run.heartbeat,
-        )  # fmt: skip
-        outcome = finetune(policy, run.corpus(arm, policy), config.finetune, job)
+        outcome = finetune(policy, run.corpus(arm, policy), config.finetune, run.context_of(arm, folder))
         if config.finetune.mode == "full":
             run.release_policy()
         on_main("writing the summary of the student", lambda: write_json(folder / "summary.json", outcome))
         return outcome
 
     outputs = ["adapter" if config.finetune.mode == "lora" else "model", "summary.json"]
-    run.do(arm.stage("finetune"), inputs.of_student(run, arm), outputs, work, wanted=wanted)
+    run.run_stage(arm.stage("finetune"), stage_inputs.of_student(run, arm), outputs, work, wanted=wanted)
 
 
 def answer(run: Run, arm: Arm) -> None:
@@ -149,12 +146,12 @@ def answer(run: Run, arm: Arm) -> None:
                 world=run.world, projection=None if arm.trains else _projection(run, arm), progress=progress,
             )  # fmt: skip
 
-    run.do(f"evaluate/{arm.name}", inputs.of_answers(run, arm), [f"{run.task.name}.jsonl"], work)
+    run.run_stage(f"evaluate/{arm.name}", stage_inputs.of_answers(run, arm), [f"{run.task.name}.jsonl"], work)
 
 
 def _projection(run: Run, arm: Arm) -> Projection | None:
     if not arm.projects:
         return None
-    path = run.folder.folder(inputs.subspace_stage(run, arm)) / "subspace.safetensors"
+    path = run.folder.folder(stage_inputs.subspace_stage(run, arm)) / "subspace.safetensors"
     with together("reading the subspace"):
         return projection(load_subspace(path), run.config_of(arm).project, run.config.seed)

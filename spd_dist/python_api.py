@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from spd_dist.analysis.subspace_algebra import overlap as overlap_of_sites
+from spd_dist.analysis.subspace_algebra import shared_sites
 from spd_dist.data.prompts import make_examples
 from spd_dist.data.tasks.described import DescribedTask, Description
 from spd_dist.distributed.world import World
@@ -16,15 +18,13 @@ from spd_dist.distributed.zero import weights_fingerprint
 from spd_dist.errors import DataError
 from spd_dist.models.kv_sites import discover_sites
 from spd_dist.models.policy import Policy, eos_token_ids
-from spd_dist.models.projection import projected as held_to
 from spd_dist.overrides import load_config
-from spd_dist.runtime.subspace_file import load_subspace, save_subspace
-from spd_dist.runtime.subspaces import overlap as overlap_of_sites
-from spd_dist.runtime.subspaces import shared_sites
+from spd_dist.projection.hooks import projected as held_to
 from spd_dist.stages.calibrate import calibrate
 from spd_dist.stages.project import projection, subspace
 from spd_dist.stages.reduce import reduce
 from spd_dist.stages.sketch import sketch
+from spd_dist.storage.subspace_file import load_subspace, save_subspace
 from spd_dist.types import Subspace
 
 __all__ = ["find_subspace", "load_subspace", "overlap", "projected", "save_subspace"]

@@ -8,27 +8,29 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from spd_dist.arms import chosen
+from spd_dist.arms import Arm, chosen
 from spd_dist.config import STAGES, Config
-from spd_dist.distributed.collectives import on_main
+from spd_dist.distributed.collectives import on_main, together
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError
-from spd_dist.models.merge import write_merged
-from spd_dist.models.policy import load_policy
+from spd_dist.models.lora import load_adapter, merged_tensors, remove_adapters
+from spd_dist.models.policy import Policy, load_policy
+from spd_dist.models.save_weights import save_model
 from spd_dist.pipeline import run_stages
+from spd_dist.process.signals import StopSignals
+from spd_dist.process.stopping import watch
+from spd_dist.reports.rounds_report import add_rounds, rounds_text
 from spd_dist.run import Run
-from spd_dist.run_parts import parts_of
-from spd_dist.runtime.rounds import add_rounds, rounds_text
-from spd_dist.signals import StopSignals
-from spd_dist.stopping import watch
-
-STUDENT = "finetune/model"
+from spd_dist.tracking.progress import RunPart
 
 log = logging.getLogger(__name__)
+
+STUDENT = "finetune/model"
 
 
 def run_rounds(
@@ -106,3 +108,48 @@ def folders(config: Config) -> list[Path]:
     """The folders of all rounds."""
     top = Path(config.run_dir)
     return [top, *(top / "rounds" / str(number) for number in range(2, config.rounds + 1))]
+
+
+TRAINED_OVER_CALIBRATED = 2.0
+"""A training example takes a forward and a backward pass, a calibration example a forward and half a backward pass."""
+
+
+def parts_of(config: Config, arms: Sequence[Arm], num_ranks: int, last: str = STAGES[-1]) -> list[RunPart]:
+    """The stages of a run up to `last`, of all arms; until they have a pace of their own, arms answer as they generate.
+
+    Arms with a subspace of their own calibrate again, which is not counted: it is short beside the rest.
+    """
+    writers, students = [arm for arm in arms if arm.writes], [arm for arm in arms if arm.trains]
+    num_completions = config.data.num_train * config.generate.num_samples / num_ranks
+    num_answers = config.data.num_test * config.evaluate.num_samples / num_ranks
+    steps = -(-config.data.num_train // config.finetune.global_batch_size) * config.finetune.num_epochs
+    calibrated = TRAINED_OVER_CALIBRATED * config.finetune.global_batch_size / num_ranks
+    parts = [
+        RunPart("project", "calibrate", config.calibrate.num_examples / num_ranks),
+        *(RunPart(arm.stage("generate"), "generate", num_completions) for arm in writers),
+        *(RunPart(arm.stage("finetune"), "finetune", steps, "calibrate", calibrated) for arm in students),
+        *(RunPart(f"evaluate/{arm.name}", "evaluate", num_answers, "generate") for arm in arms),
+    ]
+    return [part for part in parts if STAGES.index(part.stage) <= STAGES.index(last)]
+
+
+def write_merged(policy: Policy, adapter: Path, folder: Path, world: World) -> None:
+    """Write `policy` with `adapter` merged in, as transformers reads it; `policy` is as it was, but released.
+
+    Weights are gathered and written one at a time, so that no rank holds the whole model. A collective.
+
+    Raises:
+        DataError: the disk is full.
+    """
+    policy.release()
+    partial = folder.with_name(f"{folder.name}.partial")
+    with together("loading the adapter"):
+        adapted = load_adapter(policy.model, adapter)
+        if world.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+    save_model(policy.model, merged_tensors(adapted), partial, world=world)
+    remove_adapters(adapted)
+    with together(f"saving {folder}"):
+        if world.is_main:
+            policy.tokenizer.save_pretrained(partial)
+            partial.rename(folder)

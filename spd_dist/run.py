@@ -12,36 +12,34 @@ from typing import Any, TypeVar
 
 from spd_dist.arms import Arm
 from spd_dist.config import Config
-from spd_dist.data.controls import ended
-from spd_dist.data.held_out import TestSet, make_test_set
-from spd_dist.data.prompts import make_references
+from spd_dist.data.prompts import TestSet, make_references, make_test_set, with_eos
 from spd_dist.data.sources import load_rows
 from spd_dist.data.tasks import find_task
 from spd_dist.data.tasks.protocol import Row, Split
 from spd_dist.distributed.collectives import max_over_ranks, on_main, together
 from spd_dist.distributed.heartbeat import Heartbeat, naming_lagging_ranks, telling_of_silence
-from spd_dist.distributed.memory import forget_peak, peak_bytes
+from spd_dist.distributed.memory import peak_bytes, reset_peak_memory
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError
-from spd_dist.judge import able_to_judge
-from spd_dist.models.engines.placement import load_to_answer
+from spd_dist.inference.placement import load_to_answer
+from spd_dist.judging import able_to_judge
 from spd_dist.models.policy import Policy, load_policy, load_tokenizer, prepare_model
 from spd_dist.overrides import config_of_arm
-from spd_dist.runtime.artifacts import content_hash, read_json
-from spd_dist.runtime.completions import CORPUS, read_completions
-from spd_dist.runtime.estimate import RunEstimate
-from spd_dist.runtime.manifests import MANIFEST
-from spd_dist.runtime.metrics import MetricLogger
-from spd_dist.runtime.products import job_type, product_of
-from spd_dist.runtime.progress import Progress
-from spd_dist.runtime.run_folder import RunFolder
-from spd_dist.runtime.settings import settings_hash
-from spd_dist.runtime.show import show_stage
-from spd_dist.runtime.spent import AttemptClock, spent_on
-from spd_dist.runtime.status import kept_status, status_path
-from spd_dist.runtime.wandb_mirror import open_mirror
-from spd_dist.signals import StopSignals, task_name
-from spd_dist.stopping import Stopping
+from spd_dist.process.signals import StopSignals, task_name
+from spd_dist.process.stopping import Stopping
+from spd_dist.stages.context import StageContext
+from spd_dist.storage.artifacts import content_hash, read_json
+from spd_dist.storage.attempts import AttemptClock, stage_cost
+from spd_dist.storage.completions import CORPUS, read_completions
+from spd_dist.storage.manifests import MANIFEST
+from spd_dist.storage.restart import kept_status, status_path
+from spd_dist.storage.run_folder import RunFolder
+from spd_dist.storage.settings import settings_hash
+from spd_dist.tracking.metrics import MetricLogger
+from spd_dist.tracking.progress import Progress, RunEstimate
+from spd_dist.tracking.stage_plots import show_stage
+from spd_dist.tracking.wandb_artifacts import job_type, product_of
+from spd_dist.tracking.wandb_mirror import open_mirror
 from spd_dist.types import Completion
 
 log = logging.getLogger(__name__)
@@ -102,7 +100,7 @@ class Run:
         self._policy: Policy | None = None
         self.rounds_before = tuple(rounds_before)
         self._student_before = on_main("reading the round before", self._hash_of_student_before)
-        self._once: dict[Hashable, Any] = {}
+        self._memoized: dict[Hashable, Any] = {}
         self.estimate = RunEstimate()
 
     @contextmanager
@@ -133,15 +131,15 @@ class Run:
             return None
         return content_hash(read_json(self.rounds_before[-1] / "finetune" / MANIFEST)["outputs"])
 
-    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+    def memoize(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` gave when it was first called with this key: for work that several stages of this run share."""
-        if key not in self._once:
-            self._once[key] = make()
-        return self._once[key]
+        if key not in self._memoized:
+            self._memoized[key] = make()
+        return self._memoized[key]
 
     def config_of(self, arm: Arm) -> Config:
         """The config as one arm has it."""
-        return self.once(arm, lambda: config_of_arm(self.config, arm))
+        return self.memoize(arm, lambda: config_of_arm(self.config, arm))
 
     def earlier(self, stage: str) -> list[tuple[int, Path]]:
         """The folders of a stage in the rounds before, by their numbers; of those that did it."""
@@ -158,7 +156,7 @@ class Run:
                 return make_references(rows, self.task, policy.tokenizer, config.data, eos_token_ids=ends)
             own = read_completions(self.folder.folder(arm.stage("generate")) / CORPUS)
             if arm.learns_from == "itself, ended":
-                return ended(own, policy.tokenizer.decode, eos_token_ids=ends)
+                return with_eos(own, policy.tokenizer.decode, eos_token_ids=ends)
             return own
 
     def questions(self) -> dict[str, str]:
@@ -199,7 +197,7 @@ class Run:
         model = dataclasses.replace(self.config.model, name=str(student / "model"), revision=None)
         return load_policy(model, self.config.distributed, self.world)
 
-    def do(
+    def run_stage(
         self,
         stage: str,
         inputs: dict[str, str],
@@ -223,7 +221,7 @@ class Run:
             raise DataError(f"{self.folder.folder(stage)} is not complete; run that stage first: --from {verb}")
         self.stopping.stop_if_asked()
         self.heartbeat.beat(f"{stage}, its start", now=True)
-        forget_peak(self.world)
+        reset_peak_memory(self.world)
         self.estimate.now = stage
         folder = self.folder.start(stage, inputs)
         with AttemptClock(folder, self.world, self.task_index):
@@ -233,7 +231,7 @@ class Run:
             log.info("%s: this task of the array is done, others are not", stage)
             return
         peak = {"peak_memory_gib": round(max_over_ranks(peak_bytes(self.world)) / 2**30, 3)}
-        spent = on_main(f"adding up {stage}", lambda: spent_on(folder))
+        spent = on_main(f"adding up {stage}", lambda: stage_cost(folder))
         self.folder.finish(stage, inputs, outputs, **spent._asdict(), extra=(extra or {}) | peak)
         self._show(stage, is_input=False)
         log.info("%s: complete, %.1f s", stage, spent.seconds)
@@ -278,6 +276,14 @@ class Run:
 
     def _metrics_of(self, name: str) -> MetricLogger:
         return self.metrics if name == "spd" else self.metrics.labelled(name)
+
+    def context_of(self, arm: Arm, folder: Path) -> StageContext:
+        """What a stage of an arm is told of this run."""
+        config = self.config_of(arm)
+        return StageContext(
+            folder, config.seed, self.world, config.distributed, self.stopping.should_stop, self.metrics_of(arm),
+            config.metrics.progress_seconds, self.estimate, self.facts_of(arm), self.heartbeat,
+        )  # fmt: skip
 
     def facts_of(self, arm: Arm) -> dict[str, str]:
         """What a student's model card says of the run that it comes from."""

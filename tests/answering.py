@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from spd_dist.runtime.answers import answers_path, write_merged
-from spd_dist.runtime.artifacts import write_json
+from spd_dist.storage.answers import answers_path, write_merged
+from spd_dist.storage.artifacts import write_json
 from spd_dist.types import Answer
 
 ARMS = {"base": "the untouched model", "psr": "plain self-retraining", "spd": "self-policy distillation"}

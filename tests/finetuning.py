@@ -12,9 +12,10 @@ from tiny import tiny_tokenizer
 from spd_dist.config import Distributed, Finetune, Model
 from spd_dist.distributed.world import join_world
 from spd_dist.models.policy import Policy, load_policy
-from spd_dist.runtime.jsonl import read_jsonl
-from spd_dist.runtime.metrics import MetricLogger
-from spd_dist.stages.finetune import Job, finetune
+from spd_dist.stages.context import StageContext
+from spd_dist.stages.finetune import finetune
+from spd_dist.storage.artifacts import read_jsonl
+from spd_dist.tracking.metrics import MetricLogger
 from spd_dist.types import Completion
 
 TINY = Finetune(learning_rate=5e-3, num_epochs=2, global_batch_size=8, micro_batch_size=4, max_tokens=64)
@@ -53,7 +54,7 @@ def train(model: Path, folder: Path, *, distributed: dict[str, Any] | None = Non
     policy = load_policy(Model(name=str(model), dtype=dtype), settings, world)
     with MetricLogger(folder / "metrics", world.rank) as metrics:
         done_before = len(read_jsonl(metrics.path))
-        work = Job(folder=folder, seed=3, world=world, distributed=settings, metrics=metrics, **(job or {}))
+        work = StageContext(folder=folder, seed=3, world=world, distributed=settings, metrics=metrics, **(job or {}))
         summary = finetune(policy, completions(), dataclasses.replace(TINY, **changes), work)
     rows = [row for row in read_jsonl(metrics.path)[done_before:] if "finetune/loss" in row]
     return Trained(rows, summary, policy)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import ranks  # noqa: F401 - sets up the fork server
 
-from spd_dist.runtime.artifacts import read_json
+from spd_dist.storage.artifacts import read_json
 
 SETTINGS = ["metrics.wandb=disabled", "distributed.timeout_seconds=60", "distributed.threads=1"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from spd_dist.runtime.metrics import Product
+from spd_dist.tracking.metrics import Product
 
 
 class Recorder:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import pytest
 
 from spd_dist.errors import ConfigError
-from spd_dist.runtime.sandbox import Limits, Sandbox, open_sandbox
-from spd_dist.runtime.sandbox.isolation import Bubblewrap, Isolation, Namespaces
+from spd_dist.sandbox import Limits, Sandbox, open_sandbox
+from spd_dist.sandbox.isolation import Bubblewrap, Isolation, Namespaces
 
 ISOLATIONS = (Bubblewrap(), Namespaces())
 

@@ -1,16 +1,22 @@
-"""Rows as token ids: prompts to generate from, and supervised examples to calibrate on."""
+"""Rows as token ids: prompts to generate from, supervised examples to calibrate on, and the held-out ones."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
-from spd_dist.config import Calibrate, Data
+from spd_dist.config import Calibrate, Config, Data
 from spd_dist.data.masking import RULE, MaskAudit, MaskedText, ShownExample, mask_row
 from spd_dist.data.tasks.protocol import Row, Task
 from spd_dist.data.templates import Tokenizer, adds_special_tokens, render_example, render_prompt
 from spd_dist.errors import DataError
 from spd_dist.types import Completion, Prompt, SupervisedExample
+
+ENDS = (".", "!", "?", "\n")
+
 
 NUM_SHOWN = 5
 """Examples whose kept text the audit holds."""
@@ -133,3 +139,58 @@ def _audit(masked: Sequence[MaskedText], examples: Sequence[SupervisedExample], 
             for text in masked[:NUM_SHOWN]
         ),
     )
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """The held-out examples, the same for every arm."""
+
+    __test__ = False  # not for pytest to collect
+
+    task: Task
+    rows: Sequence[Row]
+    prompts: Sequence[Prompt]
+    """One a row, in the same order."""
+    examples: Sequence[SupervisedExample] = ()
+    """One a row, in the same order, for a task that is measured by the likelihood of its reference answers."""
+    seed: int = 0
+    """With an example's id and the sample's index it makes an answer, if answers are sampled."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max((len(prompt.tokens) for prompt in self.prompts), default=0)
+
+
+def make_test_set(rows: Sequence[Row], task: Task, tokenizer: Tokenizer, config: Config) -> TestSet:
+    """The rows as every arm is asked them, and the seed of what is sampled.
+
+    Raises:
+        ConfigError: no chat template.
+        DataError: a prompt is too long; a reference answer is empty or cut off at `calibrate.max_tokens`.
+    """
+    prompts = make_prompts(rows, task, tokenizer, config.data)
+    if task.metric != "nll":
+        return TestSet(task, rows, prompts, seed=config.seed)
+    answers = dataclasses.replace(config.calibrate, num_examples=max(1, len(rows)), mask="answer", allow_empty=False)
+    examples, _ = make_examples(rows, task, tokenizer, config.data, answers)
+    return TestSet(task, rows, prompts, examples, config.seed)
+
+
+def with_eos(
+    completions: Sequence[Completion], decode: Callable[[list[int]], str], *, eos_token_ids: Collection[int]
+) -> list[Completion]:
+    """Every completion with an end: one that was cut at the limit ends behind its last whole sentence or line.
+
+    Without one it ends in place of its last token. The end is the token by which the others end, else the smallest id.
+    A student of these learns to stop, and nothing else that a student of `completions` does not.
+    """
+    last = Counter(one.tokens[-1] for one in completions if one.finish_reason == "stop" and one.tokens)
+    (end, _), *_ = last.most_common(1) or [(min(eos_token_ids), 0)]
+    return [one if one.finish_reason == "stop" else _ended(one, decode, end) for one in completions]
+
+
+def _ended(completion: Completion, decode: Callable[[list[int]], str], end: int) -> Completion:
+    stops = [number for number, token in enumerate(completion.tokens, 1) if decode([token]).endswith(ENDS)]
+    kept = completion.tokens[: stops[-1] if stops else len(completion.tokens) - 1]
+    return dataclasses.replace(completion, tokens=(*kept, end), text=decode(list(kept)), finish_reason="stop")

@@ -1,0 +1,1 @@
+"""Ranks: the world, collectives, ZeRO-3 and DeepSpeed engines."""

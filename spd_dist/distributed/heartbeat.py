@@ -14,14 +14,14 @@ from pathlib import Path
 
 from spd_dist.distributed.world import World
 
+log = logging.getLogger(__name__)
+
 SECONDS_BETWEEN = 2.0
 SECONDS_TO_DIE = 0.5
 """A killed process closes its connections a moment before it is gone."""
 SILENCE_FRACTION = 0.8
 """Of the collectives' timeout: NCCL ends a process in it, without an exception that could say where ranks are."""
 TITLE = "A rank that failed or lags is the likely cause. Last seen:"
-
-log = logging.getLogger(__name__)
 
 
 class Heartbeat:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from spd_dist.errors import writing
 
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 log = logging.getLogger(__name__)
+
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 @contextmanager

@@ -51,7 +51,7 @@ def peak_bytes(world: World) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def forget_peak(world: World) -> None:
+def reset_peak_memory(world: World) -> None:
     """Let `peak_bytes` count from now on."""
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":

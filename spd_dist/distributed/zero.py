@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
+from deepspeed.runtime.zero.partition_parameters import DS_Z3_GATHERED_PARAM_CONTEXT_DEPTH_ATTR as HELD
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
@@ -169,3 +170,41 @@ def _mixed_sum(words: Tensor, start: int) -> Tensor:
         position ^= position >> 31
         total += ((chunk ^ position) * MIX ^ position).sum()
     return total
+
+
+@contextmanager
+def unsharded_for_write(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Whole parameters, to be overwritten alike on every rank.
+
+    A collective if they are sharded: shards take rank 0's values at exit. Parameters that an outer context holds whole
+    (`full_replica`) are each rank's own, and are written where they are.
+    """
+    sharded = [parameter for parameter in parameters if _is_shard(parameter)]
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0, enabled=bool(sharded)):
+        yield
+
+
+@contextmanager
+def restored_on_exit(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Parameters that have the same bits after this context as before it.
+
+    Entering is a collective if they are sharded. Leaving is not: each rank puts its own slice back, so that a rank
+    which fails alone waits for no other.
+    """
+    parameters = list(parameters)
+    with unsharded_for_write(parameters):
+        whole = [parameter.data.clone() for parameter in parameters]
+    slices = [parameter.ds_tensor.data.clone() if _is_shard(parameter) else None for parameter in parameters]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, data, held in zip(parameters, whole, slices, strict=True):
+                if held is not None:
+                    parameter.ds_tensor.data.copy_(held)
+                if parameter.data.shape == data.shape:  # ZeRO-3 keeps small parameters whole beside their slices
+                    parameter.data.copy_(data)
+
+
+def _is_shard(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "ds_tensor") and not hasattr(parameter, HELD)

@@ -32,13 +32,14 @@ from transformers import (
 from spd_dist.errors import DataError
 from spd_dist.models.checkpoint_files import DTYPES, INDEX, WEIGHTS, CheckpointFolder, open_checkpoint
 from spd_dist.models.gguf_header import GGUFHeader
-from spd_dist.models.meta import FOREIGN_FAULTS, first_line, meta_model
-from spd_dist.models.save import stored_parameters
+from spd_dist.models.model_stats import FOREIGN_FAULTS, first_line, meta_model
+from spd_dist.models.save_weights import stored_parameters
+
+log = logging.getLogger(__name__)
 
 SHARD_BYTES = 4 * 2**30
 NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json")
 MADE_OF = "give the model folder or hub name that it was made of"
-log = logging.getLogger(__name__)
 
 
 def read_settings(gguf: Path, header: GGUFHeader) -> PretrainedConfig:

@@ -24,13 +24,14 @@ from spd_dist.errors import DataError
 from spd_dist.models.conversion import check_written, read_gguf, read_settings, why_incomplete, write_model
 from spd_dist.models.gguf_header import check_gguf
 
+log = logging.getLogger(__name__)
+
 PACKAGE = "package:"
 PARTIAL, OLD = ".partial", ".old"
 FLOAT32_BYTES = 4
 SAY_EVERY_SECONDS = 10.0
 LEFT_SECONDS = 24 * 3600.0
 """After which what an unfinished conversion wrote last is rubbish, whoever it was."""
-log = logging.getLogger(__name__)
 
 
 def is_gguf(name: str) -> bool:

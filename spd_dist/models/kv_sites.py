@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spd_dist.errors import DataError
-from spd_dist.models.dye import Origin, output_width, trace_origins
+from spd_dist.models.kv_tracing import Origin, output_width, trace_origins
 from spd_dist.types import Kind, KVSite
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ Layers = Sequence[int | Literal["middle", "last"]]
 KINDS: Mapping[str, tuple[Kind, ...]] = {"both": ("key", "value"), "key": ("key",), "value": ("value",)}
 
 
-class Source(NamedTuple):
+class SiteModule(NamedTuple):
     """A linear module that makes keys or values, and what has them from it."""
 
     origin: Origin
@@ -67,9 +67,9 @@ def discover_sites(
 
 def _sources_by_layer(
     origins: Iterable[Origin], whole_keys: bool
-) -> tuple[dict[int, dict[Kind, Source]], dict[int, str]]:
+) -> tuple[dict[int, dict[Kind, SiteModule]], dict[int, str]]:
     """What can be taken where, and why not elsewhere."""
-    sources: dict[int, dict[Kind, Source]] = {}
+    sources: dict[int, dict[Kind, SiteModule]] = {}
     reasons: dict[int, str] = {}
     for origin in origins:
         layer = _layer_index(origin.reader)
@@ -77,7 +77,7 @@ def _sources_by_layer(
         if origin.kind in sources.get(layer, {}):
             reason = f"it takes its {origin.kind}s several times"
         if reason is None:
-            sources.setdefault(layer, {})[origin.kind] = Source(origin, _main_module(origin))
+            sources.setdefault(layer, {})[origin.kind] = SiteModule(origin, _main_module(origin))
         else:
             reasons.setdefault(layer, reason)
     for layer in reasons:
@@ -139,7 +139,7 @@ def _choose(layers: Layers, usable: list[int], reasons: Mapping[int, str], name:
     return chosen
 
 
-def _site(source: Source, model: PreTrainedModel) -> KVSite:
+def _site(source: SiteModule, model: PreTrainedModel) -> KVSite:
     """The columns of the module, KV head after KV head; they must be there in the model itself."""
     origin, module = source
     by_head = origin.features(module)

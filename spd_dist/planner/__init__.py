@@ -7,14 +7,14 @@ seconds   a stage and a placement -> operations, bytes, and what takes longest
 plan      the placement that fits each stage; the smallest cluster
 """
 
-from spd_dist.planner.cluster import DEVICES, Cluster, Device, Workload, device_named
+from spd_dist.planner.cluster import DEVICES, Cluster, DeviceSpec, Workload, device_named
 from spd_dist.planner.plan import Plan, StagePlan, plan_run, smallest_cluster
 from spd_dist.planner.profile import Profile, profile_of
 
 __all__ = [
     "DEVICES",
     "Cluster",
-    "Device",
+    "DeviceSpec",
     "Plan",
     "Profile",
     "StagePlan",

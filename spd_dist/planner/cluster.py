@@ -1,11 +1,13 @@
-"""What there is to run on, and how much there is to do."""
+"""What there is to run on, how much there is to do, and what ZeRO-3 keeps on each rank."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
-from spd_dist.config import Config
+from spd_dist.config import Config, Distributed
 from spd_dist.distributed.memory import PEAK_FLOPS
 from spd_dist.errors import ConfigError
 
@@ -13,7 +15,7 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Device:
+class DeviceSpec:
     """One accelerator, by its data sheet; what of it a program gets is in `seconds.py`."""
 
     flops: float
@@ -26,15 +28,15 @@ class Device:
 
 
 DEVICES = {
-    "H200": Device(PEAK_FLOPS["H200"], 4.8e12, 450e9),
-    "H100": Device(PEAK_FLOPS["H100"], 3.35e12, 450e9),
-    "A100": Device(PEAK_FLOPS["A100"], 2.0e12, 300e9, 25e9),
-    "L40S": Device(PEAK_FLOPS["L40S"], 0.86e12, 32e9, 12.5e9),
+    "H200": DeviceSpec(PEAK_FLOPS["H200"], 4.8e12, 450e9),
+    "H100": DeviceSpec(PEAK_FLOPS["H100"], 3.35e12, 450e9),
+    "A100": DeviceSpec(PEAK_FLOPS["A100"], 2.0e12, 300e9, 25e9),
+    "L40S": DeviceSpec(PEAK_FLOPS["L40S"], 0.86e12, 32e9, 12.5e9),
 }
 """By name."""
 
 
-def device_named(name: str) -> Device:
+def device_named(name: str) -> DeviceSpec:
     """One of `DEVICES`.
 
     Raises:
@@ -53,7 +55,7 @@ class Cluster:
     gpus_per_node: int
     gpu_memory_gib: float = 80.0
     host_memory_gib: float = 1024.0
-    device: Device = DEVICES["H100"]
+    device: DeviceSpec = DEVICES["H100"]
     is_cpu: bool = False
     """Ranks without accelerators: memory that is reserved and never touched counts for nothing."""
 
@@ -91,3 +93,61 @@ class Workload:
             answer_tokens=min(128, config.calibrate.max_tokens),
             completion_tokens=config.generate.max_new_tokens,
         )
+
+
+@dataclass(frozen=True)
+class Zero:
+    """The settings that memory depends on; the defaults are DeepSpeed's."""
+
+    stage: int
+    max_reuse_distance: int = 1_000_000_000
+    prefetch_bucket_size: int = 50_000_000
+    param_persistence_threshold: int = 100_000
+    reduce_bucket_size: int = 500_000_000
+    offloads_parameters: bool = False
+    offloads_optimizer: bool = False
+
+    @classmethod
+    def of(cls, distributed: Distributed) -> Zero:
+        """As a run would set them: the user's values over DeepSpeed's."""
+        users: dict[str, Any] = distributed.deepspeed.get("zero_optimization", {})
+        short = {name.removeprefix("stage3_"): value for name, value in users.items() if value != "auto"}
+        names = ("max_reuse_distance", "prefetch_bucket_size", "param_persistence_threshold", "reduce_bucket_size")
+        return cls(
+            stage=distributed.zero_stage,
+            offloads_parameters=_is_on_host(short.get("offload_param")),
+            offloads_optimizer=_is_on_host(short.get("offload_optimizer")),
+            **{name: int(float(short[name])) for name in names if name in short},
+        )
+
+    def shards(self, sizes: Iterable[int], num_ranks: int) -> int:
+        """A rank's part of the parameters; each is padded to a multiple of the ranks."""
+        return sum(-(-size // num_ranks) for size in sizes)
+
+    def persistent(self, sizes: Iterable[int]) -> int:
+        """Parameters that are too small to be sharded again after their first use."""
+        return sum(size for size in sizes if size < self.param_persistence_threshold)
+
+    def gathered_forward(self, sizes: Iterable[int]) -> int:
+        """Whole at a time in a forward pass: what is computed with, and what is fetched ahead.
+
+        What is fetched ahead is there twice, as it is copied out of the bucket in which it arrives.
+        """
+        sizes = [size for size in sizes if size >= self.param_persistence_threshold]
+        return min(sum(sizes), max(sizes, default=0) + 2 * self.prefetch_bucket_size)
+
+    def gathered_backward(self, sizes: Iterable[int], *, reused: int, checkpointing: bool = False) -> int:
+        """Whole at the turn of a forward and backward pass: the last layers stay, as they are used again at once.
+
+        `reused` are the elements that the backward pass uses again. With checkpointing, activations are few when a
+        bucket arrives, and it is there beside its copies even if all weights are.
+        """
+        sizes = [size for size in sizes if size >= self.param_persistence_threshold]
+        whole = sum(sizes)
+        if checkpointing:
+            whole += min(self.prefetch_bucket_size, whole - max(sizes, default=0))
+        return min(whole, self.gathered_forward(sizes) + min(reused, self.max_reuse_distance // 2))
+
+
+def _is_on_host(offload: Any) -> bool:
+    return isinstance(offload, dict) and offload.get("device", "none") != "none"

@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from spd_dist.config import Config
-from spd_dist.models.engines.placement import HEADROOM
-from spd_dist.planner.cluster import GIB, Cluster, Workload
-from spd_dist.planner.memory import STAGES, Need, Placement, need
+from spd_dist.inference.placement import HEADROOM
+from spd_dist.planner.cluster import GIB, Cluster, Workload, Zero
 from spd_dist.planner.profile import Profile
 from spd_dist.planner.seconds import Cost, cost
-from spd_dist.planner.sharding import Zero
+from spd_dist.planner.stage_memory import STAGES, Need, Placement, need
 
 MAX_NODES = 1024
 REMEDIES = {

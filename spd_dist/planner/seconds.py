@@ -12,12 +12,11 @@ from dataclasses import dataclass
 
 from spd_dist.arms import chosen
 from spd_dist.config import Config
-from spd_dist.models.outline import Outline
-from spd_dist.models.slot_loop import MAX_PREFILL_TOKENS
-from spd_dist.planner.cluster import Cluster, Workload
-from spd_dist.planner.memory import FLOAT64, Placement
+from spd_dist.inference.continuous import MAX_PREFILL_TOKENS
+from spd_dist.models.model_stats import Outline
+from spd_dist.planner.cluster import Cluster, Workload, Zero
 from spd_dist.planner.profile import Profile
-from spd_dist.planner.sharding import Zero
+from spd_dist.planner.stage_memory import FLOAT64, Placement
 
 COMPUTE_FRACTION = 0.4
 MEMORY_FRACTION = 0.7

@@ -5,8 +5,8 @@ meeting.py   all ranks: the shared folder, the all-reduce and its bandwidth, the
 findings.py  from the facts of all ranks to a list of what is right and wrong; pure
 """
 
+from spd_dist.preflight.cross_rank import Meeting, meet
 from spd_dist.preflight.facts import Facts, gather_facts
 from spd_dist.preflight.findings import Finding, Needs, judge
-from spd_dist.preflight.meeting import Meeting, meet
 
 __all__ = ["Facts", "Finding", "Meeting", "Needs", "gather_facts", "judge", "meet"]

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from spd_dist.preflight.cross_rank import Meeting
 from spd_dist.preflight.facts import Facts
-from spd_dist.preflight.meeting import Meeting
 
 
 @dataclass(frozen=True)

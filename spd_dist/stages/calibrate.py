@@ -15,8 +15,8 @@ from spd_dist.config import Calibrate
 from spd_dist.data.batches import NONE_TAKEN, MicroBatch, micro_batches, num_micro_batches, owned_shards, pad
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError
-from spd_dist.models.capture import Capture, capture
-from spd_dist.models.likelihood import example_losses
+from spd_dist.models.gradient_capture import Capture, capture
+from spd_dist.models.loss import example_losses
 from spd_dist.models.policy import Policy
 from spd_dist.types import GradientBatch, KVSite, SupervisedExample
 

@@ -13,30 +13,24 @@ from typing import Any, Protocol
 
 import torch
 
+from spd_dist.analysis.answer_summary import answers_summary
 from spd_dist.config import Evaluate
 from spd_dist.data.batches import micro_batches, pad
-from spd_dist.data.held_out import TestSet
+from spd_dist.data.prompts import TestSet
 from spd_dist.data.tasks.protocol import Row, Task
 from spd_dist.distributed.collectives import gather_objects, on_main, together
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError
-from spd_dist.models.decoding import Decoded, Request, check_context
-from spd_dist.models.engines.in_process import HFEngine, opened
-from spd_dist.models.engines.placement import choose_placement
-from spd_dist.models.likelihood import example_losses
+from spd_dist.inference.decode import Decoded, Request, check_context
+from spd_dist.inference.hf_engine import HFEngine, hf_engine
+from spd_dist.inference.placement import choose_placement
+from spd_dist.inference.sampling import Sampling
+from spd_dist.models.loss import example_losses
 from spd_dist.models.policy import Policy
-from spd_dist.models.sampling import Sampling
-from spd_dist.runtime.answers import (
-    answers_path,
-    answers_summary,
-    as_row,
-    part_path,
-    read_parts,
-    write_merged,
-)
-from spd_dist.runtime.completions import Key, is_repetitive
-from spd_dist.runtime.jsonl import JsonlWriter
-from spd_dist.runtime.seeding import row_seed
+from spd_dist.seeding import row_seed
+from spd_dist.storage.answers import answers_path, as_row, part_path, read_parts, write_merged
+from spd_dist.storage.artifacts import JsonlWriter
+from spd_dist.storage.completions import Key, is_repetitive
 from spd_dist.types import Answer, Completion, Projection
 
 log = logging.getLogger(__name__)
@@ -113,7 +107,7 @@ class _Answering:
             check_context(self.policy.model, longest, settings.max_new_tokens, section="evaluate")
         max_length = len(longest.tokens) + settings.max_new_tokens
         placement = choose_placement(self.policy, settings, self.world, max_length, section="evaluate")
-        return opened(self.policy, self.projection, settings, self.world, placement, section="evaluate")
+        return hf_engine(self.policy, self.projection, settings, self.world, placement, section="evaluate")
 
 
 def _todo(answering: _Answering, progress: Progress | None) -> list[Request] | None:

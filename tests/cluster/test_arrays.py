@@ -11,7 +11,7 @@ import pytest
 from emulated import Run, described, ended, freeze_when, processes, run_on, states, thaw, wait_for
 from launching import SETTINGS, SMALL, differences, results
 
-from spd_dist.runtime.artifacts import read_json
+from spd_dist.storage.artifacts import read_json
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 

@@ -11,8 +11,8 @@ import pytest
 from emulated import HERE, STATE, Run, described, ended, run_on, sbatch, thaw, wait_for
 from launching import differences, results
 
-from spd_dist.runtime.artifacts import read_json
-from spd_dist.runtime.completions import read_completions
+from spd_dist.storage.artifacts import read_json
+from spd_dist.storage.completions import read_completions
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 

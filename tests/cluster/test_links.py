@@ -9,7 +9,7 @@ import pytest
 from emulated import Run, link, start_on, thaw
 from launching import differences, results
 
-from spd_dist.runtime.completions import read_completions
+from spd_dist.storage.completions import read_completions
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 

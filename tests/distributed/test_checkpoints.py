@@ -16,9 +16,8 @@ from tiny import save_tiny_model
 
 from spd_dist.distributed.collectives import gather_objects
 from spd_dist.errors import DataError, StopRequested
-from spd_dist.runtime.artifacts import read_json
-from spd_dist.runtime.jsonl import read_jsonl
-from spd_dist.signals import STOP_FILE, StopSignals
+from spd_dist.process.signals import STOP_FILE, StopSignals
+from spd_dist.storage.artifacts import read_json, read_jsonl
 
 FULL = {"mode": "full", "learning_rate": 1e-3}
 LORA: dict = {}

@@ -13,15 +13,14 @@ from ranks import run_on_ranks
 from tiny import save_tiny_model, tiny_model
 
 from spd_dist.config import Calibrate, Data, Distributed, Evaluate, Model
-from spd_dist.data.held_out import TestSet
-from spd_dist.data.prompts import make_examples, make_prompts
+from spd_dist.data.prompts import TestSet, make_examples, make_prompts
 from spd_dist.data.tasks import find_task
 from spd_dist.data.tasks.protocol import Row, Score
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError, DataError
 from spd_dist.models.policy import Policy, load_policy
-from spd_dist.runtime.answers import answers_path, part_path, parts, read_answers
 from spd_dist.stages.evaluate import evaluate_arm
+from spd_dist.storage.answers import answers_path, part_path, parts, read_answers
 from spd_dist.types import KVSite, Projection, SiteOperator
 
 CONFIG = Evaluate(max_new_tokens=12, batch_size=3)

@@ -18,7 +18,8 @@ from spd_dist.distributed.world import join_world
 from spd_dist.distributed.zero import is_sharded, weights_fingerprint
 from spd_dist.errors import ConfigError, DataError
 from spd_dist.models.policy import load_replica
-from spd_dist.stages.finetune import Job, finetune
+from spd_dist.stages.context import StageContext
+from spd_dist.stages.finetune import finetune
 
 TOKENS = torch.arange(3, 40)[None]
 
@@ -104,14 +105,14 @@ def losses_of_a_plain_loop(model: Path) -> torch.Tensor:
 
 
 def order_of_epoch(epoch: int, lengths: list[int]) -> list[list[int]]:
-    from spd_dist.runtime.seeding import generator
-    from spd_dist.stages.finetune.plan import global_batches
+    from spd_dist.seeding import generator
+    from spd_dist.stages.finetune.batching import global_batches
 
     return global_batches(lengths, TINY, generator(3, "finetune", "order", epoch))
 
 
 def fraction(step: int, num_steps: int, num_warmup_steps: int) -> float:
-    from spd_dist.stages.finetune.schedule import learning_rate_fraction
+    from spd_dist.stages.finetune.training import learning_rate_fraction
 
     return learning_rate_fraction(step, num_steps=num_steps, num_warmup_steps=num_warmup_steps)
 
@@ -194,8 +195,8 @@ def keep_the_best_epoch(model: Path, folder: Path) -> None:
 
 
 def validation_loss(model: Path, run: Path) -> float:
-    from spd_dist.runtime.seeding import generator
-    from spd_dist.stages.finetune.sequences import held_out, training_sequences
+    from spd_dist.seeding import generator
+    from spd_dist.stages.finetune.batching import held_out, training_sequences
 
     sequences = training_sequences(completions(), TINY, pad_token_id=0)
     _, validation = held_out(sequences, 0.2, generator(3, "finetune", "held out"))
@@ -226,7 +227,7 @@ def refuse_what_is_wrong(model: Path, folder: Path) -> None:
     with torch.no_grad():
         policy.model.lm_head.weight[0, 0] += 1
     with pytest.raises(DataError, match=r"the weights of .* changed since they were loaded, .* load the policy again"):
-        finetune(policy, completions(), TINY, Job(folder=folder, seed=0, world=world))
+        finetune(policy, completions(), TINY, StageContext(folder=folder, seed=0, world=world))
 
 
 def test_changed_weights_and_unknown_targets_are_refused_on_all_ranks(model, tmp_path):

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from spd_dist.config import Distributed
 from spd_dist.distributed.zero import frozen_engine, full_replica, gathered, weights_fingerprint
-from spd_dist.models.projection import projected
+from spd_dist.projection.hooks import projected
 
 SHARDED = Distributed(deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}})
 SMALL_ONES_WHOLE = Distributed()

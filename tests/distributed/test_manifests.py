@@ -8,8 +8,8 @@ from pathlib import Path
 import torch.distributed as dist
 from ranks import run_on_ranks
 
-from spd_dist.runtime.artifacts import write_json
-from spd_dist.runtime.manifests import (
+from spd_dist.storage.artifacts import write_json
+from spd_dist.storage.manifests import (
     MANIFEST,
     described,
     find_finished,

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from ranks import ends_of_ranks
 
 from spd_dist.distributed.collectives import max_over_ranks, together
-from spd_dist.distributed.pace import at_any_pace
+from spd_dist.distributed.uneven_work import wait_for_all_ranks
 from spd_dist.errors import DataError
 
 LIMIT_SECONDS = 2.0
@@ -23,7 +23,7 @@ def take_longer_than_a_collective_may() -> None:
 
 
 def wait_patiently() -> None:
-    with at_any_pace("working"):
+    with wait_for_all_ranks("working"):
         take_longer_than_a_collective_may()
     assert max_over_ranks(dist.get_rank()) == dist.get_world_size() - 1  # all are in step
     fail_on_the_last_rank()
@@ -36,7 +36,7 @@ def raise_on_the_last_rank() -> None:
 
 
 def fail_on_the_last_rank() -> None:
-    with pytest.raises(DataError, match="row 7 is empty") as failure, at_any_pace("working"):
+    with pytest.raises(DataError, match="row 7 is empty") as failure, wait_for_all_ranks("working"):
         raise_on_the_last_rank()
     assert failure.value.is_shared
     assert max_over_ranks(dist.get_rank()) == dist.get_world_size() - 1
@@ -48,7 +48,7 @@ def wait_in_a_collective() -> None:
 
 
 def lose_the_last_rank() -> None:
-    with at_any_pace("working"):
+    with wait_for_all_ranks("working"):
         if dist.get_rank() == dist.get_world_size() - 1:
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -10,9 +10,9 @@ from ranks import run_on_ranks
 from spd_dist.config import Finetune
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError
-from spd_dist.models.next_token_loss import Student
-from spd_dist.stages.finetune.probes import check_student
-from spd_dist.stages.finetune.sequences import TrainingSequence
+from spd_dist.models.loss import Student
+from spd_dist.stages.finetune.batching import TrainingSequence
+from spd_dist.stages.finetune.step import check_student
 
 MIX = {
     "qwen3_next": "the state of its linear attention runs on",

@@ -14,11 +14,11 @@ from spd_dist.distributed.collectives import any_rank, gather_objects
 from spd_dist.distributed.world import join_world
 from spd_dist.distributed.zero import full_replica, gathered, is_sharded, weights_fingerprint
 from spd_dist.errors import DataError
-from spd_dist.models.decoding import decode
-from spd_dist.models.engines.placement import load_to_answer, placed, will_be_whole
+from spd_dist.inference.decode import decode
+from spd_dist.inference.placement import load_to_answer, placed, will_be_whole
+from spd_dist.inference.requests import Decoded, Request
+from spd_dist.inference.sampling import Sampling
 from spd_dist.models.policy import Policy, load_adapted, load_policy, load_replica
-from spd_dist.models.rows import Decoded, Request
-from spd_dist.models.sampling import Sampling
 
 TOKENS = torch.arange(3, 40)[None]
 SMALL_SHARDS = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}

@@ -12,11 +12,11 @@ from ranks import run_on_ranks
 from spd_dist.config import Project, Reduce, Sketch
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError
-from spd_dist.runtime.subspace_file import fingerprint, load_subspace, save_subspace
 from spd_dist.stages.project import subspace
 from spd_dist.stages.project.subspace import check_same
 from spd_dist.stages.reduce import reduce
 from spd_dist.stages.sketch import sketch
+from spd_dist.storage.subspace_file import fingerprint, load_subspace, save_subspace
 from spd_dist.types import GradientBatch, Subspace
 
 NUM_SHARDS = 3  # on 4 ranks one has no shard

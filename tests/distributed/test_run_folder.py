@@ -10,8 +10,8 @@ from ranks import run_on_ranks
 
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError, DataError
-from spd_dist.runtime.run_folder import RunFolder
-from spd_dist.runtime.status import kept_status
+from spd_dist.storage.restart import kept_status
+from spd_dist.storage.run_folder import RunFolder
 
 
 def use_the_folder(path: Path) -> None:

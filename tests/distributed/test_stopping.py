@@ -9,8 +9,8 @@ from ranks import run_on_ranks
 
 from spd_dist.config import Distributed
 from spd_dist.errors import StopRequested
-from spd_dist.signals import STOP_FILE, StopSignals, touched
-from spd_dist.stopping import Stopping, watch
+from spd_dist.process.signals import STOP_FILE, StopSignals, touched
+from spd_dist.process.stopping import Stopping, watch
 
 
 def heed_only_new_requests(folder: Path) -> None:

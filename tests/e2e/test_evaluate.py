@@ -18,8 +18,7 @@ from tiny import save_tiny_model
 from transformers import AutoModelForCausalLM
 
 from spd_dist.data.tasks import find_task
-from spd_dist.runtime.artifacts import read_json
-from spd_dist.runtime.jsonl import read_jsonl
+from spd_dist.storage.artifacts import read_json, read_jsonl
 
 LAUNCHER = "launchers/evaluate.py"
 QUESTIONS = {

@@ -10,7 +10,7 @@ from launching import SMALL, Launch, launch
 from tiny import save_tiny_model
 
 from spd_dist.arms import ARMS as ARMS_OF_ALL
-from spd_dist.runtime.artifacts import read_json
+from spd_dist.storage.artifacts import read_json
 
 LAUNCHER = "launchers/experiment.py"
 CORPORA = ("psr", "ssd", "random", "identity", "full", "termination")

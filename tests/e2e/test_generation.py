@@ -8,8 +8,8 @@ import pytest
 from launching import SMALL, Launch, launch
 from tiny import save_tiny_model
 
-from spd_dist.runtime.completions import read_completions
-from spd_dist.signals import STOP_FILE
+from spd_dist.process.signals import STOP_FILE
+from spd_dist.storage.completions import read_completions
 
 ARMS = "evaluate.arms=[base,ssd,spd]"
 LONGER = ["data.num_train=24", "generate.max_new_tokens=40"]

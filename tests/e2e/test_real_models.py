@@ -8,7 +8,7 @@ from launching import SMALL, Launch
 from transformers import AutoTokenizer
 
 from spd_dist.models.gguf import converted
-from spd_dist.runtime.artifacts import read_json
+from spd_dist.storage.artifacts import read_json
 
 TINY = [
     "data.num_train=8", "data.num_test=4", "calibrate.num_examples=4", "calibrate.num_shards=2",

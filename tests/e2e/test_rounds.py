@@ -9,8 +9,8 @@ from tiny import save_tiny_model
 
 from spd_dist.overrides import load_config
 from spd_dist.rounds import config_of_round
-from spd_dist.runtime.artifacts import read_json
-from spd_dist.runtime.subspace_file import load_subspace
+from spd_dist.storage.artifacts import read_json
+from spd_dist.storage.subspace_file import load_subspace
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,9 @@ from tiny import save_tiny_model, tiny_model
 from transformers import AutoModelForCausalLM
 from wandb_log import read_offline_run
 
-from spd_dist.runtime.artifacts import read_json
-from spd_dist.runtime.jsonl import read_jsonl
-from spd_dist.runtime.panels import SECTIONS, logged_metrics, plots
-from spd_dist.runtime.subspace_file import load_subspace
+from spd_dist.storage.artifacts import read_json, read_jsonl
+from spd_dist.storage.subspace_file import load_subspace
+from spd_dist.tracking.dashboard import SECTIONS, logged_metrics, plots
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from spd_dist.config import Finetune
 from spd_dist.distributed.world import World
 from spd_dist.distributed.zero import weights_fingerprint
 from spd_dist.errors import ConfigError, DataError
-from spd_dist.models.adapters import (
+from spd_dist.models.lora import (
+    KeyedDropout,
     adapter_parameters,
     add_adapters,
     key_dropout,
@@ -22,8 +23,7 @@ from spd_dist.models.adapters import (
     remove_adapters,
     save_adapter,
 )
-from spd_dist.models.dropout import KeyedDropout
-from spd_dist.models.save import save_model, stored_parameters, whole_tensors
+from spd_dist.models.save_weights import save_model, stored_parameters, whole_tensors
 
 ALONE = World(0, 1, torch.device("cpu"))
 TOKENS = torch.arange(3, 30)[None]

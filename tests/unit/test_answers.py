@@ -2,21 +2,11 @@ import dataclasses
 
 import pytest
 
+from spd_dist.analysis.answer_summary import answers_summary, manner, values_by_id
+from spd_dist.analysis.intervals import wilson_interval
 from spd_dist.errors import DataError
-from spd_dist.runtime.answers import (
-    answers_path,
-    answers_summary,
-    as_row,
-    manner,
-    part_path,
-    parts,
-    read_answers,
-    read_parts,
-    values_by_id,
-    write_merged,
-)
-from spd_dist.runtime.jsonl import JsonlWriter
-from spd_dist.runtime.statistics import wilson_interval
+from spd_dist.storage.answers import answers_path, as_row, part_path, parts, read_answers, read_parts, write_merged
+from spd_dist.storage.artifacts import JsonlWriter
 from spd_dist.types import Answer
 
 RIGHT = Answer("a", "#### 4", "4", "4", True, "stop", 10, "4", "4", True, True, False)

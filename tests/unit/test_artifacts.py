@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from spd_dist.errors import DataError
-from spd_dist.runtime.artifacts import (
+from spd_dist.storage.artifacts import (
     content_hash,
     partial_path,
     read_json,

@@ -12,8 +12,8 @@ from spd_dist.config import Calibrate
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError
 from spd_dist.models.kv_sites import discover_sites
-from spd_dist.runtime.progress import Progress
 from spd_dist.stages.calibrate import calibrate
+from spd_dist.tracking.progress import Progress
 from spd_dist.types import SupervisedExample
 
 ALONE = World(0, 1, torch.device("cpu"))

@@ -9,9 +9,9 @@ from torch.testing import assert_close
 from transformers import AutoModel
 
 from spd_dist.errors import DataError
-from spd_dist.models.capture import capture, supervised_rows
+from spd_dist.models.gradient_capture import capture, supervised_rows
 from spd_dist.models.kv_sites import discover_sites
-from spd_dist.models.likelihood import example_losses
+from spd_dist.models.loss import example_losses
 from spd_dist.types import KVSite
 
 TOKENS_BT = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from spd_dist.models.card import Card, licence, write_card
+from spd_dist.models.model_card import Card, licence, write_card
 
 EPOCHS = [{"epoch": 1, "loss": 1.5}, {"epoch": 2, "loss": 1.25, "validation_loss": 1.3}]
 

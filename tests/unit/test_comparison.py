@@ -4,9 +4,8 @@ import pytest
 from answering import answers, sampled
 from scipy.stats import ttest_1samp
 
-from spd_dist.errors import DataError
-from spd_dist.runtime.answers import answers_summary
-from spd_dist.runtime.comparison import (
+from spd_dist.analysis.answer_summary import answers_summary
+from spd_dist.analysis.comparison import (
     arm_pairs,
     blind_notes,
     comparisons,
@@ -16,6 +15,7 @@ from spd_dist.runtime.comparison import (
     size_notes,
     verdict,
 )
+from spd_dist.errors import DataError
 
 
 def sentence(base, spd, psr=None, num=200):

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from spd_dist.errors import DataError
-from spd_dist.runtime.completions import (
+from spd_dist.storage.completions import (
     as_row,
     gathered,
     is_empty,
@@ -93,7 +93,7 @@ def test_a_part_that_another_task_merged_meanwhile_is_not_missed(tmp_path, monke
         found[0].unlink()
         return found
 
-    monkeypatch.setattr("spd_dist.runtime.completions.parts", merged_after_the_listing)
+    monkeypatch.setattr("spd_dist.storage.completions.parts", merged_after_the_listing)
     assert list(gathered(tmp_path).values()) == SOME
 
 

@@ -2,7 +2,7 @@
 
 from tiny import tiny_tokenizer
 
-from spd_dist.data.controls import ended
+from spd_dist.data.prompts import with_eos
 from spd_dist.types import Completion
 
 TOKENIZER = tiny_tokenizer()
@@ -14,7 +14,7 @@ def completion(text: str, finish_reason: str = "length", end: int | None = None)
 
 
 def cut(*completions: Completion) -> list[Completion]:
-    return ended(completions, TOKENIZER.decode, eos_token_ids=(2, 5))
+    return with_eos(completions, TOKENIZER.decode, eos_token_ids=(2, 5))
 
 
 def test_what_ended_by_itself_stays_as_it_is():

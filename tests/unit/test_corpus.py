@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
+from spd_dist.analysis.corpus import corpus_diff, corpus_stats, length_histogram, load_corpus, pairs
 from spd_dist.errors import DataError
-from spd_dist.runtime.completions import as_row
-from spd_dist.runtime.corpus import corpus_diff, corpus_stats, length_histogram, load_corpus, pairs
+from spd_dist.storage.completions import as_row
 from spd_dist.types import Completion
 
 

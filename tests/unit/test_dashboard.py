@@ -6,9 +6,8 @@ from fake_wandb import ANSWERS, FakeWandb
 
 from launchers.dashboard import main
 from spd_dist.errors import ConfigError, DataError
-from spd_dist.runtime.dashboard import report, workspace
-from spd_dist.runtime.metrics import MetricLogger
-from spd_dist.runtime.panels import SECTIONS, logged_metrics, plots
+from spd_dist.tracking.dashboard import SECTIONS, logged_metrics, plots, report, workspace
+from spd_dist.tracking.metrics import MetricLogger
 
 PROJECT = {"project": "spd", "entity": "me"}
 

@@ -13,9 +13,9 @@ from families import FAMILIES, family_model
 from tiny import tiny_model
 
 from spd_dist.errors import DataError
-from spd_dist.models.decoding import Decoded, Request, Sampling, decode
-from spd_dist.models.out_of_memory import half_batch
-from spd_dist.models.slots import SlotCache, num_slot_layers
+from spd_dist.inference.decode import Decoded, Request, Sampling, decode
+from spd_dist.inference.kv_cache import SlotCache, num_slot_layers
+from spd_dist.inference.requests import half_batch
 
 STOP = {"eos_token_ids": tuple(range(2, 64, 9)), "pad_token_id": 0}
 GREEDY = Sampling(temperature=0.0, max_new_tokens=12)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from spd_dist.errors import ConfigError
-from spd_dist.models.dropout import KeyedDropout, TokenKeys, mixed_, token_key, use_keyed_dropout
+from spd_dist.models.lora import KeyedDropout, TokenKeys, mixed_, token_key, use_keyed_dropout
 
 
 def keys(seeds: list[int], length: int) -> torch.Tensor:

@@ -8,14 +8,12 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from spd_dist.config import Calibrate, Finetune
 from spd_dist.errors import DataError
-from spd_dist.models.adapters import add_adapters, key_dropout
-from spd_dist.models.capture import capture
-from spd_dist.models.dropout import token_key
-from spd_dist.models.dry_run import LiveBytes, calibrate_peak, finetune_peak
+from spd_dist.models.gradient_capture import capture
 from spd_dist.models.kv_sites import discover_sites
-from spd_dist.models.likelihood import example_losses
-from spd_dist.models.meta import meta_model, shallow
-from spd_dist.models.next_token_loss import Student
+from spd_dist.models.lora import add_adapters, key_dropout, token_key
+from spd_dist.models.loss import Student, example_losses
+from spd_dist.models.model_stats import meta_model, shallow
+from spd_dist.planner.profile import LiveBytes, calibrate_peak, finetune_peak
 
 CONFIG = tiny_config(hidden_size=64, intermediate_size=176, num_hidden_layers=7, vocab_size=512)
 FINETUNE = Finetune(micro_batch_size=3, max_tokens=80, lora_rank=4)

@@ -19,15 +19,15 @@ from tiny import save_tiny_model
 
 from spd_dist.config import Generate
 from spd_dist.errors import ConfigError, DataError
-from spd_dist.models.decoding import Decoded, Request, Sampling
-from spd_dist.models.engines.choice import choose_engine
-from spd_dist.models.engines.external import WORKER, ExternalEngine, command_of, environment_of
-from spd_dist.models.engines.hf_cb import ContinuousBatchingEngine
-from spd_dist.models.engines.placement import needed_bytes
-from spd_dist.models.engines.probes import Reference, check_probes, references
+from spd_dist.inference.decode import Decoded, Request, Sampling
+from spd_dist.inference.engine_probes import Reference, check_probes, references
+from spd_dist.inference.external_engine import WORKER, ExternalEngine, command_of, environment_of
+from spd_dist.inference.hf_cb import ContinuousBatchingEngine
+from spd_dist.inference.open_engine import choose_engine
+from spd_dist.inference.placement import needed_bytes
 from spd_dist.models.policy import Policy
-from spd_dist.models.projection import projected
-from spd_dist.orphans import every_process
+from spd_dist.process.launcher_watchdog import every_process
+from spd_dist.projection.hooks import projected
 from spd_dist.stages.generate import generate
 from spd_dist.types import Projection, Prompt
 
@@ -206,8 +206,8 @@ def test_an_engine_that_runs_another_policy_is_found_out(policy, model, tmp_path
 
 @pytest.mark.parametrize("keep", [0.0, 0.3])
 def test_a_fold_that_did_nothing_is_found_out(policy, tmp_path, monkeypatch, keep):
-    monkeypatch.setattr("spd_dist.models.fold.fold_", lambda *_: None)
-    monkeypatch.setattr("spd_dist.models.engines.probes.NUM_PROBES", 1)
+    monkeypatch.setattr("spd_dist.projection.fold.fold_", lambda *_: None)
+    monkeypatch.setattr("spd_dist.inference.engine_probes.NUM_PROBES", 1)
     with pytest.raises(DataError, match=r"generate.engine=hf: the greedy answer to prompt 'p\d+' differs from the"):
         run(policy, tmp_path, some_projection(keep=keep), apply_as="fold")
 
@@ -313,7 +313,7 @@ time.sleep(600)
 
 
 def test_a_program_that_ignores_sigterm_is_ended_with_what_it_started(policy, tmp_path, monkeypatch):
-    monkeypatch.setattr("spd_dist.models.engines.program.GRACE_SECONDS", 0.5)
+    monkeypatch.setattr("spd_dist.inference.external_engine.GRACE_SECONDS", 0.5)
     with pytest.raises(DataError, match="wrote a line that answers no open request"):
         list(external(policy, tmp_path, STUBBORN).complete(REQUESTS, Sampling()))
     wait_for(lambda: not running_in(tmp_path), 60)
@@ -323,9 +323,9 @@ ORPHANED = """
 import sys, time
 from pathlib import Path
 from types import SimpleNamespace
-from spd_dist.models.decoding import Request
-from spd_dist.models.engines.external import ExternalEngine
-from spd_dist.models.sampling import Sampling
+from spd_dist.inference.decode import Request
+from spd_dist.inference.external_engine import ExternalEngine
+from spd_dist.inference.sampling import Sampling
 policy = SimpleNamespace(tokenizer=SimpleNamespace(decode=str), eos_token_ids=(2,))
 engine = ExternalEngine("command", sys.argv[2:], policy, Path(sys.argv[1]), {})
 list(engine.complete([Request("p0", 0, (5,), 0)], Sampling()))

@@ -4,8 +4,8 @@ import pytest
 
 from spd_dist.arms import chosen
 from spd_dist.overrides import load_config
-from spd_dist.run_parts import parts_of
-from spd_dist.runtime.estimate import Part, RunEstimate, StageEstimate
+from spd_dist.rounds import parts_of
+from spd_dist.tracking.progress import RunEstimate, RunPart, StageEstimate
 
 
 def paces(times):
@@ -46,8 +46,8 @@ def test_a_million_units_leave_a_few_hundred_sights():
 
 def test_the_run_takes_its_stage_and_all_that_come_after():
     run = RunEstimate()
-    run.expect([Part("generate", "generate", 10), Part("finetune", "finetune", 4, "calibrate", 2.0),
-                Part("evaluate/base", "evaluate", 5, "generate")])  # fmt: skip
+    run.expect([RunPart("generate", "generate", 10), RunPart("finetune", "finetune", 4, "calibrate", 2.0),
+                RunPart("evaluate/base", "evaluate", 5, "generate")])  # fmt: skip
     run.now = "generate"
     run.measure("generate", 3.0)
     assert run.seconds_left(12.0) is None

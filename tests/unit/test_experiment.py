@@ -8,10 +8,10 @@ import pytest
 from spd_dist.arms import ARMS
 from spd_dist.config import Config, Experiment
 from spd_dist.errors import ConfigError
-from spd_dist.experiment import Job, jobs, unfinished
+from spd_dist.experiment import ExperimentJob, jobs, unfinished
 from spd_dist.overrides import load_experiment, to_yaml
-from spd_dist.runtime.artifacts import write_json
-from spd_dist.runtime.settings import result_settings
+from spd_dist.storage.artifacts import write_json
+from spd_dist.storage.settings import result_settings
 
 EXPERIMENTS = sorted(Path("configs/experiments").glob("*.yaml"))
 
@@ -59,9 +59,9 @@ def test_what_is_not_an_experiment_is_refused(words, message):
 
 def test_jobs_are_one_arm_of_one_seed_and_with_rounds_all_arms_of_a_seed():
     experiment = Experiment(seeds=(1, 2), arms=("base", "spd"))
-    assert jobs(experiment) == [Job(seed, (arm,)) for seed in (1, 2) for arm in ("base", "spd")]
+    assert jobs(experiment) == [ExperimentJob(seed, (arm,)) for seed in (1, 2) for arm in ("base", "spd")]
     with_rounds = load_experiment([], ["seeds=[1,2]", "arms=[base,spd]", "rounds=2"])
-    assert jobs(with_rounds) == [Job(1, ("base", "spd")), Job(2, ("base", "spd"))]
+    assert jobs(with_rounds) == [ExperimentJob(1, ("base", "spd")), ExperimentJob(2, ("base", "spd"))]
 
 
 def test_a_job_is_finished_when_its_arms_have_answered_in_every_round(tmp_path):
@@ -69,7 +69,7 @@ def test_a_job_is_finished_when_its_arms_have_answered_in_every_round(tmp_path):
     for place in ("seed_1", "seed_1/rounds/2", "seed_2"):
         for arm in ("base", "spd"):
             write_json(tmp_path / place / "evaluate" / arm / "manifest.json", {})
-    assert unfinished(experiment) == [Job(2, ("base", "spd"))]
+    assert unfinished(experiment) == [ExperimentJob(2, ("base", "spd"))]
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=str)

@@ -6,11 +6,11 @@ import pytest
 from answering import ARMS, answered_run, answers
 from browsing import CHROMIUM, screenshot, widths
 
-from spd_dist.runtime.answers import answers_path, write_merged
-from spd_dist.runtime.artifacts import read_json
-from spd_dist.runtime.experiment_report import total_cost, write_experiment
-from spd_dist.runtime.metrics import MetricLogger
-from spd_dist.runtime.report import write_report
+from spd_dist.reports.experiment_report import total_cost, write_experiment
+from spd_dist.reports.run_report import write_report
+from spd_dist.storage.answers import answers_path, write_merged
+from spd_dist.storage.artifacts import read_json
+from spd_dist.tracking.metrics import MetricLogger
 
 
 @pytest.fixture

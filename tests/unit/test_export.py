@@ -16,12 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spd_dist.distributed.zero import weights_fingerprint
 from spd_dist.errors import ConfigError, DataError
-from spd_dist.models import export, parity
-from spd_dist.models.adapter_export import export_adapter
-from spd_dist.models.export import export_folded
-from spd_dist.models.operators import SiteMap, as_update, projection_hash
-from spd_dist.models.projection import projected
-from spd_dist.runtime.subspace_file import save_subspace
+from spd_dist.projection import folded_export as export
+from spd_dist.projection import parity
+from spd_dist.projection.adapter_export import export_adapter
+from spd_dist.projection.folded_export import export_folded
+from spd_dist.projection.hooks import projected
+from spd_dist.projection.operators import SiteMap, as_update, projection_hash
+from spd_dist.storage.subspace_file import save_subspace
 from spd_dist.types import Certificate, Projection, SiteSubspace, Subspace
 
 TOKENS_BT = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(7))

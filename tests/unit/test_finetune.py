@@ -13,11 +13,16 @@ from transformers import get_cosine_schedule_with_warmup
 from spd_dist.config import Finetune
 from spd_dist.errors import ConfigError, DataError
 from spd_dist.overrides import load_config
-from spd_dist.stages.finetune.batches import collate
-from spd_dist.stages.finetune.plan import global_batches, micro_batches
-from spd_dist.stages.finetune.schedule import learning_rate_fraction
-from spd_dist.stages.finetune.sequences import TrainingSequence, held_out, training_sequences
-from spd_dist.stages.finetune.state import State
+from spd_dist.stages.finetune.batching import (
+    TrainingSequence,
+    collate,
+    global_batches,
+    held_out,
+    micro_batches,
+    training_sequences,
+)
+from spd_dist.stages.finetune.checkpoints import State
+from spd_dist.stages.finetune.training import learning_rate_fraction
 from spd_dist.types import Completion
 
 EOS = tiny_tokenizer().eos_token_id

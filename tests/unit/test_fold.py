@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, GPT2Config, Phi3Config, Qwen2Config
 
 from spd_dist.errors import ConfigError, DataError
-from spd_dist.models.projection import projected
+from spd_dist.projection.hooks import projected
 from spd_dist.types import KVSite, Projection, SiteOperator
 
 SIZES = {

@@ -20,15 +20,15 @@ from spd_dist.config import Generate
 from spd_dist.distributed.lock import alone_in
 from spd_dist.distributed.zero import weights_fingerprint
 from spd_dist.errors import ConfigError, DataError
-from spd_dist.models.decoding import decode
+from spd_dist.inference.decode import decode
 from spd_dist.models.policy import Policy
-from spd_dist.runtime.artifacts import read_json
-from spd_dist.runtime.completions import CORPUS, part_name, read_completions
-from spd_dist.runtime.manifests import MANIFEST, why_not_complete
-from spd_dist.runtime.run_folder import RunFolder
-from spd_dist.runtime.seeding import row_seed
+from spd_dist.seeding import row_seed
 from spd_dist.stages.generate import generate
-from spd_dist.stages.generate.merge import Attempt, check_leakage
+from spd_dist.stages.generate.merge_corpus import Attempt, check_leakage
+from spd_dist.storage.artifacts import read_json
+from spd_dist.storage.completions import CORPUS, part_name, read_completions
+from spd_dist.storage.manifests import MANIFEST, why_not_complete
+from spd_dist.storage.run_folder import RunFolder
 from spd_dist.types import Prompt
 
 
@@ -295,7 +295,7 @@ def test_missing_completions_are_counted(policy, tmp_path, monkeypatch):
     def only_probes(model, requests, *rest, **settings):
         return decode(model, [request for request in requests if request.sample < 0], *rest, **settings)
 
-    monkeypatch.setattr("spd_dist.models.engines.in_process.decode", only_probes)
+    monkeypatch.setattr("spd_dist.inference.hf_engine.decode", only_probes)
     with pytest.raises(DataError, match=r"18 of 18 completions are missing \('p00' sample 0, "):
         run(policy, tmp_path)
 

@@ -32,7 +32,7 @@ from spd_dist.errors import DataError
 from spd_dist.models import gguf as module
 from spd_dist.models.conversion import check_written, why_incomplete, write_model
 from spd_dist.models.gguf import cache_folder, converted
-from spd_dist.models.reachable import find_model
+from spd_dist.models.policy import locate_model
 
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -301,10 +301,10 @@ def test_a_package_that_is_not_installed_is_named(tiny, tmp_path, monkeypatch):
 
 
 def test_the_look_at_a_model_sees_a_bad_file(tiny, tmp_path):
-    assert find_model(Model(str(tiny))).num_bytes == tiny.stat().st_size
+    assert locate_model(Model(str(tiny))).num_bytes == tiny.stat().st_size
     (tmp_path / "bad.gguf").write_bytes(tiny.read_bytes()[:-1])
     with pytest.raises(DataError, match=r"bad\.gguf is cut"):
-        find_model(Model(str(tmp_path / "bad.gguf")))
+        locate_model(Model(str(tmp_path / "bad.gguf")))
 
 
 @pytest.mark.parametrize(("num_parts", "remedy"), [(0, "give the model folder"), (3, "join them")])

@@ -3,10 +3,10 @@
 import torch
 
 from spd_dist.distributed.world import World
-from spd_dist.inputs import of_protocol
 from spd_dist.overrides import load_config
+from spd_dist.process.signals import StopSignals
 from spd_dist.run import Run
-from spd_dist.signals import StopSignals
+from spd_dist.stage_inputs import of_protocol
 
 
 def protocol(folder, *overrides):

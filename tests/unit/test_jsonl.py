@@ -4,7 +4,7 @@ import signal
 import pytest
 
 from spd_dist.errors import DataError
-from spd_dist.runtime.jsonl import JsonlWriter, read_jsonl
+from spd_dist.storage.artifacts import JsonlWriter, read_jsonl
 
 
 def write_rows(path, rows):

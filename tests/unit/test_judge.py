@@ -11,7 +11,7 @@ from sandboxes import usable_sandbox
 from spd_dist.data.tasks import find_task
 from spd_dist.data.tasks.mbpp import MBPP, program_in, python_blocks, unfenced
 from spd_dist.errors import DataError
-from spd_dist.judge import judge_file, write_judgements
+from spd_dist.judging import judge_file, write_judgements
 
 GSM8K = {"question": "Half of 10?", "answer": "10/2 = <<10/2=5>>5\n#### 5"}
 MMLU = {"question": "Which?", "choices": ["red", "blue"], "answer": 1}

@@ -11,10 +11,10 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from spd_dist.errors import DataError
-from spd_dist.models.capture import capture
-from spd_dist.models.dye import trace_origins
+from spd_dist.models.gradient_capture import capture
 from spd_dist.models.kv_sites import discover_sites
-from spd_dist.models.projection import projected
+from spd_dist.models.kv_tracing import trace_origins
+from spd_dist.projection.hooks import projected
 from spd_dist.types import Projection, SiteOperator
 
 TOKENS_BT = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))

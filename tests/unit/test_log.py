@@ -1,7 +1,7 @@
 import io
 import logging
 
-from spd_dist.runtime.log import set_up_logging
+from spd_dist.tracking.console import set_up_logging
 
 
 def messages(rank):

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from spd_dist.distributed.world import World
-from spd_dist.runtime.artifacts import read_json
-from spd_dist.runtime.manifests import (
+from spd_dist.storage.artifacts import read_json
+from spd_dist.storage.manifests import (
     MANIFEST,
     find_finished,
     finished_stages,
@@ -17,7 +17,7 @@ from spd_dist.runtime.manifests import (
     take_over,
     why_not_complete,
 )
-from spd_dist.runtime.run_folder import RunFolder
+from spd_dist.storage.run_folder import RunFolder
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 INPUTS = {"settings": "s1", "train": "t1"}

@@ -4,7 +4,7 @@ import math
 import pytest
 from recording import Recorder
 
-from spd_dist.runtime.metrics import MetricLogger, read_metrics
+from spd_dist.tracking.metrics import MetricLogger, read_metrics
 
 
 def test_a_line_holds_time_stage_step_and_named_values(tmp_path):

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from spd_dist.orphans import Process, is_running, launchers_above, read_process, watch_launchers
+from spd_dist.process.launcher_watchdog import Process, is_running, launchers_above, read_process, watch_launchers
 
 RANK = ("python", "-u", "launchers/spd.py")
 LAUNCH = ("python", "-u", "-m", "deepspeed.launcher.launch", "--world_info=x")
@@ -68,7 +68,7 @@ def test_without_a_launcher_nothing_is_watched():
 
 CHILD = """
 import os, time
-from spd_dist.orphans import watch_launchers
+from spd_dist.process.launcher_watchdog import watch_launchers
 watch_launchers(os.environ)
 print(os.getpid(), flush=True)
 time.sleep(60)

@@ -6,12 +6,12 @@ from families import FAMILIES, family_model
 from tiny import tiny_config, tiny_model
 from transformers import DynamicCache
 
-from spd_dist.models.decoding import decode
-from spd_dist.models.dry_run import LiveBytes
-from spd_dist.models.meta import meta_model
-from spd_dist.models.outline import decode_bytes, outline_of
-from spd_dist.models.rows import Request
-from spd_dist.models.sampling import Sampling
+from spd_dist.inference.decode import decode
+from spd_dist.inference.placement import decode_bytes
+from spd_dist.inference.requests import Request
+from spd_dist.inference.sampling import Sampling
+from spd_dist.models.model_stats import meta_model, outline_of
+from spd_dist.planner.profile import LiveBytes
 
 OTHERWISE = {"qwen3_next", "gpt_neox"}
 """A cache with states of linear attention, too; a test config with a number of KV heads that means nothing to it."""

@@ -8,14 +8,12 @@ from answering import ARMS, answered_run, answers
 from browsing import CHROMIUM, screenshot, widths
 
 from spd_dist.overrides import load_config, to_yaml
-from spd_dist.runtime.answers import answers_path, write_merged
-from spd_dist.runtime.artifacts import read_json
-from spd_dist.runtime.metrics import MetricLogger
-from spd_dist.runtime.page import write_page
-from spd_dist.runtime.page.page import NUM_SHOWN, side_by_side
-from spd_dist.runtime.report import write_report
-from spd_dist.runtime.subspace_file import save_subspace
-from spd_dist.runtime.training_log import mean_losses, training_losses
+from spd_dist.reports.page import NUM_SHOWN, side_by_side, write_page
+from spd_dist.reports.run_report import write_report
+from spd_dist.storage.answers import answers_path, write_merged
+from spd_dist.storage.artifacts import read_json
+from spd_dist.storage.subspace_file import save_subspace
+from spd_dist.tracking.metrics import MetricLogger, mean_losses, training_losses
 from spd_dist.types import Certificate, KVSite, SiteSubspace, Subspace
 
 

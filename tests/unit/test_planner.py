@@ -10,12 +10,12 @@ from tiny import tiny_config
 from launchers.plan import main
 from spd_dist.config import Calibrate, Config, Data, Distributed, Evaluate, Finetune, Generate, Model
 from spd_dist.errors import ConfigError
-from spd_dist.models.engines.placement import HEADROOM
+from spd_dist.inference.placement import HEADROOM
 from spd_dist.planner import Cluster, Workload, device_named, plan_run, profile_of, smallest_cluster
-from spd_dist.planner.memory import STAGES, need
+from spd_dist.planner.cluster import Zero
 from spd_dist.planner.plan import placements
 from spd_dist.planner.seconds import cost
-from spd_dist.planner.sharding import Zero
+from spd_dist.planner.stage_memory import STAGES, need
 
 GIB = 2**30
 OFFLOADED = {"zero_optimization": {"offload_param": {"device": "cpu"}, "stage3_prefetch_bucket_size": 5e6}}

@@ -9,7 +9,7 @@ from launching import SMALL
 from tiny import save_tiny_model
 
 from spd_dist.errors import DataError
-from spd_dist.models.reachable import find_model
+from spd_dist.models.policy import locate_model
 from spd_dist.overrides import load_config
 from spd_dist.preflight import Facts, Meeting, Needs, gather_facts, judge
 
@@ -120,10 +120,10 @@ def test_facts_are_of_this_host_and_inputs_that_are_missing_are_faults(tmp_path)
 
 def test_a_model_without_weights_is_named(tmp_path):
     folder = save_tiny_model(tmp_path / "model")
-    assert find_model(load_config(overrides=[f"model.name={folder}"]).model).num_bytes > 100_000
+    assert locate_model(load_config(overrides=[f"model.name={folder}"]).model).num_bytes > 100_000
     for file in folder.glob("*.safetensors"):
         file.unlink()
     with pytest.raises(DataError, match=r"model\.name: .* holds no weights"):
-        find_model(load_config(overrides=[f"model.name={folder}"]).model)
+        locate_model(load_config(overrides=[f"model.name={folder}"]).model)
     with pytest.raises(DataError, match="nowhere/model is no folder here, not in this host's cache"):
-        find_model(load_config(overrides=["model.name=nowhere/model"]).model)
+        locate_model(load_config(overrides=["model.name=nowhere/model"]).model)

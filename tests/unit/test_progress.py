@@ -2,9 +2,8 @@ import logging
 
 import pytest
 
-from spd_dist.runtime.estimate import Part, RunEstimate
-from spd_dist.runtime.metrics import MetricLogger, read_metrics
-from spd_dist.runtime.progress import Progress, clock_time
+from spd_dist.tracking.metrics import MetricLogger, read_metrics
+from spd_dist.tracking.progress import Progress, RunEstimate, RunPart, clock_time
 
 
 class Clock:
@@ -36,8 +35,8 @@ def test_a_line_every_few_seconds_with_units_speed_and_time_left(lines):
 
 def test_the_time_of_the_whole_run_is_told_once_its_later_stages_have_a_pace(lines):
     clock, run = Clock(), RunEstimate()
-    run.expect([Part("generate", "generate", 10), Part("evaluate/spd", "evaluate", 20, "generate"),
-                Part("finetune", "finetune", 5, "calibrate", 4.0)])  # fmt: skip
+    run.expect([RunPart("generate", "generate", 10), RunPart("evaluate/spd", "evaluate", 20, "generate"),
+                RunPart("finetune", "finetune", 5, "calibrate", 4.0)])  # fmt: skip
     run.now = "generate"
     for stage in ("generate", "finetune"):
         with Progress(stage, 10, "units", every_seconds=1, clock=clock, run=run) as progress:

@@ -10,8 +10,8 @@ from torch.testing import assert_close
 from transformers.models.llama import modeling_llama
 
 from spd_dist.errors import ConfigError, DataError
-from spd_dist.models.operators import SiteMap
-from spd_dist.models.projection import projected
+from spd_dist.projection.hooks import projected
+from spd_dist.projection.operators import SiteMap
 from spd_dist.types import KVSite, Projection, SiteOperator
 
 

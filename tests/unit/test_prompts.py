@@ -13,8 +13,7 @@ from tiny import tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from spd_dist.config import Calibrate, Data
-from spd_dist.data.masking import mask_row
-from spd_dist.data.preview import preview_masks
+from spd_dist.data.masking import mask_row, preview_masks
 from spd_dist.data.prompts import make_examples, make_prompts, make_references
 from spd_dist.data.sources import load_rows
 from spd_dist.data.tasks import find_task

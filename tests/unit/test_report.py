@@ -7,11 +7,11 @@ from answering import ARMS, answered_run, answers, sampled
 from recording import Recorder
 
 from spd_dist.errors import DataError
-from spd_dist.runtime.answers import answers_path, write_merged
-from spd_dist.runtime.artifacts import read_json
-from spd_dist.runtime.metrics import MetricLogger, read_metrics
-from spd_dist.runtime.page import write_page
-from spd_dist.runtime.report import log_report, report_text, write_report
+from spd_dist.reports.page import write_page
+from spd_dist.reports.run_report import log_report, report_text, write_report
+from spd_dist.storage.answers import answers_path, write_merged
+from spd_dist.storage.artifacts import read_json
+from spd_dist.tracking.metrics import MetricLogger, read_metrics
 
 
 @pytest.fixture

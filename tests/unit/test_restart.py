@@ -10,11 +10,11 @@ import torch
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError
 from spd_dist.overrides import load_config
-from spd_dist.runtime.artifacts import write_json
-from spd_dist.runtime.metrics import read_metrics
-from spd_dist.runtime.restart import restart
-from spd_dist.runtime.run_folder import RunFolder
-from spd_dist.runtime.settings import first_reader
+from spd_dist.storage.artifacts import write_json
+from spd_dist.storage.restart import restart
+from spd_dist.storage.run_folder import RunFolder
+from spd_dist.storage.settings import first_reader
+from spd_dist.tracking.metrics import read_metrics
 
 ALONE = World(0, 1, torch.device("cpu"))
 MADE = ["project", "generate", "finetune", "evaluate/spd", "evaluate", "arms/psr/generate", "arms/psr/finetune"]

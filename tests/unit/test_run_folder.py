@@ -9,9 +9,9 @@ from emulated import wait_for
 from spd_dist.config import Config
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError, DataError, StopRequested
-from spd_dist.runtime.run_folder import RunFolder
-from spd_dist.runtime.settings import MAY_CHANGE, result_settings, settings_hash
-from spd_dist.runtime.spent import AttemptClock, spent_on
+from spd_dist.storage.attempts import AttemptClock, stage_cost
+from spd_dist.storage.run_folder import RunFolder
+from spd_dist.storage.settings import MAY_CHANGE, result_settings, settings_hash
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 
@@ -192,27 +192,27 @@ def test_unfinished_work_is_kept_for_the_same_inputs_and_removed_for_others(tmp_
 
 
 def test_what_attempts_took_is_added_up_until_the_stage_is_finished(tmp_path, monkeypatch):
-    monkeypatch.setattr("spd_dist.runtime.spent.SECONDS_BETWEEN", 0.01)
+    monkeypatch.setattr("spd_dist.storage.attempts.SECONDS_BETWEEN", 0.01)
     folder, two_ranks = opened(tmp_path), dataclasses.replace(ALONE, size=2)
     work = folder.start("generate", {"config": "c1", "project": "p1"})
     with pytest.raises(StopRequested), AttemptClock(work, two_ranks, None):
         raise StopRequested("asked to")
-    stopped = spent_on(work)
+    stopped = stage_cost(work)
     assert stopped.device_seconds == 2 * stopped.seconds > 0
     with AttemptClock(work, ALONE, None):
-        wait_for(lambda: spent_on(work).seconds > stopped.seconds + 0.02, 60)  # on disk while it goes on
-    both = spent_on(work)
+        wait_for(lambda: stage_cost(work).seconds > stopped.seconds + 0.02, 60)  # on disk while it goes on
+    both = stage_cost(work)
     assert both.device_seconds == pytest.approx(stopped.seconds + both.seconds)
     with AttemptClock(work, ALONE, 7):
         pass
-    task = spent_on(work)
+    task = stage_cost(work)
     assert task.seconds == both.seconds, "tasks may run beside each other"
     assert task.device_seconds > both.device_seconds
     finished(folder)
     with AttemptClock(work, ALONE, 8):
         pass
     assert not (work / "attempts").exists()
-    assert spent_on(work) == (0, 0)
+    assert stage_cost(work) == (0, 0)
 
 
 def test_damaged_work_is_never_resumed_from(tmp_path):

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from spd_dist.errors import DataError
-from spd_dist.models.sampling import Sampling, choose, uniforms
+from spd_dist.inference.sampling import Sampling, choose, uniforms
 
 
 def logits(seed: int, rows: int = 4, vocabulary: int = 300, scale: float = 2.0) -> torch.Tensor:

@@ -21,9 +21,8 @@ from hostile import CHEATS, GREEDY, HONEST, REFUSED, STUBBORN, TESTS, achieves, 
 from sandboxes import ISOLATIONS, usable_sandbox
 
 from spd_dist.errors import ConfigError
-from spd_dist.runtime.sandbox import Limits, Sandbox, SandboxError, Verdict, open_sandbox
-from spd_dist.runtime.sandbox.isolation import Namespaces
-from spd_dist.runtime.sandbox.layout import Layout
+from spd_dist.sandbox import Limits, Sandbox, SandboxError, Verdict, open_sandbox
+from spd_dist.sandbox.isolation import Layout, Namespaces
 
 PASSED = Verdict(True, "passed")
 SHORT = Limits(cpu_seconds=1, wall_seconds=6, memory_mib=1024 + os.getpid() % 1000)
@@ -98,7 +97,7 @@ def test_what_a_program_writes_is_gone_for_the_next_one(sandbox):
 
 def test_nothing_is_left_when_the_judging_process_is_killed(sandbox):
     code = (
-        "from spd_dist.runtime.sandbox import *\nfrom spd_dist.runtime.sandbox.isolation import *\n"
+        "from spd_dist.sandbox import *\nfrom spd_dist.sandbox.isolation import *\n"
         f"Sandbox({type(sandbox.isolation).__name__}(), {SHORT!r}).run({STUBBORN['catches every signal']!r}, {TESTS!r})"
     )
     judging = subprocess.Popen([sys.executable, "-c", code])
@@ -186,7 +185,7 @@ def test_it_holds_for_an_ordinary_user_as_well():
     python = interpreter_of_ordinary_users()
     hostile = [STUBBORN["kills everything"], GREEDY["fork bomb of sleepers"], *map(achieves, REFUSED)]
     code = (
-        "import os, sys\nfrom concurrent.futures import ThreadPoolExecutor\nfrom spd_dist.runtime.sandbox import *\n"
+        "import os, sys\nfrom concurrent.futures import ThreadPoolExecutor\nfrom spd_dist.sandbox import *\n"
         "assert os.getuid()\n"
         f"sandbox = open_sandbox({SHORT!r})\n"
         f"found = list(ThreadPoolExecutor(4).map(lambda one: sandbox.run(one, {TESTS!r}), {[HONEST, *hostile]!r}))\n"

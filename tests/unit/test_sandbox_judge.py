@@ -13,7 +13,7 @@ from sandboxes import usable_sandbox
 from spd_dist.config import Data
 from spd_dist.data.sources import load_rows
 from spd_dist.data.tasks import find_task, with_execution
-from spd_dist.runtime.sandbox import Limits, Sandbox, Verdict
+from spd_dist.sandbox import Limits, Sandbox, Verdict
 
 REAL_ROWS = Path("../shared/data")
 PASSED = Verdict(True, "passed")

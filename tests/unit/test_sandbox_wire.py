@@ -22,10 +22,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sandboxes import usable_sandbox
 
-from spd_dist.runtime.sandbox.inside import enter
-from spd_dist.runtime.sandbox.inside.confine import call
-from spd_dist.runtime.sandbox.inside.wire import MAX_MESSAGE_BYTES, Channel, Ended, decode, encode
-from spd_dist.runtime.sandbox.isolation import Namespaces
+from spd_dist.sandbox.inside import enter
+from spd_dist.sandbox.inside.confine import call
+from spd_dist.sandbox.inside.wire import MAX_MESSAGE_BYTES, Channel, Ended, decode, encode
+from spd_dist.sandbox.isolation import Namespaces
 
 NUMBERS = st.integers() | st.floats(allow_nan=False) | st.complex_numbers(allow_nan=False)
 LEAVES = st.none() | st.booleans() | st.text() | st.binary() | NUMBERS

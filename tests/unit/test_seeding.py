@@ -1,6 +1,6 @@
 import torch
 
-from spd_dist.runtime.seeding import generator, row_seed, seed_of
+from spd_dist.seeding import generator, row_seed, seed_of
 
 
 def test_a_name_gives_the_same_draws_whatever_was_drawn_before():

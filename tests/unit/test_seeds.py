@@ -4,9 +4,9 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from spd_dist.errors import DataError
-from spd_dist.runtime.answers import answers_path, write_merged
-from spd_dist.runtime.report import write_report
-from spd_dist.runtime.seeds import over_seeds, seeds_text, seeds_verdict
+from spd_dist.reports.run_report import write_report
+from spd_dist.reports.seeds import over_seeds, seeds_text, seeds_verdict
+from spd_dist.storage.answers import answers_path, write_merged
 
 
 def run(folder, seed, *, spd=90, num=150, arms=ARMS, task="arithmetic"):

@@ -4,10 +4,10 @@ import math
 import pytest
 from recording import Recorder
 
-from spd_dist.runtime.completions import as_row
-from spd_dist.runtime.metrics import MetricLogger, read_metrics
-from spd_dist.runtime.products import product_of
-from spd_dist.runtime.show import show_cost, show_stage, show_subspace
+from spd_dist.storage.completions import as_row
+from spd_dist.tracking.metrics import MetricLogger, read_metrics
+from spd_dist.tracking.stage_plots import show_cost, show_stage, show_subspace
+from spd_dist.tracking.wandb_artifacts import product_of
 from spd_dist.types import Completion
 
 CERTIFICATE = {"energy": 14.0, "delta": 0.5, "lost_energy": 0.0, "num_rows": 9, "num_shrinks": 0, "num_dropped_rows": 0}

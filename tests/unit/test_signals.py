@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from spd_dist.signals import STOP_FILE, StopSignals, seconds_allowed, stop_file, touched
+from spd_dist.process.signals import STOP_FILE, StopSignals, seconds_allowed, stop_file, touched
 
 
 @pytest.fixture

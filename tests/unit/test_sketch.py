@@ -12,10 +12,10 @@ from torch import Tensor
 
 from spd_dist.config import Project, Sketch
 from spd_dist.errors import DataError
-from spd_dist.runtime.artifacts import read_tensors
 from spd_dist.stages.sketch import ShardSketch, load_sketches, plan_sketches, save_sketches, sketch
 from spd_dist.stages.sketch.frequent_directions import shrink
 from spd_dist.stages.sketch.shard import TENSORS
+from spd_dist.storage.artifacts import read_tensors
 from spd_dist.types import Certificate, GradientBatch, SiteMoments
 
 SITE = kv_site()
@@ -287,7 +287,7 @@ def test_a_state_of_another_form_is_refused():
 
 
 def test_a_file_that_is_no_state_is_refused(tmp_path):
-    from spd_dist.runtime.artifacts import write_tensors
+    from spd_dist.storage.artifacts import write_tensors
 
     write_tensors(tmp_path / "other.safetensors", {"weight": torch.zeros(1)})
     with pytest.raises(DataError, match=r"other\.safetensors is no sketch state: its metadata has no `shards`"):

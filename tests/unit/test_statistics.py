@@ -14,8 +14,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 from statsmodels.stats.weightstats import DescrStatsW
 
-from spd_dist.errors import DataError
-from spd_dist.runtime.statistics import (
+from spd_dist.analysis.intervals import (
     between_seeds,
     crossed,
     crossed_share,
@@ -29,6 +28,7 @@ from spd_dist.runtime.statistics import (
     share_interval,
     wilson_interval,
 )
+from spd_dist.errors import DataError
 
 
 def arms(both=0, lost=0, gained=0, neither=0):

@@ -5,7 +5,7 @@ import torch
 
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError, StopRequested
-from spd_dist.runtime.status import kept_status, read_status
+from spd_dist.storage.restart import kept_status, read_status
 
 WORLD = World(0, 2, torch.device("cpu"))
 

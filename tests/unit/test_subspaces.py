@@ -10,14 +10,21 @@ from gradients import ALONE, kv_site, power_law
 from torch import Tensor
 
 from launchers.compare import main as compare
+from spd_dist.analysis.subspace_algebra import (
+    complement,
+    complement_basis,
+    complete_basis,
+    intersection,
+    overlap,
+    principal_angles,
+    shared_sites,
+    union,
+)
 from spd_dist.config import Project
 from spd_dist.errors import DataError
-from spd_dist.runtime.artifacts import write_tensors
-from spd_dist.runtime.orthonormal import complement as complement_basis
-from spd_dist.runtime.orthonormal import completed
-from spd_dist.runtime.subspace_file import fingerprint, load_subspace, save_subspace
-from spd_dist.runtime.subspaces import complement, intersection, overlap, principal_angles, shared_sites, union
 from spd_dist.stages.project import subspace
+from spd_dist.storage.artifacts import write_tensors
+from spd_dist.storage.subspace_file import fingerprint, load_subspace, save_subspace
 from spd_dist.types import Certificate, KVSite, SiteMoments, SiteSubspace, Subspace
 
 SITE = kv_site(width=12)
@@ -106,12 +113,12 @@ def test_union_of_other_sites_is_refused():
 
 def test_a_basis_is_completed_in_one_way_only():
     basis_DR = torch.linalg.qr(power_law(9, 4, decay=0)).Q
-    whole_DD = completed(basis_DR, 9)
+    whole_DD = complete_basis(basis_DR, 9)
     assert torch.equal(whole_DD[:, :4], basis_DR)
     torch.testing.assert_close(whole_DD.T @ whole_DD, torch.eye(9, dtype=torch.float64), rtol=0, atol=1e-14)
     rest_DR = complement_basis(basis_DR)
     torch.testing.assert_close(rest_DR @ rest_DR.T, whole_DD[:, 4:] @ whole_DD[:, 4:].T, rtol=0, atol=1e-14)
-    assert torch.equal(completed(torch.zeros(5, 0), 3), torch.eye(5, dtype=torch.float64)[:, :3])
+    assert torch.equal(complete_basis(torch.zeros(5, 0), 3), torch.eye(5, dtype=torch.float64)[:, :3])
 
 
 def test_a_saved_subspace_is_the_same_when_loaded(tmp_path):
@@ -136,7 +143,7 @@ def test_files_that_are_no_subspace_are_refused(tmp_path):
     with pytest.raises(DataError, match="is no subspace: its metadata has no `sites`"):
         load_subspace(path)
     save_subspace(path, spanned_by(0, 1))
-    from spd_dist.runtime.artifacts import read_tensors
+    from spd_dist.storage.artifacts import read_tensors
 
     tensors, metadata = read_tensors(path)
     write_tensors(path, {"layers.0.key.basis_DR": tensors["layers.0.key.basis_DR"]}, metadata)

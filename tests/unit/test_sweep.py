@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from answering import ARMS, answers
 
-from spd_dist.runtime.answers import answers_path, write_merged
-from spd_dist.runtime.report import write_report
+from spd_dist.reports.run_report import write_report
+from spd_dist.storage.answers import answers_path, write_merged
 
 SWEEP = runpy.run_path("launchers/sweep.py")
 main, points = SWEEP["main"], SWEEP["points"]

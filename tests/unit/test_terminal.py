@@ -10,8 +10,8 @@ import pytest
 
 PROGRAM = """
 import logging, sys
-from spd_dist.runtime.log import set_up_logging
-from spd_dist.runtime.progress import Progress
+from spd_dist.tracking.console import set_up_logging
+from spd_dist.tracking.progress import Progress
 
 set_up_logging(0)
 logging.getLogger("spd_dist").info("before")

@@ -7,9 +7,8 @@ import torch
 
 from spd_dist.config import Distributed
 from spd_dist.distributed.heartbeat import Heartbeat, naming_lagging_ranks
-from spd_dist.distributed.training import training_settings
+from spd_dist.distributed.training_engine import BackgroundWriter, training_settings
 from spd_dist.distributed.world import World
-from spd_dist.distributed.writer import BackgroundWriter
 from spd_dist.errors import ConfigError, DataError
 
 

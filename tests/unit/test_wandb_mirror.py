@@ -12,8 +12,8 @@ from fake_wandb import FakeWandb
 from wandb_log import read_offline_run
 
 from spd_dist.config import Config, Metrics
-from spd_dist.runtime.metrics import MetricLogger, Product, read_metrics
-from spd_dist.runtime.wandb_mirror import open_mirror
+from spd_dist.tracking.metrics import MetricLogger, Product, read_metrics
+from spd_dist.tracking.wandb_mirror import open_mirror
 
 SETTINGS = dataclasses.asdict(Config())
 
@@ -198,8 +198,8 @@ DYING = """
 import logging, os, signal, subprocess, sys
 from pathlib import Path
 from spd_dist.config import Metrics
-from spd_dist.runtime.metrics import MetricLogger
-from spd_dist.runtime.wandb_mirror import open_mirror
+from spd_dist.tracking.metrics import MetricLogger
+from spd_dist.tracking.wandb_mirror import open_mirror
 logging.basicConfig()
 folder = Path(sys.argv[1])
 with MetricLogger(folder / "metrics", mirror=open_mirror(Metrics(wandb="offline"), folder, {})) as metrics:

@@ -6,8 +6,8 @@ from fake_wandb import FakeWandb
 
 from launchers.wandb_sync import find_parts, main
 from spd_dist.config import Config, Generate, Metrics
-from spd_dist.runtime.metrics import MetricLogger
-from spd_dist.runtime.wandb_mirror import open_mirror
+from spd_dist.tracking.metrics import MetricLogger
+from spd_dist.tracking.wandb_mirror import open_mirror
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ checkpoints whole or absent, at any world size
 export      the adapter or model, checked against the trained weights
 """
 
-from spd_dist.stages.finetune.job import Job
-from spd_dist.stages.finetune.run import finetune
+from spd_dist.stages.context import StageContext
+from spd_dist.stages.finetune.train_student import finetune
 
-__all__ = ["Job", "finetune"]
+__all__ = ["StageContext", "finetune"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,26 +13,50 @@ from torch import Tensor
 from spd_dist.config import Finetune
 from spd_dist.distributed.collectives import any_rank, together
 from spd_dist.distributed.heartbeat import Heartbeat, naming_lagging_ranks
-from spd_dist.distributed.training import DeepSpeedEngine, close_engine, training_engine, training_settings
+from spd_dist.distributed.memory import peak_bytes, peak_flops
+from spd_dist.distributed.training_engine import DeepSpeedEngine, close_engine, training_engine, training_settings
+from spd_dist.distributed.world import World
 from spd_dist.errors import DataError, StopRequested
-from spd_dist.models.dropout import TokenKeys
-from spd_dist.models.next_token_loss import Student
-from spd_dist.models.outline import outline_of
+from spd_dist.models.lora import TokenKeys
+from spd_dist.models.loss import Student
+from spd_dist.models.model_stats import Outline, outline_of
 from spd_dist.models.policy import Policy
-from spd_dist.models.save import probe_logits
-from spd_dist.runtime.progress import Progress
-from spd_dist.runtime.seeding import generator
-from spd_dist.stages.finetune.checkpoints import Checkpoints, Found
-from spd_dist.stages.finetune.job import Job
-from spd_dist.stages.finetune.loop import StepResult, Trainer, global_generator_kept
-from spd_dist.stages.finetune.plan import global_batches
-from spd_dist.stages.finetune.probes import check_student
-from spd_dist.stages.finetune.schedule import learning_rate_fraction
-from spd_dist.stages.finetune.sequences import TrainingSequence
-from spd_dist.stages.finetune.speed import Speedometer
-from spd_dist.stages.finetune.state import State
+from spd_dist.models.save_weights import probe_logits
+from spd_dist.seeding import generator
+from spd_dist.stages.context import StageContext
+from spd_dist.stages.finetune.batching import TrainingSequence, global_batches
+from spd_dist.stages.finetune.checkpoints import Checkpoints, Found, State
+from spd_dist.stages.finetune.step import StepResult, TrainStep, check_student, global_generator_kept
+from spd_dist.tracking.progress import Progress
 
 log = logging.getLogger(__name__)
+
+
+def learning_rate_fraction(step: int, *, num_steps: int, num_warmup_steps: int) -> float:
+    """Share of the peak at zero-based `step`: linear warm-up from zero, then half a cosine down to zero.
+
+    The same numbers as `transformers.get_cosine_schedule_with_warmup`.
+    """
+    if step < num_warmup_steps:
+        return step / num_warmup_steps
+    done = (step - num_warmup_steps) / max(1, num_steps - num_warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+class Speedometer:
+    """What a training's steps cost on this hardware."""
+
+    def __init__(self, outline: Outline, world: World) -> None:
+        self.world = world
+        self.flops_per_token = outline.training_flops  # without attention's, as is usual
+        self.peak_flops = peak_flops(world)
+
+    def measure(self, num_tokens: int, seconds: float) -> dict[str, float]:
+        """Peak memory of this rank so far, and the model FLOPs utilisation where the accelerator's peak is known."""
+        measured = {"peak_memory_gib": peak_bytes(self.world) / 2**30}
+        if self.peak_flops is not None:
+            measured["mfu_fraction"] = num_tokens * self.flops_per_token / (seconds * self.peak_flops * self.world.size)
+        return measured
 
 
 @dataclass(frozen=True)
@@ -50,7 +75,7 @@ class Corpus:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainingResult:
     """A finished training."""
 
     state: State
@@ -60,45 +85,47 @@ class Outcome:
     """The student's logits on the probe, to check what is saved."""
 
 
-class Training:
+class Trainer:
     """One fine-tuning run of a student. Its methods are collectives."""
 
-    def __init__(self, policy: Policy, corpus: Corpus, config: Finetune, job: Job, *, keys: TokenKeys) -> None:
+    def __init__(
+        self, policy: Policy, corpus: Corpus, config: Finetune, context: StageContext, *, keys: TokenKeys
+    ) -> None:
         """`keys` are those of the dropout inside the policy's adapters."""
-        self.policy, self.corpus, self.config, self.job, self.keys = policy, corpus, config, job, keys
+        self.policy, self.corpus, self.config, self.context, self.keys = policy, corpus, config, context, keys
         self.student = Student(policy.model)
         self.steps_per_epoch = -(-len(corpus.train) // config.global_batch_size)
         self.num_steps = self.steps_per_epoch * config.num_epochs
         self.checkpoints = Checkpoints(
-            job.folder / "checkpoints",
+            context.folder / "checkpoints",
             corpus.identity,
-            job.world,
-            zero_stage=job.distributed.zero_stage,
+            context.world,
+            zero_stage=context.distributed.zero_stage,
             keep=config.keep_checkpoints,
             keep_every=config.keep_every,
         )
-        said = {"every_seconds": job.progress_seconds, "run": job.estimate}
+        said = {"every_seconds": context.progress_seconds, "run": context.estimate}
         self.progress = Progress("finetune", self.num_steps, "steps", **said)
-        self.heartbeat = job.heartbeat or Heartbeat(job.folder / "heartbeat", job.world)
-        self.speed = Speedometer(outline_of(policy.model), job.world)
+        self.heartbeat = context.heartbeat or Heartbeat(context.folder / "heartbeat", context.world)
+        self.speed = Speedometer(outline_of(policy.model), context.world)
         self.state = State()
         self.batches: list[list[int]] = []
         """Of the current epoch."""
 
-    def run(self) -> Outcome:
+    def run(self) -> TrainingResult:
         """Train to the end, from the newest checkpoint if there is one.
 
         Raises:
             DataError: a loss or gradient is not finite, or a checkpoint cannot be written or used.
-            StopRequested: the job said so; a checkpoint is there.
+            StopRequested: the context said so; a checkpoint is there.
         """
         model = self.policy.model
         if self.config.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         engine = self._engine(self.checkpoints.newest())
         try:
-            check_student(self.student, self.corpus.train, self.config, self.job.world, varlen=self._varlen)
-            with self.progress, naming_lagging_ranks(self.heartbeat), global_generator_kept(self.job.world):
+            check_student(self.student, self.corpus.train, self.config, self.context.world, varlen=self._varlen)
+            with self.progress, naming_lagging_ranks(self.heartbeat), global_generator_kept(self.context.world):
                 self.progress.skip(self.state.step)
                 self._train(engine)
             saved_step = self.state.best_step if self._keeps_best else self.state.step
@@ -107,13 +134,13 @@ class Training:
                 done = self.state
                 engine = self._engine(self.checkpoints.at(saved_step))
                 self.state = done
-            logits = probe_logits(model, self.corpus.probe, self.job.world.device)
+            logits = probe_logits(model, self.corpus.probe, self.context.world.device)
         finally:
             close_engine(engine)
             model.eval()
             if self.config.checkpointing:
                 model.gradient_checkpointing_disable()
-        return Outcome(self.state, saved_step, logits)
+        return TrainingResult(self.state, saved_step, logits)
 
     @property
     def _keeps_best(self) -> bool:
@@ -126,7 +153,9 @@ class Training:
 
     def _engine(self, found: Found | None) -> DeepSpeedEngine:
         config = self.config
-        settings = training_settings(self.job.distributed, self.policy.model.dtype, max_grad_norm=config.max_grad_norm)
+        settings = training_settings(
+            self.context.distributed, self.policy.model.dtype, max_grad_norm=config.max_grad_norm
+        )
         folder = None if found is None else self.checkpoints.loadable(found)
         if found is not None and folder != found.folder:
             settings["checkpoint"] = {**settings.get("checkpoint", {}), "load_universal": True}
@@ -140,13 +169,13 @@ class Training:
         return engine
 
     def _train(self, engine: DeepSpeedEngine) -> None:
-        trainer = Trainer(
+        trainer = TrainStep(
             engine,
             self.keys,
             self.corpus.train,
             self.config,
-            self.job.seed,
-            self.job.world,
+            self.context.seed,
+            self.context.world,
             self.policy.pad_token_id,
             varlen=self._varlen,
         )
@@ -158,7 +187,7 @@ class Training:
             raise
         self.checkpoints.complete()
 
-    def _step(self, trainer: Trainer) -> None:
+    def _step(self, trainer: TrainStep) -> None:
         """One step, and what is due after it."""
         state = self.state
         self.heartbeat.beat(f"step {state.step + 1} of finetune")
@@ -178,14 +207,16 @@ class Training:
         epoch, index = divmod(self.state.step, self.steps_per_epoch)
         if index == 0 or not self.batches:
             lengths = [len(sequence.tokens) for sequence in self.corpus.train]
-            self.batches = global_batches(lengths, self.config, generator(self.job.seed, "finetune", "order", epoch))
+            self.batches = global_batches(
+                lengths, self.config, generator(self.context.seed, "finetune", "order", epoch)
+            )
         return self.batches[index]
 
     def _learning_rate_fraction(self) -> float:
         num_warmup_steps = int(self.config.warmup_epochs * self.steps_per_epoch)
         return learning_rate_fraction(self.state.step, num_steps=self.num_steps, num_warmup_steps=num_warmup_steps)
 
-    def _end_epoch(self, trainer: Trainer) -> bool:
+    def _end_epoch(self, trainer: TrainStep) -> bool:
         """Measure the epoch; whether its weights are the best so far and may be wanted in the end."""
         validation = self.corpus.validation
         losses = self.state.ended_epoch(trainer.mean_loss(validation) if validation else None)
@@ -209,11 +240,11 @@ class Training:
         )
 
     def _log(self, values: Mapping[str, float]) -> None:
-        if self.job.metrics is not None:
-            self.job.metrics.log("finetune", values, self.state.step)
+        if self.context.metrics is not None:
+            self.context.metrics.log("finetune", values, self.state.step)
 
     def _stop_if_asked(self, engine: DeepSpeedEngine) -> None:
-        if not any_rank(self.job.should_stop()):
+        if not any_rank(self.context.should_stop()):
             return
         self._begin_checkpoint(engine)
         self.checkpoints.complete()

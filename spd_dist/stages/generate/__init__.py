@@ -1,5 +1,5 @@
 """The policy writes its own training data: a raw completion a prompt and sample (paper, Eq. 12-13)."""
 
-from spd_dist.stages.generate.stage import generate
+from spd_dist.stages.generate.complete_prompts import generate
 
 __all__ = ["generate"]

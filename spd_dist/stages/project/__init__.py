@@ -7,11 +7,15 @@ operators.py Subspace -> Projection, by `project.mode`
 summary.py   what `project/summary.json` says of it
 """
 
-from spd_dist.stages.project.bounds import angle_bound, certified_energy_fraction, certified_energy_share
 from spd_dist.stages.project.drift import drift
-from spd_dist.stages.project.operators import projection
-from spd_dist.stages.project.subspace import subspace
-from spd_dist.stages.project.summary import summary
+from spd_dist.stages.project.operator_choice import projection
+from spd_dist.stages.project.subspace import (
+    angle_bound,
+    certified_energy_fraction,
+    certified_energy_share,
+    subspace,
+    summary,
+)
 
 __all__ = [
     "angle_bound",

@@ -9,11 +9,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from spd_dist.analysis.subspace_algebra import overlap, principal_angles
 from spd_dist.config import Project
 from spd_dist.distributed.collectives import gather_objects
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError
-from spd_dist.runtime.subspaces import overlap, principal_angles
 from spd_dist.stages.project.subspace import second_moment
 from spd_dist.types import KVSite, SiteMoments, SiteSubspace, Subspace
 

@@ -1,23 +1,22 @@
-"""Moments -> Subspace: each owner cuts its sites, then all ranks hold the same directions and compare them by hash.
-
-Shapes: D width of a site, H width of a block of it, R rank of the subspace.
-"""
+"""Moments -> Subspace: each owner cuts its sites, then all ranks hold the same directions; their certificates."""
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from spd_dist.analysis.subspace_algebra import complete_basis, fix_signs
 from spd_dist.config import Project
 from spd_dist.distributed.collectives import all_equal, broadcast_, gather_objects, together
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError, DataError
-from spd_dist.runtime.orthonormal import completed, signed
-from spd_dist.runtime.subspace_file import fingerprint
+from spd_dist.storage.subspace_file import fingerprint
 from spd_dist.types import KVSite, SiteMoments, SiteSubspace, Subspace
 
 logger = logging.getLogger(__name__)
@@ -98,9 +97,9 @@ def _cut(site: KVSite, moments: SiteMoments, config: Project) -> SiteSubspace:
             num_real,
             num_null,
         )
-    basis_DR = completed(vector_DD[:, : rank - num_null], rank)
+    basis_DR = complete_basis(vector_DD[:, : rank - num_null], rank)
     return SiteSubspace(
-        basis_DR=signed(basis_DR).float(),
+        basis_DR=fix_signs(basis_DR).float(),
         eigenvalue_D=eigenvalue_D,
         energy_fraction=min(1.0, (eigenvalue_D[:rank].sum() / total).item()),
         certificate=moments.certificate,
@@ -162,3 +161,72 @@ def _shared(cut: Mapping[KVSite, SiteSubspace], sites: Sequence[KVSite]) -> dict
 def _outline(part: SiteSubspace) -> tuple[int, dict]:
     """The rank, and all fields that are not tensors."""
     return part.basis_DR.shape[1], {key: value for key, value in vars(part).items() if not isinstance(value, Tensor)}
+
+
+def certified_energy_fraction(site: SiteSubspace) -> float:
+    """A lower bound on the energy that the subspace captures, over what the best subspace of its rank captures.
+
+    tr(V'CV) >= sum of the kept lambda^, and the optimum is at most that + min(R Delta, tau). It needs no gap.
+    """
+    rank, kept, total = _energies(site)
+    lost = site.certificate.lost_energy
+    return kept / min(total + lost, kept + min(rank * site.certificate.delta, lost))
+
+
+def certified_energy_share(site: SiteSubspace) -> float:
+    """A lower bound on the energy that the subspace captures, over the energy of all rows."""
+    _, kept, total = _energies(site)
+    return kept / (total + site.certificate.lost_energy)
+
+
+def angle_bound(site: SiteSubspace) -> float | None:
+    """An upper bound on the sine of the largest angle to the exact subspace; None where it cannot be certified.
+
+    With the gap g = lambda^_R - lambda^_{R+1} > Delta: sin(1/2 arcsin(Delta / g)), by the sin 2 Theta theorem of Davis
+    and Kahan about C - Delta/2. Without such a gap the subspace itself is not determined, and only its energy is.
+    """
+    rank = site.basis_DR.shape[1]
+    eigenvalue_D = site.eigenvalue_D
+    if rank == len(eigenvalue_D):
+        return 0.0
+    share = len(eigenvalue_D) * torch.finfo(torch.float64).eps * (1 + math.sqrt(site.certificate.num_shrinks))
+    delta = site.certificate.delta + share * eigenvalue_D[0].item()  # with what rounding may have added
+    gap = (eigenvalue_D[rank - 1] - eigenvalue_D[rank]).item()
+    if delta >= gap:
+        return None
+    return math.sin(0.5 * math.asin(delta / gap))
+
+
+def _energies(site: SiteSubspace) -> tuple[int, float, float]:
+    """Rank, energy kept in the subspace, and energy of the whole sketch."""
+    rank = site.basis_DR.shape[1]
+    return rank, site.eigenvalue_D[:rank].sum().item(), site.eigenvalue_D.sum().item()
+
+
+NOT_CERTIFIED = "not certified"
+
+
+def summary(whole: Subspace, *, sketch_sizes: Mapping[int, int]) -> dict[str, Any]:
+    """Plain data: `metadata`, and `sites` by name; `sketch_sizes` gives the rows of a sketch by width."""
+    return {
+        "metadata": dict(whole.metadata),
+        "sites": {str(site): _described(site, part, sketch_sizes[site.width]) for site, part in whole.sites.items()},
+    }
+
+
+def _described(site: KVSite, part: SiteSubspace, sketch_size: int) -> dict[str, Any]:
+    bound = angle_bound(part)
+    return {
+        "module": site.module,
+        "width": site.width,
+        "rank": part.basis_DR.shape[1],
+        "energy_fraction": part.energy_fraction,
+        "num_rows": part.certificate.num_rows,
+        "sketch_size": sketch_size,
+        "certificate": asdict(part.certificate),
+        "certified_energy_fraction": certified_energy_fraction(part),
+        "certified_energy_share": certified_energy_share(part),
+        "angle_bound": NOT_CERTIFIED if bound is None else bound,
+        "num_null_directions": part.num_null_directions,
+        "spectrum": part.eigenvalue_D.tolist(),
+    }

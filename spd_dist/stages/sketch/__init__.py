@@ -8,9 +8,8 @@ unfinished.py           what a stopped attempt leaves for the next
 stream.py               the stage
 """
 
-from spd_dist.stages.sketch.plan import SketchPlan, plan_sketches
+from spd_dist.stages.sketch.frequent_directions import SketchPlan, plan_sketches
 from spd_dist.stages.sketch.shard import ShardSketch, load_sketches, save_sketches
-from spd_dist.stages.sketch.stream import sketch
-from spd_dist.stages.sketch.unfinished import Unfinished
+from spd_dist.stages.sketch.sketch_rows import Unfinished, sketch
 
 __all__ = ["ShardSketch", "SketchPlan", "Unfinished", "load_sketches", "plan_sketches", "save_sketches", "sketch"]

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from spd_dist.errors import DataError
-from spd_dist.runtime.artifacts import read_tensors, write_tensors
-from spd_dist.stages.sketch.group import SiteGroup
-from spd_dist.stages.sketch.plan import SketchPlan
+from spd_dist.stages.sketch.frequent_directions import SiteGroup, SketchPlan
+from spd_dist.storage.artifacts import read_tensors, write_tensors
 from spd_dist.types import GradientBatch, KVSite, SiteMoments
 
 TENSORS = (

@@ -1,0 +1,1 @@
+"""What numbers are worth: intervals, comparisons, subspace algebra, corpora."""

@@ -1,0 +1,244 @@
+"""Arms against each other, example by example, and what may be said of it in a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from spd_dist.analysis.answer_summary import samples_of, values_by_id
+from spd_dist.analysis.intervals import detectable_difference, holm, mcnemar, paired_bootstrap, paired_t
+from spd_dist.errors import DataError
+from spd_dist.types import Answer
+
+SIGNIFICANCE = 0.05
+NOTEWORTHY = 0.1
+"""A shift of a diagnostic by so much could explain a gain, and is put in words."""
+DIAGNOSTICS = {
+    "ended_fraction": ("Answers that end by themselves", " A gain may be of that."),
+    "strict_extraction_fraction": ("Answers in the form that was asked for", " A gain may be of form."),
+    "lenient_extraction_fraction": ("Answers that a result can be taken from", ""),
+    "repetition_fraction": ("Answers that repeat themselves", ""),
+}
+
+
+def comparisons(answers: Mapping[str, Sequence[Answer]], metric: str, seed: int) -> list[dict[str, Any]]:
+    """Paired differences of every arm from the first, and of the method's arms from their controls: `arm_pairs`.
+
+    Args:
+        answers: Each arm's, in the order of the arms.
+        metric: `accuracy` or `nll`.
+        seed: Of the bootstrap.
+
+    Raises:
+        DataError: two arms did not answer the same examples, or not as often.
+    """
+    counts = {arm: samples_of(rows) for arm, rows in answers.items()}
+    if len(set(counts.values())) > 1:
+        raise DataError(
+            f"arms with different numbers of answers an example cannot be compared ({counts}); evaluate all with one "
+            "evaluate.num_samples"
+        )
+    found = [_compared(before, after, answers, metric, seed) for before, after in arm_pairs(list(answers))]
+    return corrected(found)
+
+
+def corrected(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The comparisons, each with its p value adjusted for all of them (Holm)."""
+    adjusted = holm({f"{one['before']} {one['after']}": one["p_value"] for one in found})
+    return [{**one, "p_holm": adjusted[f"{one['before']} {one['after']}"]} for one in found]
+
+
+def arm_pairs(arms: Sequence[str]) -> list[tuple[str, str]]:
+    """The family of comparisons: every arm after the first, and each arm of the method after its controls.
+
+    An arm of the method is `spd` or a variant, `spd@rank=16`. Its controls are, of each kind of the other arms, those
+    with the same changes (`random@rank=16`), or else those that are no variant of the method's (`psr`).
+    """
+    first, *others = arms
+    methods = [arm for arm in others if is_method(arm)]
+    family = [(first, arm) for arm in others]
+    for method in methods:
+        family += [(control, method) for control in _controls(method, methods, others)]
+    return family
+
+
+def is_method(arm: str) -> bool:
+    """Whether an arm is the method, or a variant of it."""
+    return _kind(arm) == "spd"
+
+
+def _controls(method: str, methods: Sequence[str], arms: Sequence[str]) -> list[str]:
+    variants = [_changes(one) for one in methods]
+
+    def variant(arm: str) -> frozenset[str]:
+        """The changes that an arm has in common with an arm of the method; what else it changes is its own."""
+        return max((one for one in variants if one <= _changes(arm)), key=len, default=frozenset())
+
+    found = {arm: variant(arm) for arm in arms if not is_method(arm)}
+    same = {_kind(arm) for arm, changes in found.items() if changes == _changes(method)}
+    wanted = {kind: _changes(method) if kind in same else frozenset() for kind in map(_kind, found)}
+    return [arm for arm, changes in found.items() if changes == wanted[_kind(arm)]]
+
+
+def _kind(arm: str) -> str:
+    return arm.partition("@")[0]
+
+
+def _changes(arm: str) -> frozenset[str]:
+    return frozenset(arm.split("@")[1:])
+
+
+def _compared(
+    before: str, after: str, answers: Mapping[str, Sequence[Answer]], metric: str, seed: int
+) -> dict[str, Any]:
+    values = values_by_id(answers[before], metric), values_by_id(answers[after], metric)
+    outcome = paired_bootstrap(*values, seed)
+    described = {
+        "before": before,
+        "after": after,
+        "difference": outcome.difference,
+        "interval": list(outcome.interval),
+        "num_examples": outcome.num_examples,
+        **diagnostics(answers[before], answers[after], metric),
+    }
+    if metric == "nll" or samples_of(answers[before]) > 1:
+        found = paired_t(*values)
+        return described | {
+            "test": "paired t",
+            "p_value": found.p_value,
+            "detectable_difference": found.detectable,
+        }
+    test = mcnemar(*values)
+    discordant = (test.num_gained + test.num_lost) / outcome.num_examples
+    smallest = detectable_difference(outcome.num_examples, discordant) if discordant else 1.0
+    return described | {
+        "test": "exact McNemar",
+        "p_value": test.p_value,
+        "detectable_difference": smallest if smallest < 1 else None,
+    }
+
+
+def diagnostics(before: Sequence[Answer], after: Sequence[Answer], metric: str) -> dict[str, float]:
+    """How two arms differ beside the metric: the share of same outputs, and examples gained and lost.
+
+    Gained and lost is only what is right or wrong: one answer an example. A gain may be of ending or of form: of
+    answers that had been cut, or had been right in another form.
+    """
+    found = {"identical_fraction": identical_fraction(before, after)}
+    if metric == "nll" or samples_of(before) > 1:
+        return found
+    others = {answer.id: answer for answer in before}
+    pairs = [(others[answer.id], answer) for answer in after]
+    gained = [(a, b) for a, b in pairs if b.correct and not a.correct]
+    return found | {
+        "num_gained": len(gained),
+        "num_lost": sum(a.correct and not b.correct for a, b in pairs),
+        "num_gained_by_ending": sum(a.finish_reason == "length" and b.finish_reason == "stop" for a, b in gained),
+        "num_gained_by_form": sum(a.lenient_correct for a, _ in gained),
+    }
+
+
+def identical_fraction(before: Sequence[Answer], after: Sequence[Answer]) -> float:
+    """The share of examples, or samples, to which two arms gave the same output, letter by letter."""
+    outputs = {(answer.id, answer.sample): answer.output for answer in before}
+    return sum(outputs.get((answer.id, answer.sample)) == answer.output for answer in after) / len(after)
+
+
+def verdict(found: Sequence[Mapping[str, Any]], metric: str) -> str:
+    """A sentence on each arm of the method against the first and plain self-retraining: no more than is shown."""
+    if not found:
+        return "One arm alone: there is nothing to compare."
+    spoken = [
+        f"{arm.upper()} {'; '.join(_clause(one, metric, len(found)) for one in wanted)}."
+        for arm, wanted in wanted_of(found).items()
+    ]
+    return " ".join(spoken)
+
+
+def meaning(found: Sequence[Mapping[str, Any]], metric: str) -> str:
+    """One sentence, in plain words, of what the last of the method's arms shows against the first arm."""
+    spoken = [one for wanted in wanted_of(found).values() for one in wanted[:1]] if found else []
+    if not spoken:
+        return "In short: the arm's answers are in the table; there is no other arm to hold them against."
+    one = spoken[-1]
+    after, before, num = one["after"].upper(), one["before"].upper(), one["num_examples"]
+    low, high = one["interval"]
+    if low <= 0 <= high or one["p_holm"] >= SIGNIFICANCE:
+        return f"In short: on {num} examples this run cannot tell {after} from {before}; more examples and seeds could."
+    word = "better" if (low > 0) != (metric == "nll") else "worse"
+    return f"In short: {after} answers {word} than {before} on these {num} examples; other seeds may say otherwise."
+
+
+def wanted_of(found: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The arms that a verdict is about, each with its comparisons with the first arm and with plain self-retraining.
+
+    They are the method's arms; the last arm where there is none.
+    """
+    first, afters = found[0]["before"], list(dict.fromkeys(one["after"] for one in found))
+
+    def is_wanted(one: Mapping[str, Any]) -> bool:
+        return one["before"] == first or _kind(one["before"]) == "psr"
+
+    spoken = [arm for arm in afters if is_method(arm)] or afters[-1:]
+    return {arm: [one for one in found if one["after"] == arm and is_wanted(one)] for arm in spoken}
+
+
+def _clause(one: Mapping[str, Any], metric: str, num_comparisons: int) -> str:
+    low, high = one["interval"]
+    bounds = f"{amount(low, metric).split()[0]} to {amount(high, metric).split()[0]}"
+    shown = f"{amount(one['difference'], metric)} (95 % interval {bounds}, "
+    against = f"against {one['before'].upper()}: {shown}n {one['num_examples']})"
+    if low <= 0 <= high:
+        smallest = one["detectable_difference"]
+        needs = "" if smallest is None else f"; this test would find about {amount(smallest, metric, signed=False)}"
+        return f"{against}, so no difference is shown{needs}"
+    if one["p_holm"] >= SIGNIFICANCE:
+        return f"{against}, which does not survive the correction for {num_comparisons} comparisons"
+    is_better = (low > 0) != (metric == "nll")
+    return f"{against}, {'a gain' if is_better else 'a loss'} beyond chance over examples, of one training seed"
+
+
+def amount(value: float, metric: str, *, signed: bool = True) -> str:
+    """A difference in the metric's unit: percentage points, or nats a token."""
+    sign = "+" if signed else ""
+    if metric == "nll":
+        return f"{value:{sign}.3f} nats"
+    return f"{100 * value:{sign}.1f} points"
+
+
+def notes(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What else changed between the first arm and others, that could be taken for a gain in skill: one line a kind."""
+    first, *others = summaries
+    found = []
+    for name, (what, warning) in DIAGNOSTICS.items():
+        share = {arm: summary[name] for arm, summary in summaries.items()}
+        shifted = [arm for arm in others if abs(share[arm] - share[first]) >= NOTEWORTHY]
+        if shifted:
+            named = ", ".join(f"{arm.upper()} {share[arm]:.0%}" for arm in (first, *shifted))
+            found.append(f"{what}: {named}.{warning}")
+    return found
+
+
+def blind_notes(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Comparisons that could not have found any difference, in words."""
+    named = [f"{one['after']} - {one['before']}" for one in found if one["detectable_difference"] is None]
+    if not named:
+        return []
+    return [f"Too few examples to find any difference in 4 runs of 5, since so few answers differ: {', '.join(named)}."]
+
+
+def size_notes(num_examples: int, test_size: int | None) -> list[str]:
+    """Whether all that was published was answered, in words: other numbers have another denominator."""
+    if test_size is None or num_examples == test_size:
+        return []
+    return [f"{num_examples} examples; the published test split has {test_size}: not to be put beside numbers of it."]
+
+
+def overlap_notes(overlaps: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Test problems that stand in another split, in words: an arm may have seen them."""
+    return [
+        f"{one['num_exact']} exact and {one['num_near']} near copies of test problems are among the {one['num_rows']} "
+        f"{one['split']} rows; data.leaks=remove drops them."
+        for one in overlaps
+        if one["other"] == "test" and one["num_exact"] + one["num_near"] > 0
+    ]

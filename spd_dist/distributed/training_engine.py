@@ -1,0 +1,249 @@
+"""DeepSpeed engines that train: settings, checkpoints written while training goes on, and a change of world size."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import hashlib
+import io
+import os
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.checkpoint import ds_to_universal
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import nn
+
+from spd_dist.config import Distributed
+from spd_dist.distributed.zero import merge_settings, whole_shape
+from spd_dist.errors import ConfigError, DataError
+
+
+class BackgroundWriter(TorchCheckpointEngine):
+    """DeepSpeed's checkpoint engine, except that `save` only copies, and that no failure is raised inside it.
+
+    A rank that raised in the middle of `save_checkpoint` would leave the others waiting in its collectives. So failures
+    wait for `digests`, and the caller shares them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._written: dict[Path, Future[str]] = {}
+
+    def save(self, state_dict: Mapping[str, Any], path: str) -> None:
+        """Copy the state to the CPU, and have it written."""
+        self._written[Path(path)] = self._thread.submit(_write, _copied(state_dict), Path(path))
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether everything is written, or has failed."""
+        return all(future.done() for future in self._written.values())
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of each file that this rank wrote since the last call, by name; waits for them.
+
+        Raises:
+            DataError: a file could not be written.
+        """
+        written, self._written = self._written, {}
+        digests = {}
+        for path, future in written.items():
+            error = future.exception()
+            if error is not None:
+                raise DataError(
+                    f"{path} cannot be written: {error}; make room or fix the permissions, and start the same command "
+                    "again: earlier checkpoints are kept"
+                )
+            digests[path.name] = future.result()
+        return digests
+
+    def close(self) -> None:
+        """Wait for the thread to end."""
+        self._thread.shutdown()
+
+
+def _copied(value: Any) -> Any:
+    """`value` with every tensor copied to the CPU and everything else deeply copied: training will change both."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return type(value)((key, _copied(item)) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copied(item) for item in value)
+    return copy.deepcopy(value)
+
+
+def _write(state: Mapping[str, Any], path: Path) -> str:
+    with open(path, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+OURS = {
+    "train_batch_size": "finetune.global_batch_size",
+    "scheduler": "finetune.learning_rate and finetune.warmup_epochs",
+}
+"""DeepSpeed keys that the fixed global batch and the resumable schedule rule out, and what to set in their place."""
+COMPILED = {"adam", "adamw", "muon"}
+"""Optimizers for which DeepSpeed compiles an Adam, unless told `torch_adam`."""
+
+
+def training_settings(config: Distributed, dtype: torch.dtype, *, max_grad_norm: float) -> dict[str, Any]:
+    """DeepSpeed's configuration for training: ours, with what the user's `distributed.deepspeed` adds.
+
+    Raises:
+        ConfigError: a key of the user's that conflicts with ours.
+    """
+    users = _without_auto(config.deepspeed)
+    for key, instead in OURS.items():
+        if key in users:
+            raise ConfigError(f"distributed.deepspeed.{key}: {users[key]!r} is not DeepSpeed's to set; set {instead}")
+    ours = {
+        # Micro-batches vary in size and number, so the loop itself scales the loss and marks the boundary.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": max_grad_norm,
+        "steps_per_print": 1 << 30,
+        "wall_clock_breakdown": False,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": config.zero_stage},
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+    }
+    return _without_compilation(merge_settings(ours, users))
+
+
+def _without_compilation(settings: dict[str, Any]) -> dict[str, Any]:
+    """On a CPU, Adam is torch's own: DeepSpeed's is compiled at first use, for minutes, and needs a compiler."""
+    optimizer = settings.get("optimizer", {})
+    if str(optimizer.get("type", "")).lower() not in COMPILED or get_accelerator().device_name() != "cpu":
+        return settings
+    return merge_settings(settings, {"optimizer": {"params": {"torch_adam": True} | optimizer.get("params", {})}})
+
+
+def _without_auto(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without the "auto" values of Hugging Face's configurations: there ours hold."""
+    plain = {key: _without_auto(value) if isinstance(value, Mapping) else value for key, value in settings.items()}
+    return {key: value for key, value in plain.items() if value != "auto"}
+
+
+def training_engine(
+    module: nn.Module, settings: Mapping[str, Any], *, learning_rate: float, weight_decay: float
+) -> DeepSpeedEngine:
+    """An engine that trains the parameters of `module` that want gradients, with AdamW unless `settings` name another.
+
+    Vectors (biases, norms) are not decayed.
+
+    Raises:
+        ConfigError: DeepSpeed does not take the settings.
+    """
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if len(whole_shape(p)) > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if len(whole_shape(p)) <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    # torch's own AdamW: DeepSpeed would compile one for minutes.
+    given = (
+        {"model_parameters": groups}
+        if "optimizer" in settings
+        else {"optimizer": torch.optim.AdamW(groups, lr=learning_rate)}
+    )
+    try:
+        engine, *_ = deepspeed.initialize(model=module, config=dict(settings), **given)
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(
+            f"distributed.deepspeed, model.dtype: DeepSpeed does not take these settings: {error}; change them"
+        ) from error
+    engine.checkpoint_engine = BackgroundWriter()
+    # It puts scripts beside the checkpoints, on rank 0 alone, where a full disk would part it from the other ranks.
+    engine._copy_recovery_script = lambda _: None
+    for group in engine.optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return engine
+
+
+def close_engine(engine: DeepSpeedEngine) -> None:
+    """Take the engine off its module, for the next one."""
+    engine.checkpoint_engine.close()
+    engine.destroy()
+
+
+def accumulate(engine: DeepSpeedEngine, loss: torch.Tensor, *, is_last: bool) -> None:
+    """Add the gradient of `loss`; the last one of a step also completes the reduction over ranks."""
+    engine.set_gradient_accumulation_boundary(is_last)
+    engine.backward(loss)
+
+
+def set_learning_rate(engine: DeepSpeedEngine, fraction: float) -> float:
+    """Set every group's learning rate to `fraction` of what it was made with; returns the first one."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * fraction
+    return engine.optimizer.param_groups[0]["lr"]
+
+
+def optimizer_step(engine: DeepSpeedEngine) -> float:
+    """Clip, update, and forget the gradient; returns its norm before clipping."""
+    norm = None
+    if not (
+        engine.zero_optimization() or engine.bfloat16_enabled() or engine.fp16_enabled()
+    ):  # these know it only after
+        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    engine.step()
+    return float(engine.get_global_grad_norm() if norm is None else norm)
+
+
+def save_engine(engine: DeepSpeedEngine, folder: Path, tag: str) -> None:
+    """Have the trained parameters and the optimizer written to `folder/tag`, every rank its shards, in the background.
+
+    Frozen parameters are left out. `engine.checkpoint_engine.digests()` tells the end and the outcome.
+    """
+    engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
+
+
+def load_engine(engine: DeepSpeedEngine, folder: Path, tag: str) -> None:
+    """Restore what `save_engine` wrote, at the same world size unless it was converted."""
+    groups = engine.optimizer.param_groups
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False, load_lr_scheduler_states=False)
+    # From a universal checkpoint, DeepSpeed gives every group the settings of the first, and one step counter to all of
+    # them, which then counts as many steps at once as there are groups.
+    for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    for state in _base_optimizer(engine).state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].clone()
+
+
+def _base_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
+    """The optimizer inside ZeRO's or the mixed precision's wrapper."""
+    outer = engine.optimizer
+    return outer if isinstance(outer, torch.optim.Optimizer) else outer.optimizer
+
+
+def convert_to_universal(checkpoint: Path, target: Path) -> None:
+    """Write a checkpoint in DeepSpeed's universal form, which any world size can load. One rank calls it."""
+    arguments = argparse.Namespace(
+        input_folder=str(checkpoint),
+        output_folder=str(target),
+        num_extract_workers=1,  # no child processes: ours may hold a process group and a device
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        ds_to_universal.main(arguments)
+    (target.parent / "latest_universal").unlink()  # only a load without a tag would read it

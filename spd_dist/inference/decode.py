@@ -1,0 +1,188 @@
+"""Decode many prompts at once; what a row draws depends on its prompt and its seed only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
+
+from spd_dist.errors import DataError
+from spd_dist.inference.continuous import ContinuousBatcher
+from spd_dist.inference.kv_cache import num_slot_layers
+from spd_dist.inference.requests import (
+    Decoded,
+    DecodeSettings,
+    Request,
+    Row,
+    draw,
+    half_batch,
+    is_out_of_memory,
+    new_row,
+)
+from spd_dist.inference.sampling import Sampling
+from spd_dist.types import Prompt
+
+
+class StaticLoop:
+    """Batches of prompts of like length; a batch ends with its longest completion."""
+
+    def __init__(self, model: PreTrainedModel, stopping: DecodeSettings, batch_size: int) -> None:
+        self.model, self.stopping, self.batch_size = model, stopping, batch_size
+        self.waiting: list[Request] = []
+
+    def run(self, requests: Sequence[Request]) -> Iterator[Decoded]:
+        """Decode all of them, in the order in which they are given."""
+        self.waiting = list(requests)
+        while self.waiting:
+            batch = self.waiting[: self.batch_size]
+            decoded = self._decode(batch)
+            del self.waiting[: len(batch)]
+            yield from decoded
+
+    def unfinished(self) -> list[Request]:
+        """What is still to be done, from its beginning."""
+        return list(self.waiting)
+
+    def _decode(self, batch: Sequence[Request]) -> list[Decoded]:
+        device = next(self.model.parameters()).device
+        width = max(len(request.tokens) for request in batch)
+        pad = self.stopping.pad_token_id
+        input_NS = torch.tensor([[pad] * (width - len(one.tokens)) + list(one.tokens) for one in batch], device=device)
+        pads_N = torch.tensor([width - len(request.tokens) for request in batch], device=device)
+        mask_NS = (torch.arange(width, device=device) >= pads_N[:, None]).long()
+        processor = Drawing(batch, self.stopping)
+        with pinned(self.model, self.stopping) as settings:
+            self.model.generate(
+                input_NS,
+                attention_mask=mask_NS,
+                generation_config=settings,
+                logits_processor=[processor],
+                synced_gpus=False,  # transformers would decide by itself that ranks wait for each other
+            )
+        return [row.finished(self.stopping) for row in processor.rows]
+
+
+class Drawing(LogitsProcessor):
+    """Draws each row's token itself, and gives it the only finite score."""
+
+    def __init__(self, batch: Sequence[Request], stopping: DecodeSettings) -> None:
+        self.batch, self.stopping = batch, stopping
+        self.rows: list[Row] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores in which one token a row is possible: the drawn one, or the pad of a row that has ended."""
+        if not self.rows:
+            shape = {"vocabulary_size": scores.shape[-1], "device": scores.device}
+            self.rows = [new_row(request, self.stopping.sampling, **shape) for request in self.batch]
+        live = [index for index, row in enumerate(self.rows) if not row.tokens or row.finished(self.stopping) is None]
+        draw([self.rows[index] for index in live], scores[live], self.stopping.sampling)
+        token_N = torch.full((len(self.rows), 1), self.stopping.pad_token_id)
+        token_N[live, 0] = torch.tensor([self.rows[index].tokens[-1] for index in live])
+        return torch.full_like(scores, -torch.inf).scatter_(1, token_N.to(scores.device), 0.0)
+
+
+@contextmanager
+def pinned(model: PreTrainedModel, stopping: DecodeSettings) -> Iterator[GenerationConfig]:
+    """Greedy settings in full: within this context nothing is inherited from the model's own generation config."""
+    settings = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        max_new_tokens=stopping.sampling.max_new_tokens,
+        eos_token_id=sorted(stopping.eos_token_ids),
+        pad_token_id=stopping.pad_token_id,
+    )
+    inherited, model.generation_config = model.generation_config, settings
+    try:
+        yield settings
+    finally:
+        model.generation_config = inherited
+
+
+__all__ = ["Decoded", "Request", "Sampling", "check_context", "decode", "longest_first"]
+
+
+@torch.no_grad()
+def decode(
+    model: PreTrainedModel,
+    requests: Iterable[Request],
+    sampling: Sampling,
+    *,
+    eos_token_ids: Sequence[int],
+    pad_token_id: int,
+    batch_size: int = 32,
+    fixed_columns: int | None = None,
+    smaller: Callable[..., int] = half_batch,
+) -> Generator[Decoded, None, None]:
+    """Completions in the order in which they finish, of at most `batch_size` rows at a time.
+
+    The longest prompts go first: what does not fit in memory fails early. Out of memory, the rows at hand start again
+    in a batch of half the size; their samples stay the same.
+
+    Float32 rounds alike enough in batches of any shape that tokens are the same. In bfloat16 they are the same only
+    with `fixed_columns`: all passes of `batch_size` rows have that many columns, idle rows and columns included, and
+    each prompt is read alone. That is slower, the more so the more columns are idle.
+
+    Args:
+        model: A causal LM in eval mode, whole or called in step with its other shards.
+        requests: In any order.
+        sampling: How tokens are drawn.
+        eos_token_ids: Each ends a completion, and is its last token.
+        pad_token_id: What rows are filled up with.
+        batch_size: Rows of a pass.
+        fixed_columns: At least the longest prompt and `max_new_tokens`; the same in every run that is to agree.
+        smaller: Gives the batch to go on with when memory runs out for one, or its error: `half_batch` with settings.
+
+    Raises:
+        DataError: a prompt that with `max_new_tokens` exceeds the model's context; logits that are NaN; memory that
+            runs out for good.
+    """
+    ordered = longest_first(requests)
+    if not ordered:
+        return
+    check_context(model, ordered[0], sampling.max_new_tokens)
+    stopping = DecodeSettings(sampling, frozenset(eos_token_ids), pad_token_id)
+    # Fixed shapes are those of the whole corpus: so is what they fit in, or the kind of loop would depend on the share.
+    num_layers = num_slot_layers(model.config, fixed_columns or len(ordered[0].tokens) + sampling.max_new_tokens)
+    while ordered:
+        if num_layers:
+            num_slots = batch_size if fixed_columns else min(batch_size, len(ordered))
+            loop = ContinuousBatcher(model, stopping, num_layers, num_slots, fixed_columns)
+        else:
+            loop = StaticLoop(model, stopping, 1 if fixed_columns else batch_size)
+        try:
+            yield from loop.run(ordered)
+            return
+        except RuntimeError as error:
+            if not is_out_of_memory(str(error)):
+                raise
+            batch_size = smaller(batch_size, is_fixed=fixed_columns is not None)
+        ordered = longest_first(loop.unfinished())
+        del loop
+        torch.cuda.empty_cache()
+
+
+def longest_first(requests: Iterable[Request]) -> list[Request]:
+    """In the order in which they are decoded."""
+    return sorted(requests, key=lambda request: (-len(request.tokens), request.id, request.sample))
+
+
+def check_context(
+    model: PreTrainedModel, longest: Request | Prompt, max_new_tokens: int, *, section: str = "generate"
+) -> None:
+    """Refuse what the model has no positions for.
+
+    Raises:
+        DataError: naming the prompt.
+    """
+    settings = model.config.get_text_config().to_dict()
+    context = settings.get("max_position_embeddings") or settings.get("n_positions")
+    num_tokens = len(longest.tokens)
+    if context is not None and num_tokens + max_new_tokens > context:
+        raise DataError(
+            f"prompt {longest.id!r} has {num_tokens} tokens, with {section}.max_new_tokens={max_new_tokens} it takes "
+            f"{num_tokens + max_new_tokens}, and the model's context is {context}; lower one of them"
+        )

@@ -1,0 +1,101 @@
+"""transformers' continuous batching (`generate_batch`), with its silent failures turned into errors.
+
+It has one random state for all requests: a sample depends on what it is batched with. So it is chosen only by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
+
+from spd_dist.errors import DataError
+from spd_dist.inference.decode import Decoded, Request
+from spd_dist.inference.requests import half_batch, is_out_of_memory
+from spd_dist.inference.sampling import Sampling
+from spd_dist.models.policy import Policy
+from spd_dist.projection.hooks import ProjectionMonitor
+
+REQUESTS_A_CALL = 256  # what a kill loses at most: a call gives its completions at its end
+PAGE_SIZE = 32
+
+
+@dataclass
+class ContinuousBatchingEngine:
+    """`generate_batch` of the policy's own model."""
+
+    policy: Policy
+    batch_size: int
+    monitor: ProjectionMonitor | None
+    name: str = "hf_cb"
+
+    def complete(self, requests: Sequence[Request], sampling: Sampling) -> Generator[Decoded, None, None]:
+        """Completions, call by call. Out of memory, what has no answer yet is asked again in half the batch.
+
+        Raises:
+            DataError: the engine can't run the model, or lost a request; memory that runs out for good.
+        """
+        waiting = list(requests)
+        while waiting:
+            part, waiting = waiting[:REQUESTS_A_CALL], waiting[REQUESTS_A_CALL:]
+            answers = dict(zip(part, self._call(part, sampling), strict=True))
+            yield from (self._decoded(request, answer) for request, answer in answers.items() if answer is not None)
+            left = [request for request, answer in answers.items() if answer is None]
+            if left:
+                self.batch_size, waiting = half_batch(self.batch_size), left + waiting
+                torch.cuda.empty_cache()
+
+    def _call(self, requests: Sequence[Request], sampling: Sampling) -> list[GenerationOutput | None]:
+        """An answer a request, None where memory ran out."""
+        attention = self.policy.model.config._attn_implementation
+        longest = max(len(request.tokens) for request in requests) + sampling.max_new_tokens
+        blocks_a_row = -(-longest // PAGE_SIZE)
+        batching = ContinuousBatchingConfig(
+            page_size=PAGE_SIZE,
+            num_blocks=self.batch_size * blocks_a_row,
+            max_batch_tokens=max(longest, self.batch_size),
+            seed=requests[0].seed % 2**32,
+        )
+        with torch.random.fork_rng(), torch.no_grad():
+            try:
+                found = self.policy.model.generate_batch(
+                    [list(request.tokens) for request in requests], pinned(sampling, self.policy), batching
+                )
+            except (ValueError, NotImplementedError) as error:
+                raise self._cannot(str(error)) from error
+            except RuntimeError as error:
+                if not is_out_of_memory(str(error)):
+                    raise
+                self.policy.model.set_attn_implementation(attention)  # a call changes it, and this one left it so
+                return [None] * len(requests)
+        if len(found) != len(requests):
+            raise self._cannot(f"{len(requests) - len(found)} of {len(requests)} requests got no answer, see the log")
+        return [None if is_out_of_memory(output.error or "") else output for output in found.values()]
+
+    def _decoded(self, request: Request, output: GenerationOutput) -> Decoded:
+        tokens = tuple(output.generated_tokens)
+        if output.error is not None or output.status != RequestStatus.FINISHED or not tokens:
+            raise self._cannot(f"prompt {request.id!r} failed: {output.error or output.status.name}")
+        return Decoded(request, tokens, "stop" if tokens[-1] in self.policy.eos_token_ids else "length")
+
+    def _cannot(self, reason: str) -> DataError:
+        model = type(self.policy.model).__name__
+        return DataError(f"generate.engine=hf_cb cannot run {model}: {reason}; set generate.engine=hf")
+
+
+def pinned(sampling: Sampling, policy: Policy) -> GenerationConfig:
+    """Every setting that matters: nothing is inherited from the model."""
+    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    if sampling.min_p:
+        drawn["min_p"] = sampling.min_p
+    return GenerationConfig(
+        do_sample=sampling.temperature > 0,
+        max_new_tokens=sampling.max_new_tokens,
+        repetition_penalty=sampling.repetition_penalty,
+        eos_token_id=list(policy.eos_token_ids),
+        pad_token_id=policy.pad_token_id,
+        **(drawn if sampling.temperature > 0 else {}),
+    )

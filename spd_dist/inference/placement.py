@@ -1,0 +1,219 @@
+"""Where a sharded policy's weights are while it decodes: whole on every rank, or gathered layer by layer in step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from spd_dist.config import Config, Distributed, Generate, Model
+from spd_dist.distributed.collectives import all_ranks, max_over_ranks, together
+from spd_dist.distributed.memory import free_bytes
+from spd_dist.distributed.uneven_work import wait_for_all_ranks
+from spd_dist.distributed.world import World
+from spd_dist.distributed.zero import full_replica
+from spd_dist.errors import ConfigError
+from spd_dist.inference.continuous import MAX_PREFILL_TOKENS
+from spd_dist.inference.kv_cache import GROWTH_COLUMNS
+from spd_dist.models.model_stats import Outline, meta_model, outline_of
+from spd_dist.models.policy import Policy, load_adapted, load_replica, load_settings, prepare_model, resolve_dtype
+
+log = logging.getLogger(__name__)
+
+SAMPLING_BYTES = 16
+"""A logit of a pass as sampling holds it: in the model's dtype, in float32, scaled, and as a weight."""
+
+
+IDLE, FORWARD, FAILED = 0.0, 1.0, 2.0
+
+
+class LockStep:
+    """Within it each rank calls `module` as often as its own work needs; a rank without work keeps the others company.
+
+    Every forward pass gathers shards from all ranks, so each begins with a word from every rank: idle, forward, or
+    failed. An idle rank answers a forward by a dummy pass. A rank that fails between two passes says so, and all raise
+    its error. One that fails inside a pass can say nothing, since its peers are in another collective: its error ends
+    its process, and theirs end on the closed connection.
+    """
+
+    def __init__(self, module: nn.Module, dummy: Callable[[], object], doing: str) -> None:
+        """`dummy` makes one pass of `module`, whose result nobody needs."""
+        self.module, self.dummy, self.doing = module, dummy, doing
+        self.is_inside_pass = False
+        self.peer_failed = False
+
+    def __enter__(self) -> LockStep:
+        # Before ZeRO's own hooks: the first word is said before the first gather.
+        self.hooks = [
+            self.module.register_forward_pre_hook(self._before, prepend=True),
+            self.module.register_forward_hook(self._after),
+        ]
+        return self
+
+    def _before(self, *_: Any) -> None:
+        if max_over_ranks(FORWARD) == FAILED:
+            self.peer_failed = True
+            raise _PeerFailedError
+        self.is_inside_pass = True
+
+    def _after(self, *_: Any) -> None:
+        self.is_inside_pass = False
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        for hook in self.hooks:
+            hook.remove()
+        if self.is_inside_pass:
+            return False
+        if error is None:
+            self._accompany()
+        elif not self.peer_failed:
+            max_over_ranks(FAILED)
+        with together(self.doing):
+            if error is not None and not self.peer_failed:
+                raise error
+        return self.peer_failed
+
+    def _accompany(self) -> None:
+        while (word := max_over_ranks(IDLE)) == FORWARD:
+            self.dummy()
+        self.peer_failed = word == FAILED
+
+
+class _PeerFailedError(RuntimeError):
+    """Unwinds this rank's work; the failed rank's own error is what all raise."""
+
+
+HEADROOM = 0.85
+Placement = Literal["replica", "layerwise"]
+
+
+def choose_placement(policy: Policy, config: Generate, world: World, max_length: int, *, section: str) -> Placement:
+    """`replica` if whole weights and the cache fit on every rank (8 to 10 times faster), else `layerwise`.
+
+    `section` is the config's that the settings are from, for messages.
+
+    Raises:
+        ConfigError: `layerwise` is asked for and the policy is not sharded.
+    """
+    if policy.engine is None:
+        if config.placement == "layerwise":
+            raise ConfigError(
+                f"{section}.placement=layerwise needs a sharded policy; set distributed.zero_stage=3, or "
+                f"{section}.placement=auto"
+            )
+        return "replica"
+    if config.placement != "auto":
+        return config.placement
+    needed, free = needed_bytes(policy, config, max_length), free_bytes(world)
+    fits = all_ranks(needed <= HEADROOM * free)
+    placement: Placement = "replica" if fits else "layerwise"
+    log.info("%s: placement %s, %.2f GiB needed, %.2f GiB free", section, placement, needed / 2**30, free / 2**30)
+    return placement
+
+
+def will_be_whole(model: Model, distributed: Distributed, config: Generate, world: World, max_length: int) -> bool:
+    """Whether a model is to be loaded whole on every rank to decode by itself, told from its config. A collective."""
+    if distributed.zero_stage < 3 or config.placement != "auto":
+        return config.placement != "layerwise"
+    prepare_model(model)
+    with together("reading the model's configuration"):
+        skeleton = meta_model(load_settings(model), resolve_dtype(model.dtype, world.device))
+    return all_ranks(_needed_bytes(skeleton, config, max_length) <= HEADROOM * free_bytes(world))
+
+
+def load_to_answer(config: Config, world: World, *, adapter: Path, longest: int) -> Policy:
+    """The model with a LoRA adapter, to evaluate on prompts of up to `longest` tokens. A collective.
+
+    Merged and whole on every rank if that fits, else the adapter beside the shards.
+
+    Raises:
+        DataError: no such model or adapter.
+    """
+    decoding = config.evaluate.decoding()
+    is_whole = will_be_whole(config.model, config.distributed, decoding, world, longest + decoding.max_new_tokens)
+    load = load_replica if is_whole else load_adapted
+    return load(config.model, config.distributed, world, adapter=adapter)
+
+
+def needed_bytes(policy: Policy, config: Generate, max_length: int) -> int:
+    """What a rank needs beside its shards to decode by itself."""
+    return _needed_bytes(policy.model, config, max_length)
+
+
+def _needed_bytes(model: PreTrainedModel, config: Generate, max_length: int) -> int:
+    needed = decode_bytes(
+        outline_of(model),
+        batch_size=config.batch_size,
+        prompt_tokens=max(1, max_length - config.max_new_tokens),
+        new_tokens=config.max_new_tokens,
+        element_bytes=model.dtype.itemsize,
+    )
+    return sum(needed)
+
+
+@contextmanager
+def placed(policy: Policy, placement: Placement, world: World, doing: str) -> Iterator[None]:
+    """The policy's model ready to be called by each rank as often as it likes.
+
+    An exception of one rank is raised on all; shards and hooks are back on every way out. The body holds no collective.
+    """
+    if placement == "layerwise":
+        with LockStep(policy.model, lambda: dummy_pass(policy), doing):
+            yield
+    elif world.size == 1:
+        with full_replica(policy.engine, policy.model):
+            yield
+    else:
+        with full_replica(policy.engine, policy.model), wait_for_all_ranks(doing):
+            yield
+
+
+@torch.no_grad()
+def dummy_pass(policy: Policy) -> None:
+    """One forward pass of one token."""
+    device = next(policy.model.parameters()).device
+    policy.model(input_ids=torch.tensor([[policy.pad_token_id]], device=device), use_cache=False)
+
+
+class DecodeBytes(NamedTuple):
+    """What one rank needs to decode by itself."""
+
+    weights: int
+    """Whole."""
+    cache: int
+    """Keys and values of a full batch, and of the prompts that are being read."""
+    working: int
+    """The largest single step: a layer's activations while prompts are read, or the logits of a batch."""
+
+
+def decode_bytes(
+    outline: Outline, *, batch_size: int, prompt_tokens: int, new_tokens: int, element_bytes: int
+) -> DecodeBytes:
+    """What decoding `batch_size` rows takes, beside shards of the same weights.
+
+    Args:
+        outline: The model's.
+        batch_size: Rows of a pass.
+        prompt_tokens: Of the longest prompt.
+        new_tokens: Of the longest completion.
+        element_bytes: Size of a weight, and of an activation.
+    """
+    prefill_tokens = min(batch_size * prompt_tokens, max(MAX_PREFILL_TOKENS, prompt_tokens))
+    columns = batch_size * (prompt_tokens + new_tokens + GROWTH_COLUMNS)
+    # The prompts that were read last stay beside those that are being read: further samples may follow.
+    cache = outline.num_layers * outline.kv_width * (columns + 2 * prefill_tokens)
+    # Inside the MLP, or where attention has repeated keys and values for every query head.
+    inside = max(3 * outline.intermediate_size, 4 * outline.attention_width)
+    layer = prefill_tokens * (4 * outline.hidden_size + inside)
+    sampled = SAMPLING_BYTES * batch_size * outline.vocabulary_size
+    working = max(element_bytes * layer, sampled)
+    return DecodeBytes(element_bytes * outline.num_parameters, element_bytes * cache, working)

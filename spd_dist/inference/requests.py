@@ -1,0 +1,124 @@
+"""A completion in the making: what was asked, what was drawn, when it ends; and memory that runs out meanwhile."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from spd_dist.errors import DataError
+from spd_dist.inference.sampling import Sampling, choose, uniforms
+
+log = logging.getLogger(__name__)
+
+SIGNS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+"""What torch says on accelerators, on the CPU, and where a library of the accelerator allocates by itself."""
+
+
+def is_out_of_memory(message: str) -> bool:
+    """Whether an error says that an allocation failed."""
+    return any(sign in message for sign in SIGNS)
+
+
+def half_batch(batch_size: int, *, section: str = "generate", in_step: bool = False, is_fixed: bool = False) -> int:
+    """Half of a batch that memory ran out for.
+
+    Args:
+        batch_size: Rows of it.
+        section: The config's that it is from.
+        in_step: Whether other ranks take part in its passes: they can't be told between two gathers.
+        is_fixed: Whether samples depend on the batch's shape.
+
+    Raises:
+        DataError: no smaller batch may be tried, with what to do instead.
+    """
+    key, shorter = f"{section}.batch_size", f"{section}.max_new_tokens or data.max_prompt_tokens"
+    if is_fixed:
+        remedy = (
+            f"{section}.batch_invariant=true makes the batch a part of the result: lower {key} in a run_dir of its "
+            f"own, or {shorter}"
+        )
+    elif in_step:
+        remedy = f"ranks in step (layerwise) cannot halve it: lower {key}, {shorter}, or take more ranks"
+    elif batch_size == 1:
+        remedy = f"lower {shorter}, or shard the weights: distributed.zero_stage=3, {section}.placement=layerwise"
+    else:
+        log.warning("%s: out of memory; going on with %s=%d", section, key, batch_size // 2)
+        return batch_size // 2
+    raise DataError(f"out of memory with {key}={batch_size}; {remedy}")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion to make."""
+
+    id: str
+    sample: int
+    tokens: tuple[int, ...]
+    seed: int
+    """Of its random numbers: nothing else makes its sample."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A completion as tokens."""
+
+    request: Request
+    tokens: tuple[int, ...]
+    """With the end-of-sequence token if there was one."""
+    finish_reason: Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """How completions are drawn, and which tokens end one."""
+
+    sampling: Sampling
+    eos_token_ids: frozenset[int]
+    pad_token_id: int
+
+
+@dataclass
+class Row:
+    """A request being answered."""
+
+    request: Request
+    uniform_T: Tensor
+    tokens: list[int] = field(default_factory=list)
+    seen_V: Tensor | None = None
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens whose keys and values the model has made: all but the newest."""
+        return len(self.request.tokens) + len(self.tokens) - 1
+
+    def finished(self, stopping: DecodeSettings) -> Decoded | None:
+        """The completion, if its newest token was its last."""
+        if self.tokens[-1] in stopping.eos_token_ids:
+            return Decoded(self.request, tuple(self.tokens), "stop")
+        if len(self.tokens) == stopping.sampling.max_new_tokens:
+            return Decoded(self.request, tuple(self.tokens), "length")
+        return None
+
+
+def new_row(request: Request, sampling: Sampling, *, vocabulary_size: int, device: torch.device) -> Row:
+    """A row that has drawn nothing yet."""
+    row = Row(request, uniforms(request.seed, sampling.max_new_tokens))
+    if sampling.repetition_penalty != 1:
+        row.seen_V = torch.zeros(vocabulary_size, dtype=torch.bool, device=device)
+        row.seen_V[list(request.tokens)] = True
+    return row
+
+
+def draw(rows: Sequence[Row], logits_NV: Tensor, sampling: Sampling) -> None:
+    """Append a token to every row."""
+    uniform_N = torch.stack([row.uniform_T[len(row.tokens)] for row in rows])
+    seen_NV = None if rows[0].seen_V is None else torch.stack([row.seen_V for row in rows])
+    for row, token in zip(rows, choose(logits_NV, uniform_N, sampling, seen_NV).tolist(), strict=True):
+        row.tokens.append(token)
+        if row.seen_V is not None:
+            row.seen_V[token] = True

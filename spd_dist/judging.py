@@ -1,0 +1,81 @@
+"""Judge outputs that are there already: `launchers/evaluate.py --judge FILE.jsonl --task NAME`, without a model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from spd_dist.data.sources import Located, normalised_row, read_rows
+from spd_dist.data.tasks import Row, Score, Task, refusal, runs_code, with_execution
+from spd_dist.errors import DataError
+from spd_dist.sandbox import open_sandbox
+from spd_dist.storage.artifacts import write_text
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A line of what `--judge` writes."""
+
+    correct: bool
+    """What the report counts."""
+    strict: bool
+    """Right, and in the form that the prompt asks for."""
+    extracted: str | None
+    reason: str
+    """As in `Score`."""
+
+
+def able_to_judge(task: Task, *, allowed: bool) -> Task:
+    """The task, with a sandbox on this machine if it is scored by running programs.
+
+    Raises:
+        ConfigError: that isn't allowed, or no sandbox holds on this machine.
+    """
+    if not runs_code(task):
+        return task
+    if not allowed:
+        raise refusal(task.name)
+    return with_execution(task, open_sandbox().passes)
+
+
+def judge_file(path: str, task: Task) -> Iterator[Judgement]:
+    """The judgement of every line of a file, in its order: `{"row": {...}, "output": "..."}`.
+
+    Raises:
+        DataError: no such file, or a line without a row of the task or without an output.
+    """
+    lines = [_read_line(located, task) for located in read_rows(path)]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        yield from pool.map(lambda line: _judgement(task.score(*line)), lines)
+
+
+def write_judgements(judgements: Iterator[Judgement], out: Path | None) -> str:
+    """Write one JSON object a line to `out`, and give a sentence; without `out`, give the lines."""
+    found = list(judgements)
+    lines = "\n".join(json.dumps(vars(one), ensure_ascii=False) for one in found)
+    if out is None:
+        return lines
+    write_text(out, lines + "\n")
+    return f"{out}: {len(found)} judged, {sum(one.correct for one in found)} right"
+
+
+def _read_line(located: Located, task: Task) -> tuple[Row, str]:
+    row, output = located.row.get("row"), located.row.get("output")
+    if not isinstance(row, dict) or not isinstance(output, str):
+        raise DataError(
+            f'--judge: {located.where}: a line is {{"row": {{...}}, "output": "..."}}, the row an object as in the '
+            "data file of the task, the output a text"
+        )
+    numbered = Located(located.path, located.line, {"id": located.row["id"], **row})
+    read = normalised_row(task, numbered, "--judge")
+    if read is None:
+        raise DataError(f"--judge: {located.where}: the task {task.name!r} drops such a row: it has no answer")
+    return read, output
+
+
+def _judgement(score: Score) -> Judgement:
+    return Judgement(score.correct, score.strict_correct, score.extracted, score.reason)

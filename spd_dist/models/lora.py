@@ -1,0 +1,216 @@
+"""LoRA adapters by peft: put on a policy whole or sharded by ZeRO-3, taken off, saved and loaded; their dropout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.pytorch_utils import Conv1D
+
+from spd_dist.config import Finetune
+from spd_dist.distributed.zero import gather_as_one, gathered, is_sharded
+from spd_dist.errors import ConfigError
+from spd_dist.models.save_weights import save_tensors, stored_parameters
+
+_INT32 = 2**32
+_MULTIPLIERS = (0x7FEB352D, 0x846CA68B - _INT32)  # of the finaliser lowbias32, whose bias is near the least known
+
+
+@dataclass
+class TokenKeys:
+    """The keys of the micro-batch in flight, shared by all dropout modules of a model."""
+
+    key_BT: Tensor | None = None
+
+
+class KeyedDropout(nn.Module):
+    """`nn.Dropout` with masks drawn by hashing; the identity in eval mode."""
+
+    def __init__(self, fraction: float, keys: TokenKeys, module_key: int) -> None:
+        super().__init__()
+        self.fraction = fraction
+        self.keys = keys
+        self.module_key = module_key
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """`x_BTD` with features dropped and the others scaled by 1 / (1 - fraction).
+
+        Raises:
+            ConfigError: the input's rows are not the micro-batch's tokens, as in a mixture's experts.
+        """
+        if not self.training or self.fraction == 0:
+            return x_BTD
+        key_BT = self.keys.key_BT
+        if key_BT is None or x_BTD.shape[:-1].numel() != key_BT.numel():
+            raise ConfigError(
+                f"finetune.lora_dropout={self.fraction}: a module whose input rows are not the tokens of the batch "
+                f"(got {tuple(x_BTD.shape)}) cannot have dropout; set finetune.lora_dropout=0"
+            )
+        drop_BTD = self._drop(key_BT, x_BTD.shape[-1]).view_as(x_BTD)
+        return x_BTD.masked_fill(drop_BTD, 0.0) * (1 / (1 - self.fraction)) if self.fraction < 1 else x_BTD * 0
+
+    def _drop(self, key_BT: Tensor, width: int) -> Tensor:
+        feature_D = torch.arange(width, dtype=torch.int32, device=key_BT.device) + self.module_key
+        bits_BTD = key_BT.unsqueeze(-1) ^ mixed_(mixed_(feature_D))
+        return _rounds_(bits_BTD) < round(self.fraction * _INT32) - _INT32 // 2
+
+
+def mixed_(x: Tensor) -> Tensor:
+    """A bijection of int32 that spreads every bit over all others, in place."""
+    _rounds_(x)
+    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+
+
+def _rounds_(x: Tensor) -> Tensor:
+    """The same without its last step, which only the low bits need."""
+    for multiplier, shift in zip(_MULTIPLIERS, (16, 15), strict=True):
+        x.bitwise_xor_((x >> shift).bitwise_and_((1 << (32 - shift)) - 1))  # a shift of int32 repeats the sign
+        x.mul_(multiplier)
+    return x
+
+
+def token_key(sequence_seed_BT: Tensor, position_BT: Tensor) -> Tensor:
+    """The int32 key of each token, from its sequence's seed of this step (any int64) and its position there."""
+    low_BT = (sequence_seed_BT & 0xFFFFFFFF).to(torch.int32)
+    high_BT = (sequence_seed_BT >> 32).to(torch.int32)
+    return mixed_(mixed_(mixed_(position_BT.to(torch.int32)) ^ low_BT) ^ high_BT)
+
+
+def use_keyed_dropout(modules: Iterable[tuple[nn.ModuleDict, str]]) -> TokenKeys:
+    """Replace each named `nn.Dropout` by a `KeyedDropout`; returns the keys that the training loop sets.
+
+    The order of `modules` numbers them, so it must be the same in every run.
+    """
+    keys = TokenKeys()
+    for index, (parent, name) in enumerate(modules):
+        if isinstance(parent[name], nn.Dropout):
+            # Modules are 2**20 features apart: no two share a hash input.
+            parent[name] = KeyedDropout(parent[name].p, keys, (index << 20) % 2**31)
+    return keys
+
+
+ADAPTER = "default"
+
+
+def add_adapters(model: nn.Module, config: Finetune, *, generator: torch.Generator) -> PeftModel:
+    """`model` with trainable adapters at `config.lora_targets`, everything else frozen; `model` itself is changed.
+
+    The weights come from `generator`, so every rank makes the same; peft reads the true shapes of sharded modules.
+
+    Raises:
+        ConfigError: no module of the model has one of the names.
+    """
+    linear = (nn.Linear, Conv1D)
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, linear)}
+    missing = [target for target in config.lora_targets if target not in names]
+    if missing or not config.lora_targets:
+        raise ConfigError(
+            f"finetune.lora_targets: {missing} are no linear modules of this model, which has {sorted(names)}"
+        )
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=list(config.lora_targets),
+        use_rslora=config.lora_variant == "rslora",
+        use_dora=config.lora_variant == "dora",
+        task_type="CAUSAL_LM",
+    )
+    # peft initialises from the global generator; ours overwrites it below.
+    with torch.random.fork_rng(devices=[]), _peft_gathers(model):
+        adapted = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    _let_dora_read_base_weights(adapted)
+    for _, layer in _layers(adapted):
+        weight_RD = layer.lora_A[ADAPTER].weight
+        bound = weight_RD.shape[1] ** -0.5  # kaiming_uniform_ with a = sqrt(5), as peft
+        with torch.no_grad():
+            weight_RD.copy_(torch.rand(weight_RD.shape, generator=generator).mul_(2 * bound).sub_(bound))
+    return adapted
+
+
+def key_dropout(adapted: PeftModel) -> TokenKeys:
+    """Make the adapters' dropout independent of batches and ranks; returns the keys that the training loop sets."""
+    return use_keyed_dropout((layer.lora_dropout, ADAPTER) for _, layer in _layers(adapted))
+
+
+def remove_adapters(adapted: PeftModel) -> nn.Module:
+    """The base model as it was, without adapters and with `requires_grad` of every parameter restored to false."""
+    if _is_sharded_dora(adapted):
+        adapted.get_base_model().disable_input_require_grads()
+    return adapted.unload()
+
+
+def adapter_parameters(adapted: PeftModel) -> dict[str, nn.Parameter]:
+    """The trainable parameters by name."""
+    return {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+
+
+def save_adapter(adapted: PeftModel, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write the PEFT format: `adapter_config.json` and `adapter_model.safetensors` of whole `tensors`."""
+    state = get_peft_model_state_dict(adapted, state_dict=dict(tensors), save_embedding_layers=False)
+    save_tensors(state, folder / "adapter_model.safetensors")
+    config = adapted.peft_config[ADAPTER]
+    training, config.inference_mode = config.inference_mode, True
+    config.save_pretrained(str(folder))
+    config.inference_mode = training
+
+
+def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
+    """`model` with the frozen adapter of `folder`, in eval mode; `model` itself is changed."""
+    with torch.random.fork_rng(devices=[]), _peft_gathers(model):
+        adapted = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False).eval()
+    _let_dora_read_base_weights(adapted)
+    return adapted
+
+
+def merged_tensors(adapted: PeftModel) -> Iterator[tuple[str, Tensor]]:
+    """The base model's stored tensors with the adapters merged in, whole, on the CPU, one at a time. A collective."""
+    model = adapted.get_base_model()
+    layers = {f"{name}.base_layer.weight": layer for name, layer in _layers(model)}
+    for name, parameter in stored_parameters(model).items():
+        if ".lora_" in name:
+            continue
+        layer = layers.get(name)
+        with gathered([parameter] if layer is None else layer.parameters()), torch.no_grad():
+            tensor = parameter.detach() if layer is None else _merged_weight(layer)
+            yield name.replace(".base_layer.", "."), tensor.to("cpu", copy=True)
+
+
+def _merged_weight(layer: LoraLayer) -> Tensor:
+    weight = layer.get_base_layer().weight.detach()
+    if ADAPTER in layer.lora_variant:
+        return layer.lora_variant[ADAPTER].merge_safe(layer, ADAPTER, weight)
+    return weight + layer.get_delta_weight(ADAPTER)
+
+
+@contextmanager
+def _peft_gathers(model: nn.Module) -> Iterator[None]:
+    """Let peft gather the shards of a base weight that it must read (DoRA): it does so while such an object lives."""
+    sharding = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}}) if is_sharded(model) else None
+    try:
+        yield
+    finally:
+        del sharding
+
+
+def _let_dora_read_base_weights(adapted: PeftModel) -> None:
+    """DoRA's layers need the norm of the weight inside their base layer."""
+    if _is_sharded_dora(adapted):
+        gather_as_one(adapted, LoraLayer)
+        # ZeRO-3 takes such a module's gradients when its input has one; without it, before they are there.
+        adapted.get_base_model().enable_input_require_grads()
+
+
+def _is_sharded_dora(adapted: PeftModel) -> bool:
+    return adapted.peft_config[ADAPTER].use_dora and is_sharded(adapted)
+
+
+def _layers(adapted: nn.Module) -> list[tuple[str, LoraLayer]]:
+    return [(name, module) for name, module in adapted.named_modules() if isinstance(module, LoraLayer)]

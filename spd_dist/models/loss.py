@@ -1,0 +1,167 @@
+"""The next-token loss of a causal language model, without ever holding the logits of all positions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from spd_dist.models.gradient_capture import supervised_rows
+
+CHUNK_BYTES = 64 * 2**20
+"""Size of one chunk's logits in float32."""
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Sum of the negative log-likelihoods of `label_N` under softmax(tail(hidden_ND weight_VD')).
+
+    The gradients are made chunk by chunk in the forward pass (as in Liger's kernel, arXiv:2410.10989): the loss is a
+    scalar, so backward only scales them. Nothing of size N x V lives, and nothing is computed twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, label_N: Tensor, weight_VD: Tensor, bias_V: Tensor | None, cap: float, scale: float
+    ) -> Any:
+        """(sum of the losses, loss_N without gradient) in float32; if cap > 0, logits are cap tanh(scale z / cap)."""
+        wants_hidden, _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
+        loss_N = torch.empty(len(label_N), dtype=torch.float32, device=hidden_ND.device)
+        grads = (
+            torch.empty_like(hidden_ND) if wants_hidden else None,
+            torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None,
+            torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias else None,
+        )
+        size = max(1, CHUNK_BYTES // (4 * len(weight_VD)))
+        for start in range(0, len(label_N), size):
+            rows = slice(start, start + size)
+            logit_CV = torch.nn.functional.linear(hidden_ND[rows], weight_VD, bias_V).float()
+            loss_N[rows], grad_CV = _loss_and_gradient(logit_CV, label_N[rows], cap, scale)
+            grad_CV = grad_CV.to(hidden_ND.dtype)
+            if wants_hidden:
+                torch.mm(grad_CV, weight_VD, out=grads[0][rows])
+            if wants_weight:
+                grads[1].add_(grad_CV.T @ hidden_ND[rows])
+            if wants_bias:
+                grads[2].add_(grad_CV.sum(0))
+        ctx.save_for_backward(*grads)
+        ctx.dtypes = (hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
+        ctx.mark_non_differentiable(loss_N)
+        return loss_N.sum(), loss_N
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> Any:
+        """The stored gradients, scaled."""
+        hidden, weight, bias = (
+            None if grad is None else (grad * grad_output).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return hidden, None, weight, bias, None, None
+
+
+def _loss_and_gradient(logit_CV: Tensor, label_C: Tensor, cap: float, scale: float) -> tuple[Tensor, Tensor]:
+    """Each row's loss, and its gradient with respect to the linear layer's output; `logit_CV` is overwritten."""
+    slope_CV = None
+    if scale != 1:
+        logit_CV.mul_(scale)
+    if cap:
+        logit_CV.div_(cap).tanh_()
+        slope_CV = 1 - logit_CV.square()
+        logit_CV.mul_(cap)
+    label_C1 = label_C.unsqueeze(1)
+    label_logit_C = logit_CV.gather(1, label_C1).squeeze(1)
+    log_sum_C = logit_CV.logsumexp(1)
+    grad_CV = logit_CV.sub_(log_sum_C.unsqueeze(1)).exp_()
+    grad_CV.scatter_add_(1, label_C1, grad_CV.new_full(label_C1.shape, -1.0))
+    if slope_CV is not None:
+        grad_CV.mul_(slope_CV)
+    return log_sum_C - label_logit_C, grad_CV.mul_(scale)
+
+
+class Student(nn.Module):
+    """A causal language model whose forward pass gives the summed loss of chosen tokens: what DeepSpeed trains."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.tail = logits_tail(model)
+
+    def forward(
+        self, token_BT: Tensor, source_N: Tensor, label_N: Tensor, **context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(sum of the losses, loss_N without gradient), in float32.
+
+        Args:
+            token_BT: token ids, padded on the right.
+            source_N: flat index, in B x T, of the position that predicts each supervised token.
+            label_N: the supervised tokens.
+            context: `position_ids` (B, T) of packed rows, or an `attention_mask`.
+        """
+        if self.tail is None:
+            logit_BTV = self.model(input_ids=token_BT, use_cache=False, **context).logits
+            loss_N = cross_entropy(logit_BTV.flatten(0, 1)[source_N].float(), label_N, reduction="none")
+            return loss_N.sum(), loss_N.detach()
+        hidden_BTD = self.model.base_model(input_ids=token_BT, use_cache=False, **context).last_hidden_state
+        head = self.model.get_output_embeddings()
+        with _forward_replaced(
+            head, lambda hidden_ND: LinearCrossEntropy.apply(hidden_ND, label_N, head.weight, head.bias, *self.tail)
+        ):
+            return head(hidden_BTD.flatten(0, 1)[source_N])  # called as a module: ZeRO-3 gathers its weight around it
+
+
+class _forward_replaced:
+    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        self.module, self.forward = module, forward
+
+    def __enter__(self) -> None:
+        self.module.forward = self.forward
+
+    def __exit__(self, *_: object) -> None:
+        del self.module.forward
+
+
+@torch.no_grad()
+def check_tail_(student: Student, token_1T: Tensor) -> bool:
+    """Whether the chunked loss is that of the model's own logits; if not, they are held whole from here on."""
+    label_N = token_1T[0, 1:]
+    source_N = torch.arange(len(label_N), device=label_N.device)
+    logit_TV = student.model(input_ids=token_1T, use_cache=False).logits[0]
+    expected = cross_entropy(logit_TV[:-1].float(), label_N, reduction="sum")
+    found, _ = student(token_1T, source_N, label_N)
+    agrees = torch.allclose(found, expected, rtol=1e-2)
+    student.tail = student.tail if agrees else None
+    return agrees
+
+
+def logits_tail(model: nn.Module) -> tuple[float, float] | None:
+    """(cap, scale) of what the architecture does to the logits after its output layer; None if that cannot be told.
+
+    None costs memory (all logits are held), never exactness.
+    """
+    settings = vars(model.config)
+    cap = settings.get("final_logit_softcapping") or 0.0
+    scale = settings.get("logit_scale") or 1 / (settings.get("logits_scaling") or 1.0)
+    plain_head = type(model.get_output_embeddings()) is nn.Linear
+    return (float(cap), float(scale)) if plain_head and math.isfinite(scale) else None
+
+
+def example_losses(model: PreTrainedModel, tokens_BT: Tensor, attention_BT: Tensor, target_BT: Tensor) -> Tensor:
+    """Each example's mean negative log-likelihood of its targets (paper, Eq. 6), float32, by one forward pass.
+
+    Args:
+        model: What is called: under ZeRO-3 the engine's module.
+        tokens_BT: Right-padded.
+        attention_BT: 1 at tokens and 0 at pads.
+        target_BT: True where the token is supervised: at least once a row, and never at position 0.
+    """
+    source_BT = target_BT.roll(-1, dims=1)
+    with supervised_rows(model, source_BT):
+        logit_SV = model(tokens_BT, attention_mask=attention_BT, use_cache=False).logits
+    loss_S = cross_entropy(logit_SV.float(), tokens_BT[target_BT], reduction="none")
+    num_targets_B = target_BT.sum(dim=1)
+    owner_S = torch.arange(len(num_targets_B), device=loss_S.device).repeat_interleave(num_targets_B)
+    return loss_S.new_zeros(len(num_targets_B)).index_add(0, owner_S, loss_S) / num_targets_B

@@ -1,0 +1,157 @@
+"""Bytes of one rank at the peak of a stage, item by item."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from spd_dist.config import Config
+from spd_dist.inference.placement import decode_bytes
+from spd_dist.models.model_stats import Outline
+from spd_dist.planner.cluster import Cluster, Zero
+from spd_dist.planner.profile import Profile
+from spd_dist.stages.sketch.frequent_directions import plan_sketches
+
+Placement = Literal["replica", "layerwise", "offload"]
+FLOAT32, FLOAT64 = 4, 8
+OPTIMIZER_BYTES = 4 * FLOAT32
+"""Of a trained element: AdamW's two moments, the float32 weight, and its gradient."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Memory of one rank."""
+
+    device: Mapping[str, int]
+    """Bytes by what they are for."""
+    host: Mapping[str, int] = field(default_factory=dict)
+    """The same, in the host's memory."""
+
+    @property
+    def device_bytes(self) -> int:
+        """Their sum."""
+        return sum(self.device.values())
+
+    @property
+    def host_bytes(self) -> int:
+        """Their sum."""
+        return sum(self.host.values())
+
+
+def need(stage: str, placement: Placement, profile: Profile, config: Config, cluster: Cluster) -> Need:
+    """What a rank of `cluster` needs for a stage of `STAGES`."""
+    return STAGES[stage](placement, profile, config, cluster)
+
+
+def _weights(
+    outline: Outline,
+    placement: Placement,
+    profile: Profile,
+    cluster: Cluster,
+    zero: Zero,
+    *,
+    reused: int = 0,
+    checkpointing: bool = False,
+) -> Need:
+    """Frozen weights, and what of them is gathered; `reused` is what a backward pass uses again."""
+    size = profile.element_bytes
+    if placement == "replica":
+        return Need({"weights": size * sum(outline.frozen)})
+    shards = size * zero.shards(outline.frozen, cluster.num_ranks)
+    turn = {"reused": reused, "checkpointing": checkpointing}
+    gathered = size * (
+        zero.persistent(outline.frozen)
+        + (zero.gathered_backward(outline.frozen, **turn) if reused else zero.gathered_forward(outline.frozen))
+    )
+    if placement == "offload":
+        return Need({"gathered": gathered}, {"shards": shards})
+    return Need({"shards": shards, "gathered": gathered})
+
+
+def _calibrate(placement: Placement, profile: Profile, config: Config, cluster: Cluster) -> Need:
+    zero, calibrate = Zero.of(config.distributed), config.calibrate
+    weights = _weights(profile.policy, placement, profile, cluster, zero, reused=profile.num_captured)
+    plans = plan_sketches(
+        profile.sites, config.sketch, planned_rank=config.project.planned_rank, num_shards=calibrate.num_shards
+    )
+    own_shards = -(-calibrate.num_shards // cluster.num_ranks)
+    sketches = own_shards * sum(plans[site.width].num_bytes(site.width) for site in profile.sites)
+    widths = sorted((site.width for site in profile.sites), reverse=True)
+    # Gradients at the sites and their rows; the dry run has those of one layer's keys and values.
+    num_tokens = calibrate.batch_size * calibrate.max_tokens
+    rows = 2 * profile.element_bytes * num_tokens * sum(widths[2:])
+    # The moments of the sites in flight: packed and joined to be sent, and received of all shards to be summed.
+    in_flight = min(len(widths), cluster.num_ranks)
+    exchange = FLOAT64 * widths[0] ** 2 * (2 * in_flight * own_shards + calibrate.num_shards + 1)
+    working = max(profile.calibrate_peak + rows, exchange)
+    return Need({**weights.device, "sketches": sketches, "activations": working}, weights.host)
+
+
+def _generate(placement: Placement, profile: Profile, config: Config, cluster: Cluster) -> Need:
+    """A replica is gathered beside the shards, which stay."""
+    zero, generate = Zero.of(config.distributed), config.generate
+    weights = _weights(profile.policy, placement, profile, cluster, zero)
+    if placement == "replica" and zero.stage == 3:
+        shards = profile.element_bytes * zero.shards(profile.policy.frozen, cluster.num_ranks)
+        weights = Need({"shards": shards, **weights.device})
+    return _decoding(weights, profile, config, generate.batch_size, generate.max_new_tokens)
+
+
+def _evaluate(placement: Placement, profile: Profile, config: Config, cluster: Cluster) -> Need:
+    """The student's adapters are merged where it is whole on each rank."""
+    weights = _weights(profile.policy, placement, profile, cluster, Zero.of(config.distributed))
+    return _decoding(weights, profile, config, config.evaluate.batch_size, config.evaluate.max_new_tokens)
+
+
+def _decoding(weights: Need, profile: Profile, config: Config, batch_size: int, new_tokens: int) -> Need:
+    needed = decode_bytes(
+        profile.policy,
+        batch_size=batch_size,
+        prompt_tokens=config.data.max_prompt_tokens,
+        new_tokens=new_tokens,
+        element_bytes=profile.element_bytes,
+    )
+    return Need({**weights.device, "cache": needed.cache, "activations": needed.working}, weights.host)
+
+
+def _finetune(placement: Placement, profile: Profile, config: Config, cluster: Cluster) -> Need:
+    """Training, or the check of the saved model afterwards, which rank 0 reads back whole."""
+    training = _training(placement, profile, config, cluster)
+    if config.finetune.mode == "lora" and not config.finetune.merge:
+        return training
+    held = {name: training.device[name] for name in ("weights", "shards", "trained") if name in training.device}
+    check = Need({**held, "saved model": profile.weight_bytes}, training.host)
+    return max(training, check, key=lambda one: one.device_bytes)
+
+
+def _training(placement: Placement, profile: Profile, config: Config, cluster: Cluster) -> Need:
+    zero, student, size = Zero.of(config.distributed), profile.student, profile.element_bytes
+    num_trained = sum(student.trained)
+    if placement == "replica":
+        divided = cluster.num_ranks if zero.stage in (1, 2) else 1
+        optimizer = OPTIMIZER_BYTES * num_trained // divided
+        device = {"weights": size * student.num_parameters, "gradients": size * num_trained, "optimizer": optimizer}
+        return Need({**device, "activations": profile.finetune_peak})
+    turn = {"reused": student.num_parameters, "checkpointing": config.finetune.checkpointing}
+    weights = _weights(student, placement, profile, cluster, zero, **turn)
+    own = zero.shards(student.trained, cluster.num_ranks)
+    trained = {"trained": size * (own + zero.persistent(student.trained)) + size * own}  # and their gradients
+    optimizer = {"optimizer": OPTIMIZER_BYTES * own}
+    if config.finetune.mode == "full":
+        whole = size * zero.gathered_backward(student.trained, reused=num_trained)
+        trained["trained"] += whole
+    bucket = min(zero.reduce_bucket_size, num_trained) if cluster.is_cpu else zero.reduce_bucket_size
+    device = {**weights.device, **trained, "buckets": size * bucket, "activations": profile.finetune_peak}
+    if placement == "offload":
+        return Need(device, {**weights.host, **optimizer})
+    return Need({**device, **optimizer}, weights.host)
+
+
+STAGES: dict[str, Callable[[Placement, Profile, Config, Cluster], Need]] = {
+    "calibrate": _calibrate,
+    "generate": _generate,
+    "finetune": _finetune,
+    "evaluate": _evaluate,
+}
+"""Those that load a policy; `calibrate` stands for all that stream into the subspace."""

@@ -1,0 +1,123 @@
+"""Fold a projection into weights and biases: z = xW' + b becomes op(z) = x op(W') + op(b), exactly, at no cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from spd_dist.distributed.zero import restored_on_exit, unsharded_for_write
+from spd_dist.errors import ConfigError
+from spd_dist.projection.operators import SitePart
+from spd_dist.projection.targets import Target
+
+FOLDABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+REMEDY = "set generate.engine=hf and generate.apply_as=hook"
+
+
+class Output(NamedTuple):
+    """A parameter that a module's output is linear in, and its dimension of output features."""
+
+    parameter: nn.Parameter
+    dim: int
+
+
+@contextmanager
+def folded(model: nn.Module, found: list[Target], insertion: str) -> Iterator[None]:
+    """`model` with `found` folded into its weights; the saved weights come back at exit, bit by bit.
+
+    Raises:
+        ConfigError: a fold that would not be exact, with the reason; nothing was changed.
+    """
+    outputs = fold_plan(model, found, insertion)
+    parameters = [output.parameter for group in outputs for output in group]
+    with restored_on_exit(parameters):
+        with unsharded_for_write(parameters):
+            for target, group in zip(found, outputs, strict=True):
+                for output in group:
+                    fold_(output.parameter.data, output.dim, target.parts)
+        yield
+
+
+@torch.no_grad()
+def fold_(weight: Tensor, dim: int, parts: list[SitePart]) -> None:
+    """Apply the operators of `parts` along dimension `dim` of a weight or bias: in float64, rounded once."""
+    rows_O = weight.movedim(dim, -1)
+    for part in parts:
+        z_D = part.columns.read(rows_O).double()
+        part.columns.write_(rows_O, part.apply(z_D).to(weight.dtype))
+
+
+def fold_plan(model: nn.Module, found: list[Target], insertion: str) -> list[list[Output]]:
+    """What must be rewritten for each target.
+
+    Raises:
+        ConfigError: a fold that would not be exact.
+    """
+    refuse_inexact([part for target in found for part in target.parts], insertion)
+    names = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    outputs = [_outputs(target) for target in found]
+    for target, group in zip(found, outputs, strict=True):
+        for output in group:
+            shared = names[id(output.parameter)]
+            if len(shared) > 1:
+                raise ConfigError(
+                    f"{target.name}: its weights are tied ({' = '.join(shared)}), a fold would change both; {REMEDY}"
+                )
+    return outputs
+
+
+def refuse_inexact(parts: list[SitePart], insertion: str) -> None:
+    """Raise for what no weights can express.
+
+    Raises:
+        ConfigError: keys after RoPE, or keys of latent attention that come out of two modules.
+    """
+    for site in (part.site for part in parts if part.site.kind == "key"):
+        if insertion == "rope":
+            raise ConfigError(
+                f"project.insertion=rope: after RoPE the map of {site} would have to turn with the position, so it "
+                f"cannot be folded into weights; {REMEDY} or project.insertion=linear"
+            )
+        if site.module.endswith("kv_a_proj_with_mqa"):
+            raise ConfigError(
+                f"{site}: {site.module} makes the latent that keys and values share and the rotary part of the key; a "
+                f"map of the whole key cannot be folded into it; {REMEDY} or project.kinds=value"
+            )
+
+
+def _outputs(target: Target) -> list[Output]:
+    module = target.module
+    if not hasattr(module, "base_layer"):
+        return _plain_outputs(target.name, module)
+    if not hasattr(module, "lora_B"):
+        raise ConfigError(
+            f"{target.name} is wrapped as {type(module).__name__}, only LoRA can be folded; merge it first, or {REMEDY}"
+        )
+    outputs = _plain_outputs(target.name, module.base_layer)
+    if module.lora_variant and set(module.lora_variant) - set(module.merged_adapters):
+        raise ConfigError(
+            f"{target.name} has an adapter whose output is not linear in its weights (DoRA or another variant): merge "
+            f"it first (merge_and_unload), or {REMEDY}"
+        )
+    for adapter in module.lora_B.values():
+        outputs += _plain_outputs(target.name, adapter)
+    return outputs
+
+
+def _plain_outputs(name: str, module: nn.Module) -> list[Output]:
+    dim = 1 if isinstance(module, Conv1D) else 0 if isinstance(module, nn.Linear) else None
+    exact = dim is not None and module.weight.dtype in FOLDABLE and type(module.weight.data) is Tensor
+    if not exact:
+        detail = f" of {module.weight.dtype}" if hasattr(module, "weight") else ""
+        raise ConfigError(
+            f"{name} is a {type(module).__name__}{detail}: quantised weights cannot hold the folded values exactly "
+            f"(4-bit leaks some 7 %); {REMEDY}, or keep this module in 16 bits"
+        )
+    return [Output(module.weight, dim)] + ([Output(module.bias, 0)] if module.bias is not None else [])

@@ -1,0 +1,57 @@
+"""The end of a run: what all arms answered, summed up and compared."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+from spd_dist.analysis.answer_summary import answers_summary
+from spd_dist.arms import Arm
+from spd_dist.data.sources import check_leaks
+from spd_dist.distributed.collectives import on_main
+from spd_dist.reports.page import write_page
+from spd_dist.reports.run_report import log_report, report_text, write_report
+from spd_dist.run import Run
+from spd_dist.storage.answers import answers_path, read_answers
+from spd_dist.storage.artifacts import write_json
+from spd_dist.storage.manifests import why_not_complete
+from spd_dist.tracking.stage_plots import show_cost
+from spd_dist.tracking.wandb_artifacts import report_product
+
+
+def report(run: Run, arms: Iterable[Arm]) -> str:
+    """Write the comparison of the arms, as data and as a page; the text for a terminal is given on every rank."""
+    config, folder, task = run.config, run.folder.path, run.task
+    sentences = {arm.name: arm.sentence for arm in arms}
+    questions = run.questions()
+    sum_up_answers(run, sentences)
+
+    def write() -> str:
+        shared = check_leaks(task, config.data, num_calibration=config.calibrate.num_examples)
+        overlaps = [dataclasses.asdict(one) for one in shared]
+        asked = {"task": task.name, "metric": task.metric, "test_size": task.test_size}
+        settings = {"seed": config.seed, "temperature": config.evaluate.temperature}
+        found = write_report(folder, sentences, **asked, **settings, overlaps=overlaps)
+        write_page(folder, found, questions)
+        log_report(run.metrics, folder, found)
+        show_cost(run.metrics, found["cost"])
+        run.metrics.product(report_product(folder, found), is_input=False)
+        return report_text(found, folder)
+
+    return on_main("writing the report", write)
+
+
+def sum_up_answers(run: Run, arms: Iterable[str]) -> None:
+    """Write `evaluate/summary.json` and the manifest of the whole stage, unless they are of these answers."""
+    answers = {arm: run.folder.output_hash(f"evaluate/{arm}") for arm in arms}
+    folder, task = run.folder.folder("evaluate"), run.task
+    if on_main("checking evaluate", lambda: why_not_complete(folder, answers)) is None:
+        return
+
+    def write() -> None:
+        rows = {arm: read_answers(answers_path(folder, arm, task.name)) for arm in answers}
+        summaries = {arm: {task.name: answers_summary(row, task.metric)} for arm, row in rows.items()}
+        write_json(folder / "summary.json", summaries)
+
+    on_main("writing the summary of the answers", write)
+    run.folder.finish("evaluate", answers, ["summary.json", *answers], seconds=0.0)

@@ -1,0 +1,203 @@
+"""The same experiment under several seeds: arms and differences with the chance in training beside that of examples."""
+
+from __future__ import annotations
+
+import io
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from spd_dist.analysis.answer_summary import manner, values_by_id
+from spd_dist.analysis.comparison import (
+    SIGNIFICANCE,
+    amount,
+    arm_pairs,
+    blind_notes,
+    corrected,
+    diagnostics,
+    notes,
+    overlap_notes,
+    size_notes,
+    wanted_of,
+)
+from spd_dist.analysis.intervals import Crossed, between_seeds, crossed, crossed_share
+from spd_dist.errors import DataError
+from spd_dist.reports.run_report import pass_table
+from spd_dist.storage.answers import answers_path, read_answers
+from spd_dist.storage.artifacts import read_json
+from spd_dist.types import Answer
+
+DIAGNOSTICS = (
+    "strict_accuracy", "lenient_accuracy", "ended_fraction", "strict_extraction_fraction",
+    "lenient_extraction_fraction", "repetition_fraction", "mean_tokens",
+)  # fmt: skip
+DENOMINATOR = ("task", "metric", "examples", "temperature")
+"""What runs must have in common."""
+Answers = Mapping[str, Sequence[Answer]]
+"""One seed's, by arm."""
+
+
+def over_seeds(run_folders: Sequence[Path]) -> dict[str, Any]:
+    """Each arm's metric and each paired difference over the runs, for other seeds and other examples.
+
+    Args:
+        run_folders: Finished runs of one config and different seeds, at least two.
+
+    Raises:
+        DataError: a report is missing, or the runs differ in task, examples or arms: their numbers have no common
+            denominator.
+    """
+    reports = [read_json(folder / "report.json") for folder in run_folders]
+    if len(reports) < 2:
+        raise DataError(f"a spread between seeds needs at least 2 runs, not {len(reports)}; run more seeds")
+    for folder, report in zip(run_folders, reports, strict=True):
+        _refuse_another_denominator(run_folders[0], reports[0], folder, report)
+    first = reports[0]
+    by_seed = [answers_of(folder, report) for folder, report in zip(run_folders, reports, strict=True)]
+    num_examples = next(iter(first["arms"].values()))["num_examples"]
+    arms = {arm: _arm(arm, by_seed, reports) for arm in first["arms"]}
+    found = _comparisons(by_seed, first["metric"])
+    return {
+        **{name: first[name] for name in (*DENOMINATOR, "num_samples")},
+        "num_examples": num_examples,
+        "seeds": [report["seed"] for report in reports],
+        "verdict": seeds_verdict(found, first["metric"], len(reports), num_examples),
+        "notes": [
+            *notes(arms),
+            *blind_notes(found),
+            *size_notes(num_examples, first["test_size"]),
+            *overlap_notes(first["overlaps"]),
+        ],
+        "overlaps": first["overlaps"],
+        "arms": arms,
+        "comparisons": found,
+    }
+
+
+def answers_of(run_folder: Path, report: Mapping[str, Any]) -> Answers:
+    """What every arm of a run answered.
+
+    Raises:
+        DataError: answers are missing.
+    """
+    folder, task = run_folder / "evaluate", report["task"]
+    return {arm: read_answers(answers_path(folder, arm, task)) for arm in report["arms"]}
+
+
+def _arm(arm: str, by_seed: Sequence[Answers], reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One arm's metric, and the means of its diagnostics."""
+    each = [report["arms"][arm] for report in reports]
+    metric = reports[0]["metric"]
+    values = [values_by_id(answers[arm], metric) for answers in by_seed]
+    spread = _spread(values, crossed(values) if metric == "nll" else crossed_share(values))
+    means = {name: statistics.fmean(one[name] for one in each) for name in DIAGNOSTICS}
+    passed = {k: statistics.fmean(one["pass_at_k"][k] for one in each) for k in each[0]["pass_at_k"]}
+    return {"sentence": each[0]["sentence"], **spread, **means, "pass_at_k": passed}
+
+
+def _comparisons(by_seed: Sequence[Answers], metric: str) -> list[dict[str, Any]]:
+    """Paired differences, and the means of their diagnostics."""
+    found = []
+    for before, after in arm_pairs(list(by_seed[0])):
+        pairs = [(values_by_id(each[before], metric), values_by_id(each[after], metric)) for each in by_seed]
+        differences = [{key: b[key] - a[key] for key in a} for a, b in pairs]
+        spread = _spread(differences, crossed(differences))
+        each_seed = [diagnostics(each[before], each[after], metric) for each in by_seed]
+        means = {name: statistics.fmean(one[name] for one in each_seed) for name in each_seed[0]}
+        found.append({"before": before, "after": after, "difference": spread["mean"], **spread, **means})
+    return corrected(found)
+
+
+def _spread(by_seed: Sequence[Mapping[str, float]], both: Crossed) -> dict[str, Any]:
+    """The mean over seeds and examples with its interval, and each seed's own mean with their spread."""
+    values = [statistics.fmean(one.values()) for one in by_seed]
+    seeds = between_seeds(values)
+    return {
+        "mean": both.mean,
+        "interval": list(both.interval),
+        "p_value": both.p_value,
+        "detectable_difference": both.detectable,
+        "values": values,
+        "standard_deviation": seeds.standard_deviation,
+        "seed_interval": list(seeds.interval),
+    }
+
+
+def seeds_verdict(found: Sequence[Mapping[str, Any]], metric: str, num_seeds: int, num_examples: int) -> str:
+    """A sentence on each arm of the method against the first and plain self-retraining: no more than is shown."""
+    if not found:
+        return "One arm alone: there is nothing to compare."
+    spoken = [
+        f"{arm.upper()}, over {num_seeds} seeds and {num_examples} examples, "
+        f"{'; '.join(_clause(one, metric, len(found)) for one in wanted)}."
+        for arm, wanted in wanted_of(found).items()
+    ]
+    return " ".join(spoken)
+
+
+def _clause(one: Mapping[str, Any], metric: str, num_comparisons: int) -> str:
+    low, high = one["interval"]
+    bounds = f"{amount(low, metric).split()[0]} to {amount(high, metric).split()[0]}"
+    against = f"against {one['before'].upper()}: {amount(one['mean'], metric)} (95 % interval {bounds})"
+    if low <= 0 <= high:
+        smallest = one["detectable_difference"]
+        needs = (
+            "" if smallest is None else f"; this experiment would find about {amount(smallest, metric, signed=False)}"
+        )
+        return f"{against}, so no difference is shown{needs}"
+    if one["p_holm"] >= SIGNIFICANCE:
+        return f"{against}, which does not survive the correction for {num_comparisons} comparisons"
+    is_better = (low > 0) != (metric == "nll")
+    return f"{against}, {'a gain' if is_better else 'a loss'} beyond chance over examples and seeds"
+
+
+def seeds_text(result: Mapping[str, Any], *, width: int = 100) -> str:
+    """Arms, differences, verdict and notes for a terminal; `sd` is the standard deviation between seeds."""
+    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False)
+    metric, seeds = result["metric"], result["seeds"]
+    title = f"{result['task']}: {len(seeds)} seeds ({', '.join(map(str, seeds))}), n {result['num_examples']} each"
+    if result["temperature"] > 0:
+        title += f", {manner(result['temperature'], result['num_samples'])}"
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for name in ("", "mean", "95 % interval", "p Holm", "sd", "each seed"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for arm, spread in result["arms"].items():
+        table.add_row(arm, *_cells(spread, metric, signed=False))
+    for one in result["comparisons"]:
+        table.add_row(f"{one['after']} - {one['before']}", *_cells(one, metric, signed=True))
+    console.print(title)  # not the table's own, which would be wrapped at the width of the table
+    console.print(table)
+    if result["num_samples"] > 1:
+        console.print(pass_table(result["arms"]))
+    console.print(result["verdict"])
+    for note in result["notes"]:
+        console.print(f"Note: {note}")
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+
+def _cells(spread: Mapping[str, Any], metric: str, *, signed: bool) -> list[str]:
+    def number(value: float, *, signed: bool = signed) -> str:
+        return amount(value, metric, signed=signed).split()[0]
+
+    p_holm = f"{spread['p_holm']:.3f}" if signed else ""
+    deviation = number(spread["standard_deviation"], signed=False)
+    each = " ".join(number(value) for value in spread["values"])
+    return [number(spread["mean"]), " to ".join(map(number, spread["interval"])), p_holm, deviation, each]
+
+
+def _refuse_another_denominator(
+    first_folder: Path, first: Mapping[str, Any], folder: Path, report: Mapping[str, Any]
+) -> None:
+    for name in DENOMINATOR:
+        if report[name] != first[name]:
+            raise DataError(
+                f"{folder} and {first_folder} cannot be put together: their {name} differ ({report[name]!r}, "
+                f"{first[name]!r}); evaluate both on the same test set"
+            )
+    if list(report["arms"]) != list(first["arms"]):
+        raise DataError(f"{folder} and {first_folder} cannot be put together: their arms differ; run the same arms")

@@ -1,0 +1,9 @@
+"""A sandbox for model-written programs: `open_sandbox().passes(program, tests, setup)`.
+
+A program passes if its functions give the right values. It runs in one sandbox and the tests in another, so that the
+verdict is made where the program cannot reach: see `inside/judge.py`.
+"""
+
+from spd_dist.sandbox.sandbox import Limits, Sandbox, SandboxError, Verdict, open_sandbox
+
+__all__ = ["Limits", "Sandbox", "SandboxError", "Verdict", "open_sandbox"]

@@ -1,0 +1,139 @@
+"""Giving up, for good, what a foreign program must not have; refusing system calls that no exercise needs."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import resource
+import struct
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+REFUSED: Mapping[str, tuple[int, int]] = {
+    "socket": (41, 198),
+    "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "pidfd_getfd": (438, 438),
+    "unshare": (272, 97), "setns": (308, 268), "chroot": (161, 51), "pivot_root": (155, 41),
+    "mount": (165, 40), "umount2": (166, 39), "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430),
+    "fsconfig": (431, 431), "fsmount": (432, 432), "fspick": (433, 433), "mount_setattr": (442, 442),
+    "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219),
+    "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282), "io_uring_setup": (425, 425),
+    "memfd_create": (319, 279), "memfd_secret": (447, 447),
+    "shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190), "mq_open": (240, 180),
+}  # fmt: skip
+"""By name: the numbers on x86_64 and on aarch64."""
+
+
+class _Machine(NamedTuple):
+    audit_number: int
+    column: int
+    clone: int
+    clone3: int
+
+
+_MACHINES = {"x86_64": _Machine(0xC000003E, 0, 56, 435), "aarch64": _Machine(0xC00000B7, 1, 220, 435)}
+_CLONE_NEW = 0x7E020000
+"""The flags of clone that make namespaces."""
+
+_LOAD, _AND, _IF_EQUAL, _IF_AT_LEAST, _RETURN = 0x20, 0x54, 0x15, 0x35, 0x06
+_NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16
+_ALLOW, _FAIL, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
+_OTHER_ABI = 0x40000000
+_SET_SECCOMP, _FILTER = 22, 2
+
+
+def can_filter() -> bool:
+    """Whether the numbers on this machine are known."""
+    return os.uname().machine in _MACHINES
+
+
+def refuse_system_calls() -> None:
+    """From now on, this process and its children get EPERM for what is `REFUSED`; needs `can_filter`."""
+    program = _program(_MACHINES[os.uname().machine])
+    instructions = ctypes.create_string_buffer(b"".join(program), 8 * len(program))
+    described = struct.pack("HxxxxxxP", len(program), ctypes.addressof(instructions))
+    call("prctl", _SET_SECCOMP, _FILTER, ctypes.create_string_buffer(described, len(described)), 0, 0)
+
+
+def _program(machine: _Machine) -> list[bytes]:
+    """The filter, as classic BPF."""
+    lines = [
+        _line(_LOAD, _ARCHITECTURE),
+        _line(_IF_EQUAL, machine.audit_number, 1, 0),
+        _line(_RETURN, _KILL),
+        _line(_LOAD, _NUMBER),
+        _line(_IF_AT_LEAST, _OTHER_ABI, 0, 1),
+        _line(_RETURN, _KILL),
+        _line(_IF_EQUAL, machine.clone3, 0, 1),
+        _line(_RETURN, _FAIL | errno.ENOSYS),  # its flags lie in memory: the C library falls back to clone
+    ]
+    for numbers in REFUSED.values():
+        lines += [_line(_IF_EQUAL, numbers[machine.column], 0, 1), _line(_RETURN, _FAIL | errno.EPERM)]
+    lines += [
+        _line(_IF_EQUAL, machine.clone, 0, 4),
+        _line(_LOAD, _FIRST_ARGUMENT),
+        _line(_AND, _CLONE_NEW),
+        _line(_IF_EQUAL, 0, 1, 0),
+        _line(_RETURN, _FAIL | errno.EPERM),
+        _line(_RETURN, _ALLOW),
+    ]
+    return lines
+
+
+def _line(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
+    return struct.pack("HBBI", code, if_true, if_false, value)
+
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+_SET_PARENT_DEATH_SIGNAL, _SET_DUMPABLE, _SET_NO_NEW_PRIVILEGES = 1, 4, 38
+_CAPABILITY_VERSION = 0x20080522
+_MIB = 2**20
+
+
+def call(name: str, *arguments: Any) -> None:
+    """Call a function of the C library that gives 0.
+
+    Raises:
+        OSError: it gives anything else.
+    """
+    if LIBC[name](*arguments) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{name}: {os.strerror(number)}")
+
+
+def die_with_parent() -> None:
+    """Be killed once the parent is gone."""
+    call("prctl", _SET_PARENT_DEATH_SIGNAL, 9, 0, 0, 0)
+
+
+def hide_memory(hidden: bool = True) -> None:
+    """Let no process of the same user read this one's memory, trace it or take its files."""
+    call("prctl", _SET_DUMPABLE, int(not hidden), 0, 0, 0)
+
+
+def give_up_privileges(user: int | None) -> None:
+    """Become `user`, if one is named, drop every capability, and gain nothing by any later exec."""
+    if user is not None:
+        os.setgroups([])
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user)
+    call("capset", (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)())
+    call("prctl", _SET_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
+
+
+def limit_resources(limits: Mapping[str, int]) -> None:
+    """What one process may use; the supervisor watches the sum over all of them."""
+    ceilings = {
+        resource.RLIMIT_AS: limits["memory_mib"] * _MIB,
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_CPU: limits["cpu_seconds"] + 1,  # a little later than the supervisor, which can say why
+        resource.RLIMIT_FSIZE: limits["file_mib"] * _MIB,
+        resource.RLIMIT_MEMLOCK: 0,
+        resource.RLIMIT_MSGQUEUE: 0,
+        resource.RLIMIT_NOFILE: 64,
+        resource.RLIMIT_NPROC: limits["num_processes"],
+        resource.RLIMIT_RTPRIO: 0,
+        resource.RLIMIT_SIGPENDING: 64,
+    }
+    for what, ceiling in ceilings.items():
+        resource.setrlimit(what, (ceiling, ceiling))

@@ -1,0 +1,61 @@
+"""What each stage's result depends on, as hashes: a stage is done once for all arms and runs that these agree for."""
+
+from __future__ import annotations
+
+from spd_dist.arms import ARMS, Arm
+from spd_dist.run import Run
+from spd_dist.storage.artifacts import content_hash
+from spd_dist.storage.completions import CORPUS
+from spd_dist.storage.settings import READ_BY
+
+
+def of_subspace(run: Run, arm: Arm) -> dict[str, str]:
+    """Calibration, and how the subspace is cut; in later rounds of `refit=false`, the round that it is kept from."""
+    settings = run.settings(*READ_BY["project"], arm=arm)
+    found = {"settings": settings, "calibration": content_hash(run.rows("calibration"))}
+    return found | ({} if run.config.refit or not run.rounds_before else {"kept": str(len(run.rounds_before))})
+
+
+def subspace_stage(run: Run, arm: Arm) -> str:
+    """Where an arm's subspace is: at the top of the run, unless its settings make another one."""
+    shared = of_subspace(run, arm) == of_subspace(run, ARMS["spd"])
+    return "project" if shared else arm.stage("project")
+
+
+def of_projection(run: Run, arm: Arm) -> dict[str, str]:
+    """The subspace, and what is made of it; nothing for an arm that is not projected."""
+    if not arm.projects:
+        return {}
+    is_drawn = run.config_of(arm).project.mode == "random"
+    settings = run.settings("project", *(["seed"] if is_drawn else []), arm=arm)
+    return {"projection": settings, "subspace": run.folder.output_hash(subspace_stage(run, arm))}
+
+
+def of_completions(run: Run, arm: Arm) -> dict[str, str]:
+    """Policy, prompts, sampling and projection."""
+    settings = run.settings("seed", "model", "data", "generate", arm=arm)  # `project` counts where the arm is projected
+    return {"settings": settings, "train": content_hash(run.rows("train")), **of_projection(run, arm)}
+
+
+def of_student(run: Run, arm: Arm) -> dict[str, str]:
+    """Policy, training, and what the student learns from; and the arm, that its card names."""
+    found = {"settings": run.settings(*READ_BY["finetune"], arm=arm), "arm": f"{arm.name}: {arm.learns_from}"}
+    if arm.writes:
+        return found | {"completions": run.folder.output_hash(arm.stage("generate"), CORPUS)}
+    references = [run.settings("data", "calibrate.num_examples", arm=arm), run.rows("calibration")]
+    return found | {"references": content_hash(references)}
+
+
+def of_protocol(run: Run) -> dict[str, str]:
+    """Test set, and how it is answered."""
+    is_sampled = run.config.evaluate.temperature > 0
+    settings = run.settings("model", "data", "evaluate", *(["seed"] if is_sampled else []))
+    return {"settings": settings, "test": content_hash(run.rows("test"))}
+
+
+def of_answers(run: Run, arm: Arm) -> dict[str, str]:
+    """Test set, protocol, and the policy that answers."""
+    found = of_protocol(run)
+    if arm.trains:
+        return found | {"student": run.folder.output_hash(arm.stage("finetune"))}
+    return found | of_projection(run, arm)

@@ -1,0 +1,118 @@
+"""What is saved of a student, checked against the trained weights before anyone hears that it is done."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spd_dist.distributed.collectives import on_main, together
+from spd_dist.distributed.zero import frozen_engine, is_sharded
+from spd_dist.errors import DataError, writing
+from spd_dist.models.lora import (
+    PeftModel,
+    adapter_parameters,
+    load_adapter,
+    merged_tensors,
+    remove_adapters,
+    save_adapter,
+)
+from spd_dist.models.model_card import Card, write_card
+from spd_dist.models.policy import Policy
+from spd_dist.models.save_weights import load_saved_model, probe_logits, save_model, stored_parameters, whole_tensors
+from spd_dist.stages.context import StageContext
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+"""Largest difference of logits, relative to the largest logit, that rounding explains."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Saves one student. Its methods are collectives, and return what the summary says of them."""
+
+    policy: Policy
+    context: StageContext
+    card: Card
+    probe: tuple[int, ...]
+    trained_logits: Tensor
+    """Of the student on the probe, from the engine that trained it."""
+
+    def adapter(self, adapted: PeftModel) -> dict[str, Any]:
+        """Write `adapter/`, take the adapters off, and load it as a user does, to see that it is the student."""
+        model = self.policy.model
+        partial = self._start("adapter")
+        tensors = dict(whole_tensors(adapter_parameters(adapted)))
+        self._on_main(partial, lambda: save_adapter(adapted, tensors, partial))
+        remove_adapters(adapted)
+        with together("loading the saved adapter"):  # and no rank renames it before all have read it
+            loaded = load_adapter(model, partial)
+        engine = frozen_engine(loaded, self.context.distributed, model.dtype) if is_sharded(model) else None
+        difference = self._difference(probe_logits(loaded, self.probe, self.context.world.device))
+        if engine is not None:
+            engine.destroy()
+        remove_adapters(loaded)
+        self._finish(partial, difference)
+        num_trained = sum(tensor.numel() for tensor in tensors.values())
+        return {"adapter": "adapter", "num_trained_parameters": num_trained, "logits_difference": difference}
+
+    def merged(self, adapted: PeftModel) -> dict[str, Any]:
+        """Write `model/` with the adapters in its weights."""
+        return self._model(merged_tensors(adapted))
+
+    def model(self) -> dict[str, Any]:
+        """Write `model/`."""
+        return self._model(whole_tensors(stored_parameters(self.policy.model)))
+
+    def _model(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
+        partial = self._start("model")
+        save_model(self.policy.model, tensors, partial, world=self.context.world)
+
+        def read_back() -> float:
+            loaded = load_saved_model(partial, self.policy.model.dtype).to(self.context.world.device)
+            return self._difference(probe_logits(loaded, self.probe, self.context.world.device))
+
+        difference = on_main("reading the saved model back", read_back)
+        self._finish(partial, difference)
+        return {"model": "model", "model_logits_difference": difference}
+
+    def _start(self, name: str) -> Path:
+        partial = self.context.folder / f"{name}.partial"
+        self._on_main(partial, lambda: shutil.rmtree(partial, ignore_errors=True))
+        return partial
+
+    def _on_main(self, path: Path, action: Callable[[], None]) -> None:
+        with together(f"saving {path}"):
+            if self.context.world.is_main:
+                with writing(path):
+                    action()
+
+    def _difference(self, logits: Tensor) -> float:
+        return ((logits - self.trained_logits).abs().max() / self.trained_logits.abs().max()).item()
+
+    def _finish(self, partial: Path, difference: float) -> None:
+        """Add tokenizer and card, and rename to the final name, if the logits agree.
+
+        Raises:
+            DataError: they do not.
+        """
+        tolerance = TOLERANCE[self.policy.model.dtype]
+        final = partial.with_suffix("")
+
+        def publish() -> None:
+            if not difference <= tolerance:
+                raise DataError(
+                    f"{partial}: its logits differ from those of the trained model by {difference:.1e} of the largest, "
+                    f"more than {tolerance:.0e}; it is left there to look at, and "
+                    f"{self.context.folder / 'checkpoints'} holds the trained weights"
+                )
+            self.policy.tokenizer.save_pretrained(partial)
+            write_card(self.card, partial, "adapter" if final.name == "adapter" else "model")
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+
+        self._on_main(final, publish)

@@ -1,0 +1,134 @@
+"""The stage: from a policy and its completions to a saved student."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from spd_dist.config import Finetune
+from spd_dist.distributed.collectives import together
+from spd_dist.distributed.zero import frozen_engine, is_sharded, weights_fingerprint
+from spd_dist.errors import DataError
+from spd_dist.models.kernels import use_liger
+from spd_dist.models.lora import PeftModel, TokenKeys, add_adapters, key_dropout
+from spd_dist.models.model_card import Card
+from spd_dist.models.policy import Policy
+from spd_dist.seeding import generator
+from spd_dist.stages.context import StageContext
+from spd_dist.stages.finetune.batching import held_out, training_sequences
+from spd_dist.stages.finetune.student_export import Export
+from spd_dist.stages.finetune.training import Corpus, Trainer, TrainingResult
+from spd_dist.storage.artifacts import content_hash
+from spd_dist.types import Completion
+
+NOT_OF_RESULTS = {
+    "micro_batch_size", "packing", "checkpointing", "checkpoint_every", "keep_checkpoints", "keep_every", "merge",
+}  # fmt: skip
+"""Settings of `finetune` that change no trained weight."""
+
+
+def finetune(
+    policy: Policy, completions: Sequence[Completion], config: Finetune, context: StageContext
+) -> dict[str, Any]:
+    """Train `policy` on its own `completions`, and write the student to `context.folder`. A collective.
+
+    It goes on from the newest whole checkpoint in `context.folder`. LoRA leaves `policy` as it was; full fine-tuning
+    leaves the student in it, without an engine.
+
+    Returns:
+        The summary: sequences and tokens, losses by epoch, steps, seconds, and what was saved.
+
+    Raises:
+        ConfigError: settings that this model or DeepSpeed cannot follow.
+        DataError: the weights are not as they were loaded, nothing is supervised, or a loss or gradient is not finite.
+        StopRequested: `context.should_stop` said so; a checkpoint is there.
+    """
+    started = time.perf_counter()
+    _check_untouched(policy)
+    with together("preparing the fine-tuning"):
+        corpus = _corpus(policy, completions, config, context)
+        if config.liger:
+            use_liger(policy.model, context.world.device)
+        adapted = None
+        if config.mode == "lora":
+            seeded = generator(context.seed, "finetune", "adapters")
+            adapted = add_adapters(policy.model, config, generator=seeded)
+        else:
+            policy.model.requires_grad_(True)
+    keys = key_dropout(adapted) if adapted is not None else TokenKeys()
+    outcome = Trainer(policy, corpus, config, context, keys=keys).run()
+    summary = {
+        "num_sequences": len(corpus.train),
+        "num_validation_sequences": len(corpus.validation),
+        "num_targets": sum(sequence.num_targets for sequence in corpus.train),
+        "num_cut": sum(len(one.prompt_tokens) + len(one.tokens) > config.max_tokens for one in completions),
+        "num_steps": outcome.state.step,
+        "saved_step": outcome.saved_step,
+        "stopped_early": outcome.state.stopped_early,
+        "epochs": outcome.state.epochs,
+    }
+    summary |= _save(policy, adapted, corpus, config, context, outcome=outcome)
+    return {**summary, "seconds": time.perf_counter() - started}
+
+
+def _check_untouched(policy: Policy) -> None:
+    policy.release()
+    found = weights_fingerprint(policy.model)
+    with together("checking the base weights"):
+        if found != policy.fingerprint:
+            raise DataError(
+                f"model.name: the weights of {policy.name} changed since they were loaded, and fine-tuning starts from "
+                "the untouched ones; load the policy again"
+            )
+
+
+def _corpus(policy: Policy, completions: Sequence[Completion], config: Finetune, context: StageContext) -> Corpus:
+    sequences = training_sequences(completions, config, pad_token_id=policy.pad_token_id)
+    train, validation = held_out(sequences, config.validation_fraction, generator(context.seed, "finetune", "held out"))
+    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_OF_RESULTS}
+    data = [dataclasses.astuple(sequence) for sequence in sequences]
+    return Corpus(train, validation, content_hash([policy.fingerprint, settings, context.seed, data]))
+
+
+def _save(
+    policy: Policy,
+    adapted: PeftModel | None,
+    corpus: Corpus,
+    config: Finetune,
+    context: StageContext,
+    *,
+    outcome: TrainingResult,
+) -> dict[str, Any]:
+    card = Card(
+        base_model=policy.name,
+        base_path=policy.model.name_or_path,
+        loss_on=config.loss_on,
+        facts={
+            **context.facts,
+            "completions": f"{len(corpus.train)}, of the base model itself",
+            "fine-tuning": _described(config),
+            "steps": f"{outcome.saved_step} of {config.global_batch_size} sequences",
+            "identity of settings, weights and data": corpus.identity[:16],
+        },
+        epochs=outcome.state.epochs,
+    )
+    export = Export(policy, context, card, corpus.probe, outcome.probe_logits)
+    if adapted is None:
+        return export.model()
+    saved = export.merged(adapted) if config.merge else {}
+    saved |= export.adapter(adapted)
+    if is_sharded(policy.model):
+        policy.engine = frozen_engine(policy.model, context.distributed, policy.model.dtype)
+    return saved
+
+
+def _described(config: Finetune) -> str:
+    if config.mode == "full":
+        return f"all parameters, AdamW, learning rate {config.learning_rate:g}"
+    name = {"lora": "LoRA", "rslora": "rank-stabilised LoRA", "dora": "DoRA"}[config.lora_variant]
+    return (
+        f"{name} of rank {config.lora_rank} on {', '.join(config.lora_targets)}, AdamW, "
+        f"learning rate {config.learning_rate:g}"
+    )

@@ -1,0 +1,230 @@
+"""What is to be generated, what is done already, and which worker does the rest."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spd_dist.config import Generate
+from spd_dist.distributed.collectives import all_equal, broadcast_object, gather_objects, on_main
+from spd_dist.distributed.world import World
+from spd_dist.errors import ConfigError, DataError
+from spd_dist.inference.decode import Decoded, Request, longest_first
+from spd_dist.inference.open_engine import open_engine
+from spd_dist.inference.sampling import Sampling
+from spd_dist.models.policy import Policy
+from spd_dist.projection.operators import projection_hash
+from spd_dist.seeding import row_seed
+from spd_dist.stages.generate.merge_corpus import Attempt, check_leakage, merge
+from spd_dist.storage.artifacts import JsonlWriter
+from spd_dist.storage.completions import MERGED, Key, as_row, gathered, part_name
+from spd_dist.tracking.progress import Progress
+from spd_dist.types import Completion, Projection, Prompt
+
+log = logging.getLogger(__name__)
+
+
+def sampling_of(config: Generate) -> Sampling:
+    """How the tokens are drawn."""
+    return Sampling(
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        min_p=config.min_p,
+        repetition_penalty=config.repetition_penalty,
+        max_new_tokens=config.max_new_tokens,
+    )
+
+
+def requests_for(prompts: Sequence[Prompt], num_samples: int, seed: int) -> list[Request]:
+    """Every completion of the corpus, in its order: prompts as they come, then samples.
+
+    Raises:
+        DataError: two prompts of one id, or a prompt without tokens.
+    """
+    seen: set[str] = set()
+    for prompt in prompts:
+        if prompt.id in seen:
+            raise DataError(f"two prompts have the id {prompt.id!r}; ids name completions, so each needs its own")
+        if not prompt.tokens:
+            raise DataError(f"prompt {prompt.id!r} has no tokens; drop it, or use data.template=chat")
+        seen.add(prompt.id)
+    return [
+        Request(prompt.id, sample, prompt.tokens, row_seed(seed, prompt.id, sample))
+        for prompt in prompts
+        for sample in range(num_samples)
+    ]
+
+
+def share_of(requests: Iterable[Request], index: int, count: int) -> list[Request]:
+    """Every `count`-th request, of all sorted by length: shares are alike in work, and no two overlap."""
+    return longest_first(requests)[index::count]
+
+
+def check_tasks(config: Generate) -> None:
+    """Refuse a task that is not one of the array.
+
+    Raises:
+        ConfigError: `task_index` is not below `num_tasks`.
+    """
+    if config.task_index >= config.num_tasks:
+        raise ConfigError(
+            f"generate.task_index: {config.task_index} is not valid; it must be below "
+            f"generate.num_tasks={config.num_tasks}"
+        )
+
+
+def remaining(requests: Sequence[Request], done: Mapping[Key, Completion]) -> list[Request]:
+    """The requests that no line answers yet.
+
+    Raises:
+        DataError: a line that answers no request, or one whose seed or prompt is another.
+    """
+    wanted = {(request.id, request.sample): request for request in requests}
+    for key, completion in done.items():
+        request = wanted.get(key)
+        if request is None or (request.seed, request.tokens) != (completion.seed, completion.prompt_tokens):
+            raise DataError(
+                f"generate/completions holds prompt {completion.id!r}, sample {completion.sample}, of another seed, "
+                "prompt or data set; delete generate/, or give this run a run_dir of its own"
+            )
+    return [request for key, request in wanted.items() if key not in done]
+
+
+def generate(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    projection: Projection | None,
+    config: Generate,
+    *,
+    seed: int,
+    folder: Path,
+    world: World,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write `folder/completions/completions.jsonl` and `folder/summary.json`; the summary is given on every rank.
+
+    A collective. Every rank is given all prompts; rank 0's projection is used on all. Lines that an earlier attempt
+    left are kept, whatever its world size. As one task of an array (`num_tasks` > 1) it makes its share, and the task
+    that finds the corpus complete merges it; before that the summary says `is_complete: False`.
+
+    Args:
+        policy: The untouched policy; so it is left.
+        prompts: In the corpus's order.
+        projection: None for plain self-training, as of PSR and SSD.
+        config: Its section.
+        seed: The run's; with prompt id and sample index it makes a completion.
+        folder: The stage's.
+        world: This process among all.
+        progress: Told of each completion.
+
+    Raises:
+        DataError: the folder holds another corpus, a prompt is too long, the engine does not run the projected policy,
+            the corpus fails a check, memory or disk is full.
+        ConfigError: settings that can't be met.
+    """
+    check_tasks(config)
+    projection = same_on_all_ranks(projection, world)
+    requests = requests_for(prompts, config.num_samples, seed)
+    if not requests:
+        raise DataError("generate: there is no prompt; set data.train, or raise data.num_train")
+    own = _own_work(requests, config, folder / "completions", world, progress)
+    engine_of = open_engine(
+        policy,
+        projection,
+        config,
+        world,
+        work=own or (requests[:1] if world.is_main else []),
+        longest=longest_first(requests)[0],
+        scratch=folder / f"engine-{config.task_index:05d}-of-{config.num_tasks:05d}",
+    )
+    with engine_of as opened, closing(opened.engine.complete(own, sampling_of(config))) as decoded:
+        started = time.monotonic()
+        part = PartWriter(folder / "completions", config, world)
+        num_tokens = part.write(decoded, policy, progress) if own else 0
+        attempt = Attempt.of(opened, num_tokens=num_tokens, seconds=time.monotonic() - started)
+        check_leakage(attempt, policy.model.dtype)
+    attempts = [attempt] if world.size == 1 else gather_objects(attempt)
+    return on_main("merging the completions", lambda: merge(requests, config, folder, attempts))
+
+
+def same_on_all_ranks(projection: Projection | None, world: World) -> Projection | None:
+    """Rank 0's projection on every rank, compared by hash.
+
+    Raises:
+        DataError: what arrived is not the same on every rank.
+    """
+    if world.size == 1:
+        return projection
+    projection = broadcast_object(projection)
+    if not all_equal("none" if projection is None else projection_hash(projection)):
+        raise DataError("the projection differs between ranks after its broadcast; check the network and start again")
+    return projection
+
+
+def _own_work(
+    requests: Sequence[Request], config: Generate, completions: Path, world: World, progress: Progress | None
+) -> list[Request]:
+    """This rank's part of what the array's task has not done yet: the same division on all ranks."""
+
+    def open_keys() -> set[tuple[str, int]]:
+        completions.mkdir(parents=True, exist_ok=True)
+        todo = {(request.id, request.sample) for request in remaining(requests, gathered(completions))}
+        if todo and (completions / MERGED).exists():
+            raise DataError(
+                f"{completions / MERGED} lacks {len(todo)} of {len(requests)} completions; delete {completions.parent} "
+                "and start the same command again"
+            )
+        return todo
+
+    todo = on_main("reading what was generated before", open_keys)
+    share = share_of(requests, config.task_index, config.num_tasks)
+    left = [request for request in share if (request.id, request.sample) in todo]
+    num_done = len(share) - len(left)
+    if num_done and world.is_main:
+        log.info("generate: %d of %d completions were made before", num_done, len(share))
+    own = share_of(left, world.rank, world.size)
+    if progress is not None:
+        skipped = num_done // world.size
+        progress.begin(len(own) + skipped, skipped)
+    return own
+
+
+@dataclass(frozen=True)
+class PartWriter:
+    """The file that this rank appends to."""
+
+    completions: Path
+    config: Generate
+    world: World
+
+    def write(self, decoded: Iterable[Decoded], policy: Policy, progress: Progress | None) -> int:
+        """Append each completion as it finishes; give the number of their tokens.
+
+        Nothing, if other tasks have finished the corpus while this one loaded its model: two arrays may overlap.
+        """
+        if (self.completions / MERGED).exists():
+            log.info("generate: other tasks have made the rest meanwhile")
+            return 0
+        task = {"task": self.config.task_index, "num_tasks": self.config.num_tasks}
+        num_tokens = 0
+        with JsonlWriter(self.completions / part_name(self.world.rank, self.world.size, **task)) as lines:
+            for one in decoded:
+                lines.write(as_row(_completion(one, policy)))
+                num_tokens += len(one.tokens)
+                if progress is not None:
+                    progress.advance(1, len(one.tokens))
+        return num_tokens
+
+
+def _completion(decoded: Decoded, policy: Policy) -> Completion:
+    request = decoded.request
+    text = policy.tokenizer.decode(decoded.tokens, skip_special_tokens=True)
+    return Completion(
+        request.id, request.sample, request.seed, request.tokens, decoded.tokens, text, decoded.finish_reason
+    )

@@ -1,0 +1,161 @@
+"""All parts become one corpus, in one order, after it was checked."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spd_dist.config import Generate
+from spd_dist.distributed.lock import alone_in
+from spd_dist.errors import DataError
+from spd_dist.inference.decode import Request
+from spd_dist.inference.open_engine import Opened
+from spd_dist.storage.artifacts import read_json, write_json
+from spd_dist.storage.completions import MERGED, Key, gathered, is_empty, is_repetitive, write_merged
+from spd_dist.types import Completion
+
+log = logging.getLogger(__name__)
+
+MANY_CUT = 0.5
+"""Share of completions without an end that is worth a warning."""
+
+
+def canonical(requests: Sequence[Request], by_key: Mapping[Key, Completion]) -> list[Completion]:
+    """All completions in the corpus's order.
+
+    Raises:
+        DataError: some are missing.
+    """
+    missing = [request for request in requests if (request.id, request.sample) not in by_key]
+    if missing:
+        first = ", ".join(f"{request.id!r} sample {request.sample}" for request in missing[:3])
+        raise DataError(
+            f"{len(missing)} of {len(requests)} completions are missing ({first}, ...); start the same command again"
+        )
+    return [by_key[request.id, request.sample] for request in requests]
+
+
+def corpus_summary(completions: Sequence[Completion]) -> dict[str, Any]:
+    """Counts, lengths, finish reasons and rates of a corpus."""
+    num = len(completions)
+    num_tokens = [len(completion.tokens) for completion in completions]
+    return {
+        "num_prompts": len({completion.id for completion in completions}),
+        "num_completions": num,
+        "num_tokens": sum(num_tokens),
+        "mean_tokens": sum(num_tokens) / num if num else 0.0,
+        "finish_reasons": dict(sorted(Counter(completion.finish_reason for completion in completions).items())),
+        "empty_rate": sum(map(is_empty, completions)) / num if num else 0.0,
+        "repetition_rate": sum(map(is_repetitive, completions)) / num if num else 0.0,
+        "length_rate": sum(one.finish_reason == "length" for one in completions) / num if num else 0.0,
+    }
+
+
+def check_rates(summary: Mapping[str, Any], config: Generate) -> None:
+    """Fail loudly on a corpus that is not worth training on, and warn of one that teaches no end.
+
+    Raises:
+        DataError: too many completions are empty, repeat themselves, or were cut.
+    """
+    limits = {
+        "empty": (config.max_empty_rate, "data.template or generate.temperature"),
+        "repetition": (config.max_repetition_rate, "generate.temperature or generate.repetition_penalty"),
+        "length": (config.max_length_rate, "generate.max_new_tokens"),
+    }
+    for name, (limit, cause) in limits.items():
+        rate = summary[f"{name}_rate"]
+        if rate > limit:
+            raise DataError(
+                f"generate: the {name} rate of the completions is {rate:.3f}, above generate.max_{name}_rate={limit}; "
+                "look at them with launchers/corpus.py; then raise that limit and start again in this run_dir, where "
+                f"they are kept, or change {cause} in another one"
+            )
+    if summary["length_rate"] > MANY_CUT:
+        log.warning(
+            "generate: %.0f %% of the completions were cut at generate.max_new_tokens=%d: a student learns from them "
+            "to go on without an end; generate.max_length_rate makes this an error",
+            100 * summary["length_rate"], config.max_new_tokens,
+        )  # fmt: skip
+
+
+LARGEST_LEAKAGE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What one rank did in this attempt."""
+
+    engine: str
+    placement: str
+    num_tokens: int
+    seconds: float
+    hook_calls: dict[str, int]
+    leakage: float | None
+
+    @classmethod
+    def of(cls, opened: Opened, *, num_tokens: int, seconds: float) -> Attempt:
+        """As the engine and its projection report it."""
+        monitor = opened.monitor
+        calls = {} if monitor is None else {str(site): count for site, count in monitor.calls.items()}
+        leakage = None if monitor is None else monitor.leakage()
+        return cls(opened.engine.name, opened.placement, num_tokens, seconds, calls, leakage)
+
+
+def check_leakage(attempt: Attempt, dtype: torch.dtype) -> None:
+    """Refuse keys or values that leave the subspace.
+
+    Raises:
+        DataError: beyond what rounding in `dtype` explains.
+    """
+    limit = LARGEST_LEAKAGE[dtype]
+    if attempt.leakage is not None and not attempt.leakage <= limit:
+        raise DataError(
+            f"generate: leakage ||z(I-P)|| / ||z|| is {attempt.leakage:.2e}, above {limit:.0e}: the projection does "
+            "not hold; set generate.apply_as=hook"
+        )
+
+
+def merge(requests: Sequence[Request], config: Generate, folder: Path, attempts: Sequence[Attempt]) -> dict[str, Any]:
+    """Write the corpus and its summary, if it is complete; only an array's task may find that it is not.
+
+    What another task has merged stays as it is, and so does its summary.
+
+    Raises:
+        DataError: completions are missing, differ, or fail a check.
+    """
+    with alone_in(folder):
+        by_key = gathered(folder / "completions")
+        described = _described(attempts)
+        if config.num_tasks > 1 and len(by_key) < len(requests):
+            log.info("generate: %d of %d completions are there; other tasks make the rest", len(by_key), len(requests))
+            return {"is_complete": False, "num_completions": len(by_key), **described}
+        completions = canonical(requests, by_key)
+        summary = {"is_complete": True, **corpus_summary(completions), **described}
+        check_rates(summary, config)
+        is_merged = (folder / "completions" / MERGED).exists() and (folder / "summary.json").exists()
+        write_merged(folder / "completions", completions)
+        if is_merged:
+            return read_json(folder / "summary.json")
+        write_json(folder / "summary.json", summary)
+        return summary
+
+
+def _described(attempts: Sequence[Attempt]) -> dict[str, Any]:
+    seconds = max(attempt.seconds for attempt in attempts)
+    num_tokens = sum(attempt.num_tokens for attempt in attempts)
+    leakages = [attempt.leakage for attempt in attempts if attempt.leakage is not None]
+    return {
+        "engine": attempts[0].engine,
+        "placement": attempts[0].placement,
+        "seconds": round(seconds, 3),
+        "num_new_tokens": num_tokens,
+        "tokens_per_second": round(num_tokens / max(seconds, 1e-9), 1),
+        "hook_calls": {site: sum(one.hook_calls[site] for one in attempts) for site in attempts[0].hook_calls},
+        "leakage": max(leakages, default=None),
+    }

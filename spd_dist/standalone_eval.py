@@ -1,0 +1,108 @@
+"""One model, evaluated by itself on several tasks: each task is a run of its own, of the evaluate stage alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from spd_dist.config import Config
+from spd_dist.distributed.collectives import on_main, together
+from spd_dist.distributed.world import World
+from spd_dist.errors import ConfigError
+from spd_dist.inference.placement import load_to_answer
+from spd_dist.models.policy import Policy, load_policy
+from spd_dist.process.signals import StopSignals
+from spd_dist.process.stopping import watch
+from spd_dist.run import Run
+from spd_dist.stage_inputs import of_protocol
+from spd_dist.stages.evaluate import evaluate_arm
+from spd_dist.storage.artifacts import content_hash, read_json, sha256_of, write_json
+
+ARM = "model"
+"""What the answers are filed under: TASK/evaluate/model/TASK.jsonl in the folder."""
+
+
+def evaluate_alone(
+    config: Config,
+    tasks: Mapping[str, str | None],
+    *,
+    adapter: Path | None = None,
+    world: World,
+    signals: StopSignals,
+) -> dict[str, Any]:
+    """Let the model answer the test set of every task; write `summary.json`, and give what it holds. A collective.
+
+    Start it again to go on where it stopped: what is answered is not answered again.
+
+    Args:
+        config: Its `run_dir` is the folder of all tasks; `data.task` is overruled.
+        tasks: Their names, and where their test rows come from, if not from where `config` or the task says.
+        adapter: A LoRA adapter's folder, to be merged into the model.
+        world: This process among all.
+        signals: Ask to stop.
+
+    Raises:
+        UserError: what the user can put right, found for every task before the first is answered.
+    """
+    with together("looking at the adapter"):
+        inputs = {} if adapter is None else {"adapter": fingerprint_of(adapter)}
+    watch(signals, Path(config.run_dir))
+    job = {"first": "evaluate", "last": "evaluate"}
+    runs = [Run(of_task(config, task, source), world, signals, **job) for task, source in tasks.items()]
+    for run in runs:
+        run.rows("test")
+
+    @functools.cache
+    def policy() -> Policy:
+        if adapter is None:
+            return load_policy(config.model, config.distributed, world)
+        longest = max(run.test_set().longest for run in runs)
+        return load_to_answer(config, world, adapter=adapter, longest=longest)
+
+    found = {run.task.name: _answered(run, policy, inputs) for run in runs}
+    name = None if adapter is None else str(adapter)
+    asked = {"seed": config.seed, "temperature": config.evaluate.temperature}
+    summary = {"model": config.model.name, "adapter": name, **asked, "tasks": found}
+    on_main("writing the summary", lambda: write_json(Path(config.run_dir) / "summary.json", summary))
+    return summary
+
+
+def of_task(config: Config, task: str, source: str | None) -> Config:
+    """The config of the run of one task."""
+    data = dataclasses.replace(config.data, task=task, test=source or config.data.test)
+    return dataclasses.replace(config, run_dir=str(Path(config.run_dir) / Path(task).stem), data=data)
+
+
+def fingerprint_of(adapter: Path) -> str:
+    """A hash of an adapter's files.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not (adapter / "adapter_config.json").is_file():
+        raise ConfigError(f"--adapter: {adapter} holds no adapter_config.json; name a folder that peft has saved")
+    return content_hash({file.name: sha256_of(file) for file in sorted(adapter.glob("adapter_*"))})
+
+
+def _answered(run: Run, policy: Callable[[], Policy], inputs: dict[str, str]) -> dict[str, Any]:
+    """The summary of one task."""
+    config = run.config
+
+    def work(folder: Path) -> None:
+        test_set = run.test_set()
+        with run.progress("evaluate", None, f"answers to {run.task.name}") as progress:
+            summary = evaluate_arm(
+                policy(), test_set, config.evaluate, arm=ARM, folder=folder, world=run.world, progress=progress
+            )
+        on_main("writing the summary of the answers", lambda: write_json(folder / "summary.json", summary))
+
+    with run.kept_status("evaluate"), run.opened():
+        run.run_stage("evaluate", of_protocol(run) | inputs, ["summary.json", ARM], work)
+        summary = on_main(
+            "reading the summary of the answers", lambda: read_json(run.folder.folder("evaluate") / "summary.json")
+        )
+        run.metrics.log("evaluate", {summary["metric"]: summary["value"]}, summary["num_examples"])
+    return summary | {"test_size": run.task.test_size}

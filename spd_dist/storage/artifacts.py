@@ -1,0 +1,222 @@
+"""Files that appear whole: written beside, synced, renamed. JSON Lines that survive a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from spd_dist.errors import MAKE_ROOM, DataError, MissingError, writing
+
+PARTIAL = ".partial"
+
+
+class TensorFile(NamedTuple):
+    """What a safetensors file holds."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A path beside `path` to write to: it takes the place of `path` when the body is done, and is removed if it fails.
+
+    Raises:
+        DataError: the disk is full or may not be written.
+    """
+    path = Path(path)
+    partial = partial_path(path)
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            _sync(partial)
+            os.replace(partial, path)
+            _sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def partial_path(path: Path) -> Path:
+    """Where `path` is written before it is renamed: a name of this process, since array jobs share run folders."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}{PARTIAL}")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` whole."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write plain data as indented JSON; NaN and infinities are refused, since other readers do."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """The data of a JSON file.
+
+    Raises:
+        DataError: the file is missing or not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise missing(path) from error
+    except ValueError as error:
+        raise corrupt(path, error) from error
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors and string metadata as safetensors, from whatever device they are on.
+
+    Raises:
+        DataError: the disk is full or may not be written.
+    """
+    with replacing(path) as partial:
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, dict(metadata or {}))
+        except SafetensorError as error:
+            raise DataError(f"{path} cannot be written: {error}; {MAKE_ROOM}") from error
+
+
+def read_tensors(path: str | Path) -> TensorFile:
+    """The tensors, on the CPU, and the metadata of a safetensors file.
+
+    Raises:
+        DataError: the file is missing or not safetensors.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return TensorFile({name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {})  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise missing(path) from error
+    except SafetensorError as error:
+        raise corrupt(path, error) from error
+
+
+def sha256_of(path: str | Path) -> str:
+    """The hash of a file's bytes."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError as error:
+        raise missing(path) from error
+
+
+def content_hash(value: Any) -> str:
+    """The hash of plain data (numbers, strings, lists, mappings), whatever the order of keys; a tuple is a list."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def missing(path: str | Path) -> MissingError:
+    """The error for an artifact that is not there."""
+    remedy = "start the run again without --from, so that the stage that writes it is done"
+    return MissingError(f"{path} is missing; {remedy}")
+
+
+def corrupt(path: str | Path, error: Exception) -> DataError:
+    """The error for an artifact that cannot be read."""
+    return DataError(f"{path} is corrupt ({error}); delete it and start the same command again: its stage is redone")
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class JsonlWriter:
+    """Appends one line a call, and flushes it; what a killed process left of its last line is cut off at the start."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 - closed by `close`
+        self._drop_torn_line()
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append `row`.
+
+        Raises:
+            DataError: the disk is full; the lines before it are kept, and no half line is.
+        """
+        line = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        start, written = os.fstat(self._file.fileno()).st_size, 0
+        with writing(self.path):
+            try:
+                while written < len(line):
+                    written += self._file.write(line[written:])
+            except OSError:
+                if written:
+                    self._file.truncate(start)
+                raise
+
+    def close(self) -> None:
+        """Sync the lines to disk and close the file."""
+        if not self._file.closed:
+            with writing(self.path), self._file:  # NFS says only here that the disk is full
+                os.fsync(self._file.fileno())
+
+    def _drop_torn_line(self) -> None:
+        end = _end_of_last_line(self._file)
+        if end < os.fstat(self._file.fileno()).st_size:
+            self._file.truncate(end)
+
+    def __enter__(self) -> JsonlWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a file; a last line without its end is not a row yet.
+
+    Raises:
+        DataError: the file is missing, or a line that is whole is not a JSON object.
+    """
+    try:
+        *lines, _torn = Path(path).read_bytes().split(b"\n")
+    except FileNotFoundError as error:
+        raise missing(path) from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise corrupt(f"{path}, line {number}", error) from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number}: {row!r} is not an object; write one {{...}} a line")
+        rows.append(row)
+    return rows
+
+
+def _end_of_last_line(file: BinaryIO) -> int:
+    """Number of bytes up to and with the last line end, read from the back: logs grow large."""
+    block = 1 << 16
+    position = file.seek(0, os.SEEK_END)
+    while position > 0:
+        start = max(0, position - block)
+        file.seek(start)
+        found = file.read(position - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        position = start
+    return 0

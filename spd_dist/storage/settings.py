@@ -1,0 +1,110 @@
+"""The settings that results depend on, what differs between two configs, and which stage reads what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from spd_dist.config import STAGES, engine_of
+from spd_dist.storage.artifacts import content_hash
+
+MAY_CHANGE = (
+    "run_dir",
+    "rounds",
+    "metrics",
+    "model.cache_dir",
+    "calibrate.batch_size",
+    "calibrate.checkpointing",
+    "generate.placement",
+    "generate.batch_size",
+    "generate.num_tasks",
+    "generate.task_index",
+    "generate.vllm_python",
+    "generate.max_empty_rate",
+    "generate.max_repetition_rate",
+    "generate.max_length_rate",
+    "finetune.micro_batch_size",
+    "finetune.checkpointing",
+    "finetune.checkpoint_every",
+    "finetune.keep_checkpoints",
+    "finetune.keep_every",
+    "finetune.packing",
+    "finetune.merge",
+    "evaluate.arms",
+    "evaluate.allow_code_execution",
+    "evaluate.batch_size",
+    "evaluate.placement",
+    "distributed.zero_stage",
+    "distributed.timeout_seconds",
+    "distributed.time_limit_seconds",
+    "distributed.time_margin_seconds",
+    "distributed.threads",
+    "distributed.interface",
+)
+"""Config keys, or whole sections, that do not change results: they may differ when a run goes on."""
+
+ENGINE_KEYS = ("generate.engine", "generate.vllm_python", "generate.command")
+"""What decides the engine; of these, the interpreter's path may change while the engine is the same."""
+CUT = ("rank_rule", "rank", "fraction", "energy", "centered", "insertion")
+"""Settings of `project` that shape the subspace; the others say what is done with it."""
+READ_BY = {
+    "project": ("model", "data", "calibrate", "sketch", "reduce", *(f"project.{name}" for name in CUT)),
+    "generate": ("seed", "model", "data", "generate", "project"),
+    "finetune": ("seed", "model", "finetune"),
+    "evaluate": ("seed", "model", "data", "evaluate"),
+}
+"""A stage's folder: the sections and keys of the config that its own work reads, in the order in which stages run."""
+
+
+def result_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that results depend on, by dotted key.
+
+    All but `MAY_CHANGE`; of these the engine that `auto` takes, and the batch size if it fixes the shapes.
+    """
+    flat = settings_by_key(config)
+    if "generate.engine" in flat:
+        flat["generate.engine"] = engine_of(*map(flat.get, ENGINE_KEYS))
+    shapes = ("generate.batch_size",) if flat.get("generate.batch_invariant") else ()
+    return {key: value for key, value in flat.items() if key in shapes or not is_of(key, MAY_CHANGE)}
+
+
+def settings_hash(config: Mapping[str, Any], *names: str) -> str:
+    """The hash of the settings that results depend on, of these sections and keys (`generate`, `project.rank`)."""
+    settings = result_settings(config)
+    return content_hash({key: value for key, value in settings.items() if is_of(key, names)})
+
+
+def settings_by_key(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key; tuples as lists, which is what YAML gives back."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= settings_by_key(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def folder_of(stage: str) -> str:
+    """The folder that a stage fills: the first four fill one."""
+    return stage if stage in READ_BY else "project"
+
+
+def is_of(key: str, names: Iterable[str]) -> bool:
+    """Whether a dotted key is one of `names`, or in a section that is."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, str]:
+    """The keys whose values differ, each with a sentence that names both."""
+    keys = sorted(before.keys() | after.keys())
+    both = {key: (before.get(key), after.get(key)) for key in keys}
+    return {key: f"{key} is {old!r} there and {new!r} now" for key, (old, new) in both.items() if old != new}
+
+
+def first_reader(keys: Iterable[str]) -> str:
+    """The first stage whose work reads one of the keys; the last one if none does."""
+    keys = list(keys)
+    found = (folder for folder, names in READ_BY.items() if any(is_of(key, names) for key in keys))
+    folder = next(found, STAGES[-1])
+    return STAGES[0] if folder == "project" else folder

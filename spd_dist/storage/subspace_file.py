@@ -1,0 +1,92 @@
+"""The subspace as an artifact: `project/subspace.safetensors`, readable by any safetensors library.
+
+Tensors: `layers.L.KIND.basis_DR` (float32), and `layers.L.KIND.singular_value_D` (float64, of the stacked gradient
+rows). Metadata: `sites`, JSON with the other fields of each site; and the subspace's own: base model, hashes.
+
+Shapes: D width of a site, R rank of its subspace.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from spd_dist.errors import DataError
+from spd_dist.storage.artifacts import read_tensors, write_tensors
+from spd_dist.types import Certificate, KVSite, SiteSubspace, Subspace
+
+SITES = "sites"
+
+
+def save_subspace(path: str | Path, subspace: Subspace) -> None:
+    """Write the subspace whole."""
+    write_tensors(path, _tensors(subspace), {**subspace.metadata, SITES: json.dumps(_described(subspace))})
+
+
+def load_subspace(path: str | Path) -> Subspace:
+    """The subspace of a file, on the CPU.
+
+    Raises:
+        DataError: the file is missing, corrupt, or no subspace.
+    """
+    file = read_tensors(path)
+    if SITES not in file.metadata:
+        raise DataError(f"{path} is no subspace: its metadata has no `{SITES}`; give a project/subspace.safetensors")
+    metadata = dict(file.metadata)
+    described = json.loads(metadata.pop(SITES))
+    return Subspace(dict(_read_site(path, fields, file.tensors) for fields in described), metadata)
+
+
+def fingerprint(subspace: Subspace) -> str:
+    """The hash of everything that a subspace holds: equal on all ranks after the broadcast."""
+    digest = hashlib.sha256(json.dumps([_described(subspace), dict(subspace.metadata)], sort_keys=True).encode())
+    for name, tensor in sorted(_tensors(subspace).items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _tensors(subspace: Subspace) -> dict[str, Tensor]:
+    tensors = {}
+    for site, part in subspace.sites.items():
+        tensors[f"{site}.basis_DR"] = part.basis_DR
+        tensors[f"{site}.singular_value_D"] = part.eigenvalue_D.sqrt()
+    return tensors
+
+
+def _described(subspace: Subspace) -> list[dict[str, Any]]:
+    return [
+        {
+            "site": asdict(site),
+            "energy_fraction": part.energy_fraction,
+            "certificate": asdict(part.certificate),
+            "num_null_directions": part.num_null_directions,
+        }
+        for site, part in subspace.sites.items()
+    ]
+
+
+def _read_site(
+    path: str | Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[KVSite, SiteSubspace]:
+    columns = tuple(tuple(pair) for pair in fields["site"]["columns"])
+    site = KVSite(**fields["site"] | {"columns": columns})
+    missing = [name for name in (f"{site}.basis_DR", f"{site}.singular_value_D") if name not in tensors]
+    if missing:
+        raise DataError(f"{path} has no tensor {missing[0]}; write it again with save_subspace")
+    basis_DR = tensors[f"{site}.basis_DR"]
+    if len(basis_DR) != site.width:
+        raise DataError(f"{path}: {site}.basis_DR has {len(basis_DR)} rows, and the site's width is {site.width}")
+    return site, SiteSubspace(
+        basis_DR=basis_DR,
+        eigenvalue_D=tensors[f"{site}.singular_value_D"].square(),
+        energy_fraction=fields["energy_fraction"],
+        certificate=Certificate(**fields["certificate"]),
+        num_null_directions=fields["num_null_directions"],
+    )

@@ -1,0 +1,96 @@
+"""What a finished stage shows of its artifacts beside the numbers it logged on its way: curves, tables, histograms."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spd_dist.analysis.corpus import corpus_stats
+from spd_dist.storage.artifacts import read_json
+from spd_dist.storage.completions import CORPUS, read_completions
+from spd_dist.tracking.metrics import MetricLogger
+
+NUM_SAMPLES = 32
+"""Completions in a table."""
+NUM_POINTS = 256
+"""Directions of a spectrum that are shown: the first ones all, then fewer and fewer."""
+COST = ("seconds", "device_hours", "peak_memory_gib")
+
+
+def show_stage(metrics: MetricLogger, run_folder: Path, stage: str) -> None:
+    """Show what `stage` made; `metrics` carry its arm's label."""
+    verb, folder = stage.rpartition("/")[2], run_folder / stage
+    if verb == "project":
+        show_subspace(metrics, read_json(folder / "summary.json")["sites"])
+    if verb == "generate":
+        show_corpus(metrics, folder)
+
+
+def show_subspace(metrics: MetricLogger, sites: Mapping[str, Mapping[str, Any]]) -> None:
+    """Spectra and energy curves over the directions, strongest first; and what is certified, as a table."""
+    curves = {_plain(name): _curves(site["spectrum"]) for name, site in sites.items()}
+    widest = max(len(singular) for singular, _ in curves.values())
+    for direction in _thinned(widest):
+        values: dict[str, float] = {}
+        for name, (singular, energy) in curves.items():
+            if direction <= len(singular):
+                values[f"{name}_singular_value"] = singular[direction - 1]
+                values[f"{name}_energy_fraction"] = energy[direction - 1]
+        metrics.log("project", values, direction)
+    described = ("width", "rank", "energy_fraction", "num_rows", "sketch_size", "certified_energy_fraction")
+    proven = (*described, "certified_energy_share", "angle_bound", "num_null_directions")
+    certificate = tuple(next(iter(sites.values()))["certificate"])
+    rows = [
+        [name, *(site[key] for key in proven[:-2]), str(site["angle_bound"]), site["num_null_directions"],
+         *site["certificate"].values()]
+        for name, site in sites.items()
+    ]  # fmt: skip
+    # A site's own count of rows is that of its certificate.
+    metrics.table("project", "certificates", ["site", *proven, *(f"sketch_{key}" for key in certificate)], rows)
+
+
+def show_corpus(metrics: MetricLogger, folder: Path) -> None:
+    """Rates, lengths, and the first completions."""
+    completions = read_completions(folder / CORPUS)
+    stats = corpus_stats(completions)
+    rates = {name: value for name, value in vars(stats).items() if name.endswith("_rate")}
+    rates |= {"mean_tokens": stats.mean_tokens, "median_tokens": stats.median_tokens, "max_tokens": stats.max_tokens}
+    metrics.log("generate", rates, stats.num_completions)
+    metrics.histogram("generate", "length_tokens", [len(one.tokens) for one in completions])
+    samples = [[one.id, one.sample, one.text, one.finish_reason, len(one.tokens)] for one in completions[:NUM_SAMPLES]]
+    metrics.table("generate", "samples", ["id", "sample", "text", "finish_reason", "num_tokens"], samples)
+
+
+def show_cost(metrics: MetricLogger, cost: Mapping[str, Mapping[str, Any]]) -> None:
+    """What each stage took of the machines: as metrics, and as a table."""
+    for number, (stage, entry) in enumerate(cost.items(), 1):
+        label = stage.removeprefix("arms/").replace("/", "_")
+        values = {f"{label}_{name}": entry[name] for name in COST if entry[name] is not None}
+        metrics.log("cost", values, number)
+    columns = ["stage", "world_size", *COST]
+    rows = [[stage, entry["world_size"], *(entry[name] for name in COST)] for stage, entry in cost.items()]
+    metrics.table("cost", "stages", columns, rows)
+
+
+def _plain(site: str) -> str:
+    """`layers.15.key` as `layer15_key`: in a metric's name, a dot would mean a level."""
+    _, layer, kind = site.split(".")
+    return f"layer{layer}_{kind}"
+
+
+def _curves(spectrum: list[float]) -> tuple[list[float], list[float]]:
+    """Singular values of the gradient rows, and the share of the energy in the directions so far."""
+    total = sum(spectrum)
+    return [math.sqrt(value) for value in spectrum], [part / total for part in itertools.accumulate(spectrum)]
+
+
+def _thinned(count: int) -> list[int]:
+    """1 to `count`, in at most about `NUM_POINTS` steps that grow."""
+    directions, direction = [], 1
+    while direction < count:
+        directions.append(direction)
+        direction = max(direction + 1, math.ceil(direction * (1 + 4 / NUM_POINTS)))
+    return [*directions, count]

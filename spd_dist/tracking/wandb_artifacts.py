@@ -1,0 +1,60 @@
+"""What the stages of a run folder made, as products with their lineage: every one says the hashes of its inputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from spd_dist.config import STAGES
+from spd_dist.storage.artifacts import content_hash, read_json
+from spd_dist.tracking.metrics import Product
+
+REPORT_FILES = ("report.json", "report.html")
+
+
+def product_of(run_folder: Path, stage: str) -> Product | None:
+    """What a finished stage made; None if that is nothing to hand on.
+
+    Adapters and subspaces are small, and copied. Models and corpora stay where they are, and are known by their hashes.
+    """
+    folder = run_folder / stage
+    verb = stage.rpartition("/")[2]
+    label = f"{stage.split('/')[1]}-" if "/" in stage else ""
+    manifest = read_json(folder / "manifest.json")
+    metadata = {
+        "stage": stage,
+        "run_dir": str(run_folder.resolve()),
+        "inputs": manifest["inputs"],
+        "output_hash": content_hash(manifest["outputs"]),
+        "world_size": manifest["world_size"],
+    }
+    if verb == "project":
+        paths = (folder / "subspace.safetensors", folder / "summary.json")
+        return Product("subspace", "subspace", paths, metadata | _of_subspace(folder))
+    if verb == "generate":
+        return Product(f"{label}corpus", "corpus", (folder / "completions",), metadata, is_copied=False)
+    if verb == "finetune":
+        kind = "adapter" if (folder / "adapter").is_dir() else "model"
+        return Product(f"{label}{kind}", kind, (folder / kind,), metadata, is_copied=kind == "adapter")
+    return None
+
+
+def report_product(run_folder: Path, report: dict[str, Any]) -> Product:
+    """The comparison of the arms, made from everything else."""
+    paths = tuple(run_folder / name for name in REPORT_FILES if (run_folder / name).exists())
+    values = {arm: summary["value"] for arm, summary in report["arms"].items()}
+    manifest = read_json(run_folder / "evaluate" / "manifest.json")
+    metadata = {"inputs": manifest["inputs"], "task": report["task"], "metric": report["metric"], "values": values}
+    return Product("report", "report", paths, metadata | {"run_dir": str(run_folder.resolve())})
+
+
+def _of_subspace(folder: Path) -> dict[str, Any]:
+    summary = read_json(folder / "summary.json")
+    sites = {name: {key: site[key] for key in ("rank", "energy_fraction")} for name, site in summary["sites"].items()}
+    return {**summary["metadata"], "sites": sites}
+
+
+def job_type(first: str, last: str) -> str:
+    """What W&B calls a job from one stage to another: the folder that it fills, or `pipeline` if there are several."""
+    jobs = {"project" if stage in STAGES[:4] else stage for stage in (first, last)}
+    return jobs.pop() if len(jobs) == 1 else "pipeline"

@@ -1,0 +1,250 @@
+"""The mirror of rank 0's metrics on Weights & Biases. What fails there only warns; the run and its JSONL go on."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import logging
+import netrc
+import os
+import re
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from spd_dist.config import Metrics
+from spd_dist.storage.artifacts import content_hash
+from spd_dist.storage.settings import result_settings
+from spd_dist.tracking.metrics import Product, Value
+
+log = logging.getLogger(__name__)
+
+QUIET = {
+    "silent": True,
+    "console": "off",
+    "disable_git": True,
+    "disable_code": True,
+    "disable_job_creation": True,
+    "x_disable_meta": True,
+    "x_transaction_log_flush_interval": 0.5,  # a killed run loses half a second, not 15
+}
+
+
+class WandbMirror:
+    """One W&B run, written by one process."""
+
+    def __init__(self, wandb: Any, run: Any, failures: tuple[type[Exception], ...], folder: Path) -> None:
+        """Adopt an open run of a run folder; `failures` are the exceptions that only warn."""
+        self._wandb, self._run, self._failures, self._folder = wandb, run, failures, folder
+        self._defined: set[str] = set()
+        self._ill: set[str] = set()
+        """What failed once: it is not tried again, and told once."""
+
+    def log(self, row: Mapping[str, Value]) -> None:
+        """Show a row; each stage of it has its own step axis, so that a resumed run's points fall in place."""
+        self._try("logging", lambda: self._log(row))
+
+    def table(self, key: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        """Show a table."""
+        data = [list(row) for row in rows]
+        self._try("logging a table", lambda: self._run.log({key: self._wandb.Table(columns=list(columns), data=data)}))
+
+    def histogram(self, key: str, values: Sequence[float]) -> None:
+        """Show how values are distributed."""
+        self._try("logging a histogram", lambda: self._run.log({key: self._wandb.Histogram(list(values))}))
+
+    def product(self, product: Product, *, is_input: bool) -> None:
+        """Show an artifact as an output of this run, or as its input; the same files are the same version."""
+        self._try("logging an artifact", lambda: self._product(product, is_input))
+
+    def finish(self, exit_code: int) -> None:
+        """Close the run with `exit_code`; what the server does not take in time stays in the run's folder."""
+        self._try("finishing", lambda: self._run.finish(exit_code=exit_code))
+        # Waits for its service, which may still be writing an offline run.
+        self._try("closing", lambda: self._wandb.teardown(exit_code))
+        log.info("W&B: to upload what the server has not: python launchers/wandb_sync.py %s", self._folder)
+
+    def _product(self, product: Product, is_input: bool) -> None:
+        name = re.sub(r"[^\w.-]", "-", f"{self._run.group.rpartition('-')[0]}-{product.name}", flags=re.ASCII)
+        artifact = self._wandb.Artifact(name, type=product.kind, metadata=dict(product.metadata))
+        for path in product.paths:
+            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+                name = file.relative_to(path.parent).as_posix()
+                if file.is_dir():
+                    continue
+                if product.is_copied:
+                    artifact.add_file(str(file), name=name, policy="immutable")  # not copied beside the run, too
+                else:
+                    artifact.add_reference(file.resolve().as_uri(), name=name)
+        if is_input:
+            # As `use_artifact` does with a draft; but that refuses to work offline, and waits for the server.
+            self._run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
+        else:
+            self._run.log_artifact(artifact, aliases=["latest", f"seed{self._run.config['seed']}"])
+
+    def _log(self, row: Mapping[str, Value]) -> None:
+        axis, *names = row
+        stage, _, last = axis.partition("/")
+        # A name of its own goes before a glob, so another arm's `finetune/psr_loss` leaves the axis of `finetune/*`.
+        for name in (axis, *([f"{stage}/*"] if last == "step" else names)):
+            if name not in self._defined:
+                self._defined.add(name)
+                self._run.define_metric(name, **({"hidden": True} if name == axis else {"step_metric": axis}))
+        self._run.log(dict(row))
+
+    def _try(self, doing: str, action: Callable[[], Any]) -> None:
+        if doing in self._ill:
+            return
+        try:
+            action()
+        except self._failures as error:
+            self._ill.add(doing)
+            log.warning("W&B: %s failed, no more of that is sent; all is in the run's folder: %s", doing, error)
+
+
+@contextmanager
+def _service_files() -> Iterator[None]:
+    """Where W&B's own files were moved, its service logs there as well, and not beside the user's caches."""
+    moved = os.environ.get("WANDB_DATA_DIR")
+    if moved is None or "XDG_CACHE_HOME" in os.environ:
+        yield
+        return
+    os.environ["XDG_CACHE_HOME"] = moved
+    try:
+        yield
+    finally:
+        del os.environ["XDG_CACHE_HOME"]
+
+
+@_service_files()
+def open_mirror(
+    config: Metrics,
+    run_folder: str | Path,
+    settings: Mapping[str, Any],
+    *,
+    job: str = "pipeline",
+    init_seconds: float = 60.0,
+    finish_seconds: float = 120.0,
+) -> WandbMirror | None:
+    """The W&B run of `metrics.wandb`, or None if there is none to have: then a line of the log says why.
+
+    Runs are grouped by experiment and config, seeds of one config together. The id follows from group, folder and job:
+    a run that goes on after a kill has the id that it had.
+
+    Args:
+        config: The metrics section.
+        run_folder: W&B's files go to its `wandb/`.
+        settings: The whole config as plain data, shown with the run.
+        job: `job_type` of the run.
+        init_seconds: How long the server has to answer.
+        finish_seconds: How long it has at the end, to take what it has not taken yet.
+    """
+    if config.wandb == "disabled":
+        return None
+    try:
+        import wandb  # 0.5 s, and optional
+    except ImportError:
+        log.info("W&B: not installed; metrics are in %s/metrics", run_folder)
+        return None
+    failures = _failures(wandb)
+    try:
+        server = os.environ.get("WANDB_BASE_URL") or wandb.setup().settings.base_url
+    except failures as error:
+        log.warning("W&B: cannot start: %s; metrics are in %s/metrics", error, run_folder)
+        return None
+    quiet = {name: value for name, value in QUIET.items() if name in wandb.Settings.model_fields}
+    folder = Path(run_folder).resolve()
+    identity = _identity(config, folder, settings, job)
+    for mode in _modes(config.wandb, server):
+        try:
+            run = wandb.init(
+                project=config.project,
+                entity=config.entity,
+                dir=folder,
+                config=dict(settings),
+                mode=mode,
+                resume="allow",
+                job_type=job,
+                tags=_tags(settings),
+                settings=wandb.Settings(
+                    init_timeout=init_seconds, finish_timeout=finish_seconds, base_url=server, **quiet
+                ),
+                **identity,
+            )
+            described = identity | {"mode": mode, "task_index": settings.get("generate", {}).get("task_index", 0)}
+            (folder / "wandb" / f"{identity['name']}.json").write_text(json.dumps(described), encoding="utf-8")
+        except failures as error:
+            log.warning("W&B: %s does not work: %s", mode, error)
+            wandb.teardown()  # or its service holds the id that the next mode wants
+            continue
+        log.info("W&B: %s, %s", mode, run.url if mode == "online" else f"files in {folder}/wandb")
+        return WandbMirror(wandb, run, failures, folder)
+    return None
+
+
+def _identity(config: Metrics, folder: Path, settings: Mapping[str, Any], job: str) -> dict[str, str]:
+    """Group, id and name of a run, from what it is and never from a clock."""
+    of_all_seeds = {key: value for key, value in result_settings(settings).items() if key != "seed"}
+    group = f"{config.experiment or folder.name}-{content_hash(of_all_seeds)[:8]}"
+    seed, task = settings.get("seed"), settings.get("generate", {}).get("task_index", 0)
+    identity = f"{group}|{folder}|{job}|{seed}|{task}"
+    name = f"{job}-seed{seed}" + (f"-task{task}" if task else "")
+    return {"group": group, "id": hashlib.blake2b(identity.encode(), digest_size=6).hexdigest(), "name": name}
+
+
+def _tags(settings: Mapping[str, Any]) -> list[str]:
+    """Model and task, to find a run by."""
+    names = [Path(settings.get("model", {}).get("name", "")).name, settings.get("data", {}).get("task", "")]
+    return [name[:64] for name in names if name]
+
+
+def _failures(wandb: Any) -> tuple[type[Exception], ...]:
+    """What W&B raises: its own errors, those of its private plumbing, and bare ones out of settings and asyncio."""
+    plumbing = vars(importlib.import_module("wandb.sdk.mailbox.mailbox_handle")) | vars(wandb.sdk.mailbox)
+    private = [item for item in plumbing.values() if isinstance(item, type) and issubclass(item, Exception)]
+    return (wandb.errors.Error, OSError, TimeoutError, RuntimeError, ValueError, TypeError, *private)
+
+
+def _modes(wanted: str, server: str) -> list[str]:
+    """The modes to try, in order."""
+    if wanted == "auto":
+        wanted = os.environ.get("WANDB_MODE", "auto")
+    if wanted == "disabled":
+        return []
+    if wanted not in ("auto", "online"):
+        return ["offline"]
+    reason = None
+    if not _has_key(server):
+        reason = "no key (WANDB_API_KEY, or `wandb login`)"
+    elif not _answers(server):
+        reason = f"{server} does not answer"
+    if reason is None:
+        return ["online", "offline"]
+    log.log(logging.WARNING if wanted == "online" else logging.INFO, "W&B: offline, since there is %s", reason)
+    return ["offline"]
+
+
+def _has_key(server: str) -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        file = os.environ.get("NETRC") or Path.home() / ".netrc"
+        return netrc.netrc(file).authenticators(urlsplit(server).hostname or "") is not None
+    except (OSError, RuntimeError, netrc.NetrcParseError):  # RuntimeError: there is no home folder
+        return False
+
+
+def _answers(server: str, seconds: float = 5.0) -> bool:
+    """Whether someone listens there: a node without a network is found out at once, and not by a time-out."""
+    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
+        return True
+    address = urlsplit(server)
+    try:
+        socket.create_connection((address.hostname, address.port or 443), seconds).close()
+    except OSError:
+        return False
+    return True
