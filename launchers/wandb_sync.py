@@ -1,97 +1,11 @@
 """Upload offline W&B runs, in order: `python launchers/wandb_sync.py RUN_DIR [RUN_DIR ...]`, where there is a network.
 
-The tasks of an array come by their index, and the parts of a run that was started again by their time: W&B joins those
-of one id in the order in which they arrive. What is uploaded once is not uploaded again.
-Exit codes: 0 all is uploaded, 1 something is not; start the same command again.
+The same as `spd wandb_sync`; `--help` says more.
 """
 
-from __future__ import annotations
-
-import argparse
-import json
-import subprocess
 import sys
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
-
-@dataclass(frozen=True)
-class Part:
-    """What one process wrote of a W&B run."""
-
-    folder: Path
-    name: str
-    """Of the W&B run: `generate-seed42-task3`."""
-    task_index: int
-
-    @property
-    def log(self) -> Path:
-        """The file that is uploaded; it refers to the others."""
-        return next(self.folder.glob("run-*.wandb"))
-
-    @property
-    def is_uploaded(self) -> bool:
-        """Whether W&B marked it so."""
-        return self.log.with_name(f"{self.log.name}.synced").exists()
-
-
-def main(words: Sequence[str] | None = None) -> int:
-    """Parse, upload one part after the other, and turn the outcome into an exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="rounds and sweeps in it are found")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be uploaded, in order")
-    parser.add_argument("--timeout", type=float, default=900.0, metavar="SECONDS", help="of one part")
-    parser.add_argument(
-        "--settled", type=float, default=30.0, metavar="SECONDS", help="leave out what was written to later than that"
-    )
-    arguments = parser.parse_args(words)
-    left = []
-    for part in [part for run_dir in arguments.run_dirs for part in find_parts(run_dir)]:
-        outcome = handled(part, arguments)
-        print(f"{part.name:<32} {outcome:<16} {part.folder}", flush=True)
-        left += [part] if outcome not in ("uploaded", "was uploaded") else []
-    if left and not arguments.dry_run:
-        print(f"{len(left)} not uploaded; start the same command again", file=sys.stderr)
-    return int(bool(left))
-
-
-def find_parts(run_dir: Path) -> list[Part]:
-    """All parts under a run's folder, in the order in which they belong on the server."""
-    parts = []
-    for folder in run_dir.rglob("wandb/offline-run-*"):
-        described = read_description(folder)
-        if any(folder.glob("run-*.wandb")):
-            parts.append(Part(folder, described.get("name", folder.name), described.get("task_index", 0)))
-    return sorted(parts, key=lambda part: (part.folder.parent, part.task_index, part.folder.name))
-
-
-def read_description(folder: Path) -> dict:
-    """What the run said of itself beside its parts; empty if another program wrote them."""
-    run_id = folder.name.rpartition("-")[2]
-    found = (json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.parent.glob("*.json")))
-    return next((described for described in found if described.get("id") == run_id), {})
-
-
-def handled(part: Part, arguments: argparse.Namespace) -> str:
-    """Upload a part, unless there is a reason not to; what became of it."""
-    if part.is_uploaded:
-        return "was uploaded"
-    if time.time() - part.log.stat().st_mtime < arguments.settled:
-        return "still written"
-    if arguments.dry_run:
-        return "to be uploaded"
-    command = [sys.executable, "-m", "wandb", "sync", str(part.folder)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.timeout, check=False)
-    except subprocess.TimeoutExpired:
-        return "timed out"
-    if not part.is_uploaded:  # W&B's exit code is 0 also when it failed
-        print(done.stderr.strip() or done.stdout.strip(), file=sys.stderr)
-        return "failed"
-    return "uploaded"
-
+from spd_dist.launch.wandb_sync import main
 
 if __name__ == "__main__":
     sys.exit(main())

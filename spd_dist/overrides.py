@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Union
 
@@ -20,6 +20,9 @@ from yaml import YAMLError
 from spd_dist.arms import Arm, chosen
 from spd_dist.config import Config, Experiment, Generate, engine_of
 from spd_dist.errors import ConfigError
+
+SHIPPED = "package:"
+"""Before the name of a config that comes with the package, as in `--config package:quickstart`."""
 
 
 def load_config(paths: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Config:
@@ -105,17 +108,22 @@ def to_yaml(config: Config | Experiment) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(_plain(dataclasses.asdict(config))))
 
 
-def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """The dotted keys at which two plain configs differ, with both values."""
-    for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            yield from differing_keys(before, after, f"{prefix}{key}.")
-        elif _plain(before) != _plain(after):
-            yield f"{prefix}{key}: {before!r} -> {after!r}"
+def shipped_config(name: str) -> Path:
+    """The file of a config that comes with the package: `quickstart` -> `configs/quickstart.yaml`.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    folder = Path(__file__).with_name("configs")
+    known = sorted(str(file.relative_to(folder).with_suffix("")) for file in folder.rglob("*.yaml"))
+    if name not in known:
+        raise ConfigError(f"--config {SHIPPED}{name}: no such config comes with spd_dist; choose {', '.join(known)}")
+    return folder / f"{name}.yaml"
 
 
 def _read_file(path: str | Path) -> tuple[str, Any]:
+    if str(path).startswith(SHIPPED):
+        path = shipped_config(str(path).removeprefix(SHIPPED))
     try:
         values = OmegaConf.load(path)
     except (OSError, YAMLError, OmegaConfBaseException) as error:

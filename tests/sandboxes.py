@@ -18,4 +18,6 @@ def usable_sandbox(limits: Limits | None = None, isolations: Sequence[Isolation]
     try:
         return open_sandbox(limits, isolations)
     except ConfigError as error:
+        if "ModuleNotFoundError" in str(error):  # a fault of ours, which no machine lacks
+            raise
         return pytest.skip(str(error))

@@ -42,6 +42,7 @@ MAY_IMPORT = {  # besides itself
     "pipeline": BELOW | MODEL | FILES | {"data", "stages", "arms", "run", "stage_inputs", "reports"},
     "standalone_eval": BELOW | MODEL | FILES | {"data", "stages", "arms", "process", "run", "stage_inputs"},
     "rounds": BELOW | MODEL | FILES | {"arms", "process", "run", "pipeline", "reports"},
+    "launch": {path.relative_to(PACKAGE).with_suffix("").parts[0] for path in MODULES},
     "experiment": BELOW | FILES | {"data", "process", "rounds", "reports"},
 }
 ONLY_IN = {

@@ -37,7 +37,7 @@ def layout(writable_mib: int) -> Layout:
     links = {path: os.readlink(path) for path in _SYSTEM if os.path.islink(path)}
     paths = [path for path in _SYSTEM if path not in links and os.path.exists(path)]
     shown = {path: path for path in _outermost([*paths, *_interpreter_folders()])}
-    shown[f"{GUEST}/spd_dist/runtime/sandbox/inside"] = str(INSIDE)
+    shown[f"{GUEST}/spd_dist/sandbox/inside"] = str(INSIDE)
     return Layout(shown, links, {"/tmp": writable_mib, "/dev/shm": writable_mib})
 
 

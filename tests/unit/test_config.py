@@ -8,7 +8,7 @@ import pytest
 
 from spd_dist.config import Config
 from spd_dist.errors import ConfigError
-from spd_dist.overrides import differing_keys, load_config, to_yaml
+from spd_dist.overrides import load_config, to_yaml
 
 FAULTS = {
     "finetune.num_epoch=3": r"finetune\.num_epoch: unknown key \(value 3\); the nearest .* is finetune\.num_epochs",
@@ -84,10 +84,11 @@ def test_the_resolved_config_reads_back_the_same(tmp_path):
     assert load_config([path]) == config
 
 
-def test_differing_keys_are_dotted_and_show_both_values():
-    old, new = load_config(), load_config(overrides=["seed=1", "project.rank_rule=energy"])
-    keys = list(differing_keys(dataclasses.asdict(old), dataclasses.asdict(new)))
-    assert keys == ["project.rank_rule: 'half' -> 'energy'", "seed: 42 -> 1"]
+def test_shipped_configs_are_named_and_an_unknown_one_lists_them():
+    assert load_config(["package:quickstart"]) == load_config(["configs/quickstart.yaml"])
+    assert load_config(["package:presets/paper"]) == load_config(["configs/presets/paper.yaml"])
+    with pytest.raises(ConfigError, match=r"--config package:nothing: no such config .*presets/paper, .*quickstart"):
+        load_config(["package:nothing"])
 
 
 OTHERS = {"experiments", "sweeps"}

@@ -4,8 +4,8 @@ import sys
 import pytest
 from fake_wandb import ANSWERS, FakeWandb
 
-from launchers.dashboard import main
 from spd_dist.errors import ConfigError, DataError
+from spd_dist.launch.make_dashboard import main
 from spd_dist.tracking.dashboard import SECTIONS, logged_metrics, plots, report, workspace
 from spd_dist.tracking.metrics import MetricLogger
 

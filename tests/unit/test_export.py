@@ -212,7 +212,7 @@ def test_a_folder_is_never_written_over_and_a_failed_export_leaves_none(base, tm
 
 @pytest.mark.parametrize("form", ["folded", "adapter"])
 def test_the_launcher_exports_a_run(form, base, tmp_path, monkeypatch, capsys):
-    main = runpy.run_path("launchers/export.py")["main"]
+    main = runpy.run_path("spd_dist/launch/export_policy.py")["main"]
     sites = {
         place: SiteSubspace(op.factor_DR, torch.arange(WIDTH, 0, -1).double(), 0.9, Certificate())
         for place, op in four_sites().operators.items()

@@ -7,10 +7,10 @@ import pytest
 import torch
 from tiny import tiny_config
 
-from launchers.plan import main
 from spd_dist.config import Calibrate, Config, Data, Distributed, Evaluate, Finetune, Generate, Model
 from spd_dist.errors import ConfigError
 from spd_dist.inference.placement import HEADROOM
+from spd_dist.launch.plan_run import main
 from spd_dist.planner import Cluster, Workload, device_named, plan_run, profile_of, smallest_cluster
 from spd_dist.planner.cluster import Zero
 from spd_dist.planner.plan import placements

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SUBMIT = runpy.run_path("launchers/submit.py")
+SUBMIT = runpy.run_path("spd_dist/launch/submit.py")
 main = SUBMIT["main"]
 QUICKSTART = ["--config", "configs/quickstart.yaml"]
 

@@ -9,7 +9,6 @@ import torch
 from gradients import ALONE, kv_site, power_law
 from torch import Tensor
 
-from launchers.compare import main as compare
 from spd_dist.analysis.subspace_algebra import (
     complement,
     complement_basis,
@@ -22,6 +21,7 @@ from spd_dist.analysis.subspace_algebra import (
 )
 from spd_dist.config import Project
 from spd_dist.errors import DataError
+from spd_dist.launch.compare import main as compare
 from spd_dist.stages.project import subspace
 from spd_dist.storage.artifacts import write_tensors
 from spd_dist.storage.subspace_file import fingerprint, load_subspace, save_subspace

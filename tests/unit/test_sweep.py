@@ -14,7 +14,7 @@ from answering import ARMS, answers
 from spd_dist.reports.run_report import write_report
 from spd_dist.storage.answers import answers_path, write_merged
 
-SWEEP = runpy.run_path("launchers/sweep.py")
+SWEEP = runpy.run_path("spd_dist/launch/sweep.py")
 main, points = SWEEP["main"], SWEEP["points"]
 
 

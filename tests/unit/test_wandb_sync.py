@@ -4,8 +4,8 @@ import os
 import pytest
 from fake_wandb import FakeWandb
 
-from launchers.wandb_sync import find_parts, main
 from spd_dist.config import Config, Generate, Metrics
+from spd_dist.launch.wandb_sync import find_parts, main
 from spd_dist.tracking.metrics import MetricLogger
 from spd_dist.tracking.wandb_mirror import open_mirror
 

@@ -1,0 +1,47 @@
+"""Every launcher by its name: `spd NAME [ARGUMENTS]` is `launchers/NAME.py [ARGUMENTS]` (`spd run` is `spd.py`).
+
+On several ranks: `deepspeed --module spd_dist.launch NAME [ARGUMENTS]`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+LAUNCHERS = {
+    "run": "run_method",
+    "experiment": "run_experiment",
+    "evaluate": "evaluate_model",
+    "compare": "compare",
+    "corpus": "show_corpus",
+    "export": "export_policy",
+    "plan": "plan_run",
+    "doctor": "doctor",
+    "dashboard": "make_dashboard",
+    "submit": "submit",
+    "sweep": "sweep",
+    "wandb_sync": "wandb_sync",
+}
+"""Name of a launcher -> the module of this package that has its `main`."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the launcher that the first word names; gives its exit code.
+
+    Args:
+        arguments: The words of the command line; those of this process if not given. A `--local_rank` before the name,
+            as deepspeed's launcher puts it there, is left out: ranks are read from the environment.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    while words and words[0].startswith("--local_rank"):
+        del words[: 1 if "=" in words[0] else 2]
+    if not words or words[0] in ("-h", "--help"):
+        print(f"{__doc__}\nNames: {', '.join(LAUNCHERS)}; `spd NAME --help` says more.")
+        return 0 if words else 2
+    name = words[0].replace("-", "_")
+    if name not in LAUNCHERS:
+        print(f"error: {words[0]}: no launcher has this name; choose one of {', '.join(LAUNCHERS)}", file=sys.stderr)
+        return 2
+    sys.argv = [f"spd {words[0]}", *words[1:]]
+    return importlib.import_module(f"spd_dist.launch.{LAUNCHERS[name]}").main()

@@ -1,0 +1,73 @@
+"""Export a projected policy for other engines: `python launchers/export.py RUN_DIR --base MODEL_FOLDER --out FOLDER`.
+
+RUN_DIR is a run's folder, whose project.* settings and seed are used, or a subspace.safetensors file. `--form folded`
+writes a model folder with the projection in its weights; `--form adapter` a LoRA adapter for the untouched model.
+Exit codes: 0 done, 2 the config is wrong, 3 the model or the subspace is wrong, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from spd_dist.errors import UserError
+from spd_dist.overrides import load_config
+
+
+def main() -> int:
+    """Parse, export, check, and turn the outcome into an exit code."""
+    arguments = parse_arguments()
+    try:
+        print(export(arguments))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("subspace", type=Path, metavar="RUN_DIR|FILE", help="a run's folder, or a subspace.safetensors")
+    parser.add_argument("overrides", nargs="*", metavar="project.key=value", help="win over the run's config")
+    parser.add_argument(
+        "--base", type=Path, required=True, metavar="FOLDER", help="the untouched model, as safetensors"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new folder")
+    parser.add_argument("--form", choices=("folded", "adapter"), default="folded")
+    parser.add_argument(
+        "--other-base", action="store_true", help="the subspace may have been computed on other weights"
+    )
+    parser.add_argument("--no-check", action="store_true", help="skip what loads the model: comparing logits and base")
+    return parser.parse_intermixed_args()
+
+
+def export(arguments: argparse.Namespace) -> str:
+    """Write the export; the words to print say what was done and how well it agrees."""
+    is_run = arguments.subspace.is_dir()
+    config_file = arguments.subspace / "config.yaml"
+    config = load_config([config_file] if is_run and config_file.is_file() else [], arguments.overrides)
+
+    from spd_dist.projection.adapter_export import export_adapter
+    from spd_dist.projection.folded_export import export_folded
+    from spd_dist.projection.parity import check_base
+    from spd_dist.stages.project import projection
+    from spd_dist.storage.subspace_file import load_subspace
+
+    subspace = load_subspace(arguments.subspace / "project" / "subspace.safetensors" if is_run else arguments.subspace)
+    operators = projection(subspace, config.project, config.seed)
+    fingerprint = subspace.metadata.get("base_fingerprint")
+    if fingerprint is not None and not (arguments.other_base or arguments.no_check):
+        check_base(arguments.base, fingerprint)
+    write = export_adapter if arguments.form == "adapter" else export_folded
+    exported = write(arguments.base, operators, arguments.out, check=not arguments.no_check)
+    lines = [f"{arguments.form}: {len(exported.tensors)} tensors of {arguments.base} -> {exported.folder}"]
+    if exported.parity is None:
+        lines.append("logits were not compared with the hooked policy (--no-check)")
+    else:
+        error, effect, _ = exported.parity
+        lines.append(
+            f"logits differ from the hooked policy's by {error:.1e}; the projection changes them by {effect:.1e}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,173 @@
+"""Run Self-Policy Distillation: `deepspeed launchers/spd.py --config configs/NAME.yaml [section.key=value ...]`.
+
+Also by torchrun, by srun (one task a rank), or alone. Start the same command again to go on where a run stopped.
+Exit codes: 0 done, 2 the config is wrong, 3 the data or the model is wrong, 75 stopped on request, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import dataclasses
+import locale
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spd_dist.config import STAGES, Config
+from spd_dist.errors import ConfigError, UserError
+from spd_dist.overrides import load_config, split_words, to_yaml
+from spd_dist.process.environment import home_of, make_room, where_files_go
+from spd_dist.process.launcher_watchdog import watch_launchers
+from spd_dist.process.signals import StopSignals
+
+if TYPE_CHECKING:
+    from spd_dist.distributed.world import World
+
+SECONDS_FOR_THE_CAUSE = 5
+"""A rank that fails since another one did ends this much later: the launcher takes the exit code of the first."""
+
+
+def main() -> int:
+    """Parse, check the config, run, and turn the outcome into an exit code."""
+    signals = StopSignals()
+    signals.install()
+    watch_launchers(os.environ)
+    make_room(os.environ)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # our own lines say how far a stage is
+    arguments = parse_arguments()
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        check_restart(config, arguments)
+    except UserError as error:
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    if arguments.show_config:
+        print(to_yaml(config), end="")
+        return 0
+    if arguments.preview_masks:
+        return preview(config, arguments.preview_masks)
+    return run(config, arguments, signals)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; `--local_rank` is what the deepspeed launcher adds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", nargs="+", action="extend", default=[], metavar="YAML", help="later files win")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="win over every file")
+    parser.add_argument("--from", dest="first", choices=STAGES, default=STAGES[0], help="stages before it are complete")
+    parser.add_argument(
+        "--restart-from", choices=STAGES, default="", metavar="STAGE",
+        help="do this stage and all later ones again, under this config; what they made is moved to RUN_DIR/replaced",
+    )  # fmt: skip
+    parser.add_argument("--until", dest="last", choices=STAGES, default=STAGES[-1], help="stop after this stage")
+    parser.add_argument("--show-config", action="store_true", help="print the resolved config and exit")
+    parser.add_argument("--preview-masks", type=int, metavar="N", help="print N examples, kept tokens marked")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_intermixed_args()
+    arguments.config, arguments.overrides = split_words(arguments.config + arguments.overrides)
+    return arguments
+
+
+def check_restart(config: Config, arguments: argparse.Namespace) -> None:
+    """See that `--restart-from` names a stage that this command does, alone in its folder.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    stage = arguments.restart_from
+    if stage and not STAGES.index(arguments.first) <= STAGES.index(stage) <= STAGES.index(arguments.last):
+        raise ConfigError(
+            f"--restart-from {stage}: not among the stages from {arguments.first} to {arguments.last} that this "
+            "command does; change --from or --until"
+        )
+    if stage and config.generate.num_tasks > 1:
+        raise ConfigError(
+            f"--restart-from {stage}: with generate.num_tasks={config.generate.num_tasks} each task of the array would "
+            "move what the others made; restart once with generate.num_tasks=1, then start the array"
+        )
+
+
+def preview(config: Config, num_examples: int) -> int:
+    """Show which tokens the mask keeps, on a terminal in colour."""
+    from rich.console import Console
+
+    from spd_dist.data.masking import preview_masks
+    from spd_dist.data.sources import load_rows
+    from spd_dist.data.tasks import find_task
+    from spd_dist.models.policy import load_tokenizer
+
+    console = Console()
+    try:
+        task, tokenizer = find_task(config.data.task), load_tokenizer(config.model)
+        rows = load_rows(task, "calibration", config.data)[:num_examples]
+        colour = console.is_terminal
+        for text in preview_masks(rows, task, tokenizer, config.data, config.calibrate, colour=colour):
+            console.print(text, soft_wrap=True)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    return 0
+
+
+def run(config: Config, arguments: argparse.Namespace, signals: StopSignals) -> int:
+    """Run the stages."""
+    from spd_dist.rounds import run_rounds
+    from spd_dist.storage.restart import restart
+
+    def work(world: World) -> str:
+        if arguments.restart_from:
+            restart(Path(config.run_dir), arguments.restart_from, dataclasses.asdict(config))
+        return run_rounds(config, world, signals, first=arguments.first, last=arguments.last)
+
+    return on_every_rank(config, work)
+
+
+def on_every_rank(config: Config, work: Callable[[World], str]) -> int:
+    """Join the other ranks and print what `work` gives; every failure ends all ranks, and none waits for ever."""
+    from spd_dist.distributed.world import join_world, leave_world
+    from spd_dist.tracking.console import set_up_logging
+
+    set_up_logging(int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))))
+    encoding = codecs.lookup(locale.getpreferredencoding(do_setlocale=False)).name
+    if encoding != "utf-8":  # DeepSpeed reads its own files by it
+        print(f"error: LC_ALL: files are read as {encoding} here; set PYTHONUTF8=1, or LC_ALL=C.UTF-8", file=sys.stderr)
+        return ConfigError.exit_code
+    if home_of(os.environ) is None:
+        logging.getLogger("spd_dist").info(where_files_go(os.environ))
+    try:
+        world = join_world(config.distributed)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    try:
+        summary = work(world)
+    except UserError as error:
+        if world.is_main or not error.is_shared:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        if not error.is_shared:
+            end_now(error.exit_code)  # the others are inside a collective: only a closed connection reaches them
+        code = error.exit_code
+    except BaseException:  # noqa: BLE001 - printed, and no rank may be left waiting for this one
+        traceback.print_exc()
+        time.sleep(SECONDS_FOR_THE_CAUSE if world.size > 1 else 0)
+        end_now(1)
+    else:
+        if world.is_main:
+            print(summary, flush=True)
+        code = 0
+    leave_world()
+    return code
+
+
+def end_now(code: int) -> None:
+    """Leave without a word to the other ranks: closing the process group could wait for them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

