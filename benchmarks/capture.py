@@ -18,7 +18,7 @@ import torch
 from common import interleaved_seconds, parsed, parser, pin_threads, publish, synchronize
 
 from spd_dist.config import Calibrate, Data, Distributed, Model
-from spd_dist.data.batches import PaddedBatch, micro_batches, pad
+from spd_dist.data.batches import Division, PaddedBatch, micro_batches, pad
 from spd_dist.data.prompts import make_examples
 from spd_dist.data.sources import load_rows
 from spd_dist.data.tasks import find_task
@@ -26,6 +26,7 @@ from spd_dist.distributed.world import World
 from spd_dist.models.kv_sites import discover_sites
 from spd_dist.models.policy import Policy, load_policy
 from spd_dist.stages.calibrate import calibrate
+from spd_dist.stages.context import StageContext
 from spd_dist.types import SupervisedExample
 
 
@@ -47,12 +48,13 @@ def main() -> None:
     examples = chained_examples(policy, options)
     config = Calibrate(num_examples=len(examples), batch_size=options.batch, num_shards=1)
     sites = discover_sites(policy.model, config.layers)
-    plan = micro_batches(examples, num_shards=1, batch_size=options.batch)
+    context = StageContext(Path(), 0, world)
+    plan = micro_batches(examples, Division(1, options.batch))
     batches = [pad(batch.examples, policy.pad_token_id, device) for batch in plan]
     recomputing = dataclasses.replace(config, checkpointing=True)
     sides: dict[str, Callable[[], object]] = {
-        "capture": lambda: list(calibrate(policy, examples, sites, config, world)),
-        "capture, checkpointing": lambda: list(calibrate(policy, examples, sites, recomputing, world)),
+        "capture": lambda: list(calibrate(policy, examples, sites, config, context)),
+        "capture, checkpointing": lambda: list(calibrate(policy, examples, sites, recomputing, context)),
         "full backward": lambda: full_backward(policy, batches),
         "forward": lambda: forward(policy, batches),
     }

@@ -19,7 +19,8 @@ from spd_dist.data.prompts import make_prompts
 from spd_dist.data.sources import load_rows
 from spd_dist.data.tasks import find_task
 from spd_dist.distributed.world import World
-from spd_dist.inference.decode import Request, decode
+from spd_dist.inference.decode import decode
+from spd_dist.inference.requests import DecodeSettings, Request
 from spd_dist.inference.sampling import Sampling
 from spd_dist.models.kv_sites import discover_sites
 from spd_dist.models.policy import Policy, load_policy
@@ -89,9 +90,9 @@ def ours(
     policy: Policy, work: Sequence[Request], batch_size: int, max_tokens: int, fixed_columns: int | None = None
 ) -> int:
     """Decode `work` by our loop."""
-    settings = {"eos_token_ids": policy.eos_token_ids, "pad_token_id": policy.pad_token_id, "batch_size": batch_size}
     sampling = Sampling(max_new_tokens=max_tokens)
-    decoded = decode(policy.model, work, sampling, fixed_columns=fixed_columns, **settings)
+    settings = DecodeSettings(sampling, frozenset(policy.eos_token_ids), policy.pad_token_id)
+    decoded = decode(policy.model, work, settings, batch_size=batch_size, fixed_columns=fixed_columns)
     return sum(len(one.tokens) for one in decoded)
 
 

@@ -34,7 +34,7 @@ from spd_dist.stages.finetune import finetune
 from spd_dist.stages.generate import generate
 from spd_dist.stages.project import projection, subspace
 from spd_dist.stages.reduce import reduce
-from spd_dist.stages.sketch import sketch
+from spd_dist.stages.sketch import ShardPlan, sketch
 from spd_dist.types import Completion, Projection, Prompt, SupervisedExample
 
 RANKS = 2
@@ -185,8 +185,7 @@ def run_stages(size: str, folder: Path, world: World, meter: Meter) -> None:
         scratch = folder / f"{size} {stage}"
         if verb == "generate":
             settings = dataclasses.replace(config.generate, placement=placement)
-            options = {"seed": 0, "folder": scratch, "world": world}
-            meter.peak(stage, partial(generate, policy, prompts, held, settings, **options))
+            meter.peak(stage, partial(generate, policy, prompts, held, settings, StageContext(scratch, 0, world)))
         if verb == "finetune":
             settings = config_of(size, folder, stage).finetune
             job = StageContext(scratch, 0, world, config.distributed)
@@ -207,10 +206,10 @@ def find_projection(policy: Any, config: Config, world: World) -> Projection:
         SupervisedExample(str(index), tokens(settings.max_tokens), tuple(range(half, settings.max_tokens)))
         for index in range(settings.num_shards * settings.batch_size)
     ]
-    gradients = calibrate(policy, examples, sites, settings, world)
-    shards = {"num_shards": settings.num_shards}
-    sketches = sketch(gradients, sites, config.sketch, planned_rank=config.project.planned_rank, world=world, **shards)
-    moments = reduce(sketches, sites, config.reduce, world=world, **shards)
+    gradients = calibrate(policy, examples, sites, settings, StageContext(Path(), 0, world))
+    plan = ShardPlan(settings.num_shards, config.project.planned_rank)
+    sketches = sketch(gradients, sites, config.sketch, world, plan)
+    moments = reduce(sketches, sites, config.reduce, num_shards=settings.num_shards, world=world)
     return projection(subspace(moments, sites, config.project, world), config.project, 0)
 
 

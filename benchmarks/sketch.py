@@ -28,7 +28,7 @@ from spd_dist.config import Project, Reduce, Sketch
 from spd_dist.distributed.world import World
 from spd_dist.stages.project import certified_energy_fraction, subspace
 from spd_dist.stages.reduce import reduce
-from spd_dist.stages.sketch import ShardSketch, sketch
+from spd_dist.stages.sketch import ShardPlan, ShardSketch, sketch
 from spd_dist.types import GradientBatch, KVSite
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
@@ -71,7 +71,7 @@ def ours(rows_ND: Tensor, config: Sketch, size: int) -> Side:
     project = Project(rank_rule="fixed", rank=size // 2)
 
     def run() -> dict[int, ShardSketch]:
-        return sketch(stream, [site], config, num_shards=1, planned_rank=project.planned_rank, world=ALONE)
+        return sketch(stream, [site], config, ALONE, ShardPlan(1, project.planned_rank))
 
     def find(sketches: dict[int, ShardSketch]) -> Found:
         owned = reduce(sketches, [site], Reduce(), num_shards=1, world=ALONE)

@@ -6,8 +6,10 @@ import dataclasses
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+from spd_dist.config import STAGES
 from spd_dist.errors import ConfigError
 
 Corpus = Literal["nothing", "itself", "itself, ended", "references"]
@@ -108,3 +110,18 @@ def _words(name: str, change: str) -> list[str]:
         )
     rule = RANK_RULES.get(field) if section == "project" else None
     return ([f"project.rank_rule={rule}"] if rule else []) + [f"{section}.{field}={value}"]
+
+
+@dataclass(frozen=True)
+class Scope:
+    """The part of a run that a process does: from one stage to another, for all arms or some."""
+
+    first: str = STAGES[0]
+    last: str = STAGES[-1]
+    """If it is `evaluate`, programs to score need permission and a sandbox."""
+    only: tuple[str, ...] = ()
+    """The arms to do; if none is given, all of `evaluate.arms`, and their comparison."""
+    job: str = ""
+    """As of `RunFolder`: what this process is called, if several share the folder."""
+    others: tuple[Path, ...] = ()
+    """As of `RunFolder`: runs whose finished stages are as good as one's own."""

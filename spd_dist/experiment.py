@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from spd_dist.arms import Scope
 from spd_dist.config import STAGES, Config, Experiment
 from spd_dist.data.sources import load_rows
 from spd_dist.data.tasks import find_task
@@ -71,8 +72,9 @@ def run_experiment(
 
 def run_seed(experiment: Experiment, seed: int, world: World, signals: StopSignals, *, only: Sequence[str] = ()) -> str:
     """The run of one seed, or some arms of it as a job of their own; what other seeds have finished is taken over."""
-    others = [folders(experiment.config_of(other))[0] for other in experiment.seeds if other != seed]
-    return run_rounds(experiment.config_of(seed), world, signals, only=only, job="_".join(only), others=others)
+    others = tuple(folders(experiment.config_of(other))[0] for other in experiment.seeds if other != seed)
+    scope = Scope(only=tuple(only), job="_".join(only), others=others)
+    return run_rounds(experiment.config_of(seed), world, signals, scope)
 
 
 def unfinished(experiment: Experiment) -> list[ExperimentJob]:

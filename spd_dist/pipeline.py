@@ -25,21 +25,20 @@ from spd_dist.stages.finetune import finetune
 from spd_dist.stages.generate import generate
 from spd_dist.stages.project import drift, projection, subspace, summary
 from spd_dist.stages.reduce import reduce
-from spd_dist.stages.sketch import Unfinished, plan_sketches, sketch
+from spd_dist.stages.sketch import ShardPlan, Unfinished, plan_sketches, sketch
 from spd_dist.storage.artifacts import write_json
 from spd_dist.storage.completions import CORPUS
 from spd_dist.storage.subspace_file import load_subspace, save_subspace
 from spd_dist.types import KVSite, Projection, SiteMoments, SupervisedExample
 
 
-def run_stages(run: Run, *, first: str = STAGES[0], last: str = STAGES[-1], only: Sequence[str] = ()) -> str:
-    """Run the stages from `first` to `last`, and give what a person wants to read at the end. A collective.
-
-    `only` are the arms to do; if not given, all of `evaluate.arms`, and their comparison.
+def run_stages(run: Run) -> str:
+    """Run the stages and arms of `run.scope`, and give what a person wants to read at the end. A collective.
 
     Raises:
         UserError: what the user can put right, such as a stage before `first` that is not complete.
     """
+    first, last, only = run.scope.first, run.scope.last, run.scope.only
     stages = STAGES[STAGES.index(first) : STAGES.index(last) + 1]
     arms = chosen(only or run.config.evaluate.arms)
     writers, students = [arm for arm in arms if arm.writes], [arm for arm in arms if arm.trains]
@@ -67,7 +66,8 @@ def find_subspace(run: Run, arm: Arm, *, wanted: bool) -> None:
             examples, audit = make_examples(rows, run.task, policy.tokenizer, config.data, config.calibrate)
             sites = discover_sites(policy.model, config.calibrate.layers, whole_keys=config.project.insertion == "rope")
             earlier = {number: load_subspace(path / "subspace.safetensors") for number, path in run.earlier(stage)}
-        plans = plan_sketches(sites, config.sketch, **_shards(config))
+        shards, planned_rank = config.calibrate.num_shards, config.project.planned_rank
+        plans = plan_sketches(sites, config.sketch, planned_rank=planned_rank, num_shards=shards)
         key = (config.calibrate, config.reduce, config.sketch.non_finite, tuple(plans.items()))
         moments = run.memoize(key, lambda: sum_moments(run, config, examples, sites, folder))
         names = {"base_model": policy.name, "base_fingerprint": policy.fingerprint, "config_hash": made["settings"]}
@@ -87,17 +87,14 @@ def sum_moments(
     run: Run, config: Config, examples: Sequence[SupervisedExample], sites: Sequence[KVSite], folder: Path
 ) -> Mapping[KVSite, SiteMoments]:
     """The second moments of all gradient rows, of the sites that this rank owns."""
-    left = Unfinished(folder / "unfinished", config.calibrate.num_shards, run.world)
+    calibrating, shards = config.calibrate, config.calibrate.num_shards
+    left = Unfinished(folder / "unfinished", shards, run.world)
     with run.progress("calibrate", len(examples), "examples") as progress, left:
-        told = {"taken": left.num_taken, "progress": progress, "stop_if_asked": run.stopping.stop_if_asked}
-        gradients = calibrate(run.policy(), examples, sites, config.calibrate, run.world, **told)
-        shards = {"initial": left.shards, "keep": left.keep, **_shards(config)}
-        sketches = sketch(gradients, sites, config.sketch, **shards, world=run.world)
-    return reduce(sketches, sites, config.reduce, num_shards=config.calibrate.num_shards, world=run.world)
-
-
-def _shards(config: Config) -> dict[str, Any]:
-    return {"num_shards": config.calibrate.num_shards, "planned_rank": config.project.planned_rank}
+        context = run.context(folder, progress=progress)
+        gradients = calibrate(run.policy(), examples, sites, calibrating, context, taken=left.num_taken)
+        plan = ShardPlan(shards, config.project.planned_rank, left.shards, left.keep)
+        sketches = sketch(gradients, sites, config.sketch, run.world, plan)
+    return reduce(sketches, sites, config.reduce, num_shards=shards, world=run.world)
 
 
 def write_completions(run: Run, arm: Arm, *, wanted: bool) -> None:
@@ -110,10 +107,8 @@ def write_completions(run: Run, arm: Arm, *, wanted: bool) -> None:
             prompts = make_prompts(rows, run.task, policy.tokenizer, config.data)
         total = len(prompts) * config.generate.num_samples
         with run.progress("generate", total // run.world.size, "completions", arm) as progress:
-            return generate(
-                policy, prompts, _projection(run, arm), config.generate,
-                seed=config.seed, folder=folder, world=run.world, progress=progress,
-            )  # fmt: skip
+            context = run.context(folder, arm, progress)
+            return generate(policy, prompts, _projection(run, arm), config.generate, context)
 
     made_from = stage_inputs.of_completions(run, arm)
     run.run_stage(arm.stage("generate"), made_from, [CORPUS, "summary.json"], work, wanted=wanted)
@@ -125,7 +120,7 @@ def train_student(run: Run, arm: Arm, *, wanted: bool) -> None:
 
     def work(folder: Path) -> dict[str, Any]:
         policy = run.policy()
-        outcome = finetune(policy, run.corpus(arm, policy), config.finetune, run.context_of(arm, folder))
+        outcome = finetune(policy, run.corpus(arm, policy), config.finetune, run.context(folder, arm))
         if config.finetune.mode == "full":
             run.release_policy()
         on_main("writing the summary of the student", lambda: write_json(folder / "summary.json", outcome))
@@ -141,10 +136,9 @@ def answer(run: Run, arm: Arm) -> None:
     def work(folder: Path) -> dict[str, Any]:
         test_set = run.test_set()
         with run.progress("evaluate", None, "answers", arm) as progress:
-            return evaluate_arm(
-                run.policy_of(arm, test_set), test_set, run.config.evaluate, arm=arm.name, folder=folder.parent,
-                world=run.world, projection=None if arm.trains else _projection(run, arm), progress=progress,
-            )  # fmt: skip
+            policy, context = run.policy_of(arm, test_set), run.context(folder.parent, arm, progress)
+            held_to = None if arm.trains else _projection(run, arm)
+            return evaluate_arm(policy, test_set, run.config.evaluate, context, arm=arm.name, projection=held_to)
 
     run.run_stage(f"evaluate/{arm.name}", stage_inputs.of_answers(run, arm), [f"{run.task.name}.jsonl"], work)
 

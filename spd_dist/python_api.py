@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,9 +22,10 @@ from spd_dist.models.policy import Policy, eos_token_ids
 from spd_dist.overrides import load_config
 from spd_dist.projection.hooks import projected as held_to
 from spd_dist.stages.calibrate import calibrate
+from spd_dist.stages.context import StageContext
 from spd_dist.stages.project import projection, subspace
 from spd_dist.stages.reduce import reduce
-from spd_dist.stages.sketch import sketch
+from spd_dist.stages.sketch import ShardPlan, sketch
 from spd_dist.storage.subspace_file import load_subspace, save_subspace
 from spd_dist.types import Subspace
 
@@ -70,12 +72,11 @@ def find_subspace(
     with _frozen(model):
         sites = discover_sites(model, config.calibrate.layers, whole_keys=config.project.insertion == "rope")
         sketches = sketch(
-            calibrate(policy, examples, sites, config.calibrate, world),
+            calibrate(policy, examples, sites, config.calibrate, StageContext(Path(), config.seed, world)),
             sites,
             config.sketch,
-            num_shards=config.calibrate.num_shards,
-            planned_rank=config.project.planned_rank,
-            world=world,
+            world,
+            ShardPlan(config.calibrate.num_shards, config.project.planned_rank),
         )
     moments = reduce(sketches, sites, config.reduce, num_shards=config.calibrate.num_shards, world=world)
     names = {"base_model": policy.name, "base_fingerprint": policy.fingerprint}

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from spd_dist.arms import Arm, chosen
+from spd_dist.arms import Arm, Scope, chosen
 from spd_dist.config import STAGES, Config
 from spd_dist.distributed.collectives import on_main, together
 from spd_dist.distributed.world import World
@@ -33,27 +33,16 @@ log = logging.getLogger(__name__)
 STUDENT = "finetune/model"
 
 
-def run_rounds(
-    config: Config,
-    world: World,
-    signals: StopSignals,
-    *,
-    first: str = STAGES[0],
-    last: str = STAGES[-1],
-    only: Sequence[str] = (),
-    job: str = "",
-    others: Sequence[Path] = (),
-) -> str:
+def run_rounds(config: Config, world: World, signals: StopSignals, scope: Scope) -> str:
     """Run all rounds of `config`, and give what a person wants to read at the end. A collective.
 
-    The report in the run folder then holds each round's arms, and how far its subspace and energy moved. `first`,
-    `last` and `only` are as `run_stages` has them, `job` and `others` as `Run` has them.
+    The report in the run folder then holds each round's arms, and how far its subspace and energy moved.
 
     Raises:
         UserError: what the user can put right.
     """
     if config.rounds > 1:
-        _check(config, first, last)
+        _check(config, scope.first, scope.last)
     texts, places = [], folders(config)
     watch(signals, places[0])
     with ExitStack() as whole:
@@ -62,13 +51,12 @@ def run_rounds(
                 _merge_student(config_of_round(config, number - 1), world)
                 log.info("round %d of %d in %s", number, config.rounds, places[number - 1])
             before = places[: number - 1]
-            part = {"first": first, "last": last, "job": job}
-            run = Run(config_of_round(config, number), world, signals, **part, others=others, rounds_before=before)
+            run = Run(config_of_round(config, number), world, signals, scope, rounds_before=before)
             if number == 1:
-                whole.enter_context(run.kept_status(last))
-            arms = chosen(only or run.config.evaluate.arms)
-            run.estimate.expect(parts_of(run.config, arms, world.size, last))
-            texts.append(run_stages(run, first=first, last=last, only=only))
+                whole.enter_context(run.kept_status())
+            arms = chosen(scope.only or run.config.evaluate.arms)
+            run.estimate.expect(parts_of(run.config, arms, world.size, scope.last))
+            texts.append(run_stages(run))
         if config.rounds == 1:
             return texts[0]
         questions = run.questions()

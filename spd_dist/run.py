@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from spd_dist.arms import Arm
+from spd_dist.arms import Arm, Scope
 from spd_dist.config import Config
 from spd_dist.data.prompts import TestSet, make_references, make_test_set, with_eos
 from spd_dist.data.sources import load_rows
@@ -36,7 +36,7 @@ from spd_dist.storage.restart import kept_status, status_path
 from spd_dist.storage.run_folder import RunFolder
 from spd_dist.storage.settings import settings_hash
 from spd_dist.tracking.metrics import MetricLogger
-from spd_dist.tracking.progress import Progress, RunEstimate
+from spd_dist.tracking.progress import Progress, ProgressReports, RunEstimate
 from spd_dist.tracking.stage_plots import show_stage
 from spd_dist.tracking.wandb_artifacts import job_type, product_of
 from spd_dist.tracking.wandb_mirror import open_mirror
@@ -54,39 +54,34 @@ class Run:
         config: Config,
         world: World,
         signals: StopSignals,
+        scope: Scope,
         *,
-        first: str = "calibrate",
-        last: str = "project",
-        job: str = "",
-        others: Sequence[Path] = (),
         rounds_before: Sequence[Path] = (),
     ) -> None:
-        """Open the run folder and the metrics for a part of a run: from one stage to another.
+        """Open the run folder and the metrics for a part of a run.
 
         Args:
             config: Its whole config.
             world: This process among all.
             signals: Requests to stop.
-            first: The first stage of this part.
-            last: The last one; if it is `evaluate`, programs to score need leave and a sandbox.
-            job: As of `RunFolder`: what this process is called, if several share the folder.
-            others: As of `RunFolder`: runs whose finished stages are as good as one's own.
+            scope: The part of the run that this process does.
             rounds_before: The folders of earlier rounds, if this is a later one.
 
         Raises:
             ConfigError: the folder holds a run of another config, `data.task` is unknown, or it is scored by running
                 programs and that isn't allowed, or no sandbox holds on this machine.
         """
-        self.config, self.world, self.job = config, world, job or job_type(first, last)
+        self.config, self.world, self.scope = config, world, scope
+        self.job = scope.job or job_type(scope.first, scope.last)
         self.plain = dataclasses.asdict(config)
-        self.folder = RunFolder(config.run_dir, self.plain, world, job=job, others=others)
+        self.folder = RunFolder(config.run_dir, self.plain, world, job=scope.job, others=scope.others)
         self.task_index = config.generate.task_index if config.generate.num_tasks > 1 else None
         self.stopping = Stopping(signals, self.folder.workplace(""), self.task_index, config.distributed)
         with together("finding the task"):
             self.task = find_task(config.data.task)
-            if last == "evaluate":
+            if scope.last == "evaluate":
                 self.task = able_to_judge(self.task, allowed=config.evaluate.allow_code_execution)
-        self.part = job or ("" if self.task_index is None else task_name(self.task_index))
+        self.part = scope.job or ("" if self.task_index is None else task_name(self.task_index))
         prefix = f"{self.part}_" if self.part else ""
         opening = functools.partial(open_mirror, config.metrics, self.folder.path, self.plain, job=self.job)
         self.metrics = MetricLogger(
@@ -111,9 +106,9 @@ class Run:
         with self.metrics, naming, telling:
             yield
 
-    def kept_status(self, last: str) -> AbstractContextManager[None]:
-        """Within, `status.json` says how the run up to stage `last` stands; each of several jobs has its own."""
-        return kept_status(status_path(self.folder.path, self.part), self.world, last)
+    def kept_status(self) -> AbstractContextManager[None]:
+        """Within, `status.json` says how the run up to its last stage stands; each of several jobs has its own."""
+        return kept_status(status_path(self.folder.path, self.part), self.world, self.scope.last)
 
     def rows(self, split: Split) -> list[Row]:
         """The rows of a split, the same on every rank.
@@ -258,17 +253,11 @@ class Run:
         return content_hash([found, self._student_before]) if "model" in names and self._student_before else found
 
     def progress(self, stage: str, total: int | None, unit: str, arm: Arm | None = None) -> Progress:
-        """A counter whose lines and metrics carry the stage's name. Where ranks decode, it heeds requests to stop."""
-
-        def after_unit(place: str) -> None:
-            self.heartbeat.beat(place)
-            if stage in ("generate", "evaluate"):
-                self.stopping.stop_alone()
-
+        """A counter whose lines and metrics carry the stage's name, and the arm's."""
         self.heartbeat.beat(f"{stage}, before its first unit", now=True)
-        said = {"every_seconds": self.config.metrics.progress_seconds, "check": after_unit, "run": self.estimate}
         unit, metrics = (unit, self.metrics) if arm is None else (f"{unit} of {arm.name}", self.metrics_of(arm))
-        return Progress(stage, total, unit, metrics, **said)
+        seconds = self.config.metrics.progress_seconds
+        return Progress(stage, total, unit, ProgressReports(metrics, seconds, self.heartbeat.beat, self.estimate))
 
     def metrics_of(self, arm: Arm) -> MetricLogger:
         """The metrics; names of other arms than the method's own carry the arm's name."""
@@ -277,13 +266,23 @@ class Run:
     def _metrics_of(self, name: str) -> MetricLogger:
         return self.metrics if name == "spd" else self.metrics.labelled(name)
 
-    def context_of(self, arm: Arm, folder: Path) -> StageContext:
-        """What a stage of an arm is told of this run."""
-        config = self.config_of(arm)
+    def context(self, folder: Path, arm: Arm | None = None, progress: Progress | None = None) -> StageContext:
+        """What a stage is told of this run; of the arm that it works for, if it is one arm's alone."""
         return StageContext(
-            folder, config.seed, self.world, config.distributed, self.stopping.should_stop, self.metrics_of(arm),
-            config.metrics.progress_seconds, self.estimate, self.facts_of(arm), self.heartbeat,
-        )  # fmt: skip
+            folder=folder,
+            seed=self.config.seed,
+            world=self.world,
+            distributed=self.config.distributed,
+            should_stop=self.stopping.should_stop,
+            stop_if_asked=self.stopping.stop_if_asked,
+            stop_alone=self.stopping.stop_alone,
+            progress=progress,
+            metrics=self.metrics if arm is None else self.metrics_of(arm),
+            progress_seconds=self.config.metrics.progress_seconds,
+            estimate=self.estimate,
+            facts={} if arm is None else self.facts_of(arm),
+            heartbeat=self.heartbeat,
+        )
 
     def facts_of(self, arm: Arm) -> dict[str, str]:
         """What a student's model card says of the run that it comes from."""

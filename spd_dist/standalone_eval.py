@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from spd_dist.arms import Scope
 from spd_dist.config import Config
 from spd_dist.distributed.collectives import on_main, together
 from spd_dist.distributed.world import World
@@ -50,8 +51,8 @@ def evaluate_alone(
     with together("looking at the adapter"):
         inputs = {} if adapter is None else {"adapter": fingerprint_of(adapter)}
     watch(signals, Path(config.run_dir))
-    job = {"first": "evaluate", "last": "evaluate"}
-    runs = [Run(of_task(config, task, source), world, signals, **job) for task, source in tasks.items()]
+    scope = Scope("evaluate", "evaluate")
+    runs = [Run(of_task(config, task, source), world, signals, scope) for task, source in tasks.items()]
     for run in runs:
         run.rows("test")
 
@@ -94,12 +95,11 @@ def _answered(run: Run, policy: Callable[[], Policy], inputs: dict[str, str]) ->
     def work(folder: Path) -> None:
         test_set = run.test_set()
         with run.progress("evaluate", None, f"answers to {run.task.name}") as progress:
-            summary = evaluate_arm(
-                policy(), test_set, config.evaluate, arm=ARM, folder=folder, world=run.world, progress=progress
-            )
+            context = run.context(folder, progress=progress)
+            summary = evaluate_arm(policy(), test_set, config.evaluate, context, arm=ARM)
         on_main("writing the summary of the answers", lambda: write_json(folder / "summary.json", summary))
 
-    with run.kept_status("evaluate"), run.opened():
+    with run.kept_status(), run.opened():
         run.run_stage("evaluate", of_protocol(run) | inputs, ["summary.json", ARM], work)
         summary = on_main(
             "reading the summary of the answers", lambda: read_json(run.folder.folder("evaluate") / "summary.json")

@@ -11,6 +11,7 @@ from spd_dist.config import Distributed, Generate, Model
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError
 from spd_dist.models.policy import Policy, load_policy
+from spd_dist.stages.context import StageContext
 from spd_dist.stages.generate import generate
 from spd_dist.types import KVSite, Projection, Prompt, SiteOperator
 
@@ -53,7 +54,7 @@ def merged(folder: Path, summary: dict) -> bytes:
 
 def corpus(model: Path, folder: Path, config: Generate = CONFIG) -> bytes | None:
     """The corpus as one process makes it; None if it is not complete yet."""
-    summary = generate(policy_of(model), prompts(), some_projection(), config, seed=SEED, folder=folder, world=ALONE)
+    summary = generate(policy_of(model), prompts(), some_projection(), config, StageContext(folder, SEED, ALONE))
     return merged(folder, summary) if summary["is_complete"] else None
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spd_dist.config import Project, Sketch
 from spd_dist.distributed.world import World
-from spd_dist.stages.sketch import ShardSketch, sketch
+from spd_dist.stages.sketch import ShardPlan, ShardSketch, sketch
 from spd_dist.types import GradientBatch, KVSite
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
@@ -42,4 +42,4 @@ def sketch_of(rows_ND: Tensor, size: int | None, *, sizes: Sequence[int] | int =
     config = Sketch(method="gram") if size is None else Sketch(method="frequent_directions", size=size, alpha=alpha)
     site = kv_site(width=rows_ND.shape[1])
     stream = batches({site: rows_ND}, sizes)
-    return sketch(stream, [site], config, num_shards=1, planned_rank=Project().planned_rank, world=ALONE)[0]
+    return sketch(stream, [site], config, ALONE, ShardPlan(1, Project().planned_rank))[0]

@@ -19,7 +19,7 @@ MAY_IMPORT = {  # besides itself
     "config": set(),
     "seeding": set(),
     "types": set(),
-    "arms": {"errors"},
+    "arms": {"errors", "config"},
     "overrides": {"config", "errors", "arms"},
     "distributed": {"config", "types", "errors"},
     "process": BELOW,
@@ -43,7 +43,7 @@ MAY_IMPORT = {  # besides itself
     "standalone_eval": BELOW | MODEL | FILES | {"data", "stages", "arms", "process", "run", "stage_inputs"},
     "rounds": BELOW | MODEL | FILES | {"arms", "process", "run", "pipeline", "reports"},
     "launch": {path.relative_to(PACKAGE).with_suffix("").parts[0] for path in MODULES},
-    "experiment": BELOW | FILES | {"data", "process", "rounds", "reports"},
+    "experiment": BELOW | FILES | {"arms", "data", "process", "rounds", "reports"},
 }
 ONLY_IN = {
     "deepspeed": {"distributed"},

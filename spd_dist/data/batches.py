@@ -30,6 +30,16 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
+class Division:
+    """How examples are divided among logical shards, batches and ranks, as one rank sees it."""
+
+    num_shards: int
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+
+
+@dataclass(frozen=True)
 class PaddedBatch:
     """A micro-batch as tensors: right-padded, as causal attention then needs no care for pads."""
 
@@ -52,11 +62,8 @@ def owned_shards(num_shards: int, rank: int, world_size: int) -> range:
 
 def micro_batches(
     examples: Sequence[SupervisedExample],
+    division: Division,
     *,
-    num_shards: int,
-    batch_size: int,
-    rank: int = 0,
-    world_size: int = 1,
     taken: Mapping[int, int] = NONE_TAKEN,
 ) -> Iterator[MicroBatch]:
     """This rank's micro-batches, shard by shard; within a shard longest first, so that padding is little.
@@ -64,27 +71,24 @@ def micro_batches(
     The batches of a shard are the same at every world size, and no batch mixes shards. `taken` says how many examples
     of a shard an earlier attempt has used: they are left out.
     """
-    for shard in owned_shards(num_shards, rank, world_size):
-        members = sorted(examples[shard::num_shards], key=lambda example: -len(example.tokens))
-        for start in range(taken.get(shard, 0), len(members), batch_size):
-            yield MicroBatch(shard, tuple(members[start : start + batch_size]))
+    for shard in owned_shards(division.num_shards, division.rank, division.world_size):
+        members = sorted(examples[shard :: division.num_shards], key=lambda example: -len(example.tokens))
+        for start in range(taken.get(shard, 0), len(members), division.batch_size):
+            yield MicroBatch(shard, tuple(members[start : start + division.batch_size]))
 
 
 def num_micro_batches(
     num_examples: int,
+    division: Division,
     *,
-    num_shards: int,
-    batch_size: int,
-    rank: int = 0,
-    world_size: int = 1,
     taken: Mapping[int, int] = NONE_TAKEN,
 ) -> int:
     """How many `micro_batches` yields: what ranks compare before they run in lock-step."""
     sizes = (
-        len(range(shard, num_examples, num_shards)) - taken.get(shard, 0)
-        for shard in owned_shards(num_shards, rank, world_size)
+        len(range(shard, num_examples, division.num_shards)) - taken.get(shard, 0)
+        for shard in owned_shards(division.num_shards, division.rank, division.world_size)
     )
-    return sum(-(-size // batch_size) for size in sizes)
+    return sum(-(-size // division.batch_size) for size in sizes)
 
 
 def pad(examples: Sequence[SupervisedExample], pad_token_id: int, device: torch.device | None = None) -> PaddedBatch:

@@ -22,7 +22,6 @@ from spd_dist.inference.requests import (
     is_out_of_memory,
     new_row,
 )
-from spd_dist.inference.sampling import Sampling
 from spd_dist.types import Prompt
 
 
@@ -102,17 +101,12 @@ def pinned(model: PreTrainedModel, stopping: DecodeSettings) -> Iterator[Generat
         model.generation_config = inherited
 
 
-__all__ = ["Decoded", "Request", "Sampling", "check_context", "decode", "longest_first"]
-
-
 @torch.no_grad()
 def decode(
     model: PreTrainedModel,
     requests: Iterable[Request],
-    sampling: Sampling,
+    settings: DecodeSettings,
     *,
-    eos_token_ids: Sequence[int],
-    pad_token_id: int,
     batch_size: int = 32,
     fixed_columns: int | None = None,
     smaller: Callable[..., int] = half_batch,
@@ -129,9 +123,7 @@ def decode(
     Args:
         model: A causal LM in eval mode, whole or called in step with its other shards.
         requests: In any order.
-        sampling: How tokens are drawn.
-        eos_token_ids: Each ends a completion, and is its last token.
-        pad_token_id: What rows are filled up with.
+        settings: How tokens are drawn, and what ends a completion.
         batch_size: Rows of a pass.
         fixed_columns: At least the longest prompt and `max_new_tokens`; the same in every run that is to agree.
         smaller: Gives the batch to go on with when memory runs out for one, or its error: `half_batch` with settings.
@@ -143,16 +135,16 @@ def decode(
     ordered = longest_first(requests)
     if not ordered:
         return
-    check_context(model, ordered[0], sampling.max_new_tokens)
-    stopping = DecodeSettings(sampling, frozenset(eos_token_ids), pad_token_id)
+    max_new_tokens = settings.sampling.max_new_tokens
+    check_context(model, ordered[0], max_new_tokens)
     # Fixed shapes are those of the whole corpus: so is what they fit in, or the kind of loop would depend on the share.
-    num_layers = num_slot_layers(model.config, fixed_columns or len(ordered[0].tokens) + sampling.max_new_tokens)
+    num_layers = num_slot_layers(model.config, fixed_columns or len(ordered[0].tokens) + max_new_tokens)
     while ordered:
         if num_layers:
             num_slots = batch_size if fixed_columns else min(batch_size, len(ordered))
-            loop = ContinuousBatcher(model, stopping, num_layers, num_slots, fixed_columns)
+            loop = ContinuousBatcher(model, settings, num_layers, num_slots, fixed_columns)
         else:
-            loop = StaticLoop(model, stopping, 1 if fixed_columns else batch_size)
+            loop = StaticLoop(model, settings, 1 if fixed_columns else batch_size)
         try:
             yield from loop.run(ordered)
             return

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from spd_dist.errors import DataError
-from spd_dist.inference.decode import Decoded, Request, Sampling, pinned
-from spd_dist.inference.requests import DecodeSettings
+from spd_dist.inference.decode import pinned
+from spd_dist.inference.requests import Decoded, DecodeSettings, Request
+from spd_dist.inference.sampling import Sampling
 from spd_dist.models.policy import Policy
 from spd_dist.projection.hooks import ProjectionMonitor, projected
 from spd_dist.projection.operators import is_identity

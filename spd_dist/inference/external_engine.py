@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from spd_dist.config import Generate
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError, DataError
-from spd_dist.inference.decode import Decoded, Request
+from spd_dist.inference.requests import Decoded, Request
 from spd_dist.inference.sampling import Sampling
 from spd_dist.models.policy import Policy
 

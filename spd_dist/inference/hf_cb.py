@@ -13,8 +13,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
 from spd_dist.errors import DataError
-from spd_dist.inference.decode import Decoded, Request
-from spd_dist.inference.requests import half_batch, is_out_of_memory
+from spd_dist.inference.requests import Decoded, Request, half_batch, is_out_of_memory
 from spd_dist.inference.sampling import Sampling
 from spd_dist.models.policy import Policy
 from spd_dist.projection.hooks import ProjectionMonitor

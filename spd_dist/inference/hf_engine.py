@@ -7,11 +7,9 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
-from spd_dist.config import Generate
-from spd_dist.distributed.world import World
-from spd_dist.inference.decode import Decoded, Request, decode
-from spd_dist.inference.placement import Placement, placed
-from spd_dist.inference.requests import half_batch
+from spd_dist.inference.decode import decode
+from spd_dist.inference.placement import Placement
+from spd_dist.inference.requests import Decoded, DecodeSettings, Request, half_batch
 from spd_dist.inference.sampling import Sampling
 from spd_dist.models.policy import Policy
 from spd_dist.projection.hooks import ProjectionMonitor, projected
@@ -35,9 +33,7 @@ class HFEngine:
         return decode(
             self.policy.model,
             requests,
-            sampling,
-            eos_token_ids=self.policy.eos_token_ids,
-            pad_token_id=self.policy.pad_token_id,
+            DecodeSettings(sampling, frozenset(self.policy.eos_token_ids), self.policy.pad_token_id),
             batch_size=self.batch_size,
             fixed_columns=self.fixed_columns,
             smaller=functools.partial(half_batch, section=self.section, in_step=self.placement == "layerwise"),
@@ -45,22 +41,7 @@ class HFEngine:
 
 
 @contextmanager
-def hf_engine(
-    policy: Policy,
-    projection: Projection | None,
-    config: Generate,
-    world: World,
-    placement: Placement,
-    *,
-    section: str,
-    longest: int | None = None,
-) -> Iterator[HFEngine]:
-    """The engine, with the policy projected and placed; both undone on every way out.
-
-    `section` is the config's that the settings are from, for messages; `longest` the longest prompt and completion of
-    the whole corpus: what fixed shapes have room for.
-    """
-    held = nullcontext() if projection is None else projected(policy.model, projection, config.apply_as)
-    with held as monitor, placed(policy, placement, world, "generating completions"):
-        fixed_columns = longest if config.batch_invariant else None
-        yield HFEngine(policy, config.batch_size, fixed_columns, monitor, placement, section)
+def held_to(policy: Policy, projection: Projection | None, apply_as: str) -> Iterator[ProjectionMonitor | None]:
+    """The policy under `projection`, as the config has it applied; undone on every way out."""
+    with nullcontext() if projection is None else projected(policy.model, projection, apply_as) as monitor:
+        yield monitor

@@ -15,12 +15,14 @@ from spd_dist.distributed.collectives import together
 from spd_dist.distributed.uneven_work import wait_for_all_ranks
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError
-from spd_dist.inference.decode import Decoded, Request, Sampling, check_context
+from spd_dist.inference.decode import check_context
 from spd_dist.inference.engine_probes import References, check_probes, references
 from spd_dist.inference.external_engine import ExternalEngine, command_of, environment_of
 from spd_dist.inference.hf_cb import ContinuousBatchingEngine
-from spd_dist.inference.hf_engine import hf_engine
+from spd_dist.inference.hf_engine import HFEngine, held_to
 from spd_dist.inference.placement import choose_placement, placed
+from spd_dist.inference.requests import Decoded, Request
+from spd_dist.inference.sampling import Sampling
 from spd_dist.models.policy import Policy
 from spd_dist.models.save_weights import save_model, stored_parameters, whole_tensors
 from spd_dist.projection.hooks import ProjectionMonitor, projected
@@ -61,6 +63,17 @@ class Opened(NamedTuple):
     """Calls and leakage of the projection: in the engine itself, or in the reference that it agreed with."""
 
 
+class EngineWork(NamedTuple):
+    """What an engine is opened for."""
+
+    requests: Sequence[Request]
+    """This rank's; some are its probes."""
+    longest: Request
+    """That with the longest prompt of the whole corpus."""
+    scratch: Path
+    """A folder for the files of an engine with a process of its own; removed at the end."""
+
+
 def choose_engine(config: Generate) -> Choice:
     """The engine that the config asks for, or that `auto` takes."""
     name = engine_of(config.engine, config.vllm_python, config.command)
@@ -73,12 +86,9 @@ def open_engine(
     projection: Projection | None,
     config: Generate,
     world: World,
-    *,
-    work: Sequence[Request],
-    longest: Request,
-    scratch: Path,
+    work: EngineWork,
 ) -> Iterator[Opened]:
-    """The engine of `config`, after it answered some of this rank's `work` as the projected policy does. A collective.
+    """The engine of `config`, once it has answered some requests as the projected policy does. A collective.
 
     The body holds no collective; its exceptions are raised on every rank.
 
@@ -87,9 +97,7 @@ def open_engine(
         projection: None for the policy as it is.
         config: The section.
         world: This process among all.
-        work: This rank's requests.
-        longest: That with the longest prompt of the whole corpus.
-        scratch: A folder for the files of an engine with a process of its own; removed at the end.
+        work: What this rank will ask of it.
 
     Raises:
         DataError: a prompt is longer than the model's context; the engine can't run the model, or runs another policy.
@@ -100,19 +108,22 @@ def open_engine(
         log.info("generate: engine %s, since %s", name, reason)
     config = dataclasses.replace(config, engine=name)
     with together("looking at the longest prompt"):
-        check_context(policy.model, longest, config.max_new_tokens)
-    max_length = len(longest.tokens) + config.max_new_tokens
+        check_context(policy.model, work.longest, config.max_new_tokens)
+    max_length = len(work.longest.tokens) + config.max_new_tokens
     placement = choose_placement(policy, config, world, max_length, section="generate")
     with together("checking the engine's settings"):
         if name == "hf_cb" and placement == "layerwise":
             raise ConfigError("generate.engine=hf_cb needs whole weights on each rank; set generate.placement=replica")
         if name not in ("hf", "hf_cb"):
-            command_of(config, scratch)
-    candidates = {request.id: dataclasses.replace(request, sample=-1) for request in work}.values()
+            command_of(config, work.scratch)
+    candidates = {request.id: dataclasses.replace(request, sample=-1) for request in work.requests}.values()
     with placed(policy, placement, world, "answering the probes"):
         expected = references(policy, projection, candidates, config.max_new_tokens)
     if name in ("hf", "hf_cb"):
-        with hf_engine(policy, projection, config, world, placement, section="generate", longest=max_length) as engine:
+        held = held_to(policy, projection, config.apply_as)
+        with held as monitor, placed(policy, placement, world, "generating completions"):
+            fixed_columns = max_length if config.batch_invariant else None
+            engine = HFEngine(policy, config.batch_size, fixed_columns, monitor, placement, "generate")
             if name == "hf_cb":
                 engine = ContinuousBatchingEngine(policy, config.batch_size, engine.monitor)
             _verify(engine, expected, policy)
@@ -120,9 +131,12 @@ def open_engine(
                 engine.monitor.check_calls(has_run=True)
             yield Opened(engine, placement, engine.monitor)
         return
-    with exported(policy, projection, scratch / "model", world) as model, wait_for_all_ranks(f"generating by {name}"):
+    with (
+        exported(policy, projection, work.scratch / "model", world) as model,
+        wait_for_all_ranks(f"generating by {name}"),
+    ):
         command, environment = command_of(config, model), environment_of(world)
-        engine = ExternalEngine(name, command, policy, scratch / f"rank-{world.rank:05d}", environment)
+        engine = ExternalEngine(name, command, policy, work.scratch / f"rank-{world.rank:05d}", environment)
         _verify(engine, expected, policy)
         yield Opened(engine, "external", expected.monitor)
 

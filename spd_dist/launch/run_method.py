@@ -118,13 +118,14 @@ def preview(config: Config, num_examples: int) -> int:
 
 def run(config: Config, arguments: argparse.Namespace, signals: StopSignals) -> int:
     """Run the stages."""
+    from spd_dist.arms import Scope
     from spd_dist.rounds import run_rounds
     from spd_dist.storage.restart import restart
 
     def work(world: World) -> str:
         if arguments.restart_from:
             restart(Path(config.run_dir), arguments.restart_from, dataclasses.asdict(config))
-        return run_rounds(config, world, signals, first=arguments.first, last=arguments.last)
+        return run_rounds(config, world, signals, Scope(arguments.first, arguments.last))
 
     return on_every_rank(config, work)
 

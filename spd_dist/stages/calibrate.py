@@ -6,31 +6,21 @@ Shapes: B examples, N token rows.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from spd_dist.config import Calibrate
-from spd_dist.data.batches import NONE_TAKEN, MicroBatch, micro_batches, num_micro_batches, owned_shards, pad
+from spd_dist.data.batches import NONE_TAKEN, Division, MicroBatch, micro_batches, num_micro_batches, owned_shards, pad
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError
 from spd_dist.models.gradient_capture import Capture, capture
 from spd_dist.models.loss import example_losses
 from spd_dist.models.policy import Policy
+from spd_dist.stages.context import StageContext
 from spd_dist.types import GradientBatch, KVSite, SupervisedExample
 
-logger = logging.getLogger(__name__)
-
-
-class Advance(Protocol):
-    """What shows how far a stage has come."""
-
-    def begin(self, total: int, skipped: int) -> None:
-        """Learn how much there is, and how much of it was done before."""
-
-    def advance(self, units: int, tokens: int = 0) -> None:
-        """Count `units` more as done."""
+log = logging.getLogger(__name__)
 
 
 def calibrate(
@@ -38,11 +28,9 @@ def calibrate(
     examples: Sequence[SupervisedExample],
     sites: Sequence[KVSite],
     config: Calibrate,
-    world: World,
+    context: StageContext,
     *,
     taken: Mapping[int, int] = NONE_TAKEN,
-    progress: Advance | None = None,
-    stop_if_asked: Callable[[], None] | None = None,
 ) -> Iterator[GradientBatch]:
     """The gradient rows of the examples whose logical shards this rank owns, micro-batch by micro-batch.
 
@@ -56,29 +44,27 @@ def calibrate(
         examples: All of them, on every rank.
         sites: Where.
         config: Its section.
-        world: This process among all.
+        context: Of the run.
         taken: How many examples of each logical shard an earlier attempt has used, on every rank the same.
-        progress: Told of each micro-batch.
-        stop_if_asked: A collective, called before each round; it raises on all ranks, or on none.
 
     Raises:
         DataError: an example without targets, or with one that nothing predicts.
-        StopRequested: `stop_if_asked` said so.
+        StopRequested: between two rounds, on all ranks.
     """
+    world = context.world
     for example in examples:
         _check(example)
-    own = list(micro_batches(examples, **_division(config, world.rank, world), taken=taken))
-    if progress is not None:
-        skipped = sum(taken.get(shard, 0) for shard in owned_shards(config.num_shards, world.rank, world.size))
-        progress.begin(sum(len(batch.examples) for batch in own) + skipped, skipped)
+    own = list(
+        micro_batches(examples, Division(config.num_shards, config.batch_size, world.rank, world.size), taken=taken)
+    )
+    skipped = sum(taken.get(shard, 0) for shard in owned_shards(config.num_shards, world.rank, world.size))
+    context.begin(sum(len(batch.examples) for batch in own) + skipped, skipped)
     with capture(policy.model, sites, checkpointing=config.checkpointing) as caught:
         for step in range(_num_rounds(len(examples), config, world, taken)):
-            if stop_if_asked is not None:
-                stop_if_asked()
+            context.stop_if_asked()
             if step < len(own):
                 gradients = _gradients(policy, own[step], caught, world.device)
-                if progress is not None:
-                    progress.advance(len(own[step].examples), own[step].num_tokens)
+                context.advance(len(own[step].examples), own[step].num_tokens)
                 yield gradients
             elif policy.engine is not None:
                 _gradients(policy, _filler(examples), caught, world.device)
@@ -93,17 +79,10 @@ def _check(example: SupervisedExample) -> None:
         )
 
 
-def _division(config: Calibrate, rank: int, world: World) -> dict[str, int]:
-    """How the examples are divided, as a rank sees it."""
-    division = {"num_shards": config.num_shards, "batch_size": config.batch_size}
-    return division | {"rank": rank, "world_size": world.size}
-
-
 def _num_rounds(num_examples: int, config: Calibrate, world: World, taken: Mapping[int, int]) -> int:
     """Micro-batches of the rank that has most: every rank knows all plans, so nothing need be said."""
-    return max(
-        num_micro_batches(num_examples, **_division(config, rank, world), taken=taken) for rank in range(world.size)
-    )
+    divisions = [Division(config.num_shards, config.batch_size, rank, world.size) for rank in range(world.size)]
+    return max(num_micro_batches(num_examples, division, taken=taken) for division in divisions)
 
 
 def _filler(examples: Sequence[SupervisedExample]) -> MicroBatch:
@@ -118,7 +97,7 @@ def _gradients(policy: Policy, micro_batch: MicroBatch, caught: Capture, device:
         loss_B = example_losses(policy.model, batch.tokens_BT, batch.attention_BT, batch.target_BT)
         if not torch.isfinite(loss_B).all():
             losses = {example.id: loss for example, loss in zip(micro_batch.examples, loss_B.tolist(), strict=True)}
-            logger.error("calibrate: the loss is not finite, so these gradients are useless: %s", losses)
+            log.error("calibrate: the loss is not finite, so these gradients are useless: %s", losses)
         grads = caught.gradients(loss_B.sum(), batch.attention_BT.bool())
     return GradientBatch(
         shard=micro_batch.shard,

@@ -1,4 +1,4 @@
-"""What a stage is told about the run that it is part of."""
+"""What every stage is told about the run that it is part of: `stage(policy, data, config, context) -> result`."""
 
 from __future__ import annotations
 
@@ -10,31 +10,52 @@ from spd_dist.config import Distributed
 from spd_dist.distributed.heartbeat import Heartbeat
 from spd_dist.distributed.world import World
 from spd_dist.tracking.metrics import MetricLogger
-from spd_dist.tracking.progress import RunEstimate
+from spd_dist.tracking.progress import Progress, RunEstimate
 
 
 def _never() -> bool:
     return False
 
 
+def _go_on() -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class StageContext:
-    """Where one fine-tuning runs, and whom it tells."""
+    """Where a stage runs, what may stop it, and where it reports."""
 
     folder: Path
-    """Gets `adapter/` or `model/`, and `checkpoints/`."""
+    """The stage's own: everything that it writes."""
     seed: int
+    """The run's."""
     world: World
     distributed: Distributed = field(default_factory=Distributed)
     should_stop: Callable[[], bool] = _never
-    """Asked before every step; one rank's yes stops all of them, at the same step, after a checkpoint."""
+    """A collective: whether any rank was asked to stop, the same on all of them."""
+    stop_if_asked: Callable[[], None] = _go_on
+    """A collective: raises `StopRequested` on every rank if any was asked to stop."""
+    stop_alone: Callable[[], None] = _go_on
+    """Raises `StopRequested` on this rank if it was asked to stop: where ranks work without meeting."""
+    progress: Progress | None = None
+    """Counts what is done, if the caller has begun to count; it counts, and raises nothing."""
     metrics: MetricLogger | None = None
-    """Gets the numbers of every step and epoch, on all ranks."""
+    """Gets the stage's numbers, on all ranks."""
     progress_seconds: float = 30.0
     """Time between two progress lines."""
     estimate: RunEstimate | None = None
     """Of the run's other stages."""
     facts: Mapping[str, str] = field(default_factory=dict)
-    """What else the model card should say: the task, the arm, the hash of the config."""
+    """What else a model card should say: the task, the arm, the hash of the config."""
     heartbeat: Heartbeat | None = None
-    """Told of every step; one of its own in `folder` if not given."""
+    """Is told of every step; one of its own in `folder` if not given."""
+
+    def begin(self, total: int, skipped: int) -> None:
+        """Say how many units there are, and how many of them an earlier attempt did."""
+        if self.progress is not None:
+            self.progress.begin(total, skipped)
+
+    def advance(self, units: int, tokens: int = 0) -> None:
+        """Count `units` more as done."""
+        if self.progress is not None:
+            self.progress.advance(units, tokens)

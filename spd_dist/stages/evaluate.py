@@ -6,28 +6,29 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from spd_dist.analysis.answer_summary import answers_summary
 from spd_dist.config import Evaluate
-from spd_dist.data.batches import micro_batches, pad
+from spd_dist.data.batches import Division, micro_batches, pad
 from spd_dist.data.prompts import TestSet
 from spd_dist.data.tasks.protocol import Row, Task
 from spd_dist.distributed.collectives import gather_objects, on_main, together
-from spd_dist.distributed.world import World
 from spd_dist.errors import DataError
-from spd_dist.inference.decode import Decoded, Request, check_context
-from spd_dist.inference.hf_engine import HFEngine, hf_engine
-from spd_dist.inference.placement import choose_placement
+from spd_dist.inference.decode import check_context
+from spd_dist.inference.hf_engine import HFEngine, held_to
+from spd_dist.inference.placement import choose_placement, placed
+from spd_dist.inference.requests import Decoded, Request
 from spd_dist.inference.sampling import Sampling
 from spd_dist.models.loss import example_losses
 from spd_dist.models.policy import Policy
 from spd_dist.seeding import row_seed
+from spd_dist.stages.context import StageContext
 from spd_dist.storage.answers import answers_path, as_row, part_path, read_parts, write_merged
 from spd_dist.storage.artifacts import JsonlWriter
 from spd_dist.storage.completions import Key, is_repetitive
@@ -36,28 +37,16 @@ from spd_dist.types import Answer, Completion, Projection
 log = logging.getLogger(__name__)
 
 
-class Progress(Protocol):
-    """What shows how far a stage has come."""
-
-    def begin(self, total: int, skipped: int) -> None:
-        """Learn how much there is, and how much of it was done before."""
-
-    def advance(self, units: int, tokens: int = 0) -> None:
-        """Count `units` more as done."""
-
-
 def evaluate_arm(
     policy: Policy,
     test_set: TestSet,
     config: Evaluate,
+    context: StageContext,
     *,
     arm: str,
-    folder: Path,
-    world: World,
     projection: Projection | None = None,
-    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write `folder/ARM/TASK.jsonl`, one line an answer in the order of the test set; give the arm's summary.
+    """Write `ARM/TASK.jsonl` in the stage's folder, a line an answer in the order of the test set; give its summary.
 
     A collective. The file is the same at every world size, and lines that an earlier attempt left are kept.
 
@@ -65,22 +54,22 @@ def evaluate_arm(
         policy: The arm's policy.
         test_set: The whole of it, on every rank.
         config: Its section.
+        context: Of the run.
         arm: The arm's name.
-        folder: The stage's.
-        world: This process among all.
         projection: What the policy is held to while it answers, if the arm is the projected policy itself.
-        progress: Told of each answer.
 
     Raises:
+        StopRequested: after an answer, on the ranks that were asked; what is written stays.
         DataError: no examples, a prompt that is too long, logits that are NaN, memory or disk is full.
         ConfigError: a task that runs code without leave.
     """
     if not test_set.rows:
         raise DataError(f"{test_set.task.name}: the test set is empty; set data.test, or raise data.num_test")
-    answering = _Answering(policy, test_set, config, world, projection, answers_path(folder, arm, test_set.task.name))
-    todo = _todo(answering, progress)
+    merged = answers_path(context.folder, arm, test_set.task.name)
+    answering = _Answering(policy, test_set, config, context, projection, merged)
+    todo = _todo(answering)
     if todo is not None:
-        _answer(answering, todo, _likelihoods(answering, progress), progress)
+        _answer(answering, todo, _likelihoods(answering))
     return on_main("merging the answers", lambda: _merge(answering))
 
 
@@ -91,7 +80,7 @@ class _Answering:
     policy: Policy
     test_set: TestSet
     config: Evaluate
-    world: World
+    context: StageContext
     projection: Projection | None
     merged: Path
 
@@ -99,20 +88,23 @@ class _Answering:
         """Example id and sample of every answer, in the order of the merged file."""
         return [(prompt.id, sample) for prompt in self.test_set.prompts for sample in range(self.config.num_samples)]
 
-    def opened(self) -> AbstractContextManager[HFEngine]:
+    @contextmanager
+    def opened(self) -> Iterator[HFEngine]:
         """The engine, placed: the body holds no collective."""
         settings, prompts = self.config.decoding(), self.test_set.prompts
         with together("looking at the longest prompt"):
             longest = max(prompts, key=lambda prompt: len(prompt.tokens))
             check_context(self.policy.model, longest, settings.max_new_tokens, section="evaluate")
         max_length = len(longest.tokens) + settings.max_new_tokens
-        placement = choose_placement(self.policy, settings, self.world, max_length, section="evaluate")
-        return hf_engine(self.policy, self.projection, settings, self.world, placement, section="evaluate")
+        placement = choose_placement(self.policy, settings, self.context.world, max_length, section="evaluate")
+        held = held_to(self.policy, self.projection, settings.apply_as)
+        with held as monitor, placed(self.policy, placement, self.context.world, "answering"):
+            yield HFEngine(self.policy, settings.batch_size, None, monitor, placement, "evaluate")
 
 
-def _todo(answering: _Answering, progress: Progress | None) -> list[Request] | None:
+def _todo(answering: _Answering) -> list[Request] | None:
     """This rank's share of what is not answered yet, longest first; None if nothing is left to do on any rank."""
-    keys, world, seed = answering.keys(), answering.world, answering.test_set.seed
+    keys, world, seed = answering.keys(), answering.context.world, answering.test_set.seed
 
     def missing() -> list[Key]:
         done = read_parts(answering.merged)
@@ -123,36 +115,32 @@ def _todo(answering: _Answering, progress: Progress | None) -> list[Request] | N
         return None
     tokens = {prompt.id: prompt.tokens for prompt in answering.test_set.prompts}
     own = sorted(left, key=lambda key: -len(tokens[key[0]]))[world.rank :: world.size]
-    if progress is not None:
-        skipped = (len(keys) - len(left)) // world.size
-        progress.begin(len(own) + skipped, skipped)
+    skipped = (len(keys) - len(left)) // world.size
+    answering.context.begin(len(own) + skipped, skipped)
     return [Request(name, sample, tokens[name], row_seed(seed, name, sample)) for name, sample in own]
 
 
 @torch.no_grad()
-def _likelihoods(answering: _Answering, progress: Progress | None) -> dict[str, float]:
+def _likelihoods(answering: _Answering) -> dict[str, float]:
     """Mean negative log-likelihood of every reference answer, by id; the batches are the same at every world size."""
     if answering.test_set.task.metric != "nll":
         return {}
-    policy, world, found = answering.policy, answering.world, {}
+    policy, world, found = answering.policy, answering.context.world, {}
     device = next(policy.model.parameters()).device
-    whole = micro_batches(answering.test_set.examples, num_shards=1, batch_size=answering.config.batch_size)
+    whole = micro_batches(answering.test_set.examples, Division(1, answering.config.batch_size))
     with answering.opened():
         for micro_batch in list(whole)[world.rank :: world.size]:
             batch = pad(micro_batch.examples, policy.pad_token_id, device)
             loss_B = example_losses(policy.model, batch.tokens_BT, batch.attention_BT, batch.target_BT)
             found |= {one.id: loss for one, loss in zip(micro_batch.examples, loss_B.tolist(), strict=True)}
-            if progress is not None:
-                progress.advance(0)  # a request to stop is heard here, too
+            answering.context.stop_alone()
     everyones = [found] if world.size == 1 else gather_objects(found)
     return {key: loss for ranks in everyones for key, loss in ranks.items()}
 
 
-def _answer(
-    answering: _Answering, todo: Sequence[Request], likelihoods: Mapping[str, float], progress: Progress | None
-) -> None:
+def _answer(answering: _Answering, todo: Sequence[Request], likelihoods: Mapping[str, float]) -> None:
     """Append this rank's answers to its part as they finish."""
-    policy, test_set, world = answering.policy, answering.test_set, answering.world
+    policy, test_set, context = answering.policy, answering.test_set, answering.context
     config = answering.config
     sampling = Sampling(temperature=config.temperature, top_p=1.0, max_new_tokens=config.max_new_tokens)
     rows = {row["id"]: row for row in test_set.rows}
@@ -164,11 +152,11 @@ def _answer(
     with answering.opened() as engine:
         if not todo:
             return
-        with JsonlWriter(part_path(answering.merged, world.rank, world.size)) as part:
+        with JsonlWriter(part_path(answering.merged, context.world.rank, context.world.size)) as part:
             for answer in _beside(judge, engine.complete(todo, sampling)):
                 part.write(as_row(answer))
-                if progress is not None:
-                    progress.advance(1, answer.num_tokens)
+                context.advance(1, answer.num_tokens)
+                context.stop_alone()
 
 
 def _beside(judge: Callable[[Decoded], Answer], decoded: Iterator[Decoded]) -> Iterator[Answer]:

@@ -19,7 +19,7 @@ from spd_dist.distributed.world import World
 from spd_dist.errors import DataError
 from spd_dist.types import Certificate, KVSite, SiteMoments
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 NUM_CERTIFIED = len(fields(Certificate))
 
@@ -135,4 +135,4 @@ def _check_energy(site: KVSite, moments: SiteMoments, config: Reduce) -> None:
             f"{certificate.lost_energy:.9g}, and the gap may be {config.energy_tolerance:.1e} of it "
             "(reduce.energy_tolerance); a device that multiplies wrongly, or a damaged sketch state: calibrate again"
         )
-    logger.info("reduce: %s: %d rows, energy %.6g", site, certificate.num_rows, certificate.energy)
+    log.info("reduce: %s: %d rows, energy %.6g", site, certificate.num_rows, certificate.energy)

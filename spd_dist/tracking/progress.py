@@ -100,6 +100,20 @@ BAR_SECONDS = 0.2
 """Between two looks of the bars."""
 
 
+@dataclass(frozen=True)
+class ProgressReports:
+    """Where a stage's progress is said."""
+
+    metrics: MetricLogger | None = None
+    """Gets the counts, beside the log."""
+    every_seconds: float = 30.0
+    """Time between two lines."""
+    beat: Callable[[str], None] | None = None
+    """Told after each unit how far this rank is, as of `Heartbeat.beat`."""
+    run: RunEstimate | None = None
+    """The run's other stages, so that its whole time can be told."""
+
+
 class Progress:
     """Counts a stage's units, and says now and then how far it is: `with Progress(...) as progress: ...`.
 
@@ -111,12 +125,9 @@ class Progress:
         stage: str,
         total: int | None,
         unit: str,
-        metrics: MetricLogger | None = None,
+        reports: ProgressReports | None = None,
         *,
-        every_seconds: float = 30.0,
         clock: Callable[[], float] = time.monotonic,
-        check: Callable[[str], None] | None = None,
-        run: RunEstimate | None = None,
     ) -> None:
         """Start the clock.
 
@@ -124,16 +135,12 @@ class Progress:
             stage: In front of each line and metric.
             total: Units that this rank will do, if it is known.
             unit: What is counted, in the plural: `examples`.
-            metrics: Where the counts go, beside the log.
-            every_seconds: Time between two lines.
+            reports: Where it says how far the stage is.
             clock: Seconds.
-            check: Told after each unit how far this rank is; it may raise, where a rank may stop alone.
-            run: The run's other stages, so that its whole time can be told.
         """
         self.stage, self.total, self.unit = stage, total, unit
         self.done, self.tokens, self.skipped = 0, 0, 0
-        self._metrics, self._every_seconds, self._clock = metrics, every_seconds, clock
-        self._check, self._run, self._estimate = check, run, StageEstimate()
+        self._reports, self._clock, self._estimate = reports or ProgressReports(), clock, StageEstimate()
         self._bars = Bars(terminal())
         self._started = self._said = self._logged = self._drawn = clock()
 
@@ -148,18 +155,18 @@ class Progress:
         self.tokens += tokens
         self._estimate.observe(self.done - self.skipped, self.seconds)
         now = self._clock()
-        if now - self._logged >= min(METRICS_SECONDS, self._every_seconds):
+        if now - self._logged >= min(METRICS_SECONDS, self._reports.every_seconds):
             self._logged = now
             self._log_metrics()
         if self._bars.are_drawn:
             if now - self._drawn >= BAR_SECONDS:
                 self._drawn = now
                 self._draw()
-        elif now - self._said >= self._every_seconds:
+        elif now - self._said >= self._reports.every_seconds:
             self._said = now
             log.info("%s: %s", self.stage, ", ".join([self._counted(), *self._speed(), *self._time_left()]))
-        if self._check is not None:
-            self._check(f"{self.stage}, {self._counted()}")
+        if self._reports.beat is not None:
+            self._reports.beat(f"{self.stage}, {self._counted()}")
 
     def begin(self, total: int, skipped: int) -> None:
         """Learn, once the work is planned, how much there is and how much of it an earlier attempt did."""
@@ -192,10 +199,10 @@ class Progress:
         if pace is None or self.total is None:
             return None, None
         left = pace * max(0, self.total - self.done)
-        if self._run is None:
+        if self._reports.run is None:
             return left, None
-        self._run.measure(self.stage, pace)
-        return left, self._run.seconds_left(left)
+        self._reports.run.measure(self.stage, pace)
+        return left, self._reports.run.seconds_left(left)
 
     def _time_left(self) -> list[str]:
         stage, run = self._seconds_left()
@@ -203,12 +210,12 @@ class Progress:
         return words if run is None else [*words, f"of the run {clock_time(run)}"]
 
     def _log_metrics(self) -> None:
-        if self._metrics is None:
+        if self._reports.metrics is None:
             return
         values = {"done_count": self.done, "elapsed_seconds": round(self.seconds, 3)}
         if self.tokens:
             values["tokens_per_second"] = round(self.tokens / max(self.seconds, 1e-9), 1)
-        self._metrics.log(self.stage, values, self.done)
+        self._reports.metrics.log(self.stage, values, self.done)
 
     def __enter__(self) -> Progress:
         if self.skipped < (self.total or 1):

@@ -1,6 +1,7 @@
 """Sharded ranks, whatever they own, give the gradients of one whole model."""
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +19,8 @@ from spd_dist.distributed.zero import frozen_engine, sharding_settings, weights_
 from spd_dist.errors import DataError, StopRequested
 from spd_dist.models.kv_sites import discover_sites
 from spd_dist.stages.calibrate import calibrate
-from spd_dist.stages.sketch import Unfinished, sketch
+from spd_dist.stages.context import StageContext
+from spd_dist.stages.sketch import ShardPlan, Unfinished, sketch
 from spd_dist.types import SupervisedExample
 
 CPU = torch.device("cpu")
@@ -44,7 +46,7 @@ def random_examples(count):
 def rows_by_shard(policy, examples, sites, config, world):
     """What this rank yields: the rows of its shards, and their counts."""
     rows, counts = {}, {}
-    for batch in calibrate(policy, examples, sites, config, world):
+    for batch in calibrate(policy, examples, sites, config, StageContext(Path(), 0, world)):
         counts[batch.shard] = counts.get(batch.shard, 0) + batch.num_tokens + batch.num_zero_rows
         for site, grad_ND in batch.grad_ND.items():
             rows.setdefault((batch.shard, site), []).append(grad_ND)
@@ -123,7 +125,7 @@ def check_faults():
     examples = random_examples(4)
     bad = SupervisedExample("bad", (5, 6, 7), (0,))  # of shard 1, so of rank 1 alone
     with pytest.raises(DataError, match="example bad"):
-        next(calibrate(policy, [examples[0], bad], sites, config, world))
+        next(calibrate(policy, [examples[0], bad], sites, config, StageContext(Path(), 0, world)))
     # A loss that is not finite on one rank keeps the others in step, and its own rows say so.
     nan = float("nan")
     engine.module.model.norm.register_forward_hook(lambda *io: io[2] * nan if world.rank == 1 else io[2])
@@ -170,11 +172,10 @@ def attempt(folder, is_sharded, last_round=None):
     config = Calibrate(num_shards=3, batch_size=2)
     with Unfinished(folder, config.num_shards, world) as left:
         stop = Stop(last_round)
-        gradients = calibrate(
-            policy, random_examples(11), sites, config, world, taken=left.num_taken, stop_if_asked=stop
-        )
-        given = {"num_shards": config.num_shards, "planned_rank": lambda width: width // 2, "world": world}
-        sketches = sketch(gradients, sites, Sketch(), initial=left.shards, keep=left.keep, **given)
+        context = StageContext(folder, 0, world, stop_if_asked=stop)
+        gradients = calibrate(policy, random_examples(11), sites, config, context, taken=left.num_taken)
+        plan = ShardPlan(config.num_shards, lambda width: width // 2, left.shards, left.keep)
+        sketches = sketch(gradients, sites, Sketch(), world, plan)
     if engine is not None:
         engine.destroy()
     moments = {(shard, str(site)): state[site].gram_DD for shard, state in sketches.items() for site in sites}

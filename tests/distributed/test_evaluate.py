@@ -19,6 +19,7 @@ from spd_dist.data.tasks.protocol import Row, Score
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError, DataError
 from spd_dist.models.policy import Policy, load_policy
+from spd_dist.stages.context import StageContext
 from spd_dist.stages.evaluate import evaluate_arm
 from spd_dist.storage.answers import answers_path, part_path, parts, read_answers
 from spd_dist.types import KVSite, Projection, SiteOperator
@@ -67,11 +68,13 @@ def expected(model, tmp_path_factory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("one")
     policy, test_set = set_up(model)
     for arm, held_to in (("base", None), ("projected", projection())):
-        evaluate_arm(
-            policy, test_set, CONFIG, arm=arm, folder=folder, world=world_of_this_process(), projection=held_to
-        )
-    evaluate_arm(policy, test_set, SAMPLED, arm="sampled", folder=folder, world=world_of_this_process())
+        evaluate_arm(policy, test_set, CONFIG, context_in(folder), arm=arm, projection=held_to)
+    evaluate_arm(policy, test_set, SAMPLED, context_in(folder), arm="sampled")
     return {arm: answers_path(folder, arm, TASK.name).read_bytes() for arm in ("base", "projected", "sampled")}
+
+
+def context_in(folder: Path, progress: object = None) -> StageContext:
+    return StageContext(folder, 42, world_of_this_process(), progress=progress)
 
 
 class Counter:
@@ -112,14 +115,13 @@ class LikelihoodTask:
 
 
 def answers_are_those_of_one_rank(model: Path, folder: Path, expected: dict[str, bytes]) -> None:
-    world = world_of_this_process()
     policy, test_set = set_up(model, zero_stage=3)
     for placement in ("replica", "layerwise"):
         config = dataclasses.replace(CONFIG, placement=placement)
-        shared = {"folder": folder / placement, "world": world}
-        summary = evaluate_arm(policy, test_set, config, arm="base", **shared)
+        context = context_in(folder / placement)
+        summary = evaluate_arm(policy, test_set, config, context, arm="base")
         assert summary["num_examples"] == 11
-        evaluate_arm(policy, test_set, config, arm="projected", projection=projection(), **shared)
+        evaluate_arm(policy, test_set, config, context, arm="projected", projection=projection())
         for arm in ("base", "projected"):
             assert answers_path(folder / placement, arm, TASK.name).read_bytes() == expected[arm], (placement, arm)
 
@@ -128,7 +130,7 @@ def answers_are_those_of_one_rank(model: Path, folder: Path, expected: dict[str,
     likelihoods_are_those_of_one_rank(policy, test_set, folder / "likely")
     failing = TestSet(FailingTask(), test_set.rows, test_set.prompts)
     with pytest.raises(DataError, match="r3 cannot be judged"):  # judged by one rank, raised by all
-        evaluate_arm(policy, failing, CONFIG, arm="base", folder=folder / "failing", world=world)
+        evaluate_arm(policy, failing, CONFIG, context_in(folder / "failing"), arm="base")
     assert 0 < sum(len(read_answers(part)) for part in parts(folder / "failing" / "base" / "failing.jsonl")) < 11
 
 
@@ -140,7 +142,7 @@ def samples_are_those_of_one_rank(policy: Policy, test_set: TestSet, folder: Pat
         part_path(merged, 0, 3).write_bytes(b"".join(expected.splitlines(keepends=True)[4:6]))
     dist.barrier()
     progress = Counter()
-    summary = evaluate_arm(policy, test_set, SAMPLED, arm="sampled", folder=folder, world=world, progress=progress)
+    summary = evaluate_arm(policy, test_set, SAMPLED, context_in(folder, progress), arm="sampled")
     assert merged.read_bytes() == expected
     assert progress.done < 33, "two answers were there"
     assert (summary["num_examples"], summary["num_samples"], list(summary["pass_at_k"])) == (11, 3, ["1", "2", "3"])
@@ -150,8 +152,7 @@ def likelihoods_are_those_of_one_rank(policy: Policy, test_set: TestSet, folder:
     task = LikelihoodTask()
     examples, _ = make_examples(test_set.rows, TASK, policy.tokenizer, Data(), Calibrate(num_examples=11))
     measured = TestSet(task, test_set.rows, test_set.prompts, examples)
-    world = world_of_this_process()
-    summary = evaluate_arm(policy, measured, CONFIG, arm="base", folder=folder, world=world)
+    summary = evaluate_arm(policy, measured, CONFIG, context_in(folder), arm="base")
     reference = tiny_model().double()
     for answer, example in zip(read_answers(answers_path(folder, "base", task.name)), examples, strict=True):
         logits_TV = reference(torch.tensor([example.tokens])).logits[0].detach()
@@ -171,12 +172,12 @@ def resume_from_what_another_world_left(policy: Policy, test_set: TestSet, folde
         part_path(merged, 2, 3).write_bytes(lines[7] + lines[9][:40])  # torn by a kill
     dist.barrier()
     progress = Counter()
-    evaluate_arm(policy, test_set, CONFIG, arm="base", folder=folder, world=world, progress=progress)
+    evaluate_arm(policy, test_set, CONFIG, context_in(folder, progress), arm="base")
     assert merged.read_bytes() == expected
     assert parts(merged) == []
     assert progress.done == progress.total - progress.skipped
     again = Counter()
-    evaluate_arm(policy, test_set, CONFIG, arm="base", folder=folder, world=world, progress=again)
+    evaluate_arm(policy, test_set, CONFIG, context_in(folder, again), arm="base")
     assert again.done == 0
 
 
@@ -202,13 +203,12 @@ def test_sampled_answers_are_a_line_a_sample_and_differ(expected):
 
 def test_an_empty_test_set_and_answers_to_other_examples_are_refused(tmp_path, model):
     policy, test_set = set_up(model)
-    world = world_of_this_process()
     layerwise = dataclasses.replace(CONFIG, placement="layerwise")
     with pytest.raises(ConfigError, match=r"evaluate.placement=layerwise needs .*, or evaluate.placement=auto"):
-        evaluate_arm(policy, test_set, layerwise, arm="base", folder=tmp_path / "layerwise", world=world)
+        evaluate_arm(policy, test_set, layerwise, context_in(tmp_path / "layerwise"), arm="base")
     with pytest.raises(DataError, match="arithmetic: the test set is empty"):
-        evaluate_arm(policy, TestSet(TASK, [], []), CONFIG, arm="base", folder=tmp_path, world=world)
-    evaluate_arm(policy, test_set, CONFIG, arm="base", folder=tmp_path, world=world)
+        evaluate_arm(policy, TestSet(TASK, [], []), CONFIG, context_in(tmp_path), arm="base")
+    evaluate_arm(policy, test_set, CONFIG, context_in(tmp_path), arm="base")
     fewer = TestSet(TASK, test_set.rows[:4], test_set.prompts[:4])
     with pytest.raises(DataError, match="has 11 answers and the test set 4 examples"):
-        evaluate_arm(policy, fewer, CONFIG, arm="base", folder=tmp_path, world=world)
+        evaluate_arm(policy, fewer, CONFIG, context_in(tmp_path), arm="base")

@@ -21,6 +21,7 @@ from spd_dist.distributed.world import World
 from spd_dist.distributed.zero import weights_fingerprint
 from spd_dist.errors import ConfigError, DataError
 from spd_dist.models.policy import Policy
+from spd_dist.stages.context import StageContext
 from spd_dist.stages.generate import generate
 from spd_dist.types import Projection
 
@@ -36,9 +37,8 @@ def run(policy: Policy, folder: Path, config: Generate = CONFIG, **changes: obje
     """Generate on all ranks of this process group."""
     settings = {"projection": some_projection(), "prompts": prompts(), "progress": None} | changes
     shown, projection, progress = settings["prompts"], settings["projection"], settings["progress"]
-    return generate(
-        policy, shown, projection, config, seed=SEED, folder=folder, world=this_world(), progress=progress
-    )  # fmt: skip
+    context = StageContext(folder, SEED, this_world(), progress=progress)
+    return generate(policy, shown, projection, config, context)
 
 
 @pytest.fixture(scope="module")

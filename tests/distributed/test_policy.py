@@ -16,7 +16,7 @@ from spd_dist.distributed.zero import full_replica, gathered, is_sharded, weight
 from spd_dist.errors import DataError
 from spd_dist.inference.decode import decode
 from spd_dist.inference.placement import load_to_answer, placed, will_be_whole
-from spd_dist.inference.requests import Decoded, Request
+from spd_dist.inference.requests import Decoded, DecodeSettings, Request
 from spd_dist.inference.sampling import Sampling
 from spd_dist.models.policy import Policy, load_adapted, load_policy, load_replica
 
@@ -119,10 +119,9 @@ def check_adapter_beside_shards(folder: Path, adapter: Path) -> None:
 
 
 def answers(policy: Policy) -> list[Decoded]:
-    ends = {"eos_token_ids": policy.eos_token_ids, "pad_token_id": policy.pad_token_id}
-    return list(
-        decode(policy.model, [Request("p", 0, (3, 4, 5), 0)], Sampling(temperature=0.0, max_new_tokens=4), **ends)
-    )
+    greedy = Sampling(temperature=0.0, max_new_tokens=4)
+    settings = DecodeSettings(greedy, frozenset(policy.eos_token_ids), policy.pad_token_id)
+    return list(decode(policy.model, [Request("p", 0, (3, 4, 5), 0)], settings))
 
 
 def test_an_adapter_beside_shards_answers_as_the_merged_model(tmp_path):

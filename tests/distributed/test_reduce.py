@@ -15,7 +15,7 @@ from spd_dist.errors import DataError
 from spd_dist.stages.project import subspace
 from spd_dist.stages.project.subspace import check_same
 from spd_dist.stages.reduce import reduce
-from spd_dist.stages.sketch import sketch
+from spd_dist.stages.sketch import ShardPlan, sketch
 from spd_dist.storage.subspace_file import fingerprint, load_subspace, save_subspace
 from spd_dist.types import GradientBatch, Subspace
 
@@ -42,14 +42,7 @@ def stream(world: World, *, spoiled_shard: int | None = None) -> list[GradientBa
 
 
 def cut(world: World, method: str, config: Project) -> Subspace:
-    sketches = sketch(
-        stream(world),
-        SITES,
-        METHODS[method],
-        num_shards=NUM_SHARDS,
-        planned_rank=config.planned_rank,
-        world=world,
-    )
+    sketches = sketch(stream(world), SITES, METHODS[method], world, ShardPlan(NUM_SHARDS, config.planned_rank))
     owned = reduce(sketches, SITES, Reduce(), num_shards=NUM_SHARDS, world=world)
     return subspace(owned, SITES, config, world, metadata={"model": "tiny"})
 
@@ -74,12 +67,12 @@ def test_subspace_has_the_same_bits_at_every_world_size(world_size, tmp_path):
 
 def fail_together() -> None:
     world = this_world()
-    settings = {"num_shards": NUM_SHARDS, "planned_rank": Project().planned_rank, "world": world}
+    plan = ShardPlan(NUM_SHARDS, Project().planned_rank)
     where = r"rank 2, layers\.1\.key, shard 2, micro-batch 1: gradient rows hold NaN or Inf"
     with pytest.raises(DataError, match=where):
-        sketch(stream(world, spoiled_shard=2), SITES, METHODS["gram"], **settings)
+        sketch(stream(world, spoiled_shard=2), SITES, METHODS["gram"], world, plan)
 
-    sketches = sketch(stream(world), SITES, METHODS["gram"], **settings)
+    sketches = sketch(stream(world), SITES, METHODS["gram"], world, plan)
     stray = {0: {}} if world.rank == 1 else sketches
     with pytest.raises(DataError, match=r"rank 1 of 3 holds shard 0, and owns \[1\] of 3"):
         reduce(stray, SITES, Reduce(), num_shards=NUM_SHARDS, world=world)

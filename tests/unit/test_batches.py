@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spd_dist.data.batches import micro_batches, num_micro_batches, owned_shards, pad, shard_of
+from spd_dist.data.batches import Division, micro_batches, num_micro_batches, owned_shards, pad, shard_of
 from spd_dist.types import SupervisedExample
 
 
@@ -15,12 +15,12 @@ def example(index, length=4):
 @given(st.integers(0, 40), st.integers(1, 9), st.integers(1, 5), st.integers(1, 10))
 def test_ranks_share_the_examples_without_mixing_shards(num_examples, num_shards, batch_size, world_size):
     examples = [example(index, 2 + index * 7 % 5) for index in range(num_examples)]
-    alone = list(micro_batches(examples, num_shards=num_shards, batch_size=batch_size))
+    alone = list(micro_batches(examples, Division(num_shards, batch_size)))
     together = []
     for rank in range(world_size):
         sizes = {"num_shards": num_shards, "batch_size": batch_size, "rank": rank, "world_size": world_size}
-        mine = list(micro_batches(examples, **sizes))
-        assert len(mine) == num_micro_batches(num_examples, **sizes)
+        mine = list(micro_batches(examples, Division(**sizes)))
+        assert len(mine) == num_micro_batches(num_examples, Division(**sizes))
         assert {batch.shard for batch in mine} <= set(owned_shards(num_shards, rank, world_size))
         together += mine
     assert sorted(together, key=lambda batch: batch.shard) == alone
@@ -40,6 +40,6 @@ def test_padding_is_told_by_position_and_not_by_id():
 
 
 def test_a_micro_batch_counts_tokens_and_no_pads():
-    batch = next(micro_batches([example(0, 3), example(1, 5)], num_shards=1, batch_size=2))
+    batch = next(micro_batches([example(0, 3), example(1, 5)], Division(1, 2)))
     assert batch.num_tokens == 8
     assert [member.id for member in batch.examples] == ["1", "0"]

@@ -1,6 +1,7 @@
 """The rows of an example are its own: they depend on no batch, no shard and no other example."""
 
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from spd_dist.distributed.world import World
 from spd_dist.errors import DataError
 from spd_dist.models.kv_sites import discover_sites
 from spd_dist.stages.calibrate import calibrate
+from spd_dist.stages.context import StageContext
 from spd_dist.tracking.progress import Progress
 from spd_dist.types import SupervisedExample
 
@@ -43,7 +45,7 @@ EXAMPLES = random_examples([7, 19, 12, 30, 9, 24, 15, 11])
 
 def run(model, examples=EXAMPLES, world=ALONE, **settings):
     config = Calibrate(**{"num_shards": 1} | settings)
-    return list(calibrate(policy_of(model), examples, discover_sites(model), config, world))
+    return list(calibrate(policy_of(model), examples, discover_sites(model), config, StageContext(Path(), 0, world)))
 
 
 def rows_by_length(batches):
@@ -148,7 +150,11 @@ def test_progress_counts_examples_and_tokens():
         Calibrate(num_shards=1, batch_size=3),
         Progress("calibrate", None, "examples"),
     )
-    list(calibrate(policy_of(model), EXAMPLES, discover_sites(model), config, ALONE, progress=progress))
+    list(
+        calibrate(
+            policy_of(model), EXAMPLES, discover_sites(model), config, StageContext(Path(), 0, ALONE, progress=progress)
+        )
+    )
     assert progress.done == progress.total == len(EXAMPLES)
     assert progress.tokens == sum(len(example.tokens) for example in EXAMPLES)
 
@@ -177,9 +183,8 @@ def test_a_loss_that_is_not_finite_is_named_and_spoils_no_other_example(caplog):
 
 def test_a_reader_that_stops_early_leaves_the_model_as_it_was():
     model = tiny_model().requires_grad_(True)
-    gradients = calibrate(
-        policy_of(model), EXAMPLES, discover_sites(model), Calibrate(num_shards=2, batch_size=1), ALONE
-    )
+    config, context = Calibrate(num_shards=2, batch_size=1), StageContext(Path(), 0, ALONE)
+    gradients = calibrate(policy_of(model), EXAMPLES, discover_sites(model), config, context)
     next(gradients)
     assert not any(parameter.requires_grad for parameter in model.parameters())
     gradients.close()

@@ -13,11 +13,18 @@ from families import FAMILIES, family_model
 from tiny import tiny_model
 
 from spd_dist.errors import DataError
-from spd_dist.inference.decode import Decoded, Request, Sampling, decode
+from spd_dist.inference.decode import decode
 from spd_dist.inference.kv_cache import SlotCache, num_slot_layers
-from spd_dist.inference.requests import half_batch
+from spd_dist.inference.requests import Decoded, DecodeSettings, Request, half_batch
+from spd_dist.inference.sampling import Sampling
 
-STOP = {"eos_token_ids": tuple(range(2, 64, 9)), "pad_token_id": 0}
+ENDS = frozenset(range(2, 64, 9))
+
+
+def drawn(sampling: Sampling) -> DecodeSettings:
+    return DecodeSettings(sampling, ENDS, 0)
+
+
 GREEDY = Sampling(temperature=0.0, max_new_tokens=12)
 SAMPLED = Sampling(temperature=1.0, top_p=0.95, max_new_tokens=12)
 
@@ -34,7 +41,7 @@ def requests(count: int = 20, longest: int = 20, shared: int = 0, samples: int =
 
 
 def decoded(model: torch.nn.Module, work: list[Request], sampling: Sampling, **settings: object) -> dict:
-    found = list(decode(model, work, sampling, **STOP, **settings))
+    found = list(decode(model, work, drawn(sampling), **settings))
     assert Counter((one.request.id, one.request.sample) for one in found).most_common(1)[0][1] == 1
     return {(one.request.id, one.request.sample): (one.tokens, one.finish_reason) for one in found}
 
@@ -45,10 +52,10 @@ def by_hand(model: torch.nn.Module, request: Request, num_tokens: int) -> tuple[
     tokens = list(request.tokens)
     for _ in range(num_tokens):
         tokens.append(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax().item())
-        if tokens[-1] in STOP["eos_token_ids"]:
+        if tokens[-1] in ENDS:
             break
     made = tuple(tokens[len(request.tokens) :])
-    return made, "stop" if made[-1] in STOP["eos_token_ids"] else "length"
+    return made, "stop" if made[-1] in ENDS else "length"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -167,7 +174,7 @@ def test_a_cache_that_finds_no_room_for_one_more_column_halves_the_batch_too(cap
     endless = dataclasses.replace(SAMPLED, max_new_tokens=80)  # beyond the columns that are reserved at first
 
     def tokens(batch_size):
-        found = decode(model, work, endless, eos_token_ids=(), pad_token_id=0, batch_size=batch_size)
+        found = decode(model, work, DecodeSettings(endless, frozenset(), 0), batch_size=batch_size)
         return {one.request.id: one.tokens for one in found}
 
     expected, wider = tokens(2), SlotCache._wider
@@ -240,10 +247,10 @@ def test_nothing_is_inherited_from_the_generation_config_of_the_model(family):
 
 
 def test_no_requests_give_no_completions():
-    assert list(decode(tiny_model(), [], SAMPLED, **STOP)) == []
+    assert list(decode(tiny_model(), [], drawn(SAMPLED))) == []
 
 
 def test_completions_come_as_they_finish():
     model = tiny_model(vocab_size=64)
-    first: Decoded = next(iter(decode(model, requests(30), SAMPLED, **STOP, batch_size=4)))
+    first: Decoded = next(iter(decode(model, requests(30), drawn(SAMPLED), batch_size=4)))
     assert first.tokens

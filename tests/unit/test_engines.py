@@ -19,15 +19,17 @@ from tiny import save_tiny_model
 
 from spd_dist.config import Generate
 from spd_dist.errors import ConfigError, DataError
-from spd_dist.inference.decode import Decoded, Request, Sampling
 from spd_dist.inference.engine_probes import Reference, check_probes, references
 from spd_dist.inference.external_engine import WORKER, ExternalEngine, command_of, environment_of
 from spd_dist.inference.hf_cb import ContinuousBatchingEngine
 from spd_dist.inference.open_engine import choose_engine
 from spd_dist.inference.placement import needed_bytes
+from spd_dist.inference.requests import Decoded, Request
+from spd_dist.inference.sampling import Sampling
 from spd_dist.models.policy import Policy
 from spd_dist.process.launcher_watchdog import every_process
 from spd_dist.projection.hooks import projected
+from spd_dist.stages.context import StageContext
 from spd_dist.stages.generate import generate
 from spd_dist.types import Projection, Prompt
 
@@ -91,7 +93,7 @@ def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 def run(policy: Policy, folder: Path, projection: Projection | None = None, **changes: object) -> bytes:
     config, projection = dataclasses.replace(GREEDY, **changes), projection or some_projection()
-    summary = generate(policy, prompts(), projection, config, seed=SEED, folder=folder, world=ALONE)
+    summary = generate(policy, prompts(), projection, config, StageContext(folder, SEED, ALONE))
     assert sorted(path.name for path in folder.iterdir()) == ["completions", "summary.json"]
     assert min(summary["hook_calls"].values()) >= 1
     assert summary["leakage"] < 1e-5
@@ -374,7 +376,7 @@ def test_settings_that_an_engine_needs_are_asked_for(policy, tmp_path):
 def test_a_prompt_longer_than_the_context_is_named_whatever_decodes(policy, tmp_path, engine):
     config, long = dataclasses.replace(GREEDY, **engine), Prompt("long", "", (5,) * 505)
     with pytest.raises(DataError, match=r"prompt 'long' has 505 tokens, .* takes 517, and the model's context is 512"):
-        generate(policy, [*prompts(), long], None, config, seed=SEED, folder=tmp_path, world=ALONE)
+        generate(policy, [*prompts(), long], None, config, StageContext(tmp_path, SEED, ALONE))
 
 
 def test_auto_takes_what_the_config_names():
@@ -397,7 +399,7 @@ def test_the_log_says_which_engine_was_chosen_and_why(policy, tmp_path, caplog, 
     too_long = Prompt("long", "", (5,) * 505)  # the choice is all that is of interest
     config = dataclasses.replace(GREEDY, **changes)
     with caplog.at_level(logging.INFO, "spd_dist"), pytest.raises(DataError, match="prompt 'long'"):
-        generate(policy, [too_long], None, config, seed=SEED, folder=tmp_path, world=ALONE)
+        generate(policy, [too_long], None, config, StageContext(tmp_path, SEED, ALONE))
     assert f"generate: {line}" in caplog.text
 
 

@@ -23,6 +23,7 @@ from spd_dist.errors import ConfigError, DataError
 from spd_dist.inference.decode import decode
 from spd_dist.models.policy import Policy
 from spd_dist.seeding import row_seed
+from spd_dist.stages.context import StageContext
 from spd_dist.stages.generate import generate
 from spd_dist.stages.generate.merge_corpus import Attempt, check_leakage
 from spd_dist.storage.artifacts import read_json
@@ -49,8 +50,8 @@ def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 def run(policy: Policy, folder: Path, config: Generate = CONFIG, **changes: object) -> dict:
     settings = {"prompts": prompts(), "projection": some_projection(), "progress": None, "seed": SEED} | changes
-    shown, projection = settings.pop("prompts"), settings.pop("projection")
-    return generate(policy, shown, projection, config, folder=folder, world=ALONE, **settings)
+    context = StageContext(folder, settings["seed"], ALONE, progress=settings["progress"])
+    return generate(policy, settings["prompts"], settings["projection"], config, context)
 
 
 def test_a_corpus_holds_every_prompt_and_sample_in_order(policy, expected, tmp_path):

@@ -2,6 +2,7 @@
 
 import torch
 
+from spd_dist.arms import Scope
 from spd_dist.distributed.world import World
 from spd_dist.overrides import load_config
 from spd_dist.process.signals import StopSignals
@@ -11,7 +12,7 @@ from spd_dist.stage_inputs import of_protocol
 
 def protocol(folder, *overrides):
     config = load_config(overrides=[f"run_dir={folder}", "data.num_test=4", "metrics.wandb=disabled", *overrides])
-    run = Run(config, World(0, 1, torch.device("cpu")), StopSignals())
+    run = Run(config, World(0, 1, torch.device("cpu")), StopSignals(), Scope(last="project"))
     with run.opened():
         return of_protocol(run)
 

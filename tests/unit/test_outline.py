@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 from spd_dist.inference.decode import decode
 from spd_dist.inference.placement import decode_bytes
-from spd_dist.inference.requests import Request
+from spd_dist.inference.requests import DecodeSettings, Request
 from spd_dist.inference.sampling import Sampling
 from spd_dist.models.model_stats import meta_model, outline_of
 from spd_dist.planner.profile import LiveBytes
@@ -64,7 +64,7 @@ def test_decoding_holds_what_the_arithmetic_says():
     requests = [Request(str(index), 0, tuple(range(3 + index, 99 + index)), index) for index in range(48)]
     sampling = Sampling(max_new_tokens=24)
     with LiveBytes([*model.parameters(), *model.buffers()]) as live:
-        list(decode(model, requests, sampling, eos_token_ids=(), pad_token_id=0, batch_size=16))
+        list(decode(model, requests, DecodeSettings(sampling, frozenset(), 0), batch_size=16))
     shape = {"batch_size": 16, "prompt_tokens": 96, "new_tokens": 24, "element_bytes": 4}
     predicted = decode_bytes(outline_of(model), **shape)
     assert predicted.weights == 4 * sum(sizes(model).values())

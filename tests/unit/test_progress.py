@@ -3,7 +3,7 @@ import logging
 import pytest
 
 from spd_dist.tracking.metrics import MetricLogger, read_metrics
-from spd_dist.tracking.progress import Progress, RunEstimate, RunPart, clock_time
+from spd_dist.tracking.progress import Progress, ProgressReports, RunEstimate, RunPart, clock_time
 
 
 class Clock:
@@ -21,7 +21,7 @@ def lines(caplog):
 
 def test_a_line_every_few_seconds_with_units_speed_and_time_left(lines):
     clock = Clock()
-    with Progress("generate", 100, "prompts", every_seconds=5, clock=clock) as progress:
+    with Progress("generate", 100, "prompts", ProgressReports(every_seconds=5), clock=clock) as progress:
         for _ in range(10):
             clock.seconds += 1
             progress.advance(5, tokens=50)
@@ -39,7 +39,7 @@ def test_the_time_of_the_whole_run_is_told_once_its_later_stages_have_a_pace(lin
                 RunPart("finetune", "finetune", 5, "calibrate", 4.0)])  # fmt: skip
     run.now = "generate"
     for stage in ("generate", "finetune"):
-        with Progress(stage, 10, "units", every_seconds=1, clock=clock, run=run) as progress:
+        with Progress(stage, 10, "units", ProgressReports(every_seconds=1, run=run), clock=clock) as progress:
             for _ in range(5):
                 clock.seconds += 2
                 progress.advance()
@@ -52,7 +52,7 @@ def test_the_time_of_the_whole_run_is_told_once_its_later_stages_have_a_pace(lin
 
 def test_it_works_without_a_total_and_without_tokens(lines):
     clock = Clock()
-    with Progress("calibrate", None, "batches", every_seconds=2, clock=clock) as progress:
+    with Progress("calibrate", None, "batches", ProgressReports(every_seconds=2), clock=clock) as progress:
         clock.seconds += 4
         progress.advance(2)
     assert lines() == [
@@ -64,7 +64,7 @@ def test_it_works_without_a_total_and_without_tokens(lines):
 
 def test_what_an_earlier_attempt_did_counts_as_done_and_not_as_speed(lines):
     clock = Clock()
-    with Progress("generate", 100, "prompts", every_seconds=1, clock=clock) as progress:
+    with Progress("generate", 100, "prompts", ProgressReports(every_seconds=1), clock=clock) as progress:
         progress.skip(90)
         clock.seconds += 2
         progress.advance(1)
@@ -92,7 +92,7 @@ def test_progress_is_in_the_metrics_too(tmp_path):
     clock = Clock()
     with (
         MetricLogger(tmp_path) as metrics,
-        Progress("generate", 2, "prompts", metrics, every_seconds=1, clock=clock) as progress,
+        Progress("generate", 2, "prompts", ProgressReports(metrics, 1), clock=clock) as progress,
     ):
         clock.seconds += 6
         progress.advance(1, tokens=30)
@@ -112,13 +112,15 @@ def test_times_are_written_as_clocks():
     ]
 
 
-def test_what_is_checked_after_each_unit_may_stop_the_work(lines):
-    def stop(place):
-        raise RuntimeError(f"asked to stop at {place}")
+def test_each_unit_is_a_place_for_the_heartbeat_and_an_error_ends_in_stopped(lines):
+    places = []
 
-    with (
-        pytest.raises(RuntimeError, match="stop at generate, 1/3 prompts"),
-        Progress("generate", 3, "prompts", check=stop) as progress,
-    ):
-        progress.advance()
+    def one_unit_and_no_more():
+        with Progress("generate", 3, "prompts", ProgressReports(beat=places.append)) as progress:
+            progress.advance()
+            raise RuntimeError("the disk is full")
+
+    with pytest.raises(RuntimeError, match="disk"):
+        one_unit_and_no_more()
+    assert places == ["generate, 1/3 prompts"]
     assert lines()[-1].startswith("generate: stopped, 1/3 prompts")

@@ -21,7 +21,7 @@ from spd_dist.stages.project import (
     summary,
 )
 from spd_dist.stages.reduce import reduce
-from spd_dist.stages.sketch import sketch
+from spd_dist.stages.sketch import ShardPlan, sketch
 from spd_dist.types import Certificate, KVSite, SiteMoments, SiteOperator, SiteSubspace, Subspace
 
 SITE = kv_site(width=12, num_heads=3)
@@ -236,9 +236,8 @@ def test_only_the_chosen_kinds_are_projected(kinds, expected):
 
 def test_summary_is_plain_data_with_all_that_is_known():
     site = kv_site(width=12)
-    settings_ = {"num_shards": 1, "planned_rank": lambda _: 4, "world": ALONE}
     stream = batches({site: power_law(200, 12)}, num_zero_rows=1)
-    states = sketch(stream, [site], Sketch(method="frequent_directions", size=8), **settings_)
+    states = sketch(stream, [site], Sketch(method="frequent_directions", size=8), ALONE, ShardPlan(1, lambda _: 4))
     owned = reduce(states, [site], Reduce(), num_shards=1, world=ALONE)
     whole = subspace(owned, [site], fixed(4), ALONE, metadata={"base_model": "tiny"})
     described = json.loads(json.dumps(summary(whole, sketch_sizes={12: 8}), allow_nan=False))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spd_dist.config import Project, Sketch
 from spd_dist.errors import DataError
-from spd_dist.stages.sketch import ShardSketch, load_sketches, plan_sketches, save_sketches, sketch
+from spd_dist.stages.sketch import ShardPlan, ShardSketch, load_sketches, plan_sketches, save_sketches, sketch
 from spd_dist.stages.sketch.frequent_directions import shrink
 from spd_dist.stages.sketch.shard import TENSORS
 from spd_dist.storage.artifacts import read_tensors
@@ -25,7 +25,7 @@ GRAM = Sketch(method="gram")
 
 def run(stream, config: Sketch, sites=(SITE,), initial=None) -> dict[int, ShardSketch]:
     rank = Project().planned_rank
-    return sketch(stream, list(sites), config, num_shards=8, planned_rank=rank, world=ALONE, initial=initial)
+    return sketch(stream, list(sites), config, ALONE, ShardPlan(8, rank, initial or {}))
 
 
 def moments_of(rows_ND: Tensor, size: int | None, **options) -> SiteMoments:

@@ -11,11 +11,11 @@ import pytest
 PROGRAM = """
 import logging, sys
 from spd_dist.tracking.console import set_up_logging
-from spd_dist.tracking.progress import Progress
+from spd_dist.tracking.progress import Progress, ProgressReports
 
 set_up_logging(0)
 logging.getLogger("spd_dist").info("before")
-with Progress("generate", 4, "prompts", every_seconds=0.0) as progress:
+with Progress("generate", 4, "prompts", ProgressReports(every_seconds=0.0)) as progress:
     for unit in range(4):
         import time; time.sleep(0.3)
         progress.advance(1, tokens=10)

@@ -27,7 +27,7 @@ from spd_dist.stages.context import StageContext
 from spd_dist.stages.finetune.batching import TrainingSequence, global_batches
 from spd_dist.stages.finetune.checkpoints import Checkpoints, Found, State
 from spd_dist.stages.finetune.step import StepResult, TrainStep, check_student, global_generator_kept
-from spd_dist.tracking.progress import Progress
+from spd_dist.tracking.progress import Progress, ProgressReports
 
 log = logging.getLogger(__name__)
 
@@ -104,8 +104,8 @@ class Trainer:
             keep=config.keep_checkpoints,
             keep_every=config.keep_every,
         )
-        said = {"every_seconds": context.progress_seconds, "run": context.estimate}
-        self.progress = Progress("finetune", self.num_steps, "steps", **said)
+        reports = ProgressReports(every_seconds=context.progress_seconds, run=context.estimate)
+        self.progress = Progress("finetune", self.num_steps, "steps", reports)
         self.heartbeat = context.heartbeat or Heartbeat(context.folder / "heartbeat", context.world)
         self.speed = Speedometer(outline_of(policy.model), context.world)
         self.state = State()

@@ -6,24 +6,23 @@ import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from spd_dist.config import Generate
 from spd_dist.distributed.collectives import all_equal, broadcast_object, gather_objects, on_main
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError, DataError
-from spd_dist.inference.decode import Decoded, Request, longest_first
-from spd_dist.inference.open_engine import open_engine
+from spd_dist.inference.decode import longest_first
+from spd_dist.inference.open_engine import EngineWork, open_engine
+from spd_dist.inference.requests import Decoded, Request
 from spd_dist.inference.sampling import Sampling
 from spd_dist.models.policy import Policy
 from spd_dist.projection.operators import projection_hash
 from spd_dist.seeding import row_seed
+from spd_dist.stages.context import StageContext
 from spd_dist.stages.generate.merge_corpus import Attempt, check_leakage, merge
 from spd_dist.storage.artifacts import JsonlWriter
 from spd_dist.storage.completions import MERGED, Key, as_row, gathered, part_name
-from spd_dist.tracking.progress import Progress
 from spd_dist.types import Completion, Projection, Prompt
 
 log = logging.getLogger(__name__)
@@ -101,13 +100,9 @@ def generate(
     prompts: Sequence[Prompt],
     projection: Projection | None,
     config: Generate,
-    *,
-    seed: int,
-    folder: Path,
-    world: World,
-    progress: Progress | None = None,
+    context: StageContext,
 ) -> dict[str, Any]:
-    """Write `folder/completions/completions.jsonl` and `folder/summary.json`; the summary is given on every rank.
+    """Write `completions/completions.jsonl` and `summary.json` in the stage's folder; the summary is on every rank.
 
     A collective. Every rank is given all prompts; rank 0's projection is used on all. Lines that an earlier attempt
     left are kept, whatever its world size. As one task of an array (`num_tasks` > 1) it makes its share, and the task
@@ -118,35 +113,32 @@ def generate(
         prompts: In the corpus's order.
         projection: None for plain self-training, as of PSR and SSD.
         config: Its section.
-        seed: The run's; with prompt id and sample index it makes a completion.
-        folder: The stage's.
-        world: This process among all.
-        progress: Told of each completion.
+        context: Of the run. Its seed makes a completion, with prompt id and sample index.
 
     Raises:
+        StopRequested: after a completion, on the ranks that were asked; what is written stays.
         DataError: the folder holds another corpus, a prompt is too long, the engine does not run the projected policy,
             the corpus fails a check, memory or disk is full.
         ConfigError: settings that can't be met.
     """
     check_tasks(config)
+    folder, world = context.folder, context.world
     projection = same_on_all_ranks(projection, world)
-    requests = requests_for(prompts, config.num_samples, seed)
+    requests = requests_for(prompts, config.num_samples, context.seed)
     if not requests:
         raise DataError("generate: there is no prompt; set data.train, or raise data.num_train")
-    own = _own_work(requests, config, folder / "completions", world, progress)
-    engine_of = open_engine(
-        policy,
-        projection,
-        config,
-        world,
-        work=own or (requests[:1] if world.is_main else []),
-        longest=longest_first(requests)[0],
-        scratch=folder / f"engine-{config.task_index:05d}-of-{config.num_tasks:05d}",
+    own = _own_work(requests, config, context)
+    work = EngineWork(
+        own or (requests[:1] if world.is_main else []),
+        longest_first(requests)[0],
+        folder / f"engine-{config.task_index:05d}-of-{config.num_tasks:05d}",
     )
-    with engine_of as opened, closing(opened.engine.complete(own, sampling_of(config))) as decoded:
+    with (
+        open_engine(policy, projection, config, world, work) as opened,
+        closing(opened.engine.complete(own, sampling_of(config))) as decoded,
+    ):
         started = time.monotonic()
-        part = PartWriter(folder / "completions", config, world)
-        num_tokens = part.write(decoded, policy, progress) if own else 0
+        num_tokens = _write(decoded, policy, config, context) if own else 0
         attempt = Attempt.of(opened, num_tokens=num_tokens, seconds=time.monotonic() - started)
         check_leakage(attempt, policy.model.dtype)
     attempts = [attempt] if world.size == 1 else gather_objects(attempt)
@@ -167,10 +159,9 @@ def same_on_all_ranks(projection: Projection | None, world: World) -> Projection
     return projection
 
 
-def _own_work(
-    requests: Sequence[Request], config: Generate, completions: Path, world: World, progress: Progress | None
-) -> list[Request]:
+def _own_work(requests: Sequence[Request], config: Generate, context: StageContext) -> list[Request]:
     """This rank's part of what the array's task has not done yet: the same division on all ranks."""
+    completions, world = context.folder / "completions", context.world
 
     def open_keys() -> set[tuple[str, int]]:
         completions.mkdir(parents=True, exist_ok=True)
@@ -189,37 +180,29 @@ def _own_work(
     if num_done and world.is_main:
         log.info("generate: %d of %d completions were made before", num_done, len(share))
     own = share_of(left, world.rank, world.size)
-    if progress is not None:
-        skipped = num_done // world.size
-        progress.begin(len(own) + skipped, skipped)
+    skipped = num_done // world.size
+    context.begin(len(own) + skipped, skipped)
     return own
 
 
-@dataclass(frozen=True)
-class PartWriter:
-    """The file that this rank appends to."""
+def _write(decoded: Iterable[Decoded], policy: Policy, config: Generate, context: StageContext) -> int:
+    """Append each completion to this rank's part as it finishes; give the number of their tokens.
 
-    completions: Path
-    config: Generate
-    world: World
-
-    def write(self, decoded: Iterable[Decoded], policy: Policy, progress: Progress | None) -> int:
-        """Append each completion as it finishes; give the number of their tokens.
-
-        Nothing, if other tasks have finished the corpus while this one loaded its model: two arrays may overlap.
-        """
-        if (self.completions / MERGED).exists():
-            log.info("generate: other tasks have made the rest meanwhile")
-            return 0
-        task = {"task": self.config.task_index, "num_tasks": self.config.num_tasks}
-        num_tokens = 0
-        with JsonlWriter(self.completions / part_name(self.world.rank, self.world.size, **task)) as lines:
-            for one in decoded:
-                lines.write(as_row(_completion(one, policy)))
-                num_tokens += len(one.tokens)
-                if progress is not None:
-                    progress.advance(1, len(one.tokens))
-        return num_tokens
+    Nothing, if other tasks have finished the corpus while this one loaded its model: two arrays may overlap.
+    """
+    completions, world = context.folder / "completions", context.world
+    if (completions / MERGED).exists():
+        log.info("generate: other tasks have made the rest meanwhile")
+        return 0
+    name = part_name(world.rank, world.size, task=config.task_index, num_tasks=config.num_tasks)
+    num_tokens = 0
+    with JsonlWriter(completions / name) as lines:
+        for one in decoded:
+            lines.write(as_row(_completion(one, policy)))
+            num_tokens += len(one.tokens)
+            context.advance(1, len(one.tokens))
+            context.stop_alone()
+    return num_tokens
 
 
 def _completion(decoded: Decoded, policy: Policy) -> Completion:

@@ -14,8 +14,8 @@ import torch
 from spd_dist.config import Generate
 from spd_dist.distributed.lock import alone_in
 from spd_dist.errors import DataError
-from spd_dist.inference.decode import Request
 from spd_dist.inference.open_engine import Opened
+from spd_dist.inference.requests import Request
 from spd_dist.storage.artifacts import read_json, write_json
 from spd_dist.storage.completions import MERGED, Key, gathered, is_empty, is_repetitive, write_merged
 from spd_dist.types import Completion

@@ -19,7 +19,7 @@ from spd_dist.errors import ConfigError, DataError
 from spd_dist.storage.subspace_file import fingerprint
 from spd_dist.types import KVSite, SiteMoments, SiteSubspace, Subspace
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 NULL = 1e-12
 """Eigenvalues below this share of the largest are rounding: float32 rows hold singular values down to about 1e-7."""
@@ -89,7 +89,7 @@ def _cut(site: KVSite, moments: SiteMoments, config: Project) -> SiteSubspace:
     rank = _rank(site, eigenvalue_D[:num_real], config)
     num_null = max(0, rank - num_real)
     if num_null:
-        logger.warning(
+        log.warning(
             "project: %s: rank %d is above the numerical rank %d of the gradients: %d directions are arbitrary (but "
             "the same in every run); lower project.rank or calibrate on more tokens",
             site,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
@@ -18,19 +19,28 @@ from spd_dist.stages.sketch.frequent_directions import SketchPlan, plan_sketches
 from spd_dist.stages.sketch.shard import ShardSketch, load_sketches, save_sketches
 from spd_dist.types import GradientBatch, KVSite
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """The logical shards of a run, whatever its number of ranks."""
+
+    num_shards: int
+    planned_rank: Callable[[int], int]
+    """The rank that a width will be cut to (`Project.planned_rank`); the default size of a sketch follows from it."""
+    initial: Mapping[int, ShardSketch] = field(default_factory=dict)
+    """States from `load_sketches` to go on from; they are changed in place."""
+    keep: Callable[[Mapping[int, ShardSketch]], None] | None = None
+    """Given the states where the stream ends by a `StopRequested`, on all ranks at once."""
 
 
 def sketch(
     gradients: Iterable[GradientBatch],
     sites: Sequence[KVSite],
     config: Sketch,
-    *,
-    num_shards: int,
-    planned_rank: Callable[[int], int],
     world: World,
-    initial: Mapping[int, ShardSketch] | None = None,
-    keep: Callable[[Mapping[int, ShardSketch]], None] | None = None,
+    plan: ShardPlan,
 ) -> dict[int, ShardSketch]:
     """The sketches of this rank's logical shards: shards without examples are absent, and count as empty.
 
@@ -39,20 +49,17 @@ def sketch(
             it takes all ranks to make it, so a rank with a fault goes on and all ranks fail together afterwards.
         sites: every site of the run, on every rank.
         config: form and size of the sketches, and what becomes of rows with NaN or Inf.
-        num_shards: logical shards of the whole run.
-        planned_rank: the rank that a width will be cut to (`Project.planned_rank`); the default size follows from it.
         world: this rank, for messages.
-        initial: states from `load_sketches` to go on from; they are changed in place.
-        keep: given the states where the stream ends by a `StopRequested`, on all ranks at once.
+        plan: how many shards there are, where they begin, and what becomes of them if the run is stopped.
 
     Raises:
         DataError: on all ranks at once: a row with NaN or Inf, rows that do not fit their site, or an initial state of
             other sites or another form.
     """
-    plans = plan_sketches(sites, config, planned_rank=planned_rank, num_shards=num_shards)
-    for width, plan in plans.items():
-        logger.info("sketch: width %d: %s of %d rows, since %s", width, plan.form, plan.size, plan.reason)
-    shards = dict(initial or {})
+    plans = plan_sketches(sites, config, planned_rank=plan.planned_rank, num_shards=plan.num_shards)
+    for width, form in plans.items():
+        log.info("sketch: width %d: %s of %d rows, since %s", width, form.form, form.size, form.reason)
+    shards = dict(plan.initial)
     with together("resuming the sketches"):
         _check_states(shards, sites, plans)
     fault: DataError | None = None
@@ -63,8 +70,8 @@ def sketch(
             except DataError as error:
                 fault = fault or error
     except StopRequested:
-        if keep is not None:
-            keep(shards if fault is None else {})
+        if plan.keep is not None:
+            plan.keep(shards if fault is None else {})
         raise
     with together("sketching the gradients"):
         if fault is not None:
@@ -102,7 +109,7 @@ def _check_finite(shards: Mapping[int, ShardSketch], config: Sketch, world: Worl
             "(model.dtype), or set sketch.non_finite=skip to drop and count such rows"
         )
     total = sum(n for *_, n in faults)
-    logger.warning("sketch: %d gradient rows with NaN or Inf were dropped, the first at %s", total, where)
+    log.warning("sketch: %d gradient rows with NaN or Inf were dropped, the first at %s", total, where)
 
 
 class Unfinished:
