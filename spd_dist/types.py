@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
 Kind = Literal["key", "value"]
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, order=True)
@@ -62,6 +64,11 @@ class GradientBatch:
     num_examples: int = 0
 
 
+def record_of(kind: type[R], fields: Mapping[str, Any]) -> R:
+    """A dataclass or NamedTuple from the fields that a JSON object holds."""
+    return kind(**fields)
+
+
 @dataclass(frozen=True)
 class Certificate:
     """What is known for sure of a sketch against the rows it saw. Every field is a sum, so certificates add up."""
@@ -77,7 +84,7 @@ class Certificate:
     num_dropped_rows: int = 0
 
     def __add__(self, other: Certificate) -> Certificate:
-        return Certificate(**{name: value + vars(other)[name] for name, value in vars(self).items()})
+        return record_of(Certificate, {name: value + vars(other)[name] for name, value in vars(self).items()})
 
 
 @dataclass(frozen=True)

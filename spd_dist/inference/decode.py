@@ -74,8 +74,10 @@ class Drawing(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores in which one token a row is possible: the drawn one, or the pad of a row that has ended."""
         if not self.rows:
-            shape = {"vocabulary_size": scores.shape[-1], "device": scores.device}
-            self.rows = [new_row(request, self.stopping.sampling, **shape) for request in self.batch]
+            width, device = scores.shape[-1], scores.device
+            self.rows = [
+                new_row(request, self.stopping.sampling, vocabulary_size=width, device=device) for request in self.batch
+            ]
         live = [index for index, row in enumerate(self.rows) if not row.tokens or row.finished(self.stopping) is None]
         draw([self.rows[index] for index in live], scores[live], self.stopping.sampling)
         token_N = torch.full((len(self.rows), 1), self.stopping.pad_token_id)

@@ -67,6 +67,7 @@ def examine(config: Config, arguments: argparse.Namespace) -> int:
     from spd_dist.distributed.collectives import gather_objects
     from spd_dist.distributed.world import join_world, leave_world, rendezvous
     from spd_dist.preflight import Facts, Needs, gather_facts, judge, meet
+    from spd_dist.types import record_of
 
     os.environ |= rendezvous(os.environ)
     own = gather_facts(config, os.environ)
@@ -80,7 +81,7 @@ def examine(config: Config, arguments: argparse.Namespace) -> int:
     hurried = dataclasses.replace(config.distributed, timeout_seconds=arguments.timeout_seconds)
     try:
         world = join_world(hurried)
-        facts = [Facts(**one) for one in gather_objects(dataclasses.asdict(own))]
+        facts = [record_of(Facts, one) for one in gather_objects(dataclasses.asdict(own))]
         meeting = meet(Path(config.run_dir), world)
     except (RuntimeError, UserError) as error:
         return apart(config, own, needs, error)
@@ -127,10 +128,11 @@ def apart(config: Config, own: Facts, needs: Needs, error: Exception) -> int:
 def reports(folder: Path) -> Iterator[Facts]:
     """What the ranks of this launch left in the folder."""
     from spd_dist.preflight import Facts
+    from spd_dist.types import record_of
 
     for file in sorted(folder.glob("rank_*.json")):
         if time.time() - file.stat().st_mtime < SECONDS_OF_ONE_LAUNCH:
-            yield Facts(**json.loads(file.read_text(encoding="utf-8")))
+            yield record_of(Facts, json.loads(file.read_text(encoding="utf-8")))
 
 
 def show(found: Sequence[Finding], num_hosts: int) -> None:

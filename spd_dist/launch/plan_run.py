@@ -107,8 +107,12 @@ def read_workload(config: Config, arguments: argparse.Namespace) -> Workload:
     """How much there is to do."""
     from spd_dist.planner import Workload
 
-    sizes = {"num_train": arguments.train_prompts, "num_test": arguments.test_prompts}
-    return Workload.of(config, **sizes, prompt_tokens=arguments.prompt_tokens)
+    return Workload.of(
+        config,
+        num_train=arguments.train_prompts,
+        num_test=arguments.test_prompts,
+        prompt_tokens=arguments.prompt_tokens,
+    )
 
 
 def described(cluster: Cluster | None) -> str:

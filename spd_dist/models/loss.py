@@ -26,9 +26,18 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, label_N: Tensor, weight_VD: Tensor, bias_V: Tensor | None, cap: float, scale: float
+        ctx: Any,
+        hidden_ND: Tensor,
+        label_N: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        tail: tuple[float, float],
     ) -> Any:
-        """(sum of the losses, loss_N without gradient) in float32; if cap > 0, logits are cap tanh(scale z / cap)."""
+        """(sum of the losses, loss_N without gradient) in float32.
+
+        `tail` is (cap, scale): if cap > 0, logits are cap tanh(scale z / cap).
+        """
+        cap, scale = tail
         wants_hidden, _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         loss_N = torch.empty(len(label_N), dtype=torch.float32, device=hidden_ND.device)
         grads = (
@@ -60,7 +69,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             None if grad is None else (grad * grad_output).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return hidden, None, weight, bias, None, None
+        return hidden, None, weight, bias, None
 
 
 def _loss_and_gradient(logit_CV: Tensor, label_C: Tensor, cap: float, scale: float) -> tuple[Tensor, Tensor]:
@@ -108,7 +117,7 @@ class Student(nn.Module):
         hidden_BTD = self.model.base_model(input_ids=token_BT, use_cache=False, **context).last_hidden_state
         head = self.model.get_output_embeddings()
         with _forward_replaced(
-            head, lambda hidden_ND: LinearCrossEntropy.apply(hidden_ND, label_N, head.weight, head.bias, *self.tail)
+            head, lambda hidden_ND: LinearCrossEntropy.apply(hidden_ND, label_N, head.weight, head.bias, self.tail)
         ):
             return head(hidden_BTD.flatten(0, 1)[source_N])  # called as a module: ZeRO-3 gathers its weight around it
 

@@ -66,8 +66,10 @@ def locate_model(config: Model) -> Reachable:
 
 def _in_cache(config: Model) -> Path | None:
     try:
-        wanted = {"revision": config.revision, "allow_patterns": [*WEIGHTS, "*.json"]}
-        return Path(snapshot_download(config.name, local_files_only=True, **wanted))
+        files = [*WEIGHTS, "*.json"]
+        return Path(
+            snapshot_download(config.name, local_files_only=True, revision=config.revision, allow_patterns=files)
+        )
     except (OSError, ValueError):  # not there, or not even a name of the hub
         return None
 

@@ -254,7 +254,7 @@ def profile_of(config: Config, device: torch.device | None = None) -> Profile:
         add_adapters(model, config.finetune, generator=torch.Generator())
     else:
         model.requires_grad_(True)
-    sharded = {"is_sharded": config.distributed.zero_stage == 3}
+    is_sharded = config.distributed.zero_stage == 3
     head = policy.vocabulary_size * policy.hidden_size
     in_layers = policy.num_multiplied - head
     return Profile(
@@ -264,6 +264,6 @@ def profile_of(config: Config, device: torch.device | None = None) -> Profile:
         sites=sites,
         element_bytes=dtype.itemsize,
         num_captured=head + in_layers * num_above // policy.num_layers,
-        calibrate_peak=calibrate_peak(settings, config.calibrate, dtype, num_layers=num_above, **sharded),
-        finetune_peak=finetune_peak(settings, config.finetune, dtype, **sharded),
+        calibrate_peak=calibrate_peak(settings, config.calibrate, dtype, num_layers=num_above, is_sharded=is_sharded),
+        finetune_peak=finetune_peak(settings, config.finetune, dtype, is_sharded=is_sharded),
     )

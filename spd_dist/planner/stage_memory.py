@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from spd_dist.config import Config
 from spd_dist.inference.placement import decode_bytes
@@ -44,26 +44,32 @@ def need(stage: str, placement: Placement, profile: Profile, config: Config, clu
     return STAGES[stage](placement, profile, config, cluster)
 
 
+class Backward(NamedTuple):
+    """A backward pass behind the forward pass."""
+
+    num_reused: int
+    """Parameters that it uses again."""
+    checkpointing: bool = False
+
+
 def _weights(
     outline: Outline,
     placement: Placement,
     profile: Profile,
     cluster: Cluster,
     zero: Zero,
-    *,
-    reused: int = 0,
-    checkpointing: bool = False,
+    backward: Backward | None = None,
 ) -> Need:
-    """Frozen weights, and what of them is gathered; `reused` is what a backward pass uses again."""
+    """Frozen weights, and what of them is gathered."""
     size = profile.element_bytes
     if placement == "replica":
         return Need({"weights": size * sum(outline.frozen)})
     shards = size * zero.shards(outline.frozen, cluster.num_ranks)
-    turn = {"reused": reused, "checkpointing": checkpointing}
-    gathered = size * (
-        zero.persistent(outline.frozen)
-        + (zero.gathered_backward(outline.frozen, **turn) if reused else zero.gathered_forward(outline.frozen))
-    )
+    if backward is None:
+        whole = zero.gathered_forward(outline.frozen)
+    else:
+        whole = zero.gathered_backward(outline.frozen, reused=backward.num_reused, checkpointing=backward.checkpointing)
+    gathered = size * (zero.persistent(outline.frozen) + whole)
     if placement == "offload":
         return Need({"gathered": gathered}, {"shards": shards})
     return Need({"shards": shards, "gathered": gathered})
@@ -71,7 +77,7 @@ def _weights(
 
 def _calibrate(placement: Placement, profile: Profile, config: Config, cluster: Cluster) -> Need:
     zero, calibrate = Zero.of(config.distributed), config.calibrate
-    weights = _weights(profile.policy, placement, profile, cluster, zero, reused=profile.num_captured)
+    weights = _weights(profile.policy, placement, profile, cluster, zero, Backward(profile.num_captured))
     plans = plan_sketches(
         profile.sites, config.sketch, planned_rank=config.project.planned_rank, num_shards=calibrate.num_shards
     )
@@ -133,8 +139,8 @@ def _training(placement: Placement, profile: Profile, config: Config, cluster: C
         optimizer = OPTIMIZER_BYTES * num_trained // divided
         device = {"weights": size * student.num_parameters, "gradients": size * num_trained, "optimizer": optimizer}
         return Need({**device, "activations": profile.finetune_peak})
-    turn = {"reused": student.num_parameters, "checkpointing": config.finetune.checkpointing}
-    weights = _weights(student, placement, profile, cluster, zero, **turn)
+    backward = Backward(student.num_parameters, config.finetune.checkpointing)
+    weights = _weights(student, placement, profile, cluster, zero, backward)
     own = zero.shards(student.trained, cluster.num_ranks)
     trained = {"trained": size * (own + zero.persistent(student.trained)) + size * own}  # and their gradients
     optimizer = {"optimizer": OPTIMIZER_BYTES * own}

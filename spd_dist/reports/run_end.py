@@ -10,7 +10,7 @@ from spd_dist.arms import Arm
 from spd_dist.data.sources import check_leaks
 from spd_dist.distributed.collectives import on_main
 from spd_dist.reports.page import write_page
-from spd_dist.reports.run_report import log_report, report_text, write_report
+from spd_dist.reports.run_report import Asked, log_report, report_text, write_report
 from spd_dist.run import Run
 from spd_dist.storage.answers import answers_path, read_answers
 from spd_dist.storage.artifacts import write_json
@@ -29,9 +29,8 @@ def report(run: Run, arms: Iterable[Arm]) -> str:
     def write() -> str:
         shared = check_leaks(task, config.data, num_calibration=config.calibrate.num_examples)
         overlaps = [dataclasses.asdict(one) for one in shared]
-        asked = {"task": task.name, "metric": task.metric, "test_size": task.test_size}
-        settings = {"seed": config.seed, "temperature": config.evaluate.temperature}
-        found = write_report(folder, sentences, **asked, **settings, overlaps=overlaps)
+        asked = Asked(task.name, task.metric, config.seed, config.evaluate.temperature, task.test_size)
+        found = write_report(folder, sentences, asked, overlaps)
         write_page(folder, found, questions)
         log_report(run.metrics, folder, found)
         show_cost(run.metrics, found["cost"])

@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,25 @@ LEFT_OUT = ("interval", "sentence", "metric", "pass_at_k")
 """What that of the arms, a column a number, does not show."""
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What the arms of a run were asked."""
+
+    task: str
+    metric: str
+    """The task's."""
+    seed: int
+    """The run's, for the bootstrap."""
+    temperature: float = 0.0
+    """That arms answered at."""
+    test_size: int | None = None
+    """Rows of the task's published test split, if there is one."""
+
+
 def write_report(
     run_folder: Path,
     arms: Mapping[str, str],
-    *,
-    task: str,
-    metric: str,
-    seed: int,
-    temperature: float = 0.0,
-    test_size: int | None = None,
+    asked: Asked,
     overlaps: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Compare the arms of a finished evaluation, write `report.json`, and give what it holds. On one rank only.
@@ -54,16 +65,13 @@ def write_report(
     Args:
         run_folder: The run's.
         arms: Name and sentence of each, in their order; differences are taken from the first.
-        task: Whose answers are compared.
-        metric: The task's.
-        seed: The run's, for the bootstrap.
-        temperature: That arms answered at.
-        test_size: Rows of the task's published test split, if there is one.
+        asked: What they were asked.
         overlaps: Pairs of splits, with the counts of problems that stand in both, word for word and nearly.
 
     Raises:
         DataError: answers are missing, arms answered different examples, or a subspace is corrupt.
     """
+    task, metric, seed = asked.task, asked.metric, asked.seed
     answers = {arm: read_answers(answers_path(run_folder / "evaluate", arm, task)) for arm in arms}
     summaries = {arm: answers_summary(answers[arm], metric) for arm in arms}
     found, stages = comparisons(answers, metric, seed), _summaries(run_folder)
@@ -71,15 +79,15 @@ def write_report(
         "task": task,
         "metric": metric,
         "seed": seed,
-        "temperature": temperature,
+        "temperature": asked.temperature,
         "num_samples": next(iter(summaries.values()))["num_samples"],
         "examples": content_hash(sorted(answer.id for answer in next(iter(answers.values())))),
         "verdict": verdict(found, metric),
-        "test_size": test_size,
+        "test_size": asked.test_size,
         "notes": [
             *notes(summaries),
             *blind_notes(found),
-            *size_notes(next(iter(summaries.values()))["num_examples"], test_size),
+            *size_notes(next(iter(summaries.values()))["num_examples"], asked.test_size),
             *overlap_notes(overlaps),
         ],
         "overlaps": [dict(one) for one in overlaps],

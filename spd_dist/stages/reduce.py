@@ -17,7 +17,7 @@ from spd_dist.config import Reduce
 from spd_dist.distributed.collectives import collective_device, together
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError
-from spd_dist.types import Certificate, KVSite, SiteMoments
+from spd_dist.types import Certificate, KVSite, SiteMoments, record_of
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def _unpacked(total: Tensor, width: int) -> SiteMoments:
     gram, sum_D, certified = total.cpu().split([width * width, width, len(total) - width * width - width])
     typed = zip(fields(Certificate), certified.tolist(), strict=False)
     counts = {field.name: int(value) if field.type == "int" else value for field, value in typed}
-    return SiteMoments(gram.view(width, width).clone(), sum_D.clone(), Certificate(**counts))
+    return SiteMoments(gram.view(width, width).clone(), sum_D.clone(), record_of(Certificate, counts))
 
 
 def _check_shards(sketches: Mapping[int, object], num_shards: int, world: World) -> None:

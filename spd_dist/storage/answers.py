@@ -15,7 +15,7 @@ from typing import Any
 from spd_dist.errors import DataError
 from spd_dist.storage.artifacts import read_jsonl, write_text
 from spd_dist.storage.completions import Key
-from spd_dist.types import Answer
+from spd_dist.types import Answer, record_of
 
 
 def answers_path(folder: Path, arm: str, task: str) -> Path:
@@ -45,7 +45,7 @@ def read_answers(path: Path) -> list[Answer]:
         if row.keys() != names:
             wrong = ", ".join(sorted(row.keys() ^ names))
             raise DataError(f"{path}, line {number}: not an answer ({wrong} missing or unknown); delete that file")
-        answers.append(Answer(**row))
+        answers.append(record_of(Answer, row))
     return answers
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from spd_dist.errors import DataError
 from spd_dist.storage.artifacts import read_jsonl, write_text
-from spd_dist.types import Completion
+from spd_dist.types import Completion, record_of
 
 MERGED = "completions.jsonl"
 CORPUS = f"completions/{MERGED}"
@@ -95,7 +95,8 @@ def _completion(file: Path, number: int, row: Mapping[str, Any]) -> Completion:
     if row.keys() != names:
         wrong = ", ".join(sorted(row.keys() ^ names))
         raise DataError(f"{file}, line {number}: not a completion ({wrong} missing or unknown); delete that file")
-    return Completion(**{**row, "prompt_tokens": tuple(row["prompt_tokens"]), "tokens": tuple(row["tokens"])})
+    tokens = {name: tuple(row[name]) for name in ("prompt_tokens", "tokens")}
+    return record_of(Completion, {**row, **tokens})
 
 
 def _read_if_there(file: Path) -> list[Completion]:

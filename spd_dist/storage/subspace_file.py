@@ -19,7 +19,7 @@ from torch import Tensor
 
 from spd_dist.errors import DataError
 from spd_dist.storage.artifacts import read_tensors, write_tensors
-from spd_dist.types import Certificate, KVSite, SiteSubspace, Subspace
+from spd_dist.types import Certificate, KVSite, SiteSubspace, Subspace, record_of
 
 SITES = "sites"
 
@@ -76,7 +76,7 @@ def _read_site(
     path: str | Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[KVSite, SiteSubspace]:
     columns = tuple(tuple(pair) for pair in fields["site"]["columns"])
-    site = KVSite(**fields["site"] | {"columns": columns})
+    site = record_of(KVSite, fields["site"] | {"columns": columns})
     missing = [name for name in (f"{site}.basis_DR", f"{site}.singular_value_D") if name not in tensors]
     if missing:
         raise DataError(f"{path} has no tensor {missing[0]}; write it again with save_subspace")
@@ -87,6 +87,6 @@ def _read_site(
         basis_DR=basis_DR,
         eigenvalue_D=tensors[f"{site}.singular_value_D"].square(),
         energy_fraction=fields["energy_fraction"],
-        certificate=Certificate(**fields["certificate"]),
+        certificate=record_of(Certificate, fields["certificate"]),
         num_null_directions=fields["num_null_directions"],
     )

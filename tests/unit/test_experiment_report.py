@@ -7,7 +7,7 @@ from answering import ARMS, answered_run, answers
 from browsing import CHROMIUM, screenshot, widths
 
 from spd_dist.reports.experiment_report import total_cost, write_experiment
-from spd_dist.reports.run_report import write_report
+from spd_dist.reports.run_report import Asked, write_report
 from spd_dist.storage.answers import answers_path, write_merged
 from spd_dist.storage.artifacts import read_json
 from spd_dist.tracking.metrics import MetricLogger
@@ -24,7 +24,7 @@ def places(tmp_path):
         with MetricLogger(run / "metrics") as metrics:
             for step in range(1, 5):
                 metrics.log("finetune", {"loss": seed / step}, step)
-        write_report(run, ARMS, task="arithmetic", metric="accuracy", seed=seed)
+        write_report(run, ARMS, Asked("arithmetic", "accuracy", seed))
         found[seed] = [run]
     return found
 

@@ -23,7 +23,7 @@ def test_loss_and_gradients_are_those_of_cross_entropy(monkeypatch, cap, scale, 
     logits = cap * torch.tanh(logits / cap) if cap else logits
     expected = cross_entropy(logits, labels, reduction="none")
     expected_grads = torch.autograd.grad(3 * expected.sum(), [hidden, weight, bias])
-    total, loss_N = LinearCrossEntropy.apply(hidden, labels, weight, bias, cap, scale)
+    total, loss_N = LinearCrossEntropy.apply(hidden, labels, weight, bias, (cap, scale))
     torch.testing.assert_close(loss_N, expected.detach())
     torch.testing.assert_close(total, expected.sum())
     for found, reference in zip(torch.autograd.grad(3 * total, [hidden, weight, bias]), expected_grads, strict=True):
@@ -33,7 +33,7 @@ def test_loss_and_gradients_are_those_of_cross_entropy(monkeypatch, cap, scale, 
 def test_a_frozen_head_gets_no_gradient_and_no_memory():
     hidden = torch.randn(6, 4, requires_grad=True)
     weight = torch.randn(9, 4)
-    total, _ = LinearCrossEntropy.apply(hidden, torch.arange(6), weight, None, 0.0, 1.0)
+    total, _ = LinearCrossEntropy.apply(hidden, torch.arange(6), weight, None, (0.0, 1.0))
     held = [None if tensor is None else tuple(tensor.shape) for tensor in total.grad_fn.saved_tensors]
     assert held == [(6, 4), None, None]
     total.backward()

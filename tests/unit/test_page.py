@@ -9,7 +9,7 @@ from browsing import CHROMIUM, screenshot, widths
 
 from spd_dist.overrides import load_config, to_yaml
 from spd_dist.reports.page import NUM_SHOWN, side_by_side, write_page
-from spd_dist.reports.run_report import write_report
+from spd_dist.reports.run_report import Asked, write_report
 from spd_dist.storage.answers import answers_path, write_merged
 from spd_dist.storage.artifacts import read_json
 from spd_dist.storage.subspace_file import save_subspace
@@ -19,7 +19,7 @@ from spd_dist.types import Certificate, KVSite, SiteSubspace, Subspace
 
 def page_of(folder):
     overlap = {"split": "train", "other": "test", "num_rows": 96, "num_exact": 2, "num_near": 1}
-    report = write_report(folder, ARMS, task="arithmetic", metric="accuracy", seed=1, overlaps=[overlap])
+    report = write_report(folder, ARMS, Asked("arithmetic", "accuracy", 1), [overlap])
     write_page(folder, report, {"p65": "How many <b>apples</b>?"})
     return (folder / "report.html").read_text()
 
@@ -141,7 +141,7 @@ def test_a_browser_shows_the_page_without_scrolling_sideways(folder, tmp_path, w
 def test_rounds_are_a_table_and_a_figure(folder):
     site = {"mean_angle_degrees": 4.5, "largest_angle_degrees": 20.0, "overlap_fraction": 0.9, "energy_ratio": 0.8}
     site |= {"energy_fraction_held": 0.7, "energy_fraction": 0.75}
-    report = write_report(folder, ARMS, task="arithmetic", metric="accuracy", seed=1)
+    report = write_report(folder, ARMS, Asked("arithmetic", "accuracy", 1))
     arms = {arm: {"value": 0.5, "interval": [0.4, 0.6]} for arm in ARMS}
     one = {"round": 1, "arms": arms, "drift": {}, "energy_fraction": {"layers.1.key": 0.8}}
     two = one | {"round": 2, "drift": {"1": {"layers.1.key": site}}}

@@ -4,7 +4,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from spd_dist.errors import DataError
-from spd_dist.reports.run_report import write_report
+from spd_dist.reports.run_report import Asked, write_report
 from spd_dist.reports.seeds import over_seeds, seeds_text, seeds_verdict
 from spd_dist.storage.answers import answers_path, write_merged
 
@@ -12,7 +12,7 @@ from spd_dist.storage.answers import answers_path, write_merged
 def run(folder, seed, *, spd=90, num=150, arms=ARMS, task="arithmetic"):
     for arm, num_correct in zip(ARMS, (60, 70, spd), strict=True):
         write_merged(answers_path(folder / "evaluate", arm, task), answers(num_correct, num=num))
-    write_report(folder, arms, task=task, metric="accuracy", seed=seed)
+    write_report(folder, arms, Asked(task, "accuracy", seed))
     return folder
 
 
@@ -71,7 +71,7 @@ def test_test_problems_in_the_training_rows_are_said_of_the_experiment_too(tmp_p
     overlap = {"split": "train", "other": "test", "num_rows": 96, "num_exact": 2, "num_near": 1}
     folders = [run(tmp_path / str(seed), seed) for seed in (1, 2)]
     for seed, folder in enumerate(folders, 1):
-        write_report(folder, ARMS, task="arithmetic", metric="accuracy", seed=seed, overlaps=[overlap])
+        write_report(folder, ARMS, Asked("arithmetic", "accuracy", seed), [overlap])
     text = seeds_text(over_seeds(folders), width=200)
     assert "Note: 2 exact and 1 near copies of test problems are among the 96 train rows" in text
 
@@ -81,14 +81,14 @@ def test_samples_are_counted_over_seeds_as_means(tmp_path):
         for more, arm in enumerate(ARMS):
             rows = sampled([min(4, right + more * seed) for right in (0, 1, 2, 3) * 10])
             write_merged(answers_path(tmp_path / str(seed) / "evaluate", arm, "arithmetic"), rows)
-        write_report(tmp_path / str(seed), ARMS, task="arithmetic", metric="accuracy", seed=seed, temperature=0.5)
+        write_report(tmp_path / str(seed), ARMS, Asked("arithmetic", "accuracy", seed, 0.5))
     result = over_seeds([tmp_path / "1", tmp_path / "2"])
     assert result["arms"]["base"]["pass_at_k"] == pytest.approx({"1": 0.375, "2": 7 / 12, "4": 0.75})
     assert result["num_examples"] == 40
     text = seeds_text(result)
     assert text.splitlines()[0] == "arithmetic: 2 seeds (1, 2), n 40 each, 4 samples at temperature 0.5"
     assert "pass@k, %" in text
-    write_report(tmp_path / "2", ARMS, task="arithmetic", metric="accuracy", seed=2, temperature=0.7)
+    write_report(tmp_path / "2", ARMS, Asked("arithmetic", "accuracy", 2, 0.7))
     with pytest.raises(DataError, match="their temperature differ"):
         over_seeds([tmp_path / "1", tmp_path / "2"])
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from answering import ARMS, answers
 
-from spd_dist.reports.run_report import write_report
+from spd_dist.reports.run_report import Asked, write_report
 from spd_dist.storage.answers import answers_path, write_merged
 
 SWEEP = runpy.run_path("spd_dist/launch/sweep.py")
@@ -102,7 +102,7 @@ def test_status_says_of_each_run_how_it_is_and_where(plan, capsys):
 def finish(run: Path, seed: int, num_correct: int) -> None:
     for arm, more in (("base", 0), ("spd", 1)):
         write_merged(answers_path(run / "evaluate", arm, "arithmetic"), answers(num_correct + more, num=10))
-    write_report(run, {arm: ARMS[arm] for arm in ("base", "spd")}, task="arithmetic", metric="accuracy", seed=seed)
+    write_report(run, {arm: ARMS[arm] for arm in ("base", "spd")}, Asked("arithmetic", "accuracy", seed))
 
 
 def test_collect_puts_finished_runs_in_one_file_and_shows_the_spread_of_seeds(plan, capsys):

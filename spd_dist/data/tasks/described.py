@@ -29,6 +29,7 @@ from spd_dist.data.tasks.bbh import same_text
 from spd_dist.data.tasks.protocol import Metric, Row, Score, Split, scored
 from spd_dist.data.thoughts import without_thoughts
 from spd_dist.errors import ConfigError
+from spd_dist.types import record_of
 
 Extract = Callable[[str], tuple[str | None, str | None]]
 """The strict and the lenient answer of an output."""
@@ -145,7 +146,7 @@ def read_task(path: str) -> DescribedTask:
         kind = dict if key in ("fields", "sources") else str
         if not isinstance(value, kind):
             raise ConfigError(f"data.task: {path}, {key}: {value!r} must be {'text' if kind is str else 'a mapping'}")
-    description = Description(**values)
+    description = record_of(Description, values)
     _check(description, path)
     return DescribedTask(description)
 

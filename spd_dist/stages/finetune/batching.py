@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -166,7 +167,7 @@ class Batch:
         context = {
             name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.context.items()
         }
-        return Batch(**{**vars(self), **moved, "context": context})
+        return dataclasses.replace(self, **moved, context=context)
 
 
 def collate(

@@ -28,6 +28,7 @@ from spd_dist.stages.finetune.batching import TrainingSequence, global_batches
 from spd_dist.stages.finetune.checkpoints import Checkpoints, Found, State
 from spd_dist.stages.finetune.step import StepResult, TrainStep, check_student, global_generator_kept
 from spd_dist.tracking.progress import Progress, ProgressReports
+from spd_dist.types import record_of
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +165,7 @@ class Trainer:
         )
         if found is not None:
             self.checkpoints.load(engine, folder)
-            self.state = State(**found.state)
+            self.state = record_of(State, found.state)
             log.info("finetune: goes on after step %d of %d", found.step, self.num_steps)
         return engine
 

@@ -17,7 +17,7 @@ from spd_dist.distributed.collectives import all_equal, broadcast_, gather_objec
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError, DataError
 from spd_dist.storage.subspace_file import fingerprint
-from spd_dist.types import KVSite, SiteMoments, SiteSubspace, Subspace
+from spd_dist.types import KVSite, SiteMoments, SiteSubspace, Subspace, record_of
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ def _shared(cut: Mapping[KVSite, SiteSubspace], sites: Sequence[KVSite]) -> dict
         basis_DR = cut[site].basis_DR if site in cut else torch.empty(site.width, rank)
         eigenvalue_D = cut[site].eigenvalue_D if site in cut else torch.empty(site.width, dtype=torch.float64)
         broadcast_([basis_DR, eigenvalue_D], owner)
-        shared[site] = SiteSubspace(basis_DR, eigenvalue_D, **fields)
+        shared[site] = record_of(SiteSubspace, {**fields, "basis_DR": basis_DR, "eigenvalue_D": eigenvalue_D})
     return shared
 
 

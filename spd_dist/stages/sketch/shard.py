@@ -16,7 +16,7 @@ from torch import Tensor
 from spd_dist.errors import DataError
 from spd_dist.stages.sketch.frequent_directions import SiteGroup, SketchPlan
 from spd_dist.storage.artifacts import read_tensors, write_tensors
-from spd_dist.types import GradientBatch, KVSite, SiteMoments
+from spd_dist.types import GradientBatch, KVSite, SiteMoments, record_of
 
 TENSORS = (
     "rows_GND",
@@ -125,7 +125,7 @@ def load_sketches(path: str | Path, device: torch.device | str = "cpu") -> dict[
     sketches = {}
     for shard, widths in json.loads(file.metadata["shards"]).items():
         sites = [_site(fields) for described in widths.values() for fields in described["sites"]]
-        plans = {int(width): SketchPlan(**described["plan"]) for width, described in widths.items()}
+        plans = {int(width): record_of(SketchPlan, described["plan"]) for width, described in widths.items()}
         state = sketches[int(shard)] = ShardSketch(sites, plans, torch.device(device))
         state.num_examples = json.loads(file.metadata["num_examples"])[shard]
         for width, group in state.groups.items():
@@ -137,4 +137,4 @@ def load_sketches(path: str | Path, device: torch.device | str = "cpu") -> dict[
 
 
 def _site(fields: dict) -> KVSite:
-    return KVSite(**fields | {"columns": tuple(tuple(pair) for pair in fields["columns"])})
+    return record_of(KVSite, fields | {"columns": tuple(tuple(pair) for pair in fields["columns"])})
