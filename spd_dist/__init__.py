@@ -1,8 +1,8 @@
 """Distributed Self-Policy Distillation: a model learns from what it writes in its own capability subspace.
 
-`import spd_dist as spd` gives `find_subspace`, `projected`, `load_subspace`, `save_subspace` and `overlap`, for any
-Hugging Face causal language model in one process; `load_config` and `Config` are the settings. Nothing heavy is
-imported before it is used.
+`import spd_dist as spd` gives `find_subspace`, `projected` and `load_subspace`, for any Hugging Face causal language
+model in one process; a subspace has `save`, `overlap` and `fold_into`. `run_pipeline(load_config(...))` is the whole
+method. Nothing heavy is imported before it is used.
 """
 
 from __future__ import annotations
@@ -14,9 +14,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spd_dist.config import Config
     from spd_dist.overrides import load_config
-    from spd_dist.python_api import find_subspace, load_subspace, overlap, projected, save_subspace
+    from spd_dist.python_api import (
+        CapabilitySubspace,
+        find_subspace,
+        load_subspace,
+        overlap,
+        projected,
+        run_pipeline,
+        save_subspace,
+    )
 
-__all__ = ["Config", "find_subspace", "load_config", "load_subspace", "overlap", "projected", "save_subspace"]
+__all__ = [
+    "CapabilitySubspace", "Config", "find_subspace", "load_config", "load_subspace", "overlap", "projected",
+    "run_pipeline", "save_subspace",
+]  # fmt: skip
 
 _HOMES = {"Config": "config", "load_config": "overrides"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,26 +13,94 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spd_dist.analysis.subspace_algebra import overlap as overlap_of_sites
 from spd_dist.analysis.subspace_algebra import shared_sites
+from spd_dist.arms import Scope
+from spd_dist.config import Config
 from spd_dist.data.prompts import make_examples
 from spd_dist.data.tasks.described import DescribedTask, Description
-from spd_dist.distributed.world import World
+from spd_dist.distributed.world import World, join_world, leave_world
 from spd_dist.distributed.zero import weights_fingerprint
 from spd_dist.errors import DataError
 from spd_dist.models.kv_sites import discover_sites
 from spd_dist.models.policy import Policy, eos_token_ids
 from spd_dist.overrides import load_config
+from spd_dist.process.signals import StopSignals
+from spd_dist.projection.fold import fold_for_good_
 from spd_dist.projection.hooks import projected as held_to
+from spd_dist.projection.operators import parts_by_module
+from spd_dist.projection.targets import targets
 from spd_dist.stages.calibrate import calibrate
 from spd_dist.stages.context import StageContext
 from spd_dist.stages.project import projection, subspace
 from spd_dist.stages.reduce import reduce
 from spd_dist.stages.sketch import ShardPlan, sketch
-from spd_dist.storage.subspace_file import load_subspace, save_subspace
-from spd_dist.types import Subspace
+from spd_dist.storage.artifacts import read_json
+from spd_dist.storage.subspace_file import load_subspace as read_subspace
+from spd_dist.storage.subspace_file import save_subspace
+from spd_dist.types import Projection, Subspace
 
-__all__ = ["find_subspace", "load_subspace", "overlap", "projected", "save_subspace"]
+__all__ = [
+    "CapabilitySubspace", "find_subspace", "load_subspace", "overlap", "projected", "run_pipeline", "save_subspace",
+]  # fmt: skip
 
 _TASK = DescribedTask(Description(name="rows", prompt="{prompt}", answer=" {answer}", mask="answer"))
+
+
+@dataclass(frozen=True)
+class CapabilitySubspace(Subspace):
+    """A subspace and what one does with it; `sites` maps each key or value site to its directions."""
+
+    def save(self, path: str | Path) -> None:
+        """Write it to a safetensors file, which `load_subspace` and every launcher read."""
+        save_subspace(path, self)
+
+    def overlap(self, other: Subspace) -> dict[str, float]:
+        """How much of the smaller subspace lies in the other, from 0 to 1, site by site."""
+        return overlap(self, other)
+
+    def fold_into(self, model: PreTrainedModel, overrides: Sequence[str] = ()) -> PreTrainedModel:
+        """Write the projection into the weights of `model`, for good: it then runs in any engine, at no cost.
+
+        Args:
+            model: That the subspace was found in, or one of the same shape; it is changed in place, and returned.
+            overrides: Settings of the section project, as for `projected`.
+
+        Raises:
+            ConfigError: a setting that is not valid, or a fold that would not be exact; nothing was changed.
+            DataError: the model lacks a module of the subspace.
+        """
+        applied = _projection(self, overrides)
+        fold_for_good_(model, targets(model, parts_by_module(applied.operators)), applied.insertion)
+        return model
+
+
+def load_subspace(path: str | Path) -> CapabilitySubspace:
+    """The subspace of a file, as `save` or a run wrote it (`project/subspace.safetensors`), on the CPU.
+
+    Raises:
+        DataError: the file is missing, corrupt, or no subspace.
+    """
+    return _with_methods(read_subspace(path))
+
+
+def run_pipeline(config: Config) -> dict[str, Any]:
+    """Run the whole method, as `spd run` does, on the ranks that this process is one of; give what report.json holds.
+
+    A process that no launcher has started is a run of one rank. What is complete in `config.run_dir` is not done again.
+
+    Args:
+        config: From `spd.load_config(["package:quickstart"], ["run_dir=runs/mine"])`.
+
+    Raises:
+        UserError: what the user can put right.
+    """
+    from spd_dist.rounds import run_rounds
+
+    world = join_world(config.distributed)
+    try:
+        run_rounds(config, world, StopSignals(), Scope())
+    finally:
+        leave_world()
+    return read_json(Path(config.run_dir) / "report.json")
 
 
 def find_subspace(
@@ -39,7 +108,7 @@ def find_subspace(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Mapping[str, Any]],
     overrides: Sequence[str] = (),
-) -> Subspace:
+) -> CapabilitySubspace:
     """The capability subspace of `model`: where the loss on the answers is sensitive to keys and values (paper, Eq. 6).
 
     The weights stay as they are, and `requires_grad` and the mode are put back.
@@ -80,7 +149,7 @@ def find_subspace(
         )
     moments = reduce(sketches, sites, config.reduce, num_shards=config.calibrate.num_shards, world=world)
     names = {"base_model": policy.name, "base_fingerprint": policy.fingerprint}
-    return subspace(moments, sites, config.project, world, metadata=names)
+    return _with_methods(subspace(moments, sites, config.project, world, metadata=names))
 
 
 @contextmanager
@@ -103,10 +172,18 @@ def projected(
         ConfigError: a setting that is not valid, or a fold that would not be exact.
         DataError: the model lacks a module of the subspace, or was not called in the block.
     """
-    insertion = subspace.metadata.get("insertion", "linear")
-    config = load_config([], [f"project.insertion={insertion}", *overrides])
-    with held_to(model, projection(subspace, config.project, config.seed), apply_as):
+    with held_to(model, _projection(subspace, overrides), apply_as):
         yield model
+
+
+def _projection(found: Subspace, overrides: Sequence[str]) -> Projection:
+    insertion = found.metadata.get("insertion", "linear")
+    config = load_config([], [f"project.insertion={insertion}", *overrides])
+    return projection(found, config.project, config.seed)
+
+
+def _with_methods(found: Subspace) -> CapabilitySubspace:
+    return CapabilitySubspace(found.sites, found.metadata)
 
 
 def overlap(first: Subspace, second: Subspace) -> dict[str, float]:

@@ -35,7 +35,7 @@ MAY_IMPORT = {  # besides itself
     "stages": BELOW | MODEL | FILES | {"data"},
     "planner": BELOW | MODEL | {"stages", "arms"},
     "preflight": BELOW | {"data", "models", "process", "storage"},
-    "python_api": BELOW | MODEL | FILES | {"data", "stages", "overrides"},
+    "python_api": BELOW | MODEL | FILES | {"arms", "data", "process", "rounds", "stages", "overrides"},
     "run": BELOW | MODEL | FILES | {"stages", "data", "process", "arms", "overrides", "judging"},
     "stage_inputs": {"arms", "run", "storage"},
     "reports": BELOW | FILES | {"data", "arms", "run"},

@@ -36,11 +36,24 @@ def folded(model: nn.Module, found: list[Target], insertion: str) -> Iterator[No
     outputs = fold_plan(model, found, insertion)
     parameters = [output.parameter for group in outputs for output in group]
     with restored_on_exit(parameters):
-        with unsharded_for_write(parameters):
-            for target, group in zip(found, outputs, strict=True):
-                for output in group:
-                    fold_(output.parameter.data, output.dim, target.parts)
+        _write_(found, outputs)
         yield
+
+
+def fold_for_good_(model: nn.Module, found: list[Target], insertion: str) -> None:
+    """Fold `found` into the weights of `model`, which stay so.
+
+    Raises:
+        ConfigError: a fold that would not be exact, with the reason; nothing was changed.
+    """
+    _write_(found, fold_plan(model, found, insertion))
+
+
+def _write_(found: list[Target], outputs: list[list[Output]]) -> None:
+    with unsharded_for_write([output.parameter for group in outputs for output in group]):
+        for target, group in zip(found, outputs, strict=True):
+            for output in group:
+                fold_(output.parameter.data, output.dim, target.parts)
 
 
 @torch.no_grad()

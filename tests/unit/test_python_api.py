@@ -78,6 +78,38 @@ def test_keys_and_values_are_held_to_the_subspace_within_the_block_alone(model, 
         assert torch.allclose(model(tokens).logits, before)
 
 
+def test_a_subspace_saves_overlaps_and_folds_itself(model, folder, tmp_path):
+    subspace = spd.find_subspace(model, tiny_tokenizer(), ROWS, ["project.rank_rule=fixed", "project.rank=4"])
+    subspace.save(tmp_path / "subspace.safetensors")
+    again = spd.load_subspace(tmp_path / "subspace.safetensors")
+    assert all(share == pytest.approx(1) for share in again.overlap(subspace).values())
+    tokens = tiny_tokenizer()("What is 6 + 1?", return_tensors="pt")["input_ids"]
+    with spd.projected(model, again):
+        expected = model(tokens).logits
+    again.fold_into(model)
+    model.save_pretrained(tmp_path / "folded")
+    folded = AutoModelForCausalLM.from_pretrained(tmp_path / "folded")
+    torch.testing.assert_close(folded(tokens).logits, expected, rtol=0, atol=1e-5)
+    tied = AutoModelForCausalLM.from_pretrained(folder)
+    tied.model.layers[-1].self_attn.k_proj.weight = tied.model.layers[-2].self_attn.k_proj.weight
+    with pytest.raises(ConfigError, match="its weights are tied"):
+        again.fold_into(tied)
+
+
+def test_the_whole_method_runs_from_a_config(folder, tmp_path, monkeypatch):
+    words = ["data.num_train=6", "data.num_test=4", "calibrate.num_examples=4", "generate.max_new_tokens=6"]
+    words += ["finetune.num_epochs=1", "finetune.global_batch_size=4", "evaluate.max_new_tokens=4"]
+    words += [f"model.name={folder}", f"run_dir={tmp_path / 'run'}", "distributed.zero_stage=0"]
+    script = (
+        "import spd_dist as spd, sys; config = spd.load_config([], sys.argv[1:]); assert type(config) is spd.Config;"
+        "print(sorted(spd.run_pipeline(config)['arms']), spd.run_pipeline(config)['task'])"
+    )
+    command = [sys.executable, "-c", script, *words, "metrics.wandb=disabled", "distributed.threads=1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "['base', 'projected', 'psr', 'spd'] arithmetic"
+
+
 def test_what_is_wrong_is_named(model):
     with pytest.raises(DataError, match=r"rows\[1\], field 'answer': None must be text"):
         spd.find_subspace(model, tiny_tokenizer(), [ROWS[0], {"prompt": "?"}])
@@ -85,11 +117,11 @@ def test_what_is_wrong_is_named(model):
         spd.find_subspace(model, tiny_tokenizer(), ROWS, ["project.rnk=4"])
     with pytest.raises(DataError, match="keeps no token in any of 0 examples"):
         spd.find_subspace(model, tiny_tokenizer(), [])
-    with pytest.raises(AttributeError, match="no attribute 'find'; it has Config, find_subspace"):
+    with pytest.raises(AttributeError, match="no attribute 'find'; it has CapabilitySubspace, Config"):
         spd.find  # noqa: B018
 
 
 def test_importing_the_package_imports_nothing_heavy():
     code = "import sys, spd_dist; assert spd_dist.__version__ != '0'; print('torch' in sys.modules, dir(spd_dist)[:2])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "False ['Config', '__version__']\n"
+    assert done.stdout == "False ['CapabilitySubspace', 'Config']\n"
