@@ -1,6 +1,6 @@
 # make quickstart    sets up this machine, then runs the method on a real small model: 2 CPU ranks, or every GPU
 # make doctor        says what is wrong with this machine
-# make test          sets up, then passes the tests; make test-slow those that take minutes
+# make test          sets up, then passes the tests; make test-fast those without ranks, make test-slow those of minutes
 # make qwen          fetches a second real model (0.5 GB), for the tests that are marked data
 # make test-cluster  passes those on two emulated hosts with a real SLURM: needs root, installs SLURM and pdsh by apt-get;
 #                    make test-cluster-slow those of them that take minutes
@@ -19,7 +19,7 @@ endif
 IN_VENV := PATH="$$(cd "$(VENV)" && pwd)/bin:$$PATH" TOKENIZERS_PARALLELISM=false
 PYTEST := $(IN_VENV) DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 python -m pytest
 
-.PHONY: install doctor quickstart test test-slow qwen test-cluster test-cluster-slow lint
+.PHONY: install doctor quickstart test test-fast test-slow qwen test-cluster test-cluster-slow lint
 
 install:
 	@$(PYTHON) launchers/install.py --venv "$(VENV)"
@@ -35,6 +35,9 @@ quickstart: install
 
 test: install
 	@$(PYTEST) -n $(NUM_TEST_WORKERS) --dist worksteal --durations=15 -m "not slow and not cluster and not gpu"
+
+test-fast: install
+	@$(PYTEST) -n $(NUM_TEST_WORKERS) --dist worksteal -m "not slow and not cluster and not gpu" tests/unit tests/test_architecture.py
 
 test-slow: install
 	@$(PYTEST) -m "slow and not cluster and not gpu"

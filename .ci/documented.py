@@ -22,8 +22,8 @@ from pathlib import Path
 PAGES = ("README.md", "CONTRIBUTING.md", "slurm/README.md", "docs/*.md")
 TABLES = Path(__file__).with_name("commands.toml")
 PROGRAMS = (
-    "make", "python", "python3", "deepspeed", "torchrun", "srun", "sbatch", "pip", "hf", "ruff", "git", "touch", "tail",
-    "cat", "head", "printf", "export", "source", "scontrol", "scancel",
+    "make", "spd run", "python", "python3", "deepspeed", "torchrun", "srun", "sbatch", "pip", "hf", "ruff", "git",
+    "touch", "tail", "cat", "head", "printf", "export", "source", "scontrol", "scancel",
 )  # fmt: skip
 VARIABLES = r'(?:[A-Z_]+=(?:"[^"]*"|\S+) )*'
 SCRIPTS = r"(?:slurm|launchers|benchmarks|tests)/\S+\.(?:sh|py)"
@@ -112,6 +112,8 @@ def parse(words: Sequence[str]) -> None:
 
         found = parse_torchrun(rest)
         parse_script(found.training_script, found.training_script_args)
+    elif program == "spd":
+        parse_script(f"launchers/{'spd' if rest[0] == 'run' else rest[0]}.py", rest[1:])
     elif program in ("python", "python3"):
         parse_script(rest[0], rest[1:])
     elif program == "srun":

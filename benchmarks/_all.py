@@ -1,4 +1,4 @@
-"""Every benchmark, one after the other, and the README's table held against what they measured.
+"""Every benchmark, one after the other, and the tables of README.md and docs/benchmarks.md held against them.
 
 `python benchmarks/_all.py --json-folder DIR [--smoke] [NAME ...]` prints the seconds of each and ends with 1 if one
 fails, or if a row of the table names a script or a key that is not there. Without `--smoke` it prints the rows anew.
@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
-HEADING = "## Benchmarks"
+PAGES = ("README.md", "docs/benchmarks.md")
 
 
 class Row(NamedTuple):
-    """A row of the README's table."""
+    """A row of a page's table."""
 
     what: str
     against: str
@@ -38,38 +38,37 @@ class Row(NamedTuple):
         return Path(shlex.split(self.command)[1]).stem
 
 
-def table_rows(page: str) -> list[Row]:
-    """The rows of the table under the heading `## Benchmarks`.
+def table_rows(page: str, name: str) -> list[Row]:
+    """The rows of the table under the heading `Benchmarks` of the page `name`.
 
     Raises:
         ValueError: there is none, or a row lacks its key or its command.
     """
-    section = page.partition(f"\n{HEADING}\n")[2].partition("\n## ")[0]
+    _, *rest = re.split(r"^#+ Benchmarks\n", page, maxsplit=1, flags=re.MULTILINE)
+    section = "".join(rest).partition("\n## ")[0]
     lines = [line.strip().strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line] for line in lines[2:]]
     if not cells:
-        raise ValueError(f"README.md: there is no table under {HEADING!r}")
+        raise ValueError(f"{name}: there is no table under the heading Benchmarks")
     for row in cells:
         if len(row) != len(Row._fields) or not re.fullmatch(r"`\w+`", row[2]):
-            raise ValueError(
-                f"README.md: {' | '.join(row)}: a row has {', '.join(Row._fields)}, the key in back quotes"
-            )
+            raise ValueError(f"{name}: {' | '.join(row)}: a row has {', '.join(Row._fields)}, the key in back quotes")
         if not re.fullmatch(r"`python benchmarks/\w+\.py.*`", row[4]):
-            raise ValueError(f"README.md: {' | '.join(row)}: its command is not `python benchmarks/NAME.py ...`")
+            raise ValueError(f"{name}: {' | '.join(row)}: its command is not `python benchmarks/NAME.py ...`")
     return [Row(*(cell.strip("`") for cell in row)) for row in cells]
 
 
 def faults(rows: list[Row], measured: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Rows whose script was not run or has no such ratio, and benchmarks of no row."""
+    """Rows whose script was not run or has no such ratio, and benchmarks of no row; of all pages together."""
     found = []
     for row in rows:
         if row.script not in measured:
-            found.append(f"README.md: {row.what}: {row.script}.py is no benchmark that was run")
+            found.append(f"{row.what}: {row.script}.py is no benchmark that was run")
         elif row.key not in measured[row.script]["ratios"]:
             known = ", ".join(measured[row.script]["ratios"])
-            found.append(f"README.md: {row.what}: {row.script}.py gives no {row.key}; it gives {known}")
+            found.append(f"{row.what}: {row.script}.py gives no {row.key}; it gives {known}")
     named = {row.script for row in rows}
-    return found + [f"README.md: no row of the table is of {name}.py" for name in measured if name not in named]
+    return found + [f"no row of a table is of {name}.py" for name in measured if name not in named]
 
 
 def benchmarks() -> list[str]:
@@ -97,14 +96,15 @@ def main() -> int:
     if failed:
         print(f"failed: {', '.join(failed)}")
         return 1
-    rows = table_rows((HERE.parent / "README.md").read_text(encoding="utf-8"))
+    pages = {name: (HERE.parent / name).read_text(encoding="utf-8") for name in PAGES}
+    rows = [row for name, page in pages.items() for row in table_rows(page, name)]
     read = {name: json.loads((chosen.json_folder / f"{name}.json").read_text(encoding="utf-8")) for name in names}
     found = faults([row for row in rows if not chosen.names or row.script in names], read)
     for row in rows if not chosen.smoke else []:
         if row.script in read and row.key in read[row.script]["ratios"]:
             value = read[row.script]["ratios"][row.key]
             print(f"| {row.what} | {row.against} | `{row.key}` | {value:.2f} | `{row.command}` |")
-    print("\n".join(found) or "each row of README's table names a benchmark that ran and a ratio that it gives")
+    print("\n".join(found) or "each row of the tables names a benchmark that ran and a ratio that it gives")
     return int(bool(found))
 
 

