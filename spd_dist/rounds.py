@@ -13,13 +13,15 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
+
 from spd_dist.arms import Arm, Scope, chosen
 from spd_dist.config import STAGES, Config
 from spd_dist.distributed.collectives import on_main, together
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError
 from spd_dist.models.lora import load_adapter, merged_tensors, remove_adapters
-from spd_dist.models.policy import Policy, load_policy
+from spd_dist.models.policy import Policy, load_policy, resolve_dtype
 from spd_dist.models.save_weights import save_model
 from spd_dist.pipeline import run_stages
 from spd_dist.process.signals import StopSignals
@@ -43,6 +45,7 @@ def run_rounds(config: Config, world: World, signals: StopSignals, scope: Scope)
     """
     if config.rounds > 1:
         _check(config, scope.first, scope.last)
+        _check_dtype(config, world)
     texts, places = [], folders(config)
     watch(signals, places[0])
     with ExitStack() as whole:
@@ -72,6 +75,16 @@ def _check(config: Config, first: str, last: str) -> None:
         )
     if "spd" not in config.evaluate.arms:
         raise ConfigError(f"rounds: {config.rounds} needs the arm that goes on; add spd to evaluate.arms")
+
+
+def _check_dtype(config: Config, world: World) -> None:
+    dtype = resolve_dtype(config.model.dtype, world.device)
+    if dtype != torch.float32 and config.finetune.mode == "lora":
+        raise ConfigError(
+            f"rounds: {config.rounds} is not valid with model.dtype={config.model.dtype}, here {dtype}: the next round "
+            "starts from the student's merged weights, and rounding would take most of its update away; set "
+            "model.dtype=float32, or finetune.mode=full"
+        )
 
 
 def _merge_student(config: Config, world: World) -> None:

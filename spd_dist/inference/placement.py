@@ -133,7 +133,7 @@ def will_be_whole(model: Model, distributed: Distributed, config: Generate, worl
 def load_to_answer(config: Config, world: World, *, adapter: Path, longest: int) -> Policy:
     """The model with a LoRA adapter, to evaluate on prompts of up to `longest` tokens. A collective.
 
-    Merged and whole on every rank if that fits, else the adapter beside the shards.
+    The adapter stays beside the weights: whole ones on every rank if they fit, else shards.
 
     Raises:
         DataError: no such model or adapter.

@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import transpose
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.pytorch_utils import Conv1D
 
 from spd_dist.config import Finetune
 from spd_dist.distributed.zero import gather_as_one, gathered, is_sharded
-from spd_dist.errors import ConfigError
+from spd_dist.errors import ConfigError, DataError
 from spd_dist.models.save_weights import save_tensors, stored_parameters
 
 _INT32 = 2**32
@@ -170,8 +171,19 @@ def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
     return adapted
 
 
-def merged_tensors(adapted: PeftModel) -> Iterator[tuple[str, Tensor]]:
-    """The base model's stored tensors with the adapters merged in, whole, on the CPU, one at a time. A collective."""
+LEAST_KEPT = 0.9
+"""Share of an update that must survive the rounding of the weight it is added to."""
+
+
+def merged_tensors(adapted: PeftModel, kept: dict[str, float] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The base model's stored tensors with the adapters merged in, whole, on the CPU, one at a time. A collective.
+
+    Updates are added in float32 at least, and the sum is rounded once, to the base weight's dtype.
+
+    Args:
+        adapted: The model.
+        kept: Gets of each merged weight 1 - |rounded update - update| / |update| (Frobenius).
+    """
     model = adapted.get_base_model()
     layers = {f"{name}.base_layer.weight": layer for name, layer in _layers(model)}
     for name, parameter in stored_parameters(model).items():
@@ -179,15 +191,43 @@ def merged_tensors(adapted: PeftModel) -> Iterator[tuple[str, Tensor]]:
             continue
         layer = layers.get(name)
         with gathered([parameter] if layer is None else layer.parameters()), torch.no_grad():
-            tensor = parameter.detach() if layer is None else _merged_weight(layer)
+            tensor = parameter.detach()
+            if layer is not None:
+                merged = _merged_weight(layer)
+                base, tensor = tensor, merged.to(tensor.dtype)
+                if kept is not None:
+                    lost = (tensor - merged).norm() / (merged - base).norm().clamp(min=1e-30)
+                    kept[name.replace(".base_layer.", ".")] = 1 - lost.item()
             yield name.replace(".base_layer.", "."), tensor.to("cpu", copy=True)
 
 
+def check_kept(kept: Mapping[str, float], dtype: torch.dtype) -> tuple[str, float]:
+    """The weight that kept least of its update, and how much.
+
+    Raises:
+        DataError: too little: the merged model would be nearly the base model again.
+    """
+    name, fraction = min(kept.items(), key=lambda item: item[1])
+    if fraction < LEAST_KEPT:
+        raise DataError(
+            f"finetune.merge: rounded to {str(dtype).removeprefix('torch.')}, {name} keeps {fraction:.0%} of its "
+            f"update, less than {LEAST_KEPT:.0%}; set finetune.merge=false and use the adapter beside the base model, "
+            "or model.dtype=float32"
+        )
+    return name, fraction
+
+
 def _merged_weight(layer: LoraLayer) -> Tensor:
-    weight = layer.get_base_layer().weight.detach()
-    if ADAPTER in layer.lora_variant:
-        return layer.lora_variant[ADAPTER].merge_safe(layer, ADAPTER, weight)
-    return weight + layer.get_delta_weight(ADAPTER)
+    """In float32, or the base weight's dtype if that is wider."""
+    base = layer.get_base_layer().weight.detach()
+    dtype = torch.promote_types(base.dtype, torch.float32)
+    down_RD, up_OR = (matrix[ADAPTER].weight.detach().to(dtype) for matrix in (layer.lora_A, layer.lora_B))
+    weight = base.to(dtype) + transpose(up_OR @ down_RD, layer.fan_in_fan_out) * layer.scaling[ADAPTER]
+    if ADAPTER not in layer.lora_variant:
+        return weight
+    rows_OD = transpose(weight, layer.fan_in_fan_out)
+    scale_O = layer.lora_magnitude_vector[ADAPTER].weight.detach().to(dtype) / rows_OD.norm(dim=1)
+    return transpose(rows_OD * scale_O[:, None], layer.fan_in_fan_out)
 
 
 @contextmanager

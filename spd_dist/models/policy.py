@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -155,7 +154,9 @@ def prepare_model(config: Model) -> str:
 
 
 def load_replica(config: Model, distributed: Distributed, world: World, *, adapter: Path | None = None) -> Policy:
-    """The policy of `config` whole on every rank, with a LoRA adapter merged into it if one is given.
+    """The policy of `config` whole on every rank, with a LoRA adapter beside its weights if one is given.
+
+    It is never merged: bfloat16 weights would round most of an update away (`docs/precision.md`).
 
     Raises:
         DataError: no such model or adapter.
@@ -164,8 +165,8 @@ def load_replica(config: Model, distributed: Distributed, world: World, *, adapt
     if adapter is not None:
         with together("loading the adapter"):
             check_adapter(adapter)
-            merged = PeftModel.from_pretrained(policy.model, adapter).merge_and_unload()
-        policy.model = merged.eval().requires_grad_(False)
+            load_adapter(policy.model, adapter)
+        policy.model.requires_grad_(False)
     return policy
 
 

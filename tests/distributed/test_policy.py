@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from generating import ALONE
+from peft import LoraConfig, PeftModel, get_peft_model
 from ranks import run_on_ranks
 from tiny import save_tiny_model, tiny_model
+from transformers import AutoModelForCausalLM
 
 from spd_dist.config import Config, Distributed, Evaluate, Model
 from spd_dist.distributed.collectives import any_rank, gather_objects
@@ -18,6 +20,7 @@ from spd_dist.inference.decode import decode
 from spd_dist.inference.placement import load_to_answer, placed, will_be_whole
 from spd_dist.inference.requests import Decoded, DecodeSettings, Request
 from spd_dist.inference.sampling import Sampling
+from spd_dist.models.lora import check_kept, load_adapter, merged_tensors
 from spd_dist.models.policy import Policy, load_adapted, load_policy, load_replica
 
 TOKENS = torch.arange(3, 40)[None]
@@ -74,7 +77,7 @@ def test_a_missing_model_fails_on_every_rank(tmp_path):
 
 
 @torch.no_grad()
-def check_adapter_is_merged(folder: Path) -> None:
+def check_adapter_is_beside(folder: Path) -> None:
     world = join_world(Distributed())
     torch.manual_seed(0)  # peft draws the adapter's weights from the global generator
     adapted = get_peft_model(
@@ -87,9 +90,43 @@ def check_adapter_is_merged(folder: Path) -> None:
         load_replica(Model(name=str(folder / "model")), Distributed(), world, adapter=folder)
 
 
+@torch.no_grad()
+def check_bfloat16_students(folder: Path, adapter: Path) -> None:
+    """An update that bfloat16 weights would round away is there, whole or sharded, as plain peft has it."""
+    world, model = join_world(Distributed()), Model(name=str(folder), dtype="bfloat16")
+    shards = Distributed(deepspeed=SMALL_SHARDS)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).float()
+    without, wanted = exact(TOKENS).logits, PeftModel.from_pretrained(exact, adapter).eval()(TOKENS).logits
+    rounding = (base(TOKENS).logits.float() - without).norm()
+    plain = PeftModel.from_pretrained(base, adapter, autocast_adapter_dtype=False).eval()(TOKENS).logits
+    assert (wanted - without).norm() > 0
+    for load, distributed in ((load_replica, Distributed()), (load_adapted, shards)):
+        found = load(model, distributed, world, adapter=adapter).model(TOKENS).logits
+        assert torch.equal(found, plain), load
+    assert (plain.float() - wanted).norm() < 2 * rounding, "no farther from float32 than the base model is"
+
+
+def test_a_bfloat16_student_is_the_same_in_every_placement_and_keeps_its_update(tmp_path):
+    folder, adapter = save_tiny_model(tmp_path / "model"), tmp_path / "adapter"
+    torch.manual_seed(0)
+    adapted = get_peft_model(tiny_model(), LoraConfig(target_modules=["k_proj", "v_proj"], init_lora_weights=False))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(1e-3)  # as small beside the weights as what a short training leaves
+    adapted.save_pretrained(adapter)
+    run_on_ranks(2, tmp_path / "store", check_bfloat16_students, folder, adapter)
+    policy = load_policy(Model(name=str(folder), dtype="bfloat16"), Distributed(zero_stage=0), ALONE)
+    kept: dict[str, float] = {}
+    list(merged_tensors(load_adapter(policy.model, adapter), kept))
+    with pytest.raises(DataError, match=r"finetune.merge: rounded to bfloat16, model.layers.* keeps .*merge=false"):
+        check_kept(kept, torch.bfloat16)
+
+
 def test_a_replica_carries_its_adapter(tmp_path):
     save_tiny_model(tmp_path / "model")
-    run_on_ranks(1, tmp_path / "store", check_adapter_is_merged, tmp_path)
+    run_on_ranks(1, tmp_path / "store", check_adapter_is_beside, tmp_path)
 
 
 @torch.no_grad()

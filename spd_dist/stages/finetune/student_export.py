@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from spd_dist.errors import DataError, writing
 from spd_dist.models.lora import (
     PeftModel,
     adapter_parameters,
+    check_kept,
     load_adapter,
     merged_tensors,
     remove_adapters,
@@ -62,15 +63,21 @@ class Export:
 
     def merged(self, adapted: PeftModel) -> dict[str, Any]:
         """Write `model/` with the adapters in its weights."""
-        return self._model(merged_tensors(adapted))
+        kept: dict[str, float] = {}
+        saved = self._model(merged_tensors(adapted, kept), kept)
+        name, fraction = check_kept(kept, self.policy.model.dtype)
+        return saved | {"delta_kept_fraction": fraction, "delta_kept_least": name}
 
     def model(self) -> dict[str, Any]:
         """Write `model/`."""
         return self._model(whole_tensors(stored_parameters(self.policy.model)))
 
-    def _model(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
+    def _model(self, tensors: Iterable[tuple[str, Tensor]], kept: Mapping[str, float] | None = None) -> dict[str, Any]:
         partial = self._start("model")
         save_model(self.policy.model, tensors, partial, world=self.context.world)
+        with together("looking at what rounding left of the update"):
+            if kept is not None:
+                check_kept(kept, self.policy.model.dtype)
 
         def read_back() -> float:
             loaded = load_saved_model(partial, self.policy.model.dtype).to(self.context.world.device)
