@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from spd_dist import stage_inputs
+from spd_dist.analysis.answer_summary import AnswersSummary
 from spd_dist.arms import Arm, chosen
 from spd_dist.config import STAGES, Config
 from spd_dist.data.prompts import make_examples, make_prompts
@@ -21,8 +21,8 @@ from spd_dist.reports.run_end import report
 from spd_dist.run import Run
 from spd_dist.stages.calibrate import calibrate
 from spd_dist.stages.evaluate import evaluate_arm
-from spd_dist.stages.finetune import finetune
-from spd_dist.stages.generate import generate
+from spd_dist.stages.finetune import StudentSummary, finetune
+from spd_dist.stages.generate import CorpusSummary, generate
 from spd_dist.stages.project import drift, projection, subspace, summary
 from spd_dist.stages.reduce import reduce
 from spd_dist.stages.sketch import ShardPlan, Unfinished, plan_sketches, sketch
@@ -101,7 +101,7 @@ def write_completions(run: Run, arm: Arm, *, wanted: bool) -> None:
     """Let the policy answer the training prompts, under the projection if the arm has one."""
     config, rows = run.config_of(arm), run.rows("train")
 
-    def work(folder: Path) -> dict[str, Any]:
+    def work(folder: Path) -> CorpusSummary:
         policy = run.policy()
         with together("rendering the training prompts"):
             prompts = make_prompts(rows, run.task, policy.tokenizer, config.data)
@@ -118,12 +118,12 @@ def train_student(run: Run, arm: Arm, *, wanted: bool) -> None:
     """Fine-tune the untouched policy on what the arm learns from."""
     config = run.config_of(arm)
 
-    def work(folder: Path) -> dict[str, Any]:
+    def work(folder: Path) -> StudentSummary:
         policy = run.policy()
         outcome = finetune(policy, run.corpus(arm, policy), config.finetune, run.context(folder, arm))
         if config.finetune.mode == "full":
             run.release_policy()
-        on_main("writing the summary of the student", lambda: write_json(folder / "summary.json", outcome))
+        on_main("writing its summary", lambda: write_json(folder / "summary.json", dataclasses.asdict(outcome)))
         return outcome
 
     outputs = ["adapter" if config.finetune.mode == "lora" else "model", "summary.json"]
@@ -133,7 +133,7 @@ def train_student(run: Run, arm: Arm, *, wanted: bool) -> None:
 def answer(run: Run, arm: Arm) -> None:
     """Let an arm answer the held-out examples, greedily: its student, or the untouched policy, projected or not."""
 
-    def work(folder: Path) -> dict[str, Any]:
+    def work(folder: Path) -> AnswersSummary:
         test_set = run.test_set()
         with run.progress("evaluate", None, "answers", arm) as progress:
             policy, context = run.policy_of(arm, test_set), run.context(folder.parent, arm, progress)

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from spd_dist.arms import Arm, Scope
 from spd_dist.config import Config
@@ -44,6 +44,9 @@ from spd_dist.types import Completion
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 class Run:
@@ -197,7 +200,7 @@ class Run:
         stage: str,
         inputs: dict[str, str],
         outputs: Iterable[str],
-        work: Callable[[Path], dict[str, Any] | None],
+        work: Callable[[Path], DataclassInstance | None],
         *,
         wanted: bool = True,
     ) -> None:
@@ -220,14 +223,15 @@ class Run:
         self.estimate.now = stage
         folder = self.folder.start(stage, inputs)
         with AttemptClock(folder, self.world, self.task_index):
-            extra = work(folder)
+            result = work(folder)
         self.estimate.finish(stage)
-        if extra is not None and not extra.get("is_complete", True):
+        described = {} if result is None else dataclasses.asdict(result)
+        if not described.get("is_complete", True):
             log.info("%s: this task of the array is done, others are not", stage)
             return
         peak = {"peak_memory_gib": round(max_over_ranks(peak_bytes(self.world)) / 2**30, 3)}
         spent = on_main(f"adding up {stage}", lambda: stage_cost(folder))
-        kept, device_seconds = (extra or {}) | peak, spent.device_seconds
+        kept, device_seconds = described | peak, spent.device_seconds
         self.folder.finish(stage, inputs, outputs, seconds=spent.seconds, device_seconds=device_seconds, extra=kept)
         self._show(stage, is_input=False)
         log.info("%s: complete, %.1f s", stage, spent.seconds)

@@ -97,7 +97,10 @@ def _answered(run: Run, policy: Callable[[], Policy], inputs: dict[str, str]) ->
         with run.progress("evaluate", None, f"answers to {run.task.name}") as progress:
             context = run.context(folder, progress=progress)
             summary = evaluate_arm(policy(), test_set, config.evaluate, context, arm=ARM)
-        on_main("writing the summary of the answers", lambda: write_json(folder / "summary.json", summary))
+        on_main(
+            "writing the summary of the answers",
+            lambda: write_json(folder / "summary.json", dataclasses.asdict(summary)),
+        )
 
     with run.kept_status(), run.opened():
         run.run_stage("evaluate", of_protocol(run) | inputs, ["summary.json", ARM], work)

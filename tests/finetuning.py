@@ -13,7 +13,7 @@ from spd_dist.config import Distributed, Finetune, Model
 from spd_dist.distributed.world import join_world
 from spd_dist.models.policy import Policy, load_policy
 from spd_dist.stages.context import StageContext
-from spd_dist.stages.finetune import finetune
+from spd_dist.stages.finetune import StudentSummary, finetune
 from spd_dist.storage.artifacts import read_jsonl
 from spd_dist.tracking.metrics import MetricLogger
 from spd_dist.types import Completion
@@ -26,7 +26,7 @@ class Trained(NamedTuple):
 
     rows: list[dict[str, float]]
     """The metrics of every step that this process took."""
-    summary: dict[str, Any]
+    summary: StudentSummary
     policy: Policy
 
     @property

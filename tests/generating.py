@@ -12,7 +12,7 @@ from spd_dist.distributed.world import World
 from spd_dist.errors import DataError
 from spd_dist.models.policy import Policy, load_policy
 from spd_dist.stages.context import StageContext
-from spd_dist.stages.generate import generate
+from spd_dist.stages.generate import CorpusSummary, generate
 from spd_dist.types import KVSite, Projection, Prompt, SiteOperator
 
 CONFIG = Generate(max_new_tokens=12, batch_size=4, temperature=1.0, num_samples=2)
@@ -45,9 +45,9 @@ def policy_of(folder: Path, world: World = ALONE, zero_stage: int = 0) -> Policy
     return policy
 
 
-def merged(folder: Path, summary: dict) -> bytes:
+def merged(folder: Path, summary: CorpusSummary) -> bytes:
     """The corpus of a stage's folder: nothing else is left beside it."""
-    assert summary["is_complete"], summary
+    assert summary.is_complete, summary
     assert [path.name for path in (folder / "completions").iterdir()] == ["completions.jsonl"]
     return (folder / "completions" / "completions.jsonl").read_bytes()
 
@@ -55,7 +55,7 @@ def merged(folder: Path, summary: dict) -> bytes:
 def corpus(model: Path, folder: Path, config: Generate = CONFIG) -> bytes | None:
     """The corpus as one process makes it; None if it is not complete yet."""
     summary = generate(policy_of(model), prompts(), some_projection(), config, StageContext(folder, SEED, ALONE))
-    return merged(folder, summary) if summary["is_complete"] else None
+    return merged(folder, summary) if summary.is_complete else None
 
 
 class StoppingAfter:

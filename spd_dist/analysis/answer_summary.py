@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 from spd_dist.analysis.intervals import mean_interval, pass_at_k, share_interval
 from spd_dist.errors import DataError
 from spd_dist.types import Answer
 
 
-def answers_summary(answers: Sequence[Answer], metric: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class AnswersSummary:
+    """One arm on one task. Of several samples an example `value` is of their means, the other shares of all answers."""
+
+    metric: str
+    num_examples: int
+    num_samples: int
+    """Of each example."""
+    value: float
+    """The metric."""
+    interval: list[float]
+    """Of 95 %, its two ends."""
+    num_correct: int
+    pass_at_k: dict[str, float]
+    strict_accuracy: float
+    lenient_accuracy: float
+    ended_fraction: float
+    strict_extraction_fraction: float
+    lenient_extraction_fraction: float
+    repetition_fraction: float
+    mean_tokens: float
+    num_tokens: int
+
+
+def answers_summary(answers: Sequence[Answer], metric: str) -> AnswersSummary:
     """One arm on one task: the metric with its 95 % interval, and what else could explain it.
 
     Of several samples an example, the metric is of their means; `num_correct` and the shares are of all answers.
@@ -34,23 +58,23 @@ def answers_summary(answers: Sequence[Answer], metric: str) -> dict[str, Any]:
         value, interval = mean_interval(values)
     else:
         value, interval = num_correct / num, share_interval(values, num_samples)
-    return {
-        "metric": metric,
-        "num_examples": len(values),
-        "num_samples": num_samples,
-        "value": value,
-        "interval": list(interval),
-        "num_correct": num_correct,
-        "pass_at_k": {} if metric == "nll" else _pass_at_k(values, num_samples),
-        "strict_accuracy": share(answer.strict_correct for answer in answers),
-        "lenient_accuracy": share(answer.lenient_correct for answer in answers),
-        "ended_fraction": share(answer.finish_reason == "stop" for answer in answers),
-        "strict_extraction_fraction": share(answer.strict is not None for answer in answers),
-        "lenient_extraction_fraction": share(answer.lenient is not None for answer in answers),
-        "repetition_fraction": share(answer.is_repetitive for answer in answers),
-        "mean_tokens": sum(answer.num_tokens for answer in answers) / num,
-        "num_tokens": sum(answer.num_tokens for answer in answers),
-    }
+    return AnswersSummary(
+        metric=metric,
+        num_examples=len(values),
+        num_samples=num_samples,
+        value=value,
+        interval=list(interval),
+        num_correct=num_correct,
+        pass_at_k={} if metric == "nll" else _pass_at_k(values, num_samples),
+        strict_accuracy=share(answer.strict_correct for answer in answers),
+        lenient_accuracy=share(answer.lenient_correct for answer in answers),
+        ended_fraction=share(answer.finish_reason == "stop" for answer in answers),
+        strict_extraction_fraction=share(answer.strict is not None for answer in answers),
+        lenient_extraction_fraction=share(answer.lenient is not None for answer in answers),
+        repetition_fraction=share(answer.is_repetitive for answer in answers),
+        mean_tokens=sum(answer.num_tokens for answer in answers) / num,
+        num_tokens=sum(answer.num_tokens for answer in answers),
+    )
 
 
 def samples_by_id(answers: Sequence[Answer]) -> dict[str, list[Answer]]:

@@ -49,7 +49,9 @@ def sum_up_answers(run: Run, arms: Iterable[str]) -> None:
 
     def write() -> None:
         rows = {arm: read_answers(answers_path(folder, arm, task.name)) for arm in answers}
-        summaries = {arm: {task.name: answers_summary(row, task.metric)} for arm, row in rows.items()}
+        summaries = {
+            arm: {task.name: dataclasses.asdict(answers_summary(row, task.metric))} for arm, row in rows.items()
+        }
         write_json(folder / "summary.json", summaries)
 
     on_main("writing the summary of the answers", write)

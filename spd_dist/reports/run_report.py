@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import shlex
@@ -73,7 +74,7 @@ def write_report(
     """
     task, metric, seed = asked.task, asked.metric, asked.seed
     answers = {arm: read_answers(answers_path(run_folder / "evaluate", arm, task)) for arm in arms}
-    summaries = {arm: answers_summary(answers[arm], metric) for arm in arms}
+    summaries = {arm: dataclasses.asdict(answers_summary(answers[arm], metric)) for arm in arms}
     found, stages = comparisons(answers, metric, seed), _summaries(run_folder)
     report = {
         "task": task,

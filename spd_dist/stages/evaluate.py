@@ -9,11 +9,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from spd_dist.analysis.answer_summary import answers_summary
+from spd_dist.analysis.answer_summary import AnswersSummary, answers_summary
 from spd_dist.config import Evaluate
 from spd_dist.data.batches import Division, micro_batches, pad
 from spd_dist.data.prompts import TestSet
@@ -45,7 +44,7 @@ def evaluate_arm(
     *,
     arm: str,
     projection: Projection | None = None,
-) -> dict[str, Any]:
+) -> AnswersSummary:
     """Write `ARM/TASK.jsonl` in the stage's folder, a line an answer in the order of the test set; give its summary.
 
     A collective. The file is the same at every world size, and lines that an earlier attempt left are kept.
@@ -195,7 +194,7 @@ def _judged(decoded: Decoded, policy: Policy, task: Task, row: Row, nll: float |
     )
 
 
-def _merge(answering: _Answering) -> dict[str, Any]:
+def _merge(answering: _Answering) -> AnswersSummary:
     """Write the merged file, unless it is there; give the arm's summary."""
     merged, keys, test_set = answering.merged, answering.keys(), answering.test_set
     by_key = read_parts(merged)

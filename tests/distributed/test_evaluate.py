@@ -120,7 +120,7 @@ def answers_are_those_of_one_rank(model: Path, folder: Path, expected: dict[str,
         config = dataclasses.replace(CONFIG, placement=placement)
         context = context_in(folder / placement)
         summary = evaluate_arm(policy, test_set, config, context, arm="base")
-        assert summary["num_examples"] == 11
+        assert summary.num_examples == 11
         evaluate_arm(policy, test_set, config, context, arm="projected", projection=projection())
         for arm in ("base", "projected"):
             assert answers_path(folder / placement, arm, TASK.name).read_bytes() == expected[arm], (placement, arm)
@@ -145,7 +145,7 @@ def samples_are_those_of_one_rank(policy: Policy, test_set: TestSet, folder: Pat
     summary = evaluate_arm(policy, test_set, SAMPLED, context_in(folder, progress), arm="sampled")
     assert merged.read_bytes() == expected
     assert progress.done < 33, "two answers were there"
-    assert (summary["num_examples"], summary["num_samples"], list(summary["pass_at_k"])) == (11, 3, ["1", "2", "3"])
+    assert (summary.num_examples, summary.num_samples, list(summary.pass_at_k)) == (11, 3, ["1", "2", "3"])
 
 
 def likelihoods_are_those_of_one_rank(policy: Policy, test_set: TestSet, folder: Path) -> None:
@@ -158,8 +158,8 @@ def likelihoods_are_those_of_one_rank(policy: Policy, test_set: TestSet, folder:
         logits_TV = reference(torch.tensor([example.tokens])).logits[0].detach()
         scores = [logits_TV[at - 1].log_softmax(0)[example.tokens[at]].item() for at in example.targets]
         assert answer.nll == pytest.approx(-sum(scores) / len(scores), abs=1e-5)
-    assert summary["metric"] == "nll"
-    assert summary["interval"][0] < summary["value"] < summary["interval"][1]
+    assert summary.metric == "nll"
+    assert summary.interval[0] < summary.value < summary.interval[1]
 
 
 def resume_from_what_another_world_left(policy: Policy, test_set: TestSet, folder: Path, expected: bytes) -> None:

@@ -85,18 +85,18 @@ def both_placements_and_forms_give_the_corpus_of_one_rank(policy: Policy, folder
             target = folder / f"{placement}-{apply_as}"
             summary = run(policy, target, config)
             assert merged(target, summary) == expected
-            assert summary["placement"] == placement
-            assert min(summary["hook_calls"].values()) >= 1
-            assert summary["leakage"] < 1e-5
-            assert json.loads((target / "summary.json").read_text()) == summary
-    assert run(policy, folder / "auto")["placement"] == "replica"
+            assert summary.placement == placement
+            assert min(summary.hook_calls.values()) >= 1
+            assert summary.leakage < 1e-5
+            assert json.loads((target / "summary.json").read_text()) == dataclasses.asdict(summary)
+    assert run(policy, folder / "auto").placement == "replica"
 
 
 def a_rank_without_prompts_keeps_the_others_company(policy: Policy, folder: Path) -> None:
     for placement in PLACEMENTS:
         config = dataclasses.replace(CONFIG, placement=placement, num_samples=1)
         summary = run(policy, folder / f"few-{placement}", config, prompts=prompts()[:1])
-        assert summary["num_completions"] == 1
+        assert summary.num_completions == 1
 
 
 def the_projection_of_rank_0_is_used(policy: Policy, folder: Path, expected: bytes) -> None:
@@ -118,7 +118,7 @@ def an_error_of_one_rank_is_raised_on_all_and_leaves_nothing_behind(
         assert left >= 2
         summary = run(policy, target, config)
         assert merged(target, summary) == expected
-        assert summary["num_new_tokens"] < sum(len(json.loads(line)["tokens"]) for line in expected.splitlines())
+        assert summary.num_new_tokens < sum(len(json.loads(line)["tokens"]) for line in expected.splitlines())
 
 
 def an_error_while_merging_is_raised_on_all(policy: Policy, folder: Path) -> None:
@@ -156,7 +156,7 @@ def what_other_ranks_left_is_kept(policy: Policy, folder: Path, expected: bytes)
     summary = run(policy, target)
     assert merged(target, summary) == expected
     kept = sum(len(json.loads(line)["tokens"]) for line in expected.splitlines()[5:9])
-    assert summary["num_new_tokens"] + kept == summary["num_tokens"]
+    assert summary.num_new_tokens + kept == summary.num_tokens
 
 
 def hooks_of(policy: Policy) -> list:

@@ -45,12 +45,12 @@ def test_a_line_that_is_no_answer_is_named(tmp_path):
 
 def test_the_summary_shows_what_else_could_explain_a_gain():
     summary = answers_summary(ANSWERS, "accuracy")
-    assert summary["value"] == 0.5
-    assert summary["interval"] == list(wilson_interval(2, 4))
-    assert (summary["num_examples"], summary["num_correct"], summary["num_tokens"]) == (4, 2, 60)
-    assert (summary["strict_accuracy"], summary["lenient_accuracy"]) == (0.25, 0.5)
-    assert (summary["strict_extraction_fraction"], summary["lenient_extraction_fraction"]) == (0.25, 0.75)
-    assert (summary["ended_fraction"], summary["repetition_fraction"], summary["mean_tokens"]) == (0.75, 0.25, 15)
+    assert summary.value == 0.5
+    assert summary.interval == list(wilson_interval(2, 4))
+    assert (summary.num_examples, summary.num_correct, summary.num_tokens) == (4, 2, 60)
+    assert (summary.strict_accuracy, summary.lenient_accuracy) == (0.25, 0.5)
+    assert (summary.strict_extraction_fraction, summary.lenient_extraction_fraction) == (0.25, 0.75)
+    assert (summary.ended_fraction, summary.repetition_fraction, summary.mean_tokens) == (0.75, 0.25, 15)
 
 
 def shares_right(*shares, num_samples=4):
@@ -66,11 +66,11 @@ def test_of_several_samples_the_means_count_and_pass_at_k_is_their_unbiased_esti
     answers = shares_right(0.25, 0.5, 1.0, 0.0)
     summary = answers_summary(answers, "accuracy")
     assert values_by_id(answers, "accuracy") == {"p0": 0.25, "p1": 0.5, "p2": 1.0, "p3": 0.0}
-    assert (summary["num_examples"], summary["num_samples"], summary["num_correct"]) == (4, 4, 7)
-    assert summary["value"] == summary["pass_at_k"]["1"] == 7 / 16
-    assert summary["pass_at_k"] == pytest.approx({"1": 7 / 16, "2": (0.5 + 5 / 6 + 1) / 4, "4": 3 / 4})
-    assert list(answers_summary(shares_right(0.5, 1.0, num_samples=6), "accuracy")["pass_at_k"]) == ["1", "2", "4", "6"]
-    assert answers_summary(ANSWERS, "accuracy")["pass_at_k"] == {"1": 0.5}
+    assert (summary.num_examples, summary.num_samples, summary.num_correct) == (4, 4, 7)
+    assert summary.value == summary.pass_at_k["1"] == 7 / 16
+    assert summary.pass_at_k == pytest.approx({"1": 7 / 16, "2": (0.5 + 5 / 6 + 1) / 4, "4": 3 / 4})
+    assert list(answers_summary(shares_right(0.5, 1.0, num_samples=6), "accuracy").pass_at_k) == ["1", "2", "4", "6"]
+    assert answers_summary(ANSWERS, "accuracy").pass_at_k == {"1": 0.5}
 
 
 def test_examples_with_other_numbers_of_samples_have_no_common_denominator():
@@ -95,7 +95,7 @@ def test_how_the_answers_were_drawn_is_put_in_words():
 def test_likelihood_tasks_are_summed_up_by_their_mean():
     answers = [dataclasses.replace(RIGHT, id=str(index), nll=value) for index, value in enumerate((1.0, 2.0, 3.0))]
     summary = answers_summary(answers, "nll")
-    assert summary["value"] == 2.0
-    assert summary["interval"] == pytest.approx([-0.4841, 4.4841], abs=1e-4)
+    assert summary.value == 2.0
+    assert summary.interval == pytest.approx([-0.4841, 4.4841], abs=1e-4)
     assert values_by_id(answers, "nll") == {"0": 1.0, "1": 2.0, "2": 3.0}
     assert values_by_id(ANSWERS, "accuracy") == {"a": 1.0, "b": 1.0, "c": 0.0, "d": 0.0}

@@ -168,8 +168,8 @@ def test_identical_outputs_are_counted():
 
 
 def test_a_model_that_only_learned_to_stop_is_put_in_words():
-    before = answers_summary(answers(100, finish_reason="length"), "accuracy")
-    after = answers_summary(answers(130), "accuracy")
+    before = dataclasses.asdict(answers_summary(answers(100, finish_reason="length"), "accuracy"))
+    after = dataclasses.asdict(answers_summary(answers(130), "accuracy"))
     found = notes({"base": before, "psr": before, "spd": after})
     assert found == ["Answers that end by themselves: BASE 0%, SPD 100%. A gain may be of that."]
     assert notes({"base": after, "spd": after}) == []

@@ -95,8 +95,8 @@ def run(policy: Policy, folder: Path, projection: Projection | None = None, **ch
     config, projection = dataclasses.replace(GREEDY, **changes), projection or some_projection()
     summary = generate(policy, prompts(), projection, config, StageContext(folder, SEED, ALONE))
     assert sorted(path.name for path in folder.iterdir()) == ["completions", "summary.json"]
-    assert min(summary["hook_calls"].values()) >= 1
-    assert summary["leakage"] < 1e-5
+    assert min(summary.hook_calls.values()) >= 1
+    assert summary.leakage < 1e-5
     return merged(folder, summary)
 
 

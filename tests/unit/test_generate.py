@@ -24,13 +24,13 @@ from spd_dist.inference.decode import decode
 from spd_dist.models.policy import Policy
 from spd_dist.seeding import row_seed
 from spd_dist.stages.context import StageContext
-from spd_dist.stages.generate import generate
+from spd_dist.stages.generate import CorpusSummary, generate
 from spd_dist.stages.generate.merge_corpus import Attempt, check_leakage
 from spd_dist.storage.artifacts import read_json
 from spd_dist.storage.completions import CORPUS, part_name, read_completions
 from spd_dist.storage.manifests import MANIFEST, why_not_complete
 from spd_dist.storage.run_folder import RunFolder
-from spd_dist.types import Prompt
+from spd_dist.types import Prompt, record_of
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +65,14 @@ def test_a_corpus_holds_every_prompt_and_sample_in_order(policy, expected, tmp_p
         assert one.text == policy.tokenizer.decode(one.tokens, skip_special_tokens=True)
         assert (one.tokens[-1] in policy.eos_token_ids) == (one.finish_reason == "stop")
         assert one.finish_reason == "stop" or len(one.tokens) == CONFIG.max_new_tokens
-    assert sum(summary["finish_reasons"].values()) == summary["num_completions"] == len(completions)
-    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert sum(summary.finish_reasons.values()) == summary.num_completions == len(completions)
+    assert json.loads((tmp_path / "summary.json").read_text()) == dataclasses.asdict(summary)
 
 
 def test_the_projection_acts_and_the_policy_stays_as_it_was(policy, expected, tmp_path):
     summary = run(policy, tmp_path / "spd")
-    assert min(summary["hook_calls"].values()) >= 1
-    assert summary["leakage"] < 1e-5
+    assert min(summary.hook_calls.values()) >= 1
+    assert summary.leakage < 1e-5
     plain = merged(tmp_path / "psr", run(policy, tmp_path / "psr", projection=None))
     assert plain != expected
     identity = some_projection(keep=1.0)
@@ -90,7 +90,7 @@ def test_a_run_that_fails_goes_on_where_it_was(policy, expected, tmp_path):
         run(policy, tmp_path, progress=StoppingAfter(5))
     summary = run(policy, tmp_path)
     assert merged(tmp_path, summary) == expected
-    assert 0 < summary["num_new_tokens"] < summary["num_tokens"]
+    assert 0 < summary.num_new_tokens < summary.num_tokens
 
 
 def test_a_complete_corpus_and_its_summary_stay_as_they_are(policy, expected, tmp_path):
@@ -107,8 +107,8 @@ def test_a_kill_between_corpus_and_summary_is_made_good(policy, expected, tmp_pa
     (tmp_path / "summary.json").unlink()
     summary = run(policy, tmp_path)
     assert merged(tmp_path, summary) == expected
-    assert (summary["num_new_tokens"], summary["num_completions"]) == (0, 18)
-    assert summary["leakage"] < 1e-5
+    assert (summary.num_new_tokens, summary.num_completions) == (0, 18)
+    assert summary.leakage < 1e-5
 
 
 class Overtaken:
@@ -178,7 +178,7 @@ def test_the_last_task_of_an_array_merges(policy, expected, tmp_path):
     for task in (2, 0, 1):
         config = dataclasses.replace(CONFIG, num_tasks=3, task_index=task, num_samples=2)
         summary = run(policy, tmp_path, config)
-        assert summary["is_complete"] == (task == 1)
+        assert summary.is_complete == (task == 1)
     assert merged(tmp_path, summary) == expected
 
 
@@ -194,9 +194,9 @@ def one_task(model: Path, run_dir: Path, index: int) -> None:
     while not (run_dir / "go").exists():
         time.sleep(0.01)
     summary = run(policy_of(model), place, dataclasses.replace(CONFIG, num_tasks=2, task_index=index))
-    assert summary["is_complete"]
+    assert summary.is_complete
     manifest = folder.finish("generate", INPUTS, [CORPUS, "summary.json"], seconds=float(index))
-    (run_dir / f"finished-{index}").write_text(json.dumps([summary, manifest]))
+    (run_dir / f"finished-{index}").write_text(json.dumps([dataclasses.asdict(summary), manifest]))
 
 
 def test_two_tasks_that_meet_at_the_merge_leave_one_corpus_and_one_manifest(model, expected, tmp_path):
@@ -221,7 +221,7 @@ def test_two_tasks_that_meet_at_the_merge_leave_one_corpus_and_one_manifest(mode
     assert [task.exitcode for task in tasks] == [0, 0]
     left = [read_json(place / "summary.json"), read_json(place / MANIFEST)]
     assert [read_json(file) for file in finished] == [left, left]
-    assert merged(place, read_json(place / "summary.json")) == expected
+    assert merged(place, record_of(CorpusSummary, read_json(place / "summary.json"))) == expected
     assert set(read_json(place / MANIFEST)["outputs"]) == {CORPUS, "summary.json"}
 
 
@@ -287,8 +287,8 @@ def test_a_limit_is_raised_without_generating_again(policy, tmp_path, caplog):
     lines = sorted(part.read_bytes().splitlines())
     summary = run(policy, tmp_path, dataclasses.replace(config, max_length_rate=1.0))
     assert sorted(merged(tmp_path, summary).splitlines()) == lines
-    assert (summary["num_new_tokens"], summary["num_tokens"]) == (0, 18)
-    assert summary["length_rate"] > 0.5
+    assert (summary.num_new_tokens, summary.num_tokens) == (0, 18)
+    assert summary.length_rate > 0.5
     assert "% of the completions were cut at generate.max_new_tokens=1: a student learns" in caplog.text
 
 

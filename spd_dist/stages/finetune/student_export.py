@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +33,26 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 
 @dataclass(frozen=True)
+class SavedAdapter:
+    """An `adapter/` that was loaded again and is the student."""
+
+    num_trained_parameters: int
+    logits_difference: float
+    """To the trained model's on the probe, of the largest."""
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A `model/` that was loaded again and is the student."""
+
+    model_logits_difference: float
+    delta_kept_fraction: float | None = None
+    """Of a merge: what rounding left of the update, in the weight that kept least."""
+    delta_kept_least: str | None = None
+    """That weight."""
+
+
+@dataclass(frozen=True)
 class Export:
     """Saves one student. Its methods are collectives, and return what the summary says of them."""
 
@@ -43,7 +63,7 @@ class Export:
     trained_logits: Tensor
     """Of the student on the probe, from the engine that trained it."""
 
-    def adapter(self, adapted: PeftModel) -> dict[str, Any]:
+    def adapter(self, adapted: PeftModel) -> SavedAdapter:
         """Write `adapter/`, take the adapters off, and load it as a user does, to see that it is the student."""
         model = self.policy.model
         partial = self._start("adapter")
@@ -59,20 +79,20 @@ class Export:
         remove_adapters(loaded)
         self._finish(partial, difference)
         num_trained = sum(tensor.numel() for tensor in tensors.values())
-        return {"adapter": "adapter", "num_trained_parameters": num_trained, "logits_difference": difference}
+        return SavedAdapter(num_trained, difference)
 
-    def merged(self, adapted: PeftModel) -> dict[str, Any]:
+    def merged(self, adapted: PeftModel) -> SavedModel:
         """Write `model/` with the adapters in its weights."""
         kept: dict[str, float] = {}
         saved = self._model(merged_tensors(adapted, kept), kept)
         name, fraction = check_kept(kept, self.policy.model.dtype)
-        return saved | {"delta_kept_fraction": fraction, "delta_kept_least": name}
+        return dataclasses.replace(saved, delta_kept_fraction=fraction, delta_kept_least=name)
 
-    def model(self) -> dict[str, Any]:
+    def model(self) -> SavedModel:
         """Write `model/`."""
         return self._model(whole_tensors(stored_parameters(self.policy.model)))
 
-    def _model(self, tensors: Iterable[tuple[str, Tensor]], kept: Mapping[str, float] | None = None) -> dict[str, Any]:
+    def _model(self, tensors: Iterable[tuple[str, Tensor]], kept: Mapping[str, float] | None = None) -> SavedModel:
         partial = self._start("model")
         save_model(self.policy.model, tensors, partial, world=self.context.world)
         with together("looking at what rounding left of the update"):
@@ -85,7 +105,7 @@ class Export:
 
         difference = on_main("reading the saved model back", read_back)
         self._finish(partial, difference)
-        return {"model": "model", "model_logits_difference": difference}
+        return SavedModel(difference)
 
     def _start(self, name: str) -> Path:
         partial = self.context.folder / f"{name}.partial"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 from spd_dist.config import Finetune
 from spd_dist.distributed.collectives import together
@@ -18,7 +18,7 @@ from spd_dist.models.policy import Policy
 from spd_dist.seeding import generator
 from spd_dist.stages.context import StageContext
 from spd_dist.stages.finetune.batching import held_out, training_sequences
-from spd_dist.stages.finetune.student_export import Export
+from spd_dist.stages.finetune.student_export import Export, SavedAdapter, SavedModel
 from spd_dist.stages.finetune.training import Corpus, Trainer, TrainingResult
 from spd_dist.storage.artifacts import content_hash
 from spd_dist.types import Completion
@@ -29,16 +29,37 @@ NOT_OF_RESULTS = {
 """Settings of `finetune` that change no trained weight."""
 
 
+@dataclass(frozen=True)
+class StudentSummary:
+    """What `finetune/summary.json` holds."""
+
+    num_sequences: int
+    num_validation_sequences: int
+    num_targets: int
+    """Supervised tokens of an epoch."""
+    num_cut: int
+    """Sequences that were longer than `finetune.max_tokens`."""
+    num_steps: int
+    saved_step: int
+    """The step whose weights were saved."""
+    stopped_early: bool
+    epochs: list[dict[str, float]]
+    """Losses of each."""
+    adapter: SavedAdapter | None
+    model: SavedModel | None
+    seconds: float
+
+
 def finetune(
     policy: Policy, completions: Sequence[Completion], config: Finetune, context: StageContext
-) -> dict[str, Any]:
+) -> StudentSummary:
     """Train `policy` on its own `completions`, and write the student to `context.folder`. A collective.
 
     It goes on from the newest whole checkpoint in `context.folder`. LoRA leaves `policy` as it was; full fine-tuning
     leaves the student in it, without an engine.
 
     Returns:
-        The summary: sequences and tokens, losses by epoch, steps, seconds, and what was saved.
+        The summary, with what was saved.
 
     Raises:
         ConfigError: settings that this model or DeepSpeed cannot follow.
@@ -59,18 +80,20 @@ def finetune(
             policy.model.requires_grad_(True)
     keys = key_dropout(adapted) if adapted is not None else TokenKeys()
     outcome = Trainer(policy, corpus, config, context, keys=keys).run()
-    summary = {
-        "num_sequences": len(corpus.train),
-        "num_validation_sequences": len(corpus.validation),
-        "num_targets": sum(sequence.num_targets for sequence in corpus.train),
-        "num_cut": sum(len(one.prompt_tokens) + len(one.tokens) > config.max_tokens for one in completions),
-        "num_steps": outcome.state.step,
-        "saved_step": outcome.saved_step,
-        "stopped_early": outcome.state.stopped_early,
-        "epochs": outcome.state.epochs,
-    }
-    summary |= _save(policy, adapted, corpus, config, context, outcome=outcome)
-    return {**summary, "seconds": time.perf_counter() - started}
+    saved_adapter, saved_model = _save(policy, adapted, corpus, config, context, outcome=outcome)
+    return StudentSummary(
+        num_sequences=len(corpus.train),
+        num_validation_sequences=len(corpus.validation),
+        num_targets=sum(sequence.num_targets for sequence in corpus.train),
+        num_cut=sum(len(one.prompt_tokens) + len(one.tokens) > config.max_tokens for one in completions),
+        num_steps=outcome.state.step,
+        saved_step=outcome.saved_step,
+        stopped_early=outcome.state.stopped_early,
+        epochs=outcome.state.epochs,
+        adapter=saved_adapter,
+        model=saved_model,
+        seconds=time.perf_counter() - started,
+    )
 
 
 def _check_untouched(policy: Policy) -> None:
@@ -100,7 +123,7 @@ def _save(
     context: StageContext,
     *,
     outcome: TrainingResult,
-) -> dict[str, Any]:
+) -> tuple[SavedAdapter | None, SavedModel | None]:
     card = Card(
         base_model=policy.name,
         base_path=policy.model.name_or_path,
@@ -116,12 +139,12 @@ def _save(
     )
     export = Export(policy, context, card, corpus.probe, outcome.probe_logits)
     if adapted is None:
-        return export.model()
-    saved = export.merged(adapted) if config.merge else {}
-    saved |= export.adapter(adapted)
+        return None, export.model()
+    saved_model = export.merged(adapted) if config.merge else None
+    saved_adapter = export.adapter(adapted)
     if is_sharded(policy.model):
         policy.engine = frozen_engine(policy.model, context.distributed, policy.model.dtype)
-    return saved
+    return saved_adapter, saved_model
 
 
 def _described(config: Finetune) -> str:

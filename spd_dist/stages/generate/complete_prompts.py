@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
-from typing import Any
 
 from spd_dist.config import Generate
 from spd_dist.distributed.collectives import all_equal, broadcast_object, gather_objects, on_main
@@ -20,7 +19,7 @@ from spd_dist.models.policy import Policy
 from spd_dist.projection.operators import projection_hash
 from spd_dist.seeding import row_seed
 from spd_dist.stages.context import StageContext
-from spd_dist.stages.generate.merge_corpus import Attempt, check_leakage, merge
+from spd_dist.stages.generate.merge_corpus import Attempt, CorpusSummary, check_leakage, merge
 from spd_dist.storage.artifacts import JsonlWriter
 from spd_dist.storage.completions import MERGED, Key, as_row, gathered, part_name
 from spd_dist.types import Completion, Projection, Prompt
@@ -101,7 +100,7 @@ def generate(
     projection: Projection | None,
     config: Generate,
     context: StageContext,
-) -> dict[str, Any]:
+) -> CorpusSummary:
     """Write `completions/completions.jsonl` and `summary.json` in the stage's folder; the summary is on every rank.
 
     A collective. Every rank is given all prompts; rank 0's projection is used on all. Lines that an earlier attempt

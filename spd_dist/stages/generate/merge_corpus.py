@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,7 +17,7 @@ from spd_dist.inference.open_engine import Opened
 from spd_dist.inference.requests import Request
 from spd_dist.storage.artifacts import read_json, write_json
 from spd_dist.storage.completions import MERGED, Key, gathered, is_empty, is_repetitive, write_merged
-from spd_dist.types import Completion
+from spd_dist.types import Completion, record_of
 
 log = logging.getLogger(__name__)
 
@@ -41,46 +40,84 @@ def canonical(requests: Sequence[Request], by_key: Mapping[Key, Completion]) -> 
     return [by_key[request.id, request.sample] for request in requests]
 
 
-def corpus_summary(completions: Sequence[Completion]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class CorpusCounts:
     """Counts, lengths, finish reasons and rates of a corpus."""
+
+    num_prompts: int
+    num_completions: int
+    num_tokens: int
+    mean_tokens: float
+    finish_reasons: dict[str, int]
+    empty_rate: float
+    repetition_rate: float
+    length_rate: float
+
+
+@dataclass(frozen=True)
+class CorpusSummary:
+    """What `generate/summary.json` holds: the corpus, and what all ranks did in the attempt that merged it."""
+
+    is_complete: bool
+    """If not, other tasks of the array make the rest; then of the corpus `num_completions` alone is known."""
+    num_completions: int
+    engine: str
+    placement: str
+    seconds: float
+    num_new_tokens: int
+    tokens_per_second: float
+    hook_calls: dict[str, int]
+    leakage: float | None
+    num_prompts: int = 0
+    num_tokens: int = 0
+    mean_tokens: float = 0.0
+    finish_reasons: dict[str, int] = field(default_factory=dict)
+    empty_rate: float = 0.0
+    repetition_rate: float = 0.0
+    length_rate: float = 0.0
+
+
+def corpus_counts(completions: Sequence[Completion]) -> CorpusCounts:
+    """Of a corpus that may be empty."""
     num = len(completions)
     num_tokens = [len(completion.tokens) for completion in completions]
-    return {
-        "num_prompts": len({completion.id for completion in completions}),
-        "num_completions": num,
-        "num_tokens": sum(num_tokens),
-        "mean_tokens": sum(num_tokens) / num if num else 0.0,
-        "finish_reasons": dict(sorted(Counter(completion.finish_reason for completion in completions).items())),
-        "empty_rate": sum(map(is_empty, completions)) / num if num else 0.0,
-        "repetition_rate": sum(map(is_repetitive, completions)) / num if num else 0.0,
-        "length_rate": sum(one.finish_reason == "length" for one in completions) / num if num else 0.0,
-    }
+    return CorpusCounts(
+        num_prompts=len({completion.id for completion in completions}),
+        num_completions=num,
+        num_tokens=sum(num_tokens),
+        mean_tokens=sum(num_tokens) / num if num else 0.0,
+        finish_reasons=dict(sorted(Counter(completion.finish_reason for completion in completions).items())),
+        empty_rate=sum(map(is_empty, completions)) / num if num else 0.0,
+        repetition_rate=sum(map(is_repetitive, completions)) / num if num else 0.0,
+        length_rate=sum(one.finish_reason == "length" for one in completions) / num if num else 0.0,
+    )
 
 
-def check_rates(summary: Mapping[str, Any], config: Generate) -> None:
+def check_rates(counts: CorpusCounts, config: Generate) -> None:
     """Fail loudly on a corpus that is not worth training on, and warn of one that teaches no end.
 
     Raises:
         DataError: too many completions are empty, repeat themselves, or were cut.
     """
     limits = {
-        "empty": (config.max_empty_rate, "data.template or generate.temperature"),
-        "repetition": (config.max_repetition_rate, "generate.temperature or generate.repetition_penalty"),
-        "length": (config.max_length_rate, "generate.max_new_tokens"),
-    }
-    for name, (limit, cause) in limits.items():
-        rate = summary[f"{name}_rate"]
+        "empty": (counts.empty_rate, config.max_empty_rate, "data.template or generate.temperature"),
+        "repetition": (
+            counts.repetition_rate, config.max_repetition_rate, "generate.temperature or generate.repetition_penalty"
+        ),
+        "length": (counts.length_rate, config.max_length_rate, "generate.max_new_tokens"),
+    }  # fmt: skip
+    for name, (rate, limit, cause) in limits.items():
         if rate > limit:
             raise DataError(
                 f"generate: the {name} rate of the completions is {rate:.3f}, above generate.max_{name}_rate={limit}; "
                 "look at them with launchers/corpus.py; then raise that limit and start again in this run_dir, where "
                 f"they are kept, or change {cause} in another one"
             )
-    if summary["length_rate"] > MANY_CUT:
+    if counts.length_rate > MANY_CUT:
         log.warning(
             "generate: %.0f %% of the completions were cut at generate.max_new_tokens=%d: a student learns from them "
             "to go on without an end; generate.max_length_rate makes this an error",
-            100 * summary["length_rate"], config.max_new_tokens,
+            100 * counts.length_rate, config.max_new_tokens,
         )  # fmt: skip
 
 
@@ -121,7 +158,7 @@ def check_leakage(attempt: Attempt, dtype: torch.dtype) -> None:
         )
 
 
-def merge(requests: Sequence[Request], config: Generate, folder: Path, attempts: Sequence[Attempt]) -> dict[str, Any]:
+def merge(requests: Sequence[Request], config: Generate, folder: Path, attempts: Sequence[Attempt]) -> CorpusSummary:
     """Write the corpus and its summary, if it is complete; only an array's task may find that it is not.
 
     What another task has merged stays as it is, and so does its summary.
@@ -134,19 +171,21 @@ def merge(requests: Sequence[Request], config: Generate, folder: Path, attempts:
         described = _described(attempts)
         if config.num_tasks > 1 and len(by_key) < len(requests):
             log.info("generate: %d of %d completions are there; other tasks make the rest", len(by_key), len(requests))
-            return {"is_complete": False, "num_completions": len(by_key), **described}
+            return record_of(CorpusSummary, described | {"is_complete": False, "num_completions": len(by_key)})
         completions = canonical(requests, by_key)
-        summary = {"is_complete": True, **corpus_summary(completions), **described}
-        check_rates(summary, config)
+        counts = corpus_counts(completions)
+        check_rates(counts, config)
         is_merged = (folder / "completions" / MERGED).exists() and (folder / "summary.json").exists()
         write_merged(folder / "completions", completions)
         if is_merged:
-            return read_json(folder / "summary.json")
-        write_json(folder / "summary.json", summary)
+            return record_of(CorpusSummary, read_json(folder / "summary.json"))
+        summary = record_of(CorpusSummary, {"is_complete": True, **asdict(counts), **described})
+        write_json(folder / "summary.json", asdict(summary))
         return summary
 
 
-def _described(attempts: Sequence[Attempt]) -> dict[str, Any]:
+def _described(attempts: Sequence[Attempt]) -> dict[str, object]:
+    """The fields of a summary that are of the attempt."""
     seconds = max(attempt.seconds for attempt in attempts)
     num_tokens = sum(attempt.num_tokens for attempt in attempts)
     leakages = [attempt.leakage for attempt in attempts if attempt.leakage is not None]
