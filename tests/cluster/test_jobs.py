@@ -28,6 +28,7 @@ MIDDLE = {  # a stage, and how to see that it is at work
 }
 
 
+@pytest.mark.slow
 def test_a_job_that_is_pre_empted_in_every_stage_goes_on_by_itself(run, undisturbed):
     more = ["generate.batch_size=1", "metrics.progress_seconds=0.001"]
     job = run.submit("--nodes=2", "--partition=cheap", more=more)
