@@ -8,7 +8,7 @@ from recording import Recorder
 
 from spd_dist.errors import DataError
 from spd_dist.reports.page import write_page
-from spd_dist.reports.run_report import log_report, report_text, write_report
+from spd_dist.reports.run_report import Asked, log_report, report_text, write_report
 from spd_dist.storage.answers import answers_path, write_merged
 from spd_dist.storage.artifacts import read_json
 from spd_dist.tracking.metrics import MetricLogger, read_metrics
@@ -20,7 +20,7 @@ def run_folder(tmp_path):
 
 
 def report_of(folder, arms=ARMS):
-    return write_report(folder, arms, task="arithmetic", metric="accuracy", seed=1)
+    return write_report(folder, arms, Asked("arithmetic", "accuracy", 1))
 
 
 def test_the_report_on_disk_holds_every_number(run_folder):
@@ -71,7 +71,7 @@ def test_several_samples_make_a_table_of_pass_at_k(run_folder):
     for more, arm in enumerate(ARMS):
         rows = sampled([min(4, right + more) for right in (0, 1, 2, 3) * 10])
         write_merged(answers_path(run_folder / "evaluate", arm, "arithmetic"), rows)
-    report = write_report(run_folder, ARMS, task="arithmetic", metric="accuracy", seed=1, temperature=0.8)
+    report = write_report(run_folder, ARMS, Asked("arithmetic", "accuracy", 1, 0.8))
     assert read_json(run_folder / "report.json") == report
     lines = report_text(report, run_folder).splitlines()
     assert lines[0] == "arithmetic: 3 arms, 4 samples at temperature 0.8, seed 1"
@@ -91,7 +91,7 @@ def test_what_a_likelihood_test_could_find_is_in_nats(run_folder):
     for shift, arm in enumerate(ARMS):
         rows = [dataclasses.replace(row, nll=2 + shift * (i % 3)) for i, row in enumerate(answers(10, num=150))]
         write_merged(answers_path(run_folder / "evaluate", arm, "codealpaca"), rows)
-    text = report_text(write_report(run_folder, ARMS, task="codealpaca", metric="nll", seed=1), run_folder)
+    text = report_text(write_report(run_folder, ARMS, Asked("codealpaca", "nll", 1)), run_folder)
     assert "Smallest difference found in 4 runs of 5, in nats a token: psr - base 0.189" in text
 
 
