@@ -1,7 +1,7 @@
 """Follow keys and values back to the linear modules that put them out, by autograd: names cannot be trusted.
 
 A copy of the model is built from its config, at full depth and width but without weights. Each linear module in it
-puts out a fresh leaf, whatever goes in: a dye. What the attention then takes as keys and values has a gradient at
+puts out a fresh leaf, whatever goes in: a tracer. What the attention then takes as keys and values has a gradient at
 exactly the outputs that it is made of. As it holds no weights, the copy is cheap for a model of any size, sharded or
 quantised.
 
@@ -29,7 +29,7 @@ from spd_dist.errors import DataError
 from spd_dist.types import Kind
 
 NUM_TOKENS = 4
-ATTENTION = "spd_dist_dye"  # names a function in transformers' registry while the copy is built and run
+ATTENTION = "spd_dist_tracing"  # names a function in transformers' registry while the copy is built and run
 FOREIGN_FAULTS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
@@ -84,7 +84,7 @@ def trace_origins(model: PreTrainedModel) -> list[Origin]:
         torch.manual_seed(0)
         try:
             skeleton = _weightless_copy(model, tap)
-            dyes = {name: _Dye(module) for name, module in skeleton.named_modules() if output_width(module)}
+            tracers = {name: _Tracer(module) for name, module in skeleton.named_modules() if output_width(module)}
             _run(skeleton, tap)
         except FOREIGN_FAULTS as error:
             raise DataError(
@@ -93,13 +93,13 @@ def trace_origins(model: PreTrainedModel) -> list[Origin]:
             ) from error
         names = {module: name for name, module in skeleton.named_modules()}
         return [
-            _origin(reader if isinstance(reader, str) else names[reader], kind, states, dyes)
+            _origin(reader if isinstance(reader, str) else names[reader], kind, states, tracers)
             for reader, *both in tap.at_attention or tap.at_cache
             for kind, states in zip(("key", "value"), both, strict=True)
         ]
 
 
-class _Dye:
+class _Tracer:
     """Makes a linear module put out a fresh leaf at each call."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -188,8 +188,8 @@ def _run(skeleton: PreTrainedModel, tap: _Tap) -> None:
     skeleton(tokens_BT, use_cache=cached, **{"past_key_values": tap} if cached else {})
 
 
-def _origin(reader: str, kind: Kind, states_BHTD: Tensor, dyes: Mapping[str, _Dye]) -> Origin:
-    leaves = {name: dye.leaves for name, dye in dyes.items() if dye.leaves}
+def _origin(reader: str, kind: Kind, states_BHTD: Tensor, tracers: Mapping[str, _Tracer]) -> Origin:
+    leaves = {name: tracer.leaves for name, tracer in tracers.items() if tracer.leaves}
     states_HD = states_BHTD[0, :, 0]
     if not states_HD.requires_grad:
         return Origin(reader, kind, states_HD, {})
