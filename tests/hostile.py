@@ -139,7 +139,7 @@ REFUSED = [
     "os.mkdir('/new')",
     "os.mkdir('/dev/new')",
     "os.mkdir('/usr/new')",
-    "os.remove('/guest/spd_dist/sandbox/inside/test_judge.py')",
+    "os.remove('/guest/spd_dist/sandbox/inside/judge.py')",
     "resource.setrlimit(resource.RLIMIT_AS, (2 ** 40, 2 ** 40))",
 ]
 """What `achieves` must not."""

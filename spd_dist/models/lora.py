@@ -211,8 +211,8 @@ def check_kept(kept: Mapping[str, float], dtype: torch.dtype) -> tuple[str, floa
     if fraction < LEAST_KEPT:
         raise DataError(
             f"finetune.merge: rounded to {str(dtype).removeprefix('torch.')}, {name} keeps {fraction:.0%} of its "
-            f"update, less than {LEAST_KEPT:.0%}; set finetune.merge=false and use the adapter beside the base model, "
-            "or model.dtype=float32"
+            f"update, less than {LEAST_KEPT:.0%}; start again in this run_dir with finetune.merge=false (training goes "
+            "on from its checkpoint) and use the adapter beside the base model, or train with model.dtype=float32"
         )
     return name, fraction
 

@@ -161,6 +161,19 @@ def train_in_every_mode(model: Path, folder: Path, names: Sequence[str] = ()) ->
             assert not torch.allclose(merged(TOKENS).logits, expected)
 
 
+def test_a_merge_that_bfloat16_rounds_away_is_refused_and_the_adapter_is_saved_without_it(tmp_path):
+    model, student = save_tiny_model(tmp_path / "model"), tmp_path / "student"
+    short = {"distributed": {"zero_stage": 0}, "dtype": "bfloat16", "num_epochs": 1, "learning_rate": 1e-5}
+    with pytest.raises(DataError, match=r"finetune.merge: rounded to bfloat16, model.layers.* finetune.merge=false"):
+        train(model, student, **short, merge=True)
+    assert not (student / "model").exists()
+    again = train(model, student, **short)
+    assert again.rows == [], "no step was done again"
+    assert again.summary.adapter is not None
+    assert again.summary.model is None
+    assert (student / "adapter" / "adapter_model.safetensors").is_file()
+
+
 @pytest.mark.slow
 def test_every_mode_learns_and_saves_what_it_learned(model, tmp_path):
     run_on_ranks(2, tmp_path / "store", train_in_every_mode, model, tmp_path / "run")

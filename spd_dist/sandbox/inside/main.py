@@ -9,7 +9,7 @@ import socket
 import sys
 from typing import Any
 
-from spd_dist.sandbox.inside import candidate, test_judge
+from spd_dist.sandbox.inside import candidate, judge
 from spd_dist.sandbox.inside.confine import can_filter, give_up_privileges
 from spd_dist.sandbox.inside.supervisor import supervise
 from spd_dist.sandbox.inside.wire import Channel
@@ -71,6 +71,6 @@ def _play(part: dict[str, Any]) -> None:
     elif part["name"] == "judge":
         host, program = channels
         host.send(program.receive())
-        host.send(test_judge.verdict(program, **host.receive()))
+        host.send(judge.verdict(program, **host.receive()))
     else:
         channels[0].send(findings(part["secret"]))

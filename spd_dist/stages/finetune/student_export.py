@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,20 +83,22 @@ class Export:
     def merged(self, adapted: PeftModel) -> SavedModel:
         """Write `model/` with the adapters in its weights."""
         kept: dict[str, float] = {}
-        saved = self._model(merged_tensors(adapted, kept), kept)
-        name, fraction = check_kept(kept, self.policy.model.dtype)
-        return dataclasses.replace(saved, delta_kept_fraction=fraction, delta_kept_least=name)
+        partial = self._write_model(merged_tensors(adapted, kept))
+        with together("looking at what rounding left of the update"):
+            name, fraction = check_kept(kept, self.policy.model.dtype)
+        return SavedModel(self._read_back(partial), fraction, name)
 
     def model(self) -> SavedModel:
         """Write `model/`."""
-        return self._model(whole_tensors(stored_parameters(self.policy.model)))
+        return SavedModel(self._read_back(self._write_model(whole_tensors(stored_parameters(self.policy.model)))))
 
-    def _model(self, tensors: Iterable[tuple[str, Tensor]], kept: Mapping[str, float] | None = None) -> SavedModel:
+    def _write_model(self, tensors: Iterable[tuple[str, Tensor]]) -> Path:
         partial = self._start("model")
         save_model(self.policy.model, tensors, partial, world=self.context.world)
-        with together("looking at what rounding left of the update"):
-            if kept is not None:
-                check_kept(kept, self.policy.model.dtype)
+        return partial
+
+    def _read_back(self, partial: Path) -> float:
+        """How far the logits of the saved model are from the trained one's; it then gets its final name."""
 
         def read_back() -> float:
             loaded = load_saved_model(partial, self.policy.model.dtype).to(self.context.world.device)
@@ -105,7 +106,7 @@ class Export:
 
         difference = on_main("reading the saved model back", read_back)
         self._finish(partial, difference)
-        return SavedModel(difference)
+        return difference
 
     def _start(self, name: str) -> Path:
         partial = self.context.folder / f"{name}.partial"
