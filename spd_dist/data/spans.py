@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any, Literal, Protocol
 
-from spd_dist.data.extract import boxed_span
-from spd_dist.data.numbers import MARKER
+from spd_dist.data.scoring.extract import boxed_span
+from spd_dist.data.scoring.numbers import MARKER
 from spd_dist.errors import ConfigError, DataError
 
 Span = tuple[int, int]

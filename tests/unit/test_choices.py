@@ -2,8 +2,8 @@
 
 import pytest
 
-from spd_dist.data.choices import committed_letter
-from spd_dist.data.thoughts import without_thoughts
+from spd_dist.data.scoring.choices import committed_letter
+from spd_dist.data.scoring.thoughts import without_thoughts
 
 CHOICES = ["red fox", "blue", "green tea", "none"]
 

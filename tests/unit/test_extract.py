@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spd_dist.data.extract import all_boxed, boxed, fenced, without_calculator
+from spd_dist.data.scoring.extract import all_boxed, boxed, fenced, without_calculator
 
 
 def test_calculator_marks_are_removed():

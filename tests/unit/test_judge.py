@@ -8,8 +8,9 @@ import sys
 import pytest
 from sandboxes import usable_sandbox
 
+from spd_dist.data.scoring.programs import program_in, python_blocks, unfenced
 from spd_dist.data.tasks import find_task
-from spd_dist.data.tasks.mbpp import MBPP, program_in, python_blocks, unfenced
+from spd_dist.data.tasks.mbpp import MBPP
 from spd_dist.errors import DataError
 from spd_dist.judging import judge_file, write_judgements
 

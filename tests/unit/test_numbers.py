@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spd_dist.data.numbers import last_number, marked_number, number_answers, parse_number, same_number
+from spd_dist.data.scoring.numbers import last_number, marked_number, number_answers, parse_number, same_number
 from spd_dist.data.tasks import find_task
 from spd_dist.data.tasks.described import DescribedTask, Description
 

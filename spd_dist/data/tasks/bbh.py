@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spd_dist.data import spans
-from spd_dist.data.choices import committed_letter, stated_letter
-from spd_dist.data.numbers import number_answers, plain, same_number, segment_number, stated_answers
+from spd_dist.data.scoring.choices import committed_letter, stated_letter
+from spd_dist.data.scoring.numbers import number_answers, plain, same_number, segment_number, stated_answers
+from spd_dist.data.scoring.thoughts import settled, without_thoughts
 from spd_dist.data.spans import Span
 from spd_dist.data.tasks.protocol import Metric, Row, Score, Split, scored
-from spd_dist.data.thoughts import settled, without_thoughts
 
 INSTRUCTION = "Give only the answer, without an explanation."
 SUBTASKS = (

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spd_dist.data import spans
-from spd_dist.data.extract import fenced
+from spd_dist.data.scoring.extract import fenced
+from spd_dist.data.scoring.programs import parses, python_in
 from spd_dist.data.spans import Span
-from spd_dist.data.tasks.mbpp import parses, python_in
 from spd_dist.data.tasks.protocol import Metric, Row, Score, Split
 
 HUB = "sahil2801/CodeAlpaca-20k"

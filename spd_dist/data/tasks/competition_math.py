@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spd_dist.data import spans
-from spd_dist.data.extract import boxed, boxed_answers
-from spd_dist.data.numbers import parse_number
+from spd_dist.data.scoring.extract import boxed, boxed_answers
+from spd_dist.data.scoring.numbers import parse_number
+from spd_dist.data.scoring.thoughts import without_thoughts
 from spd_dist.data.spans import Span
 from spd_dist.data.tasks.protocol import Metric, Row, Score, Split, scored
-from spd_dist.data.thoughts import without_thoughts
 
 INSTRUCTION = r"Put the final answer in \boxed{}."
 SUBJECTS = (

@@ -21,13 +21,13 @@ from typing import Any
 
 import yaml
 
-from spd_dist.data.choices import committed_letter, stated_letter
-from spd_dist.data.extract import boxed_answers
-from spd_dist.data.numbers import number_answers, same_number
+from spd_dist.data.scoring.choices import committed_letter, stated_letter
+from spd_dist.data.scoring.extract import boxed_answers
+from spd_dist.data.scoring.numbers import number_answers, same_number
+from spd_dist.data.scoring.thoughts import without_thoughts
 from spd_dist.data.spans import Span, find_mask
 from spd_dist.data.tasks.bbh import same_text
 from spd_dist.data.tasks.protocol import Metric, Row, Score, Split, scored
-from spd_dist.data.thoughts import without_thoughts
 from spd_dist.errors import ConfigError
 from spd_dist.types import record_of
 

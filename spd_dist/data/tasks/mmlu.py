@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spd_dist.data import spans
-from spd_dist.data.choices import committed_letter, stated_letter
+from spd_dist.data.scoring.choices import committed_letter, stated_letter
+from spd_dist.data.scoring.thoughts import without_thoughts
 from spd_dist.data.spans import Span
 from spd_dist.data.tasks.protocol import Metric, Row, Score, Split, scored
-from spd_dist.data.thoughts import without_thoughts
 
 HUB = "cais/mmlu:all"
 INSTRUCTION = "Give the letter of the right answer."

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spd_dist.data import spans
-from spd_dist.data.extract import without_calculator
-from spd_dist.data.numbers import MARKER, number_answers, same_number
+from spd_dist.data.scoring.extract import without_calculator
+from spd_dist.data.scoring.numbers import MARKER, number_answers, same_number
+from spd_dist.data.scoring.thoughts import without_thoughts
 from spd_dist.data.spans import Span
 from spd_dist.data.tasks.protocol import Metric, Row, Score, Split, scored
-from spd_dist.data.thoughts import without_thoughts
 
 INSTRUCTION = f"Give the final answer after '{MARKER} '."
 

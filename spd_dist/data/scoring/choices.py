@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from spd_dist.data.numbers import plain
-from spd_dist.data.thoughts import settled
+from spd_dist.data.scoring.numbers import plain
+from spd_dist.data.scoring.thoughts import settled
 
 _NEGATED = re.compile(
     r"\b(?:not|isn't|neither|nor|never|rather than|instead of|rule out|eliminate)\s+(?:option |choice |answer )?"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from spd_dist.data.numbers import last_number
-from spd_dist.data.thoughts import settled
+from spd_dist.data.scoring.numbers import last_number
+from spd_dist.data.scoring.thoughts import settled
 
 _CALCULATOR = re.compile(r"<<[^<>\n]*>>")
 _FENCE = re.compile(r"```[ \t]*([\w+-]*)[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import NamedTuple
 
-from spd_dist.data.thoughts import settled
+from spd_dist.data.scoring.thoughts import settled
 
 MARKER = "####"
 """Stands before the final answer of a worked solution (GSM8K's convention)."""
