@@ -39,7 +39,7 @@ def able_to_judge(task: Task, *, allowed: bool) -> Task:
         return task
     if not allowed:
         raise refusal(task.name)
-    return with_execution(task, open_sandbox().passes)
+    return with_execution(task, open_sandbox().run)
 
 
 def judge_file(path: str, task: Task) -> Iterator[Judgement]:

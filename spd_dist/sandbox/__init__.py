@@ -1,4 +1,4 @@
-"""A sandbox for model-written programs: `open_sandbox().passes(program, tests, setup)`.
+"""A sandbox for model-written programs: `open_sandbox().run(program, tests, setup)`.
 
 A program passes if its functions give the right values. It runs in one sandbox and the tests in another, so that the
 verdict is made where the program cannot reach: see `inside/judge.py`.

@@ -8,7 +8,7 @@ import sys
 import pytest
 from sandboxes import usable_sandbox
 
-from spd_dist.data.scoring.programs import program_in, python_blocks, unfenced
+from spd_dist.data.scoring.programs import called_by, program_in, python_blocks, unfenced
 from spd_dist.data.tasks import find_task
 from spd_dist.data.tasks.mbpp import MBPP
 from spd_dist.errors import DataError
@@ -148,7 +148,7 @@ GOOD = "def f(x):\n    return 2 * x\n"
     ],
 )
 def test_the_program_is_found_wherever_it_stands(output):
-    program = program_in(python_blocks(output), TESTS) or program_in(unfenced(output), TESTS)
+    program = program_in(python_blocks(output), called_by(TESTS)) or program_in(unfenced(output), called_by(TESTS))
     namespace: dict = {}
     exec(program, namespace)
     assert namespace["f"](2) == 4

@@ -135,7 +135,7 @@ def test_a_verdict_does_not_depend_on_the_order_of_a_set(any_sandbox):
 
 
 def test_mbpp_is_scored_in_the_sandbox(any_sandbox):
-    task = with_execution(find_task("mbpp"), any_sandbox.passes)
+    task = with_execution(find_task("mbpp"), any_sandbox.run)
     row = {"id": "1", "prompt": "Double.", "code": HONEST, "tests": TESTS, "setup": ""}
     assert task.score(row, f"Sure:\n```python\n{HONEST}\n```").correct
     assert not task.score(row, "```python\ndef double(x): return 4\n```").correct
@@ -149,8 +149,8 @@ def test_every_reference_passes_and_fails_the_tests_of_another_problem(name, cou
     task, sandbox = find_task(name), usable_sandbox()
     rows = load_rows(task, "test", Data(task=name, test=f"{REAL_ROWS}/{name}/test.jsonl"))
     with ThreadPoolExecutor(2) as pool:
-        right = list(pool.map(lambda row: sandbox.passes(row["code"], row["tests"], row["setup"]), rows))
-        wrong = list(pool.map(lambda pair: sandbox.passes(pair[0]["code"], pair[1]["tests"], ""), pairwise(rows)))
+        right = list(pool.map(lambda row: sandbox.run(row["code"], row["tests"], row["setup"]).passed, rows))
+        wrong = list(pool.map(lambda pair: sandbox.run(pair[0]["code"], pair[1]["tests"], "").passed, pairwise(rows)))
     assert len(rows) == count
     assert [row["id"] for row, passed in zip(rows, right, strict=True) if not passed] == []
     assert not any(wrong)

@@ -13,6 +13,7 @@ from spd_dist.data.sources import load_rows
 from spd_dist.data.tasks import TASKS, find_task, with_execution
 from spd_dist.data.tasks.bbh import SUBTASKS
 from spd_dist.errors import ConfigError
+from spd_dist.sandbox import Verdict
 
 REAL_ROWS = Path("../shared/data")
 ROWS = {
@@ -31,6 +32,18 @@ ROWS = {
     "codealpaca": {"instruction": "Print 1.", "input": "", "output": "print(1)"},
 }  # fmt: skip
 ROWS["mbpp_sanitized"] = ROWS["mbpp"]
+ROWS["mbpp_plus"] = ROWS["mbpp"] | {"more_tests": "assert f(3) == 6"}
+ROWS["humaneval"] = ROWS["humaneval_plus"] = {
+    "prompt": "def f(x):\n    # doubles\n",
+    "solution": "    return 2 * x\n",
+    "test": "def check(candidate):\n    assert candidate(1) == 2",
+    "entry_point": "f",
+}
+
+
+def ran(passed):
+    """What a sandbox would say."""
+    return Verdict(passed, "passed" if passed else "test 1 of 1")
 
 
 def marked(task, row):
@@ -77,7 +90,7 @@ def test_prompt_answer_and_spans(name, prompt, answer, kept):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_the_reference_answer_is_correct_and_silence_is_not(name):
-    task = with_execution(find_task(name), lambda code, tests, setup: "2 * x" in code)
+    task = with_execution(find_task(name), lambda code, tests, setup: ran("2 * x" in code))
     row = ROWS[name]
     score = task.score(row, task.answer(row))
     assert score.correct
@@ -164,21 +177,26 @@ def test_code_is_run_only_when_it_was_allowed():
 
 
 def test_the_program_is_the_fenced_block_or_what_parses():
-    ran = []
-    task = with_execution(find_task("mbpp"), lambda code, tests, setup: ran.append((code, tests, setup)) or True)
+    given = []
+
+    def execute(code, tests, setup):
+        given.append((code, tests, setup))
+        return ran(True)
+
+    task = with_execution(find_task("mbpp"), execute)
     fenced = task.score(ROWS["mbpp"], "Sure:\n```python\ndef f(x): return 2 * x\n```\nDone.")
     assert fenced.strict_correct
     raw = task.score(ROWS["mbpp"], "Sure, here it is:\nimport math\ndef f(x):\n    return 2 * x\n\nThis doubles it.")
     assert (raw.strict, raw.strict_correct, raw.lenient_correct) == (None, False, True)
-    assert ran[0][1:] == (ROWS["mbpp"]["tests"], "")
-    assert ran[0][0].endswith("from typing import *\ndef f(x): return 2 * x\n")
-    assert ran[1][0].endswith("import *\nimport math\ndef f(x):\n    return 2 * x\n")
+    assert given[0][1:] == (ROWS["mbpp"]["tests"], "")
+    assert given[0][0].endswith("from typing import *\ndef f(x): return 2 * x\n")
+    assert given[1][0].endswith("import *\nimport math\ndef f(x):\n    return 2 * x\n")
     assert not task.score(ROWS["mbpp"], "I cannot.").correct
-    assert len(ran) == 2
+    assert len(given) == 2
 
 
 def test_other_tasks_need_no_execution():
-    assert with_execution(find_task("gsm8k"), lambda code, tests, setup: True) is find_task("gsm8k")
+    assert with_execution(find_task("gsm8k"), lambda code, tests, setup: ran(True)) is find_task("gsm8k")
 
 
 HUB_ROWS = {

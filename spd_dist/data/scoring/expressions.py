@@ -1,9 +1,9 @@
 r"""Whether two mathematical expressions in LaTeX are equal, by the conventions of Math-Verify.
 
 Spellings are compared as text first, which is exact and cheap; what differs is given to Math-Verify, in a process of
-its own, where a limit of processor time holds for whatever sympy is asked to do (Math-Verify's own limit is an alarm,
-which acts in the main thread only and depends on the machine's load). Some of its equalities are no right answers: a tuple is
-no set, a word is no product of its letters, and a number is not the same in another base.
+its own, where a limit of processor time holds for whatever sympy is asked to do: Math-Verify's own limit is an alarm,
+which acts in the main thread only and depends on the machine's load. Some of its equalities are no right answers: a
+tuple is no set, a word is no product of its letters, and a number is not the same in another base.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import ast
 import re
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from spd_dist.data.scoring.extract import fences
 
@@ -17,15 +17,29 @@ IMPORTS = (
     "from collections import *\nfrom typing import *"
 )
 """What the field's harnesses put before a program."""
+MAX_LINES = 500
+"""Of a longer text no program is looked for behind an error that stands above all of it."""
 _FIRST_LINE_OF_CODE = re.compile(r"^(def |import |from |class |@|async def )", re.MULTILINE)
 
 
-def program_in(candidates: Sequence[str], tests: Sequence[str]) -> str | None:
-    """The last candidate that is Python and defines what `tests` call, else the last that is Python."""
+def called_by(tests: Sequence[str]) -> set[str]:
+    """The names that tests call."""
+    return {name for test in tests for name in re.findall(r"\b([A-Za-z_]\w*)\s*\(", test)}
+
+
+def program_in(candidates: Sequence[str], called: Set[str]) -> str | None:
+    """The last candidate that is Python and defines any of what is `called`, else the last that is Python.
+
+    What it uses and only an earlier one defines comes with it.
+    """
     programs = [block for block in map(_dedented, candidates) if block.strip() and parses(block)]
-    called = {name for test in tests for name in re.findall(r"\b([A-Za-z_]\w*)\s*\(", test)}
     defining = [block for block in programs if called & _defined(block)]
-    return next(iter([*defining[::-1], *programs[::-1]]), None)
+    if not defining:
+        return programs[-1] if programs else None
+    taken = defining[-1]
+    missing = _used(taken) - _defined(taken)
+    before = [block for block in programs[: programs.index(taken)] if missing & _defined(block)]
+    return "\n".join([*map(_definitions, before), taken])
 
 
 def with_imports(program: str) -> str:
@@ -61,24 +75,59 @@ def _defined(program: str) -> set[str]:
     return names | {target.id for target in assigned if isinstance(target, ast.Name)}
 
 
+def _used(program: str) -> set[str]:
+    with warnings.catch_warnings(action="ignore"):
+        tree = ast.parse(program)
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+
+
+def _definitions(program: str) -> str:
+    """The imports, functions, classes and values of a program, without what it does besides."""
+    kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign)
+    with warnings.catch_warnings(action="ignore"):
+        tree = ast.parse(program)
+    return "\n".join(ast.unparse(node) for node in tree.body if isinstance(node, kinds))
+
+
 def python_in(text: str) -> str | None:
     """A fenced block, else the most lines that parse as Python, from the first that opens a definition or import."""
     block = next((one for one in python_blocks(text) if one.strip()), None)
     if block is not None:
         return block
     start = _FIRST_LINE_OF_CODE.search(text)
-    lines = text[start.start() :].splitlines() if start else []
-    for stop in range(len(lines), 0, -1):
-        if parses("\n".join(lines[:stop])):
+    return longest_program(text[start.start() :].splitlines()) if start else None
+
+
+def longest_program(lines: Sequence[str], after: str = "") -> str | None:
+    """The most of `lines`, from the first on, that parse as Python behind `after`; None if not one does.
+
+    A line that is a syntax error ends it, so that nothing is parsed twice for every line.
+    """
+    num_before = len(after.splitlines())
+    head = [after] if after else []
+    stop = len(lines)
+    while stop > 0:
+        error = _syntax_error("\n".join([*head, *lines[:stop]]))
+        if error is None:
             return "\n".join(lines[:stop]).rstrip()
+        stop = min(stop, max(error - num_before, 0)) - 1 if error > num_before else stop - 1
+        if error <= num_before and len(lines) > MAX_LINES:
+            return None
     return None
 
 
 def parses(program: str) -> bool:
     """Whether `program` is Python."""
+    return _syntax_error(program) is None
+
+
+def _syntax_error(program: str) -> int | None:
+    """The line, from 1 on, at which `program` is no Python; None where it is."""
     try:
         with warnings.catch_warnings(action="ignore"):  # of the model's program, as an invalid escape
             ast.parse(program)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    return True
+    except SyntaxError as error:
+        return error.lineno or 1
+    except (ValueError, RecursionError, MemoryError):
+        return 1
+    return None

@@ -11,7 +11,9 @@ from spd_dist.data.tasks.bbh import BBH
 from spd_dist.data.tasks.codealpaca import CODEALPACA
 from spd_dist.data.tasks.competition_math import MATH
 from spd_dist.data.tasks.described import read_task
-from spd_dist.data.tasks.mbpp import MBPP, MBPP_SANITIZED, Execute, Mbpp, refusal
+from spd_dist.data.tasks.execution import Execute, refusal, runs_code
+from spd_dist.data.tasks.humaneval import HUMANEVAL, HUMANEVAL_PLUS
+from spd_dist.data.tasks.mbpp import MBPP, MBPP_PLUS, MBPP_SANITIZED
 from spd_dist.data.tasks.mmlu import MMLU
 from spd_dist.data.tasks.protocol import Row, Score, Split, Task
 from spd_dist.data.tasks.word_problems import ARITHMETIC, GSM8K, SVAMP
@@ -20,7 +22,9 @@ from spd_dist.errors import ConfigError
 __all__ = ["TASKS", "Execute", "Row", "Score", "Split", "Task", "find_task", "refusal", "runs_code", "with_execution"]
 
 ENTRY_POINTS = "spd_dist.tasks"
-_BUILT_IN: tuple[Task, ...] = (ARITHMETIC, GSM8K, SVAMP, MATH, MBPP, MBPP_SANITIZED, CODEALPACA, MMLU, BBH)
+_BUILT_IN: tuple[Task, ...] = (
+    ARITHMETIC, GSM8K, SVAMP, MATH, MBPP, MBPP_SANITIZED, MBPP_PLUS, HUMANEVAL, HUMANEVAL_PLUS, CODEALPACA, MMLU, BBH,
+)  # fmt: skip
 TASKS: Mapping[str, Task] = {task.name: task for task in _BUILT_IN}
 """Built-in tasks; a package adds its own as entry points of group `spd_dist.tasks`."""
 
@@ -45,11 +49,6 @@ def find_task(name: str) -> Task:
     )
 
 
-def runs_code(task: Task) -> bool:
-    """Whether the task is scored by running programs that a model wrote."""
-    return isinstance(task, Mbpp)
-
-
 def with_execution(task: Task, execute: Execute) -> Task:
     """The task, able to run the programs that it is scored by; other tasks as they are."""
-    return dataclasses.replace(task, execute=execute) if isinstance(task, Mbpp) else task
+    return dataclasses.replace(task, execute=execute) if runs_code(task) else task

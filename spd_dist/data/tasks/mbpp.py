@@ -1,20 +1,18 @@
-"""MBPP: short Python programs, judged by running their tests."""
+"""MBPP and MBPP+: short Python programs, judged by running their tests."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from spd_dist.data import spans
-from spd_dist.data.scoring.programs import program_in, python_blocks, unfenced, with_imports
+from spd_dist.data.scoring.programs import called_by
 from spd_dist.data.scoring.thoughts import without_thoughts
 from spd_dist.data.spans import Span
+from spd_dist.data.tasks.execution import Execute, allowed, judged_by_tests
 from spd_dist.data.tasks.protocol import Metric, Row, Score, Split
-from spd_dist.errors import ConfigError, DataError
-
-Execute = Callable[[str, Sequence[str], str], bool]
-"""The seam for the sandbox: whether `code` passes all `tests` after `setup`. It must be safe to call from threads."""
+from spd_dist.errors import DataError
 
 HUB = "google-research-datasets/mbpp"
 
@@ -26,23 +24,33 @@ class Mbpp:
     name: str
     sources: Mapping[Split, str]
     test_size: int | None
+    is_plus: bool = False
+    """Whether EvalPlus's program `test` decides, which tries many more inputs, and not the tests that are shown."""
     execute: Execute | None = None
     metric: Metric = "accuracy"
     fields: Mapping[str, type] = field(default_factory=lambda: {"prompt": str, "code": str, "tests": list})
 
     def normalise(self, raw: Mapping[str, Any], subset: str) -> Row | None:
         """The hub's forms: `text` and `test_list`, in the sanitized one `prompt` and `test_imports`."""
+        number = raw.get("task_id", raw.get("id"))
+        if "test_list" not in raw and "entry_point" in raw:
+            raise DataError(
+                f"{self.name} row {number!r}: it has entry_point and no test_list: it is a row of HumanEval; take the "
+                "task humaneval or humaneval_plus for it"
+            )
         if "test_list" not in raw:
             return {"setup": "", **raw}
-        setup = raw["test_setup_code"] if "test_setup_code" in raw else "\n".join(raw.get("test_imports", ()))
+        imports = "\n".join(raw.get("test_imports") or ())
         prompt = raw["text"] if "text" in raw else raw["prompt"]
         tests = list(raw["test_list"])
         if any("def check(" in test for test in tests):
             raise DataError(
-                f"mbpp row {raw['task_id']!r}: its test_list defines check(candidate) and calls nothing, as "
+                f"{self.name} row {number!r}: its test_list defines check(candidate) and calls nothing, as "
                 "HumanEval's rows do, so that every program would fail; give MBPP's own rows, whose tests are asserts"
             )
-        return {"id": f"mbpp/{raw['task_id']}", "prompt": prompt, "code": raw["code"], "tests": tests, "setup": setup}
+        row = {"id": f"mbpp/{number}", "prompt": prompt, "code": raw["code"], "tests": tests}
+        more = {"more_tests": raw["test"]} if self.is_plus else {}
+        return {**row, "setup": raw.get("test_setup_code") or imports, **more}
 
     def problem(self, row: Row) -> str:
         """The instruction: the tests may differ."""
@@ -67,31 +75,16 @@ class Mbpp:
         Raises:
             ConfigError: nothing was given to run programs with.
         """
-        if self.execute is None:
-            raise refusal(self.name)
+        execute = allowed(self.name, self.execute)
+        shown = row["tests"]
+        tests = [row["more_tests"]] if self.is_plus else shown
         spoken = without_thoughts(output)
-        blocks = python_blocks(spoken.text)
-        strict = program_in(blocks, row["tests"])
-        lenient = strict or program_in(unfenced(spoken.text), row["tests"]) or next(filter(str.strip, blocks), None)
-        correct = lenient is not None and self.execute(with_imports(lenient), row["tests"], row["setup"])
-        if correct:
-            reason = "right"
-        elif spoken.is_unfinished:
-            reason = "unfinished"
-        else:
-            reason = "no answer" if lenient is None else "failed"
-        in_form = correct and strict is not None
-        return Score(correct, lenient, row["code"], strict, lenient, in_form, correct, reason)
-
-
-def refusal(name: str) -> ConfigError:
-    """What there is to say where a task must run programs and nobody allowed it."""
-    return ConfigError(
-        f"evaluate.allow_code_execution: false, but {name} is scored by running model-written programs; "
-        "set evaluate.allow_code_execution=true to run them in the sandbox, or evaluate another task"
-    )
+        return judged_by_tests(
+            spoken, row["code"], lambda program: execute(program, tests, row["setup"]), called=called_by(shown)
+        )
 
 
 _TRAIN = f"{HUB}:full:train,{HUB}:full:validation"
 MBPP = Mbpp("mbpp", {"train": _TRAIN, "test": f"{HUB}:full:test"}, 500)
 MBPP_SANITIZED = Mbpp("mbpp_sanitized", {"train": _TRAIN, "test": f"{HUB}:sanitized:test"}, 257)
+MBPP_PLUS = Mbpp("mbpp_plus", {"train": _TRAIN, "test": "evalplus/mbppplus::test"}, 378, is_plus=True)

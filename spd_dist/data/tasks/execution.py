@@ -1,0 +1,86 @@
+"""Scores of tasks whose answers are programs: the tests decide, in the sandbox, if the user opted in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence, Set
+from typing import Protocol
+
+from spd_dist.data.scoring.programs import program_in, python_blocks, unfenced, with_imports
+from spd_dist.data.scoring.thoughts import Spoken
+from spd_dist.data.tasks.protocol import Score, Task
+from spd_dist.errors import ConfigError
+
+
+class Ran(Protocol):
+    """What the sandbox says of a program."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether it passed all tests."""
+
+    @property
+    def kind(self) -> str:
+        """Why not, in a word: `failed`, or the limit that it exceeded: `time`, `memory`, `processes`."""
+
+
+Execute = Callable[[str, Sequence[str], str], Ran]
+"""The seam for the sandbox: runs a program, its tests and their setup. It must be safe to call from threads."""
+
+
+def runs_code(task: Task) -> bool:
+    """Whether the task is scored by running programs that a model wrote."""
+    return getattr(task, "execute", runs_code) is not runs_code
+
+
+def judged_by_tests(
+    spoken: Spoken,
+    gold: str,
+    execute: Callable[[str], Ran],
+    *,
+    called: Set[str],
+    complete: Callable[[str], str] = with_imports,
+    otherwise: Callable[[str], str | None] = lambda text: None,
+) -> Score:
+    """The score of an output by its tests. Strict: a fenced block is the program. Lenient: what reads as Python.
+
+    Args:
+        spoken: The output without its thoughts.
+        gold: The reference program.
+        execute: Runs a whole program against the tests.
+        called: The names that the tests call.
+        complete: What makes a block a whole program.
+        otherwise: The program in a text that holds none of its own.
+    """
+    blocks = python_blocks(spoken.text)
+    strict = program_in(blocks, called)
+    lenient = strict or program_in(unfenced(spoken.text), called) or otherwise(spoken.text)
+    lenient = lenient or next(filter(str.strip, blocks), None)
+    ran = None if lenient is None else execute(complete(lenient))
+    correct = ran is not None and ran.passed
+    if correct:
+        reason = "right"
+    elif spoken.is_unfinished:
+        reason = "unfinished"
+    else:
+        reason = "no answer" if ran is None else ran.kind
+    in_form = correct and strict is not None
+    return Score(correct, lenient, gold, strict, lenient, in_form, correct, reason)
+
+
+def allowed(name: str, execute: Execute | None) -> Execute:
+    """`execute`, if there is one.
+
+    Raises:
+        ConfigError: nothing was given to run programs with.
+    """
+    if execute is None:
+        raise refusal(name)
+    return execute
+
+
+def refusal(name: str) -> ConfigError:
+    """What there is to say where a task must run programs and nobody allowed it."""
+    return ConfigError(
+        f"evaluate.allow_code_execution: false, but {name} is scored by running model-written programs; "
+        "set evaluate.allow_code_execution=true to run them in the sandbox, or evaluate another task"
+    )

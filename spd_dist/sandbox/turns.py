@@ -1,0 +1,80 @@
+"""Whether a program had its share of the machine, and judging one alone where it had not.
+
+Programs are judged several at once, by threads and by ranks. One that the wall clock ended while it waited for a
+processor has not failed: it is judged again when nothing else is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+NANOSECONDS = 1e9
+STARVED_FRACTION = 0.1
+"""Of the wall clock's limit: who waited longer than that for a processor could have used it."""
+
+
+class Share(NamedTuple):
+    """What the threads of a sandbox got."""
+
+    run_seconds: float
+    waited_seconds: float
+    """Ready to run, while others ran: of the thread that waited longest."""
+
+
+def share_of(process: int) -> Share | None:
+    """What all threads below a process got so far; None where the kernel does not say."""
+    found = []
+    for thread in _threads(process):
+        try:
+            run, waited, _ = Path(f"/proc/{thread}/schedstat").read_text().split()
+        except FileNotFoundError:
+            continue  # it has ended, or the kernel keeps no such account
+        found.append((int(run) / NANOSECONDS, int(waited) / NANOSECONDS))
+    if not found:
+        return None
+    return Share(sum(run for run, _ in found), max(waited for _, waited in found))
+
+
+@contextlib.contextmanager
+def among_others() -> Iterator[None]:
+    """A turn that others may have at the same time, on this machine and by this user."""
+    with _opened("turn") as turn:
+        with _opened("gate") as gate:  # who wants to be alone holds it, so that nobody new comes in
+            fcntl.flock(gate, fcntl.LOCK_SH)
+            fcntl.flock(turn, fcntl.LOCK_SH)
+        yield
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """A turn that nobody else has."""
+    with _opened("gate") as gate, _opened("turn") as turn:
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _opened(name: str) -> Iterator[int]:
+    """The user's lock file of that name; it is let go with its descriptor."""
+    path = Path(tempfile.gettempdir()) / f"spd-sandbox-{os.geteuid()}.{name}"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _threads(process: int) -> Iterator[str]:
+    """`PID/task/TID` of every thread of a process and of all that come of it."""
+    for task in Path(f"/proc/{process}/task").glob("*"):
+        yield f"{process}/task/{task.name}"
+        with contextlib.suppress(OSError):
+            for child in (task / "children").read_text().split():
+                yield from _threads(int(child))
