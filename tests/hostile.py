@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 TESTS = ["assert double(2) == 4", "assert double(5) == 10"]
 HONEST = "def double(x):\n    return 2 * x"
 
@@ -143,3 +145,75 @@ REFUSED = [
     "resource.setrlimit(resource.RLIMIT_AS, (2 ** 40, 2 ** 40))",
 ]
 """What `achieves` must not."""
+
+
+_BURN = "import ctypes, mmap, os, signal, socket, sys, threading, time\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+_SPIN = (
+    "def spin(seconds):\n    end = time.process_time() + seconds\n    while time.process_time() < end: pass\n"
+    "def children(fork):\n    reader, writer = os.pipe()\n    for _ in range(12):\n"
+    "        if fork() == 0:\n            spin(0.4)\n            os.write(writer, b'x')\n            os._exit(0)\n"
+    "        os.read(reader, 1)\n        time.sleep(0.05)\n"
+)
+X86 = os.uname().machine == "x86_64"
+CLONE = 56 if X86 else 220
+_DOUBLE = "\n    return 2 * x"
+
+
+def _using(body: str, before: str = "") -> str:
+    """A right program, but for what it takes on its way to the answer."""
+    return f"{_BURN}{_SPIN}{before}\n{_FUNCTION}{body}{_DOUBLE}"
+
+
+OVER_CPU = {
+    "children that the kernel reaps": _using("signal.signal(signal.SIGCHLD, signal.SIG_IGN); children(os.fork)"),
+    "children that nobody waits for": _using(
+        f"libc.syscall({13 if X86 else 134}, 17, (ctypes.c_uint64 * 4)(0, 2, 0, 0), None, 8); children(os.fork)"
+    ),
+    "grandchildren in sessions of their own": _using(
+        "children(grandchild)",
+        "def grandchild():\n    if os.fork(): return 1\n    os.setsid()\n    return os.fork() and os._exit(0)",
+    ),
+    "children whose end gives no signal": _using(f"children(lambda: libc.syscall({CLONE}, 0, 0, 0, 0, 0))"),
+    "brothers for children": _using(f"children(lambda: libc.syscall({CLONE}, 0x8000 | 17, 0, 0, 0, 0))"),
+    "a reaper of its own": _using("libc.prctl(36, 1, 0, 0, 0); children(os.fork)"),
+    "threads": _using(
+        "threads = [threading.Thread(target=spin, args=(6,)) for _ in range(4)]\n"
+        "    for one in threads: one.start()\n    for one in threads: one.join()"
+    ),
+    "other programs": _using(
+        "import subprocess\n    for _ in range(40): subprocess.run("
+        "[sys.executable, '-S', '-c', 'n = 0\\nwhile n < 3_000_000: n += 1'])"
+    ),
+}
+"""Right programs that use more than 4 s of CPU, each in a way in which it might not be seen."""
+
+_TOUCH = "for at in range(0, size, 4096): block[at] = 1"
+
+OVER_MEMORY = {
+    "empty files": _using("for n in range(60_000): os.mknod(f'/tmp/{n}' + 'y' * 200, 0o100600)"),
+    "empty files in shared memory": _using("for n in range(60_000): os.mknod(f'/dev/shm/{n}' + 'y' * 200, 0o100600)"),
+    "folders": _using("for n in range(60_000): os.mkdir(f'/tmp/{n}')"),
+    "names for one file": _using(
+        "open('/tmp/x', 'w').close()\n    for n in range(60_000): os.link('/tmp/x', f'/tmp/{n}' + 'y' * 200)"
+    ),
+    "memory that is shared and not looked at": _using(
+        "size = 100 * 2 ** 20\n    for _ in range(8):\n        if os.fork() == 0:\n"
+        f"            block = mmap.mmap(-1, size)\n            {_TOUCH}\n            block.madvise(4)\n"
+        "            time.sleep(3); os._exit(0)\n"
+        "    if any(status for _, status in [os.wait() for _ in range(8)]): os._exit(1)"
+    ),
+    "memory of /dev/zero": _using(
+        f"size = 100 * 2 ** 20; block = mmap.mmap(os.open('/dev/zero', os.O_RDWR), size)\n    {_TOUCH}"
+    ),
+    "huge pages": _using("block = mmap.mmap(-1, 2 ** 21, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x40000)"),
+    "pages that a pipe holds": _using(
+        "reader, writer = os.pipe(); block = ctypes.create_string_buffer(4096)\n"
+        "    vector = (ctypes.c_uint64 * 2)(ctypes.addressof(block), 4096)\n"
+        "    if libc.vmsplice(writer, vector, 1, 0) < 0: raise OSError(ctypes.get_errno())"
+    ),
+    "larger pipes": _using("import fcntl\n    fcntl.fcntl(os.pipe()[1], 1031, 2 ** 20)"),
+    "larger sockets": _using("socket.socketpair()[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 ** 20)"),
+    "watches": _using("if libc.inotify_init1(0) < 0: raise OSError(ctypes.get_errno())"),
+    "rules": _using("if libc.syscall(444, (ctypes.c_uint64 * 1)(4), 8, 0) < 0: raise OSError(ctypes.get_errno())"),
+}
+"""Right programs that take memory which is in no process's share."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from spd_dist.errors import ConfigError
+from spd_dist.sandbox.inside.confine import can_filter
 from spd_dist.sandbox.inside.supervisor import EXIT_CODES
 from spd_dist.sandbox.inside.wire import Channel, Ended
 from spd_dist.sandbox.isolation import (
@@ -29,6 +30,7 @@ from spd_dist.sandbox.isolation import (
     interpreter,
     layout,
     packages,
+    things_of_the_user,
 )
 from spd_dist.sandbox.turns import STARVED_FRACTION, alone, among_others, share_of
 
@@ -52,6 +54,8 @@ class Limits:
     """Threads count."""
     file_mib: int = 16
     """The largest file, and the size of each of the two folders that can be written to."""
+    num_files: int = 4096
+    """In these folders: an empty file takes memory, too."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,9 @@ class Sandbox:
             secret = stack.enter_context(tempfile.NamedTemporaryFile(prefix="spd-secret-")).name
             for end in (host, guest):
                 stack.enter_context(end)
-            process = stack.enter_context(self._started("inspection", [guest], secret=secret))
+            process = stack.enter_context(
+                self._started("inspection", [guest], secrets=[secret, *things_of_the_user(self._layout)])
+            )
             guest.close()
             found = _received(host, START_SECONDS)
             if found is None:
@@ -150,7 +156,7 @@ class Sandbox:
     @contextlib.contextmanager
     def _started(self, name: str, sockets: Sequence[socket.socket], **more: Any) -> Iterator[subprocess.Popen[bytes]]:
         """One sandbox at work; it and all that is in it are dead at the end."""
-        user = self._next_user() if os.geteuid() == 0 else None
+        user = self._next_user() if _may_become_others() else None
         part = {
             "name": name, "num_sockets": len(sockets), "user": user, "guest": GUEST, "packages": packages(),
             "limits": dataclasses.asdict(self.limits), **more,
@@ -173,6 +179,14 @@ class Sandbox:
     def _next_user(self) -> int:
         """A user of this sandbox's own, so that the kernel counts its processes apart; 64 at once for any process."""
         return FIRST_USER + ((os.getpid() % 2**22) << 6 | next(self._counter) % 64)
+
+
+def _may_become_others() -> bool:
+    """Whether we are root, and not only in a container that has no other users."""
+    if os.geteuid() != 0:
+        return False
+    ranges = [tuple(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text().splitlines()]
+    return any(first <= FIRST_USER and first + count >= FIRST_USER + 2**28 for first, _, count in ranges)
 
 
 def _environment() -> dict[str, str]:
@@ -242,6 +256,12 @@ def open_sandbox(
             log.info(
                 "model-written code runs in a sandbox of %s%s", isolation.name, "".join(f"; {one}" for one in faults)
             )
+            if not can_filter():
+                log.warning(
+                    "the system calls of %s are not known here: the sandbox does not filter them, and its limits on "
+                    "CPU time and memory hold only for programs that do not work around them",
+                    os.uname().machine,
+                )
             return sandbox
         faults.append(f"{isolation.name}: {fault}")
     raise ConfigError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import logging
 import os
 import shutil
@@ -17,12 +19,26 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from hostile import CHEATS, GREEDY, HONEST, REFUSED, STUBBORN, TESTS, achieves, connects, reads, writes
+from hostile import (
+    CHEATS,
+    GREEDY,
+    HONEST,
+    OVER_CPU,
+    OVER_MEMORY,
+    REFUSED,
+    STUBBORN,
+    TESTS,
+    achieves,
+    connects,
+    reads,
+    writes,
+)
 from sandboxes import ISOLATIONS, usable_sandbox
 
 from spd_dist.errors import ConfigError
 from spd_dist.sandbox import Limits, Sandbox, SandboxError, Verdict, open_sandbox
-from spd_dist.sandbox.isolation import Layout, Namespaces
+from spd_dist.sandbox.inside.supervisor import held_mib
+from spd_dist.sandbox.isolation import Layout, Namespaces, layout
 
 PASSED = Verdict(True, "passed")
 SHORT = Limits(cpu_seconds=1, wall_seconds=6, memory_mib=1024 + os.getpid() % 1000)
@@ -63,6 +79,39 @@ def test_no_hostile_program_passes_stays_or_harms_its_neighbours(sandbox, progra
     found = dict(zip(programs, verdicts_on(sandbox, list(programs.values())), strict=True))
     assert {name: verdict for name, verdict in found.items() if verdict.passed} == {}
     assert "sleeps" not in found or found["sleeps"].reason == "not judged within 6 s"
+
+
+def test_time_and_memory_are_counted_whoever_holds_them(sandbox):
+    """Right programs that take too much, each in a way in which it could go unseen, beside one that does not."""
+    limited = Sandbox(sandbox.isolation, Limits(cpu_seconds=1, memory_mib=256))
+    programs = {**OVER_CPU, **OVER_MEMORY, "honest": HONEST}
+    with ThreadPoolExecutor(4) as pool:
+        found = dict(
+            zip(programs, pool.map(lambda program: limited.run(program, TESTS[:1]), programs.values()), strict=True)
+        )
+    assert found.pop("honest") == PASSED
+    over = "the program exceeded cpu_seconds"
+    assert {name: found[name].reason for name in OVER_CPU if over not in found[name].reason} == {}
+    assert [name for name, verdict in found.items() if verdict.passed] == []
+
+
+def test_children_that_end_are_still_children(sandbox):
+    """What SIGCHLD does cannot be changed, but a program that tries goes on, and waits for its children as before."""
+    program = (
+        "import os, signal, subprocess\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)\ndef double(x):\n"
+        "    child = os.fork()\n    if child == 0: os._exit(x)\n"
+        "    return 2 * os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])"
+    )
+    assert sandbox.run(program, TESTS) == PASSED
+
+
+def test_what_the_kernel_holds_for_a_program_is_counted(tmp_path):
+    with open(tmp_path / "locked", "w") as file, contextlib.ExitStack() as stack:
+        for start in range(4000):
+            fcntl.lockf(file, fcntl.LOCK_EX, 1, 2 * start)
+        for end in [end for _ in range(100) for end in socket.socketpair()]:
+            stack.enter_context(end)
+        assert held_mib() > 4000 * 250 / 2**20 + 200 * 0.2
 
 
 def test_programs_reach_neither_files_nor_network_nor_kernel(sandbox, tmp_path):
@@ -157,6 +206,46 @@ def test_the_log_says_which_isolation_is_used_and_why_not_another(sandbox, caplo
     assert f"runs in a sandbox of {sandbox.isolation.name}; broken: it is not installed" in caplog.text
 
 
+def test_no_home_and_no_workplace_is_shown_whatever_the_interpreter_is_said_to_need(tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    (home / ".ssh").mkdir(parents=True)
+    (home / ".ssh" / "id").write_text("hunter2")
+    (home / "lib").mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(home / "lib")
+    folders = [str(home), str(tmp_path), "..", ".", "", f"{home}/.ssh/..", str(home / ".ssh" / "nothing")]
+    monkeypatch.setenv("LD_LIBRARY_PATH", ":".join(folders))
+    assert [path for path in layout(1).shown if home.is_relative_to(path)] == []
+    monkeypatch.setattr(sys, "base_prefix", str(tmp_path))
+    assert [path for path in layout(1).shown if home.is_relative_to(path)] == []
+    sandbox = usable_sandbox(SHORT)
+    assert not sandbox.run(reads(str(home / ".ssh" / "id")), ["assert double(2) == 'hunter2'"]).passed
+
+
+def test_an_isolation_that_shows_a_home_is_refused(sandbox, tmp_path, monkeypatch):
+    (tmp_path / "id").write_text("hunter2")
+    tmp_path.chmod(0o755)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shows_all = Sandbox(sandbox.isolation, SHORT)
+    shows_all._layout = dataclasses.replace(
+        shows_all._layout, shown=shows_all._layout.shown | {str(tmp_path): str(tmp_path)}
+    )
+    assert shows_all.inspect() == [f"files of the host can be read: {tmp_path}/id"]
+    assert Sandbox(sandbox.isolation, SHORT).inspect() == []
+
+
+def test_a_program_sees_neither_how_the_host_was_started_nor_its_name(sandbox):
+    program = "import socket\ndef double(x):\n    return open('/proc/cmdline').read() + socket.gethostname()"
+    assert sandbox.run(program, ["assert double(2) == 'sandbox'"]) == PASSED
+
+
+def test_a_machine_whose_system_calls_are_not_known_is_named(sandbox, caplog, monkeypatch):
+    monkeypatch.setattr("spd_dist.sandbox.sandbox.can_filter", lambda: False)
+    with caplog.at_level(logging.WARNING):
+        open_sandbox(SHORT, [sandbox.isolation])
+    assert f"the system calls of {os.uname().machine} are not known here" in caplog.text
+
+
 def test_a_sandbox_that_does_not_start_says_nothing_about_the_program():
     sandbox = Sandbox(Broken(("false",)), SHORT)
     with pytest.raises(SandboxError, match=r"^a sandbox did not start: exit codes 1, 1"):
@@ -180,13 +269,15 @@ def interpreter_of_ordinary_users() -> str:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="the other tests run as an ordinary user already")
-def test_it_holds_for_an_ordinary_user_as_well():
+@pytest.mark.parametrize("root_of", [(), ("unshare", "--user", "--map-root-user")], ids=["itself", "a container"])
+def test_it_holds_for_an_ordinary_user_as_well(root_of):
+    """And for one that is root in a container of its own, where there is nobody else to become."""
     usable_sandbox()
     python = interpreter_of_ordinary_users()
     hostile = [STUBBORN["kills everything"], GREEDY["fork bomb of sleepers"], *map(achieves, REFUSED)]
     code = (
         "import os, sys\nfrom concurrent.futures import ThreadPoolExecutor\nfrom spd_dist.sandbox import *\n"
-        "assert os.getuid()\n"
+        f"assert bool(os.getuid()) is {not root_of}\n"
         f"sandbox = open_sandbox({SHORT!r})\n"
         f"found = list(ThreadPoolExecutor(4).map(lambda one: sandbox.run(one, {TESTS!r}), {[HONEST, *hostile]!r}))\n"
         "print([one.passed for one in found])"
@@ -195,8 +286,9 @@ def test_it_holds_for_an_ordinary_user_as_well():
         shutil.copytree("spd_dist", Path(folder) / "spd_dist")
         subprocess.run(["chmod", "-R", "a+rX", folder], check=True)
         environment = {"PYTHONPATH": folder, "PATH": os.defpath, "PYTHONDONTWRITEBYTECODE": "1"}
+        words = [*root_of, python, "-c", code]
         outcome = subprocess.run(
-            [python, "-c", code], user=ORDINARY_USER, group=ORDINARY_USER, extra_groups=[], env=environment, cwd="/",
+            words, user=ORDINARY_USER, group=ORDINARY_USER, extra_groups=[], env=environment, cwd="/",
             check=False, capture_output=True, text=True,
         )  # fmt: skip
     if "no sandbox holds on this machine" in outcome.stderr:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,10 +23,16 @@ DETACH = 2
 SYS_MOUNT_SETATTR, HERE, ALL_BELOW = 442, -100, 0x8000
 READ_ONLY_NO_SUID = 1 | 2
 
+HOST_NAME = "sandbox"
+NOBODY = 65534
+MAX_FILES = 16384
+"""In a folder in memory, whatever the supervisor counts: it looks only every now and then."""
+
 NEW_ROOT = "/tmp"
 """Where the root folder is put together, in the new mount namespace alone."""
 
-DEVICES = ("null", "zero", "full", "random", "urandom")
+DEVICES = ("null", "full", "random", "urandom")
+"""Not zero: mapped, it is memory that stays while nobody's share of it counts."""
 
 
 def main() -> NoReturn:
@@ -37,6 +44,7 @@ def main() -> NoReturn:
     if first == 0:
         die_with(0)  # what a parent outside of the PID namespace looks like from inside
         make_root(layout)
+        socket.sethostname(HOST_NAME)
         os.execve(command[0], command, dict(os.environ))
     for descriptor in range(2):
         os.close(descriptor)
@@ -81,13 +89,13 @@ def leave_namespaces(user: int | None) -> None:
 
 
 def write_maps(process: int, user: int | None) -> None:
-    """Map each of the users to itself."""
+    """Map each of the users to itself; a root that may become nobody else is nobody inside."""
     if user is None:
         Path(f"/proc/{process}/setgroups").write_text("deny")
     for name, own in (("uid_map", os.geteuid()), ("gid_map", os.getegid())):
-        users = [own] if user is None else [own, user]
+        pairs = [(own or NOBODY, own)] if user is None else [(own, own), (user, user)]
         with open(f"/proc/{process}/{name}", "wb", buffering=0) as file:
-            file.write("".join(f"{one} {one} 1\n" for one in users).encode())
+            file.write("".join(f"{inside} {outside} 1\n" for inside, outside in pairs).encode())
 
 
 def make_root(layout: Mapping[str, Any]) -> None:
@@ -97,7 +105,7 @@ def make_root(layout: Mapping[str, Any]) -> None:
     shown = {target: os.open(source, os.O_PATH) for target, source in {**layout["shown"], **devices}.items()}
     make_tmpfs(NEW_ROOT, "size=1m,mode=755")
     for folder, mib in layout["writable"].items():
-        make_tmpfs(NEW_ROOT + folder, f"size={mib}m,mode=1777")
+        make_tmpfs(NEW_ROOT + folder, f"size={mib}m,mode=1777,nr_inodes={MAX_FILES}")
     for target, descriptor in shown.items():
         show(descriptor, NEW_ROOT + target)
         os.close(descriptor)
@@ -105,6 +113,7 @@ def make_root(layout: Mapping[str, Any]) -> None:
         os.symlink(target, NEW_ROOT + link)
     os.mkdir(f"{NEW_ROOT}/proc")
     check("mount", "proc", f"{NEW_ROOT}/proc", "proc", NO_SUID | NO_DEVICES | NO_EXEC, None)
+    check("mount", "/dev/null", f"{NEW_ROOT}/proc/cmdline", None, BIND, None)  # how the host was started
     make_read_only(NEW_ROOT, 0)
     os.chdir(NEW_ROOT)
     check("pivot_root", ".", ".")

@@ -7,6 +7,7 @@ import os
 import resource
 import socket
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from spd_dist.sandbox.inside import candidate, judge
@@ -15,16 +16,17 @@ from spd_dist.sandbox.inside.supervisor import supervise
 from spd_dist.sandbox.inside.wire import Channel
 
 
-def findings(secret: str) -> list[str]:
-    """What is wrong with the isolation, as a program sees it; `secret` is a file that must be out of reach."""
+def findings(secrets: Sequence[str]) -> list[str]:
+    """What is wrong with the isolation, as a program sees it; `secrets` are files that must be out of reach."""
     with open("/proc/self/status") as file:
         status = dict(line.split(":\t", 1) for line in file.read().splitlines() if ":\t" in line)
     processes = [name for name in os.listdir("/proc") if name.isdigit()]
+    read = [path for path in secrets if os.path.exists(path)]
     written = _writable("/", "/usr", "/etc", "/dev", "/proc", "/guest")
     with open("/proc/self/net/dev") as file:
         interfaces = [line.partition(":")[0].strip() for line in file if ":" in line]
     faults = {
-        f"files of the host can be read: {secret}": os.path.exists(secret),
+        f"files of the host can be read: {', '.join(read[:3])}": bool(read),
         f"the system can be written to: {written}": written,
         "there is no private /tmp": not _writable("/tmp"),
         f"other processes can be seen: {len(processes)}": len(processes) > 2,
@@ -73,4 +75,4 @@ def _play(part: dict[str, Any]) -> None:
         host.send(program.receive())
         host.send(judge.verdict(program, **host.receive()))
     else:
-        channels[0].send(findings(part["secret"]))
+        channels[0].send(findings(part["secrets"]))

@@ -18,11 +18,16 @@ from spd_dist.sandbox.inside.confine import (
     refuse_system_calls,
 )
 
-EXIT_CODES: Mapping[str, int] = {"cpu_seconds": 71, "memory_mib": 72, "num_processes": 73}
+EXIT_CODES: Mapping[str, int] = {"cpu_seconds": 71, "memory_mib": 72, "num_processes": 73, "num_files": 74}
 """What the supervisor ends with where the sum over all processes is over a limit; 128 + N: ended by signal N."""
 
 _WATCH_SECONDS = 0.05
 _NICENESS = 10
+
+_WRITABLE = ("/tmp", "/dev/shm")
+_MIB = 2**20
+_FILE_MIB, _SOCKET_MIB, _LOCK_MIB = 1280 / _MIB, 213_000 / _MIB, 256 / _MIB
+"""What the kernel keeps for one, at most: an inode and a long name; a full queue; a record."""
 
 
 class Usage(NamedTuple):
@@ -30,7 +35,10 @@ class Usage(NamedTuple):
 
     cpu_seconds: float
     memory_mib: float
+    """With their page tables, what is swapped out, and what the kernel holds for files, sockets and locks."""
     num_processes: int
+    num_files: int
+    """In the folders that can be written to."""
 
 
 def supervise(work: Callable[[], None], limits: Mapping[str, int]) -> NoReturn:
@@ -38,6 +46,7 @@ def supervise(work: Callable[[], None], limits: Mapping[str, int]) -> NoReturn:
     die_with_parent()
     hide_memory()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # with no handler, no signal from inside reaches the first process
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whoever started us may ignore it, and then no child has a time
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     child = os.fork()
     if child == 0:
@@ -80,19 +89,48 @@ def _ended() -> dict[int, int]:
 
 
 def usage() -> Usage:
-    """The sum over all processes that /proc shows, but the first."""
+    """The sum over all processes that /proc shows, but the first, and what the kernel holds for them."""
     reaped = os.times()
-    ticks, pages, count = 0, 0, 0
+    ticks, kib, count = 0, 0, 0
     for name in os.listdir("/proc"):
         if not name.isdigit() or name == "1":
             continue
         try:
-            with open(f"/proc/{name}/stat", "rb") as file:
-                fields = file.read().rpartition(b")")[2].split()
+            fields = _read(f"/proc/{name}/stat").rpartition(b")")[2].split()
+            kib += sum(_kib_of(_read(f"/proc/{name}/status")))
         except (FileNotFoundError, ProcessLookupError):  # it has just ended
             continue
         ticks += sum(map(int, fields[11:15]))  # its own time and that of its children, in user and system mode
-        pages += int(fields[21])
         count += int(fields[17])  # threads
     seconds = ticks / os.sysconf("SC_CLK_TCK") + reaped.children_user + reaped.children_system
-    return Usage(seconds, pages * os.sysconf("SC_PAGE_SIZE") / 2**20, count)
+    num_files, written_mib = _in_writable_folders()
+    return Usage(seconds, kib / 1024 + written_mib + num_files * _FILE_MIB + held_mib(), count, num_files)
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def _kib_of(status: bytes) -> list[int]:
+    """Of a process: memory in use, its page tables, and what is swapped out; a zombie has none."""
+    lines = [line.split() for line in status.splitlines() if line.startswith((b"VmRSS:", b"VmPTE:", b"VmSwap:"))]
+    return [int(line[1]) for line in lines]
+
+
+def _in_writable_folders() -> tuple[int, float]:
+    """The number of files, and how much they hold: none of it is in any process's memory until it is mapped."""
+    number, held = 0, 0.0
+    for folder in _WRITABLE:
+        found = os.statvfs(folder)
+        number += found.f_files - found.f_ffree
+        held += (found.f_blocks - found.f_bfree) * found.f_frsize / _MIB
+    return number, held
+
+
+def held_mib() -> float:
+    """What sockets and locks of files may hold."""
+    locks = [line.split() for line in _read("/proc/locks").splitlines()]
+    own = [words for words in locks if words[4 + (words[1] == b"->")].isdigit()]  # others show as -1
+    num_sockets = _read("/proc/net/unix").count(b"\n") - 1
+    return len(own) * _LOCK_MIB + num_sockets * _SOCKET_MIB
