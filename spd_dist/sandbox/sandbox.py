@@ -69,7 +69,13 @@ class Verdict:
     @property
     def kind(self) -> str:
         """The reason in a word, to be counted by: `passed`, `failed`, or the limit: `time`, `memory`, `processes`."""
-        limits = {"cpu_seconds": "time", "not judged within": "time", "memory_mib": "memory", "num_proc": "processes"}
+        limits = {
+            "cpu_seconds": "time",
+            "not judged within": "time",
+            "memory_mib": "memory",
+            "num_files": "memory",
+            "num_proc": "processes",
+        }
         return "passed" if self.passed else next((limits[part] for part in limits if part in self.reason), "failed")
 
 

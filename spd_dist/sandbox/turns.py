@@ -9,10 +9,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from spd_dist.errors import ConfigError
 
 NANOSECONDS = 1e9
 STARVED_FRACTION = 0.1
@@ -63,12 +66,29 @@ def alone() -> Iterator[None]:
 @contextlib.contextmanager
 def _opened(name: str) -> Iterator[int]:
     """The user's lock file of that name; it is let go with its descriptor."""
-    path = Path(tempfile.gettempdir()) / f"spd-sandbox-{os.geteuid()}.{name}"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(_folder() / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _folder() -> Path:
+    """A folder of this user alone, who may have the same number in a container as somebody else outside.
+
+    Raises:
+        ConfigError: its name is somebody else's.
+    """
+    namespace = os.stat("/proc/self/ns/user").st_ino
+    folder = Path(tempfile.gettempdir()) / f"spd-sandbox-{os.geteuid()}-{namespace}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise ConfigError(
+            f"{folder}: must be a folder of this user's alone; remove it, or set TMPDIR to another folder"
+        )
+    return folder
 
 
 def _threads(process: int) -> Iterator[str]:

@@ -239,6 +239,17 @@ def test_a_program_sees_neither_how_the_host_was_started_nor_its_name(sandbox):
     assert sandbox.run(program, ["assert double(2) == 'sandbox'"]) == PASSED
 
 
+@pytest.mark.parametrize(
+    "make", [Path.touch, lambda path: path.symlink_to("/tmp"), lambda path: path.mkdir(0o777) or path.chmod(0o777)]
+)
+def test_locks_in_a_folder_that_others_may_write_are_refused(sandbox, tmp_path, monkeypatch, make):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = tmp_path / f"spd-sandbox-{os.geteuid()}-{os.stat('/proc/self/ns/user').st_ino}"
+    make(folder)
+    with pytest.raises(ConfigError, match=rf"^{folder}: must be a folder of this user's alone; .* set TMPDIR"):
+        sandbox.run(HONEST, TESTS)
+
+
 def test_a_machine_whose_system_calls_are_not_known_is_named(sandbox, caplog, monkeypatch):
     monkeypatch.setattr("spd_dist.sandbox.sandbox.can_filter", lambda: False)
     with caplog.at_level(logging.WARNING):
