@@ -57,7 +57,7 @@ CHOICES = ["red fox", "blue", "green tea", "none"]
         ("The answer is: **(D)**", "D"),
         ("Answer: D - none", "D"),
         ("C. green tea", "C"),
-        ("It can't be (A), so it is (C)", None),
+        ("It can't be (A), so it is (C)", "C"),
         ("Both (A) and (B)", None),
         ("E", None),
         ("AB", None),

@@ -64,7 +64,7 @@ RIGHT, WRONG = True, False
         ("#### 12 (10 + 2)", "12", RIGHT),
         ("The answer is 5. Wait, the answer is 6.", "6", RIGHT),
         ("The answer is 5. The answer is 6.", "6", WRONG),
-        ("#### \uff15", "5", WRONG),
+        ("#### \uff15", "5", RIGHT),
         ("#### 5 6", "6", WRONG),
         ("#### eight\n8", "8", RIGHT),
         ("####\n12\n13", "12", RIGHT),

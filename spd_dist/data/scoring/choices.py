@@ -9,12 +9,15 @@ from spd_dist.data.scoring.numbers import plain
 from spd_dist.data.scoring.thoughts import settled
 
 _NEGATED = re.compile(
-    r"\b(?:not|isn't|neither|nor|never|rather than|instead of|rule out|eliminate)\s+(?:option |choice |answer )?"
-    r"\(?[A-Z]\)?(?=[\s.,;:)]|$)"
+    r"\b(?i:not|isn't|neither|nor|never|rather than|instead of|rule out|eliminate)\s+(?:option |choice |answer )?"
+    r"\(?[A-Z]\)?(?=[\s.,;:)]|$)(?:,?\s+but\b)?"
+    r"|(?<!\w)\(?[A-Z]\)?(?:[.:]?[ \t]+(?![A-Z]\b)[\w']+){0,4}?[ \t]+(?:is|are|was|seems)\s+"
+    r"(?:not|wrong|incorrect|false|out)\b"
 )
+"""What an answer is not: `not A but`, `A is wrong`."""
 _ANSWER = (
     r"\b(?:[Aa](?:nswer|NSWER)\b(?: to [^.\n:]{1,60}?)?|(?:correct|right|best) (?:option|choice|letter|one))"
-    r"\s*(?:is|was|would be|must be|should be|:|=)(?:\s+but\b)?\W*?"
+    r"\s*(?:is|was|would be|must be|should be|:|=|-|\u2014)(?:\s+but\b)?\W*?"
     r"(?:(?:the |an? )?(?:correct |right |best )?(?:option|choice|letter|answer)\b[\s:]*(?:is\b)?\W*)?"
 )
 _AFTER_OPENING = (
@@ -26,6 +29,9 @@ _CHOSEN = (
     r"|choose|chose|pick|select|go with|so|therefore,?|thus,?|hence,?)"
     r"\s+(?:the )?(?:option |choice |letter |answer )?"
 )
+_IT_IS = r"\b(?:[Ii]t|[Tt]hat|[Tt]his)(?:'s| is| must be| should be| has to be)\s+"
+_TAKEN_BACK = r"\b[Nn]o[,:]\s+"
+_END = r"(?=\s*(?:[.,;:!)*\"]|$|\n)|\s+(?:because|since|as)\b)"
 
 
 def committed_letter(text: str, letters: str, choices: Sequence[str] = ()) -> str | None:
@@ -45,17 +51,21 @@ def stated_letter(text: str, letters: str) -> str | None:
 
 def _given(text: str, letters: str) -> Iterator[tuple[int, str | None]]:
     both = f"{letters}{letters.lower()}"
-    alone = re.fullmatch(rf"[\W_]*([{both}])[\W_]*", text)
+    alone = re.fullmatch(rf"[^\w?]*_*([{both}])_*[^\w?]*", text)
     if alone:
         yield 0, alone[1].upper()
         return
     opening = re.match(rf"[\s*\"'\[(]*([{letters}]){_AFTER_OPENING}", text)
     opening = opening or re.match(rf"[\s*\"]*\(([{both}])\)", text) or re.match(rf"[\s*]*([{both}])[).](?=\s|$)", text)
-    if opening and not _is_word(opening[1], text[opening.end() :]):
-        listed = set(re.findall(rf"^[\s*]*\(?([{letters}])[).:]", text, re.MULTILINE)) - {opening[1].upper()}
-        yield 0, None if listed else _alone(opening[1], text[opening.end() :], letters)
-    for pattern, taken in ((_ANSWER, both), (_CHOSEN, letters)):
-        for match in re.finditer(rf"{pattern}[\s*\"'\[(]*([{taken}])(?![\w'])", text):
+    if opening and not _is_word(opening[1], text[opening.end() :]) and not _lists(text, letters, opening[1]):
+        yield 0, _alone(opening[1], text[opening.end() :], letters)
+    for pattern, taken, end in (
+        (_ANSWER, both, ""),
+        (_CHOSEN, letters, ""),
+        (_IT_IS, letters, _END),
+        (_TAKEN_BACK, letters, _END),
+    ):
+        for match in re.finditer(rf"{pattern}[\s*\"'\[(]*([{taken}])(?![\w'?]){end}", text):
             rest = text[match.end() :]
             if not _is_word(match[1], rest):
                 yield match.start(), _alone(match[1], rest, letters)
@@ -64,8 +74,13 @@ def _given(text: str, letters: str) -> Iterator[tuple[int, str | None]]:
         r"(?:correct|right|best|true)\b",
         text,
     ):
-        if match.start() > 0:
-            yield match.start(), _alone(match[1], "", letters)
+        yield match.start(), _alone(match[1], "", letters)
+
+
+def _lists(text: str, letters: str, first: str) -> bool:
+    """Whether the text opens with the choices once more: `A. one`, line by line, or `A. B. C.`."""
+    lines = set(re.findall(rf"^[\s*]*\(?([{letters}])[).:]", text, re.MULTILINE)) - {first.upper()}
+    return bool(lines) or re.match(rf"\W*[{letters}][.)]\s+\(?[{letters}][.)]", text) is not None
 
 
 def _is_word(letter: str, rest: str) -> bool:
@@ -86,7 +101,11 @@ def _by_text(text: str, letters: str, choices: Sequence[str]) -> str | None:
     """The letter of the choice whose text is the whole answer."""
     said = {_bare(text), _bare(text.strip().partition("\n")[0])}
     said |= {_bare(match[1]) for match in re.finditer(rf"{_ANSWER}([^\n]*)", text)}
-    found = {letter for letter, choice in zip(letters, choices, strict=False) if _bare(str(choice)) in said - {""}}
+    named = (
+        (letter, {_bare(str(choice)), _bare(f"{letter} {choice}")})
+        for letter, choice in zip(letters, choices, strict=False)
+    )
+    found = {letter for letter, names in named if names & (said - {""})}
     return found.pop() if len(found) == 1 else None
 
 
@@ -95,8 +114,8 @@ def _in_brackets(text: str, letters: str) -> str | None:
     spelled = _NEGATED.sub(" ", plain(text))
     if re.match(r"\W*[A-Za-z]\W*$", spelled):
         return None
-    found = re.finditer(rf"(?<!\w)\(([{letters}])\)|\b[Oo]ption ([{letters}])\b", spelled)
-    given = [(match.start(), match[1] or match[2]) for match in found]
+    found = re.finditer(rf"(?<!\w)\(([{letters}])\)|\b[Oo]ption ([{letters}{letters.lower()}])\b", spelled)
+    given = [(match.start(), (match[1] or match[2]).upper()) for match in found]
     return None if _unsure(spelled) else settled(given, spelled, str.__eq__)
 
 

@@ -22,7 +22,7 @@ _SPELLINGS = str.maketrans({
     "\u2212": "-", "\u2013": "-", "\ufe63": "-", "\uff0d": "-", "\u2010": "-", "\u2011": "-",
     "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u2019": "'", "\u00d7": "*", "\u22c5": "*", "\u00f7": "/",
     "\u2044": "/", "\u2248": "=",
-})  # fmt: skip
+} | {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F) if code != 0xFF0D})  # full width  # fmt: skip
 _MARKUP = (
     (re.compile(r"\\d?t?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r"\1/\2"),
     (re.compile(r"\\(?:text|mathrm|mathbf|textbf|mbox)\s*\{([^{}]*)\}"), r" \1"),
@@ -40,16 +40,17 @@ _UNITS = (
     r"(?:cm|mm|km|m|kg|g|mg|lbs?|oz|ft|in|l|ml|h|hrs?|min|s|mph|kph|km/h|m/s|\u00b0[CF]?|\u20ac|\u00a3|USD|dollars?"
     r"|cents?)"
 )
+_SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _INTEGER = (
-    r"\d{1,3}(?:,\d{3})+(?!\d)|\d{1,3}(?: \d{3})+(?!\d)|\d{1,3}(?:'\d{3})+(?!\d)|\d{1,3}(?:_\d{3})+(?!\d)"
-    r"|\d{1,3}(?:\.\d{3}){2,}(?!\d)|\d+"
+    r"\d{1,3}(?:,\d{3})+(?!\d)|\d{1,2}(?:,\d{2})+,\d{3}(?!\d)|\d{1,3}(?: \d{3})+(?!\d)"
+    r"|\d{1,3}(?:'\d{3})+(?!\d)|\d{1,3}(?:_\d{3})+(?!\d)|\d{1,3}(?:\.\d{3}){2,}(?!\d)|\d+"
 )
 _EXPONENT = r"(?:[eE][+-]?\d+| ?\* ?10 ?\^ ?(?:\{[+-]?\d+\}|[+-]?\d+))"
 _NUMBER = re.compile(
     r"(?<![\w.^/\\])(?<!\d,)(?<!\d:)(?<!\d')"
     r"(?P<sign>(?<![\w)\].%])(?<![\d)\]%] )[-+])?(?:[$\u20ac\u00a3\u00a5\u20b9] ?(?P<inner>-)?)?"
     rf"(?P<value>\d+ \d+/\d+|(?:(?:{_INTEGER})(?:\.\d+)?|\.\d+){_EXPONENT}?(?: ?/ ?(?:\d+(?:\.\d+)?))?)"
-    rf"(?P<after> ?%|{_UNITS})?(?![\w^/]|[.,:']\d|\()",
+    rf"(?: (?P<scale>{'|'.join(_SCALES)})\b)?(?P<after> ?%|{_UNITS})?(?![\w^/]|[.,:']\d|\()",
     re.ASCII,
 )
 _ARITHMETIC = re.compile(r"[\d)%] ?[-+*/^] ?[$(]*[-.]?\d", re.ASCII)
@@ -59,8 +60,10 @@ _STATEMENT = re.compile(
     r"((?:(?!\banswer\b)[^\n])*)",
     re.IGNORECASE,
 )
+_NEGATED = re.compile(r",?\s*\b(?:and |but )?not\s+[$\u20ac\u00a3]?[-+]?[\d.,]*\d\w*%?(?:,?\s+but\b)?", re.IGNORECASE)
+"""`not 5 but` and `, not 5`: what an answer is not."""
 _OPENS = re.compile(
-    r"\W*(?:(?:so|the|my|our|final|answer|result|total|is|equals|about|approximately|around|exactly|to|be|a|an)\b\W*)*"
+    r"\W*(?:(?:so|not|between|either|the|my|our|final|answer|result|total|is|equals|about|approximately|around|exactly|to|be|a|an)\b\W*)*"
     r"(?:\d|[a-z] ?=)",
     re.IGNORECASE,
 )
@@ -122,6 +125,7 @@ def last_number(text: str) -> str | None:
     stated = [(place, segment_number(segment)) for place, segment in stated_answers(spelled)]
     if stated and re.search(r"\d", spelled[stated[0][0] :]):
         return settled(stated, spelled, same_number)
+    spelled = _NEGATED.sub(" ", spelled)
     numbers = list(_numbers(spelled))
     if not numbers:
         return None
@@ -138,7 +142,7 @@ def stated_answers(text: str) -> list[tuple[int, str]]:
 
 def segment_number(segment: str) -> str | None:
     """The one number of a short text that is an answer: `10 + 2 = 12` gives 12, `5 or 6` none."""
-    spelled = plain(segment)
+    spelled = _NEGATED.sub(" ", plain(segment))
     sentence = _STOP.split(spelled, maxsplit=1)[0]
     spelled = sentence if re.search(r"\d", sentence) else spelled
     sides = [side for side in spelled.split("=") if re.search(r"\d", side)]
@@ -184,6 +188,7 @@ def _value(match: re.Match[str]) -> Fraction | None:
         return None
     if match["sign"] and match["inner"]:
         return None
+    value *= _SCALES.get(match["scale"], 1)
     return -value if "-" in (match["sign"], match["inner"]) else value
 
 

@@ -28,6 +28,7 @@ SUBTASKS = (
 )  # fmt: skip
 WORDS = ("true", "false", "yes", "no", "valid", "invalid")
 """Answers that are one of two words."""
+_SLANG = {"yeah": "yes", "yep": "yes", "yup": "yes", "nope": "no"}
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ def same_text(left: str, right: str) -> bool:
 
 
 def _plain(text: str) -> str:
+    if listed := re.fullmatch(r"\s*\[((?:\s*(?:'[^']*'|\"[^\"]*\")\s*,?)+)\]\s*\.?", text):  # Python's
+        text = re.sub(r"['\"]", "", listed[1])
     bare = re.sub(r"[\s,]+", " ", text.casefold()).strip(" .*\"'`")
     return bare if re.search(r"\w", bare) else bare.replace(" ", "")
 
@@ -91,7 +94,7 @@ def _read(gold: str, text: str) -> tuple[str | None, str | None]:
         return strict and f"({strict})", lenient and f"({lenient})"
     said = _said(text)
     if gold.casefold() in WORDS:
-        return _word(said), _word(said) or _lone_word(text)
+        return _word(said), _word(said) or _concluded(text) or _lone_word(text)
     if re.fullmatch(r"-?\d+", gold):
         marked, lenient = number_answers(text)
         return marked or segment_number(said), lenient
@@ -109,7 +112,13 @@ def _said(text: str) -> str:
 
 def _word(said: str) -> str | None:
     """One of the two words, where `said` begins with it."""
-    match = re.match(rf"\W*({'|'.join(WORDS)})\b(?!\s+(?:or|and)\b)", said, re.IGNORECASE)
+    match = re.match(rf"\W*({'|'.join([*WORDS, *_SLANG])})\b(?!\s+(?:or|and)\b)", said, re.IGNORECASE)
+    return _SLANG.get(match[1].casefold(), match[1]) if match else None
+
+
+def _concluded(text: str) -> str | None:
+    """The word that the text ends in, as what something is or follows."""
+    match = re.search(rf"(?:\b(?:so|therefore|thus|hence|is)\b|=)[\s,*]+({'|'.join(WORDS)})\W*$", text, re.IGNORECASE)
     return match[1] if match else None
 
 
