@@ -1,4 +1,4 @@
-"""Outputs that a person judged, kind by kind: `tests/verdicts.jsonl`, lines as `--judge` reads them with the verdict."""
+"""Outputs that a person judged, kind by kind: lines of `tests/verdicts.jsonl` as `--judge` reads them, with a verdict."""
 
 from __future__ import annotations
 
