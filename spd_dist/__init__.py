@@ -20,13 +20,14 @@ if TYPE_CHECKING:
         load_subspace,
         overlap,
         projected,
+        push_to_hub,
         run_pipeline,
         save_subspace,
     )
 
 __all__ = [
     "CapabilitySubspace", "Config", "find_subspace", "load_config", "load_subspace", "overlap", "projected",
-    "run_pipeline", "save_subspace",
+    "push_to_hub", "run_pipeline", "save_subspace",
 ]  # fmt: skip
 
 _HOMES = {"Config": "config", "load_config": "overrides"}

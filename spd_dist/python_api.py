@@ -20,6 +20,8 @@ from spd_dist.data.tasks.described import DescribedTask, Description
 from spd_dist.distributed.world import World, join_world, leave_world
 from spd_dist.distributed.zero import weights_fingerprint
 from spd_dist.errors import DataError
+from spd_dist.hub.publish import Product, Publication, publish
+from spd_dist.hub.repository import subspace_file
 from spd_dist.models.kv_sites import discover_sites
 from spd_dist.models.policy import Policy, eos_token_ids
 from spd_dist.overrides import load_config
@@ -39,7 +41,8 @@ from spd_dist.storage.subspace_file import save_subspace
 from spd_dist.types import Projection, Subspace
 
 __all__ = [
-    "CapabilitySubspace", "find_subspace", "load_subspace", "overlap", "projected", "run_pipeline", "save_subspace",
+    "CapabilitySubspace", "find_subspace", "load_subspace", "overlap", "projected", "push_to_hub", "run_pipeline",
+    "save_subspace",
 ]  # fmt: skip
 
 _TASK = DescribedTask(Description(name="rows", prompt="{prompt}", answer=" {answer}", mask="answer"))
@@ -73,13 +76,46 @@ class CapabilitySubspace(Subspace):
         return model
 
 
-def load_subspace(path: str | Path) -> CapabilitySubspace:
-    """The subspace of a file, as `save` or a run wrote it (`project/subspace.safetensors`), on the CPU.
+def load_subspace(path: str | Path, *, revision: str | None = None) -> CapabilitySubspace:
+    """The subspace of a file, as `save` or a run wrote it, of a run's folder, or of the hub, on the CPU.
+
+    Args:
+        path: A file, a folder, or `OWNER/NAME` of a repository of the hub, if nothing here has that name.
+        revision: Branch, tag or commit on the hub.
 
     Raises:
-        DataError: the file is missing, corrupt, or no subspace.
+        ConfigError: a revision of something that is not on the hub.
+        DataError: the file is missing, corrupt, or no subspace; the hub has none, or there is no network and it is not
+            in the cache.
     """
-    return _with_methods(read_subspace(path))
+    return _with_methods(read_subspace(subspace_file(path, revision)))
+
+
+def push_to_hub(
+    run_dir: str | Path,
+    repository: str,
+    product: Product = "adapter",
+    *,
+    arm: str = "spd",
+    base_model: str | None = None,
+    public: bool = False,
+) -> str:
+    """Push what a run made, with a card that says how it came; give the commit's address.
+
+    Args:
+        run_dir: The run's folder.
+        repository: `OWNER/NAME`; it is made if there is none, private unless `public`.
+        product: adapter, merged, full, subspace, or corpus (a data set).
+        arm: Of which arm.
+        base_model: The base model's name on the hub, if the run had it from a folder or a file.
+        public: Whether everybody may see it.
+
+    Raises:
+        ConfigError: the run has no such product, or nothing may be pushed.
+        DataError: the stage that makes it is not finished, or the hub refuses it.
+        UserError: the hub did not answer; the same call goes on.
+    """
+    return publish(Publication(Path(run_dir), product, repository, arm, base_model, public))
 
 
 def run_pipeline(config: Config) -> dict[str, Any]:

@@ -121,10 +121,12 @@ def parts_of(config: Config, arms: Sequence[Arm], num_ranks: int, last: str = ST
     Arms with a subspace of their own calibrate again, which is not counted: it is short beside the rest.
     """
     writers, students = [arm for arm in arms if arm.writes], [arm for arm in arms if arm.trains]
-    num_completions = config.data.num_train * config.generate.num_samples / num_ranks
-    num_answers = config.data.num_test * config.evaluate.num_samples / num_ranks
-    steps = -(-config.data.num_train // config.finetune.global_batch_size) * config.finetune.num_epochs
-    calibrated = TRAINED_OVER_CALIBRATED * config.finetune.global_batch_size / num_ranks
+    num_train, num_test = config.data.num_train, config.data.num_test  # None is all that there are, not read yet
+    num_completions = None if num_train is None else num_train * config.generate.num_samples / num_ranks
+    num_answers = None if num_test is None else num_test * config.evaluate.num_samples / num_ranks
+    batch = config.finetune.global_batch_size
+    steps = None if num_train is None else -(-num_train // batch) * config.finetune.num_epochs
+    calibrated = TRAINED_OVER_CALIBRATED * batch / num_ranks
     parts = [
         RunPart("project", "calibrate", config.calibrate.num_examples / num_ranks),
         *(RunPart(arm.stage("generate"), "generate", num_completions) for arm in writers),

@@ -31,11 +31,12 @@ MAY_IMPORT = {  # besides itself
     "storage": BELOW | {"process"},
     "analysis": BELOW | {"storage"},
     "tracking": BELOW | {"storage", "analysis"},
+    "hub": BELOW | FILES | {"arms", "data", "models", "overrides"},
     "judging": BELOW | {"data", "sandbox", "storage"},
     "stages": BELOW | MODEL | FILES | {"data"},
     "planner": BELOW | MODEL | {"stages", "arms"},
     "preflight": BELOW | {"data", "models", "process", "storage"},
-    "python_api": BELOW | MODEL | FILES | {"arms", "data", "process", "rounds", "stages", "overrides"},
+    "python_api": BELOW | MODEL | FILES | {"arms", "data", "hub", "process", "rounds", "stages", "overrides"},
     "run": BELOW | MODEL | FILES | {"stages", "data", "process", "arms", "overrides", "judging"},
     "stage_inputs": {"arms", "run", "storage"},
     "reports": BELOW | FILES | {"data", "arms", "run"},
@@ -51,6 +52,7 @@ ONLY_IN = {
     "peft": {"models", "projection"},
     "gguf": {"models"},
     "datasets": {"data"},
+    "huggingface_hub": {"hub", "models"},
     "wandb": {"tracking"},
 }
 

@@ -88,6 +88,8 @@ class Source:
     subset: str
     split: str
     rows: slice
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
 
 
 def load_rows(task: Task, split: Split, config: Data) -> list[Row]:
@@ -159,7 +161,8 @@ def parse_source(text: str, split: str) -> Source:
     if is_file_name(text):
         return Source(text, "", "", rows)
     name, subset, named_split = (*text.split(":", 2), "", "")[:3]
-    return Source(name, subset, named_split or split, rows)
+    name, _, revision = name.partition("@")
+    return Source(name, subset, named_split or split, rows, revision or None)
 
 
 def _read(source: Source, seed: int) -> list[Located]:
@@ -181,12 +184,13 @@ def _read_hub(source: Source) -> Iterator[Located]:
     import datasets  # seconds to import, and most runs read local files
 
     where = ":".join(filter(None, (source.name, source.subset, source.split)))
+    pinned = f"@{source.revision}" if source.revision else ""
     try:
-        rows = datasets.load_dataset(source.name, source.subset or None, split=source.split)
+        rows = datasets.load_dataset(source.name, source.subset or None, split=source.split, revision=source.revision)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
-            f"hub data set {where}: cannot be loaded: {error}; check name, config and split, the network "
-            "and HF_HUB_OFFLINE, or give a local path: data.train=rows.jsonl"
+            f"hub data set {where}{pinned}: cannot be loaded: {error}; check name, revision, config and split, the "
+            "network and HF_HUB_OFFLINE, or give a local path: data.train=rows.jsonl"
         ) from error
     for index, row in enumerate(rows):
         yield Located(where, f"row {index}", {"id": f"{where}/{index}", **row}, source.subset)

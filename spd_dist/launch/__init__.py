@@ -16,6 +16,7 @@ LAUNCHERS = {
     "compare": "compare",
     "corpus": "show_corpus",
     "export": "export_policy",
+    "push": "push_product",
     "plan": "plan_run",
     "doctor": "doctor",
     "dashboard": "make_dashboard",

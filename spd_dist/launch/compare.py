@@ -1,8 +1,8 @@
 """Compare capability subspaces: `python launchers/compare.py A B ... [--png FILE]`.
 
-Each of A, B, ... is a run's folder or a subspace.safetensors file. Prints how far they overlap, over all sites that
-they share and site by site; --png draws the overlap matrix and the spectra. Overlap is the mean squared cosine of the
-principal angles: 1 for the same subspace, and about rank / width for unrelated ones.
+Each of A, B, ... is a run's folder, a subspace.safetensors file, or OWNER/NAME on the hub. Prints how far they
+overlap, over all sites that they share and site by site; --png draws the overlap matrix and the spectra. Overlap is
+the mean squared cosine of the principal angles: 1 for the same subspace, and about rank / width for unrelated ones.
 Exit codes: 0 done, 3 an artifact is wrong, 1 anything else.
 """
 
@@ -21,6 +21,7 @@ from rich.table import Table
 
 from spd_dist.analysis.subspace_algebra import overlap, principal_angles, shared_sites
 from spd_dist.errors import UserError
+from spd_dist.hub.repository import subspace_file
 from spd_dist.storage.subspace_file import load_subspace
 from spd_dist.types import KVSite, SiteSubspace, Subspace
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, compare, and turn the outcome into an exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", type=Path, nargs="+", metavar="RUN_DIR|FILE")
+    parser.add_argument("paths", type=Path, nargs="+", metavar="RUN_DIR|FILE|HUB")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the overlap matrix and the spectra")
     chosen = parser.parse_args(arguments)
     try:
@@ -54,10 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def load(paths: Sequence[Path]) -> dict[str, Subspace]:
     """The subspaces, named A, B, ... in the order of their paths."""
-    return {
-        _letter(index): load_subspace(path / "project" / "subspace.safetensors" if path.is_dir() else path)
-        for index, path in enumerate(paths)
-    }
+    return {_letter(index): load_subspace(subspace_file(path)) for index, path in enumerate(paths)}
 
 
 def _letter(index: int) -> str:

@@ -1,7 +1,8 @@
 """Export a projected policy for other engines: `python launchers/export.py RUN_DIR --base MODEL_FOLDER --out FOLDER`.
 
-RUN_DIR is a run's folder, whose project.* settings and seed are used, or a subspace.safetensors file. `--form folded`
-writes a model folder with the projection in its weights; `--form adapter` a LoRA adapter for the untouched model.
+RUN_DIR is a run's folder, whose project.* settings and seed are used, or a subspace.safetensors file, or OWNER/NAME on
+the hub. `--form folded` writes a model folder with the projection in its weights; `--form adapter` a LoRA adapter for
+the untouched model.
 Exit codes: 0 done, 2 the config is wrong, 3 the model or the subspace is wrong, 1 anything else.
 """
 
@@ -29,7 +30,7 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("subspace", type=Path, metavar="RUN_DIR|FILE", help="a run's folder, or a subspace.safetensors")
+    parser.add_argument("subspace", type=Path, metavar="RUN_DIR|FILE|HUB", help="whose subspace")
     parser.add_argument("overrides", nargs="*", metavar="project.key=value", help="win over the run's config")
     parser.add_argument(
         "--base", type=Path, required=True, metavar="FOLDER", help="the untouched model, as safetensors"
@@ -49,13 +50,14 @@ def export(arguments: argparse.Namespace) -> str:
     config_file = arguments.subspace / "config.yaml"
     config = load_config([config_file] if is_run and config_file.is_file() else [], arguments.overrides)
 
+    from spd_dist.hub.repository import subspace_file
     from spd_dist.projection.adapter_export import export_adapter
     from spd_dist.projection.folded_export import export_folded
     from spd_dist.projection.parity import check_base
     from spd_dist.stages.project import projection
     from spd_dist.storage.subspace_file import load_subspace
 
-    subspace = load_subspace(arguments.subspace / "project" / "subspace.safetensors" if is_run else arguments.subspace)
+    subspace = load_subspace(subspace_file(arguments.subspace))
     operators = projection(subspace, config.project, config.seed)
     fingerprint = subspace.metadata.get("base_fingerprint")
     if fingerprint is not None and not (arguments.other_base or arguments.no_check):

@@ -12,6 +12,10 @@ import jinja2
 
 from spd_dist.models.gguf import find_gguf
 
+IN_REPORT = "The comparison with the base model on held-out examples is in `report.json` of the run."
+"""Stands in a card where a card that is pushed has the comparison itself (`spd_dist.hub.cards`)."""
+THIS_FOLDER = "path/to/this/folder"
+"""What a card loads the student by, until it has an address."""
 LICENCE_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "LICENCE", "NOTICE", "USE_POLICY.md")
 
 
@@ -36,6 +40,8 @@ def write_card(card: Card, folder: Path, form: Literal["adapter", "model"]) -> N
     values: dict[str, Any] = {
         **vars(card),
         "form": form,
+        "in_report": IN_REPORT,
+        "this_folder": THIS_FOLDER,
         "license": licence(card),
         "title": f"{card.base_model.rstrip('/').rpartition('/')[2]}, distilled from itself",
     }

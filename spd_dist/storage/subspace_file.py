@@ -22,6 +22,8 @@ from spd_dist.storage.artifacts import read_tensors, write_tensors
 from spd_dist.types import Certificate, KVSite, SiteSubspace, Subspace, record_of
 
 SITES = "sites"
+FILE_NAME = "subspace.safetensors"
+"""In a run's folder `project/`, and in a repository of the hub."""
 
 
 def save_subspace(path: str | Path, subspace: Subspace) -> None:

@@ -50,8 +50,8 @@ class RunPart:
     """`generate`, `evaluate/spd`, ...: its place in the run folder."""
     stage: str
     """The verb: parts of one verb have one pace."""
-    units: float
-    """That a rank does."""
+    units: float | None
+    """That a rank does; None while nobody knows how many there are."""
     like: str = ""
     """The verb whose pace stands in until this one has its own; none if not given."""
     units_of_like: float = 1.0
@@ -88,7 +88,7 @@ class RunEstimate:
             pace = self._pace.get(part.stage)
             if pace is None and part.like in self._pace:
                 pace = self._pace[part.like] * part.units_of_like
-            if pace is None:
+            if pace is None or part.units is None:
                 return None
             total += pace * part.units
         return total

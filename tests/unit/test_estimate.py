@@ -58,6 +58,16 @@ def test_the_run_takes_its_stage_and_all_that_come_after():
     assert run.seconds_left(0.0) == 4 * 7.0 + 5 * 3.0
 
 
+def test_a_run_of_all_rows_that_there_are_has_no_estimate_before_they_are_counted():
+    config = load_config(["configs/quickstart.yaml"], ["data.num_train=null", "data.num_test=null"])
+    run = RunEstimate()
+    run.expect(parts_of(config, chosen(config.evaluate.arms), 1))
+    run.now = "project"
+    run.measure("calibrate", 1.0)
+    run.measure("generate", 1.0)
+    assert run.seconds_left(3.0) is None
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_the_parts_are_those_of_the_arms(num_ranks):
     config = load_config(["configs/quickstart.yaml"], ["data.num_train=96"])

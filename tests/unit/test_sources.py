@@ -114,7 +114,12 @@ def test_the_hub_is_asked_for_config_and_split(monkeypatch):
     assert [row["id"] for row in found] == ["openai/gsm8k:main:test/0", "openai/gsm8k:main:test/1"]
     assert [row["answer"] for row in found] == ["2", "1"]
     load_rows(GSM8K, "calibration", Data(calibration="a/b"))
-    assert asked == [(("openai/gsm8k", "main"), {"split": "test"}), (("a/b", None), {"split": "train"})]
+    load_rows(GSM8K, "train", Data(train="a/b@v2:main:dev[:1]"))
+    assert asked == [
+        (("openai/gsm8k", "main"), {"split": "test", "revision": None}),
+        (("a/b", None), {"split": "train", "revision": None}),
+        (("a/b", "main"), {"split": "dev", "revision": "v2"}),
+    ]
 
 
 def test_an_unreachable_hub_is_one_clear_error(monkeypatch):
