@@ -12,6 +12,7 @@ from collections.abc import Sequence
 LAUNCHERS = {
     "run": "run_method",
     "experiment": "run_experiment",
+    "mechanism": "measure_subspace",
     "evaluate": "evaluate_model",
     "compare": "compare",
     "corpus": "show_corpus",

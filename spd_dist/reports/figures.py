@@ -44,7 +44,8 @@ def svg(name: str, figure: Figure) -> str:
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
-def _blank(height_inches: float, num_columns: int = 1, **options: Any) -> tuple[Figure, Any]:
+def blank(height_inches: float, num_columns: int = 1, **options: Any) -> tuple[Figure, Any]:
+    """A figure of the pages' width and style, and its axes."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -59,7 +60,7 @@ def _legend(axes: Axes, **options: Any) -> None:
 
 def forest(comparisons: Sequence[Mapping[str, Any]], metric: str) -> str:
     """Every paired difference with its 95 % interval, filled where it leaves out zero; dots are single seeds."""
-    figure, axes = _blank(0.8 + 0.35 * len(comparisons))
+    figure, axes = blank(0.8 + 0.35 * len(comparisons))
     scale = 1 if metric == "nll" else 100
     for row, one in enumerate(reversed(comparisons)):
         low, high = (scale * bound for bound in one["interval"])
@@ -78,7 +79,7 @@ def forest(comparisons: Sequence[Mapping[str, Any]], metric: str) -> str:
 
 def spectra(project: Mapping[str, Any]) -> str:
     """Each site's spectrum, as shares of its energy, and the energy that the strongest directions hold."""
-    figure, (left, right) = _blank(2.8, 2)
+    figure, (left, right) = blank(2.8, 2)
     for name, site in project["sites"].items():
         spectrum_D = torch.tensor(site["spectrum"], dtype=torch.float64).clamp(min=0)
         share_D = spectrum_D / spectrum_D.sum().clamp(min=1e-300)
@@ -100,7 +101,7 @@ def angles(name: str, pairs: Mapping[str, Sequence[float]]) -> str | None:
     """The principal angles of each pair in degrees, smallest first; None where there is no pair."""
     if not pairs:
         return None
-    figure, axes = _blank(2.8)
+    figure, axes = blank(2.8)
     for label, angle_R in pairs.items():
         axes.plot(range(1, len(angle_R) + 1), angle_R, linewidth=1, label=label)
     axes.set_xlabel("principal angle")
@@ -112,7 +113,7 @@ def angles(name: str, pairs: Mapping[str, Sequence[float]]) -> str | None:
 
 def lengths(name: str, answers: Mapping[str, Lengths]) -> str:
     """How long each arm's answers are, as a histogram a row, and how they ended."""
-    figure, (left, right) = _blank(0.9 + 0.42 * len(answers), 2, sharey=True, width_ratios=(3, 2))
+    figure, (left, right) = blank(0.9 + 0.42 * len(answers), 2, sharey=True, width_ratios=(3, 2))
     longest = max((num_tokens for rows in answers.values() for num_tokens, _ in rows), default=1)
     edges = [longest * index / NUM_BARS for index in range(NUM_BARS + 1)]
     arms = list(answers)[::-1]
@@ -139,7 +140,7 @@ def curves(losses: Losses) -> str | None:
     """Training loss over optimizer steps, arm by arm; None where no arm was trained."""
     if not losses:
         return None
-    figure, axes = _blank(2.6)
+    figure, axes = blank(2.6)
     for arm, one in losses.items():
         axes.plot(one["steps"], one["losses"], linewidth=1.1, label=arm)
     axes.set_xlabel("optimizer step")
@@ -154,7 +155,7 @@ def rounds(found: Sequence[Mapping[str, Any]]) -> str | None:
     later = [one for one in found if "1" in one["drift"]]
     if not later:
         return None
-    figure, (left, right) = _blank(2.6, 2)
+    figure, (left, right) = blank(2.6, 2)
     numbers = [one["round"] for one in found]
 
     def mean(sites: Sequence[float]) -> float:

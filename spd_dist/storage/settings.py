@@ -34,6 +34,7 @@ MAY_CHANGE = (
     "evaluate.allow_code_execution",
     "evaluate.batch_size",
     "evaluate.placement",
+    "mechanism",  # a stage beside the method: its settings are among its own inputs
     "distributed.zero_stage",
     "distributed.timeout_seconds",
     "distributed.time_limit_seconds",

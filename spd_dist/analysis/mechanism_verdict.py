@@ -1,0 +1,250 @@
+"""What the mechanism test says: effects with intervals, ranks among random subspaces, correction for many looks.
+
+Shapes: C comparisons, J subspaces that are exchangeable under the hypothesis: the method's own and the random ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from spd_dist.analysis.intervals import paired_bootstrap
+from spd_dist.errors import DataError
+
+SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True)
+class ControlEffect:
+    """What one other subspace does."""
+
+    name: str
+    effect: float
+    """Mean over rows of NLL(projected) - NLL(base) of the gold answer: nats an answer, negative is better."""
+    interval: tuple[float, float]
+    """95 %, by the paired bootstrap over rows."""
+    kl: float
+    """KL(base || projected), nats a token."""
+
+
+@dataclass(frozen=True)
+class MatchedKL:
+    """The method's subspace and the random ones at equal distortion, pair by pair."""
+
+    p_value: float
+    """One-sided: (1 + random subspaces at least as low) / (1 + random subspaces)."""
+    effect: float
+    """Of the method's subspace: the mean over pairs, in which it is blended where it distorts more."""
+    kl: float
+    """Its mean divergence in these pairs."""
+
+
+@dataclass(frozen=True)
+class MechanismResult:
+    """`mechanism/mechanism.json`: the primary comparison."""
+
+    num_rows: int
+    num_random: int
+    effect: float
+    interval: tuple[float, float]
+    p_value: float
+    """One-sided, among the random subspaces of the same rank, whatever they distort."""
+    matched_kl: MatchedKL
+    controls: list[ControlEffect]
+
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class MatchedPair:
+    """The method's subspace (`own`) and another at equal distortion."""
+
+    name: str
+    blended: str
+    """Which of the two was blended down: `spd`, the other's name, or neither."""
+    share: float
+    """Of its projection that was left."""
+    kl: float
+    other_kl: float
+    effect: float
+    other_effect: float
+    difference: float
+    """Own less other, over the same rows: negative speaks for the method's subspace."""
+    interval: tuple[float, float]
+    is_matched: bool
+
+
+@dataclass(frozen=True)
+class VariantSummary:
+    """What one projection did, on average over the rows."""
+
+    comparison: str
+    prompt: str
+    name: str
+    kind: str
+    """spd, random, equal_energy, control, candidate."""
+    share: float
+    """Of the projection; below 1 it is blended."""
+    num_rows: int
+    effect: float
+    interval: tuple[float, float]
+    solution_effect: float
+    """The same of the whole reference answer's NLL."""
+    log_odds_change: float | None
+    kl: float
+    kl_prompt: float | None
+    kl_solution: float | None
+    kl_answer: float | None
+    entropy_change: float
+    leakage: float
+
+
+@dataclass(frozen=True)
+class ExploredComparison:
+    """A comparison that the config did not name as the primary one."""
+
+    name: str
+    prompt: str
+    num_rows: int
+    num_random: int
+    effect: float
+    interval: tuple[float, float]
+    kl: float
+    mean_random_effect: float
+    mean_random_kl: float
+    p_value: float
+    p_corrected: float
+    """For the number of explored comparisons, by the largest statistic over the same random subspaces."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A subspace under which the rows were answered, too."""
+
+    name: str
+    effect: float
+    value: float
+    """The task's metric."""
+
+
+@dataclass(frozen=True)
+class Validity:
+    """Whether a lower NLL of the gold answers goes with better answers, over subspaces."""
+
+    num_rows: int
+    base_value: float
+    subspaces: list[Answered]
+    rank_correlation: float | None
+    """Spearman's, of effect and metric: near -1 if the test says what the answers say; None where one does not vary."""
+
+
+@dataclass(frozen=True)
+class MechanismDetails:
+    """`mechanism/details.json`: everything that the page shows."""
+
+    schema_version: int
+    sentence: str
+    task: str
+    model: str
+    prompt: str
+    kinds: str
+    operator: str
+    rank: dict[str, int]
+    base_nll: float
+    """Mean of the gold answer under the untouched policy, nats."""
+    variants: list[VariantSummary]
+    matches: list[MatchedPair]
+    explored: list[ExploredComparison]
+    validity: Validity | None = None
+
+
+def effect_of(
+    name: str, base: Mapping[str, float], projected: Mapping[str, float], kl: float, seed: int
+) -> ControlEffect:
+    """The effect of one projection on the gold answers' NLL, by row id.
+
+    Raises:
+        DataError: the two were not measured on the same rows.
+    """
+    found = paired_bootstrap(base, projected, seed)
+    return ControlEffect(name, found.difference, (found.interval.low, found.interval.high), kl)
+
+
+def rank_p_value(own: float, random: Sequence[float]) -> float:
+    """The share of the subspaces, the method's own included, whose effect is at least as low."""
+    return (1 + sum(one <= own for one in random)) / (1 + len(random))
+
+
+def matched_p_value(pairs: Sequence[tuple[float, float]]) -> float:
+    """The same of pairs (own, random) at equal distortion."""
+    return (1 + sum(random <= own for own, random in pairs)) / (1 + len(pairs))
+
+
+def max_statistic_p_values(effects: Sequence[Sequence[float]]) -> list[float]:
+    """P values of several comparisons, corrected for their number by the largest statistic (Westfall and Young 1993).
+
+    Each comparison's effects are standardised over its J subspaces; a subspace's statistic is the largest of its
+    comparisons. Under the hypothesis the method's own is one among J alike, in all comparisons together.
+
+    Args:
+        effects: Of each comparison, the method's own first, then those of the random subspaces, in one order.
+
+    Raises:
+        DataError: comparisons with different numbers of subspaces, or with fewer than two.
+    """
+    if not effects:
+        return []
+    if len({len(one) for one in effects}) != 1 or len(effects[0]) < 2:
+        raise DataError(
+            f"comparisons with {sorted({len(one) for one in effects})} subspaces cannot be corrected for their number; "
+            "each needs the same random subspaces, at least one"
+        )
+    effect_CJ = torch.tensor(effects, dtype=torch.float64)
+    spread_C1 = effect_CJ.std(1, keepdim=True).clamp_min(1e-300)
+    statistic_CJ = (effect_CJ.mean(1, keepdim=True) - effect_CJ) / spread_C1
+    largest_J = statistic_CJ.max(0).values
+    reached_CJ = largest_J[None, :] >= statistic_CJ[:, :1] - 1e-12
+    return reached_CJ.double().mean(1).tolist()
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Spearman's, mean ranks for ties; None where one of the two does not vary."""
+    a, b = _ranks(first), _ranks(second)
+    a, b = a - a.mean(), b - b.mean()
+    size = math.sqrt(float(a.square().sum() * b.square().sum()))
+    return float((a * b).sum()) / size if size > 0 else None
+
+
+def _ranks(values: Sequence[float]) -> torch.Tensor:
+    return torch.tensor(
+        [sum(other < one for other in values) + (sum(other == one for other in values) - 1) / 2 for one in values],
+        dtype=torch.float64,
+    )
+
+
+def sentence(result: MechanismResult, num_lower: int) -> str:
+    """The verdict in one sentence.
+
+    Args:
+        result: The primary comparison.
+        num_lower: Random subspaces whose effect at equal distortion is at least as low as the method's.
+    """
+    low, high = result.interval
+    verb = "lowers" if result.effect < 0 else "raises"
+    p_value, total = result.matched_kl.p_value, result.num_random
+    more = "more" if result.effect < 0 else "less"
+    if p_value <= SIGNIFICANT:
+        than = f"{more} than {total - num_lower} of {total} random subspaces at equal distortion"
+    elif num_lower:
+        than = f"no {more} than {num_lower} of {total} random subspaces at equal distortion"
+    else:
+        than = f"{more} than all of {total} random subspaces at equal distortion, too few to show it"
+    return (
+        f"The capability subspace {verb} the gold answer's NLL by {abs(result.effect):.3f} nats "
+        f"(95 % interval of the change {low:+.3f} to {high:+.3f}, n {result.num_rows}), {than} "
+        f"(p {p_value:.3f})."
+    )

@@ -1,0 +1,207 @@
+"""Rows under many projections: each batch's base pass once, then a pass a projection; written as they come."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from spd_dist.config import Evaluate, Mechanism
+from spd_dist.data.held_out import HeldOutExample
+from spd_dist.distributed.collectives import gather_objects, on_main
+from spd_dist.inference.placement import choose_placement, placed
+from spd_dist.mechanism.prefix import SharedPrefix
+from spd_dist.mechanism.scoring import RowValues, ScoredBatch, log_probabilities, row_values, scored_logits
+from spd_dist.models.policy import Policy
+from spd_dist.projection.hooks import projected
+from spd_dist.stages.context import StageContext
+from spd_dist.storage.artifacts import JsonlWriter, read_jsonl
+from spd_dist.types import KVSite, Projection, record_of
+
+log = logging.getLogger(__name__)
+
+PARTS = "rows.part-*.jsonl"
+SAME = 1e-4
+"""Largest difference of a logit between a pass that begins at the shared prefix and a whole one."""
+
+Values = Mapping[str, RowValues]
+"""Of one variant, by row id."""
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """One policy that rows are scored under."""
+
+    prompt: str
+    """The form in which rows are asked."""
+    name: str
+    """Unique among the variants of this form; the base has none."""
+    projection: Projection | None = None
+
+    @property
+    def key(self) -> str:
+        """What its values are filed under."""
+        return f"{self.prompt}|{self.name}"
+
+    @property
+    def first_layer(self) -> int:
+        """The lowest that the projection touches."""
+        return 0 if self.projection is None else min(site.layer for site in self.projection.operators)
+
+
+def base(prompt: str) -> Variant:
+    """The untouched policy."""
+    return Variant(prompt, "base")
+
+
+class Passes(NamedTuple):
+    """A variant, and the batches that it is wanted for."""
+
+    variant: Variant
+    batches: Sequence[int]
+
+
+class Measurement:
+    """Values by variant and row, on every rank the same; what an earlier attempt has left is not computed again."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        rows: Mapping[str, Sequence[HeldOutExample]],
+        sites: Sequence[KVSite],
+        config: Mechanism,
+        context: StageContext,
+    ) -> None:
+        """Divide the rows into batches, the same at every world size, and read what is there. A collective.
+
+        Args:
+            policy: Untouched.
+            rows: In each form of the prompt, the same rows in the same order.
+            sites: Any of the policy's: they tell where its layers are.
+            config: Its section.
+            context: Of the run.
+        """
+        self.policy, self.context, self.config = policy, context, config
+        pad_token_id, device = policy.pad_token_id, context.world.device
+        self.batches = {
+            prompt: [
+                ScoredBatch.of(each[start : start + config.batch_size], pad_token_id, device)
+                for start in range(0, len(each), config.batch_size)
+            ]
+            for prompt, each in rows.items()
+        }
+        longest = max(len(row.example.tokens) for each in rows.values() for row in each)
+        decoding = dataclasses.replace(Evaluate().decoding(), batch_size=config.batch_size, max_new_tokens=1)
+        self.placement = choose_placement(policy, decoding, context.world, longest, section="mechanism")
+        shares = config.share_prefix and self.placement == "replica"
+        self.prefix = SharedPrefix(policy.model, sites) if shares else None
+        self.checked: set[int] = set()
+        self.values: dict[str, dict[str, RowValues]] = {}
+        for line in on_main("reading what was measured before", self._read_parts):
+            self._file(line)
+
+    def batches_of(self, prompt: str, num_rows: int) -> range:
+        """The first batches, that hold at least so many rows if there are so many."""
+        return range(min(len(self.batches[prompt]), -(-num_rows // self.config.batch_size)))
+
+    def take(self, wanted: Sequence[Passes]) -> None:
+        """Compute what is missing of these, and of the base on the same batches. A collective.
+
+        Raises:
+            StopRequested: after a pass, on the ranks that were asked; what is written stays.
+        """
+        by_batch: dict[tuple[str, int], dict[str, Variant]] = {}
+        for variant, batches in wanted:
+            for index in batches:
+                variants = by_batch.setdefault((variant.prompt, index), {"": base(variant.prompt)})
+                variants.setdefault(variant.key, variant)
+        missing = {
+            place: [one for one in variants.values() if not self._has(one, self.batches[place[0]][place[1]])]
+            for place, variants in by_batch.items()
+        }
+        todo = [(place, variants) for place, variants in sorted(missing.items()) if variants]
+        if not todo:
+            return
+        world = self.context.world
+        own, lines = todo[world.rank :: world.size], []
+        name = f"rows.part-{world.rank:05d}-of-{world.size:05d}.jsonl"
+        with placed(self.policy, self.placement, world, "scoring"), JsonlWriter(self.context.folder / name) as part:
+            for (prompt, index), variants in own:
+                lines += self._take_batch(self.batches[prompt][index], variants, part)
+        for rank_lines in gather_objects(lines):
+            for line in rank_lines:
+                self._file(line)
+
+    def values_of(self, variant: Variant, batches: Sequence[int]) -> dict[str, RowValues]:
+        """What was computed, by row id, in the order of the rows."""
+        found = self.values[variant.key]
+        ids = [row.example.id for index in batches for row in self.batches[variant.prompt][index].rows]
+        return {key: found[key] for key in ids}
+
+    def mean_kl(self, variant: Variant, batches: Sequence[int]) -> float:
+        """The mean divergence of a variant over the rows of these batches."""
+        values = self.values_of(variant, batches).values()
+        return sum(one.kl for one in values) / len(values)
+
+    def _has(self, variant: Variant, batch: ScoredBatch) -> bool:
+        found = self.values.get(variant.key, {})
+        return all(row.example.id in found for row in batch.rows)
+
+    def _file(self, line: Mapping[str, Any]) -> None:
+        self.values.setdefault(line["variant"], {})[line["id"]] = record_of(RowValues, line["values"])
+
+    def _read_parts(self) -> list[dict[str, Any]]:
+        return [line for file in sorted(self.context.folder.glob(PARTS)) for line in read_jsonl(file)]
+
+    def _take_batch(self, batch: ScoredBatch, variants: Sequence[Variant], part: JsonlWriter) -> list[dict[str, Any]]:
+        """The base pass, then each variant's; the lines that were written."""
+        lines: list[dict[str, Any]] = []
+
+        def write(
+            variant: Variant, logit_SV: torch.Tensor, base_KV: torch.Tensor | None, leakage: float | None
+        ) -> None:
+            for row_id, values in row_values(logit_SV, batch, base_KV, leakage):
+                line = {"variant": variant.key, "id": row_id, "values": dataclasses.asdict(values)}
+                part.write(line)
+                lines.append(line)
+            self.context.advance(len(batch.rows), batch.num_tokens)
+            self.context.stop_alone()
+
+        firsts = {one.first_layer for one in variants}
+        logit_SV = self._base_pass(batch, firsts)
+        base_KV = log_probabilities(logit_SV, batch)
+        for variant in variants:
+            if variant.projection is None:
+                write(variant, logit_SV, None, None)
+        del logit_SV
+        for variant in variants:
+            if variant.projection is not None:
+                with projected(self.policy.model, variant.projection) as monitor:
+                    logit_SV = self._pass_from(variant.first_layer, batch)
+                write(variant, logit_SV, base_KV, monitor.leakage())
+        return lines
+
+    def _base_pass(self, batch: ScoredBatch, firsts: set[int]) -> torch.Tensor:
+        if self.prefix is None:
+            return scored_logits(self.policy, batch)
+        with self.prefix.recording(firsts):
+            logit_SV = scored_logits(self.policy, batch)
+        for first in sorted(firsts - self.checked - {0}):
+            with self.prefix.replaying(first):
+                gap = (scored_logits(self.policy, batch) - logit_SV).abs().max().item()
+            self.checked.add(first)
+            if not gap <= SAME:
+                log.warning("mechanism: a pass from layer %d differs by %.1e, so each pass is a whole one", first, gap)
+                self.prefix = None
+                break
+        return logit_SV
+
+    def _pass_from(self, first: int, batch: ScoredBatch) -> torch.Tensor:
+        if self.prefix is None:
+            return scored_logits(self.policy, batch)
+        with self.prefix.replaying(first):
+            return scored_logits(self.policy, batch)

@@ -1,0 +1,205 @@
+"""The mechanism test in a run's folder: calibrate to project where they are missing, then `mechanism/`.
+
+mechanism.json    the primary comparison
+details.json      all comparisons, matches and doses; what mechanism.html shows
+rows.parquet      every row under every subspace
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import torch
+
+from spd_dist.analysis.subspace_algebra import fix_signs
+from spd_dist.arms import ARMS, Scope
+from spd_dist.config import Config
+from spd_dist.data.held_out import held_out_rows, make_held_out, shuffled_examples, wrong_examples
+from spd_dist.data.prompts import make_examples, make_test_set
+from spd_dist.data.tasks.protocol import Row
+from spd_dist.distributed.collectives import on_main, together
+from spd_dist.distributed.world import World
+from spd_dist.errors import ConfigError
+from spd_dist.mechanism.comparisons import layers_of, planned
+from spd_dist.mechanism.controls import Material, chosen_controls, strongest
+from spd_dist.mechanism.measure import HeldOut, measure
+from spd_dist.mechanism.measurement import PARTS
+from spd_dist.mechanism.moments import CalibrationMoments, gradient_moments
+from spd_dist.mechanism.summing import MechanismOutcome
+from spd_dist.models.kv_sites import discover_sites
+from spd_dist.pipeline import find_subspace
+from spd_dist.process.signals import StopSignals
+from spd_dist.process.stopping import watch
+from spd_dist.reports.mechanism_page import write_mechanism_page
+from spd_dist.run import Run
+from spd_dist.storage.artifacts import content_hash, read_json, replacing, sha256_of, write_json
+from spd_dist.storage.subspace_file import load_subspace
+from spd_dist.tracking.metrics import MetricLogger
+from spd_dist.types import KVSite, SiteSubspace, Subspace, SupervisedExample
+
+STAGE = "mechanism"
+OUTPUTS = ("mechanism.json", "details.json", "rows.parquet", "mechanism.html")
+SUBSPACE = "subspace.safetensors"
+CHANGES_NOTHING = ("batch_size", "share_prefix", "in_run")
+"""Keys of the section that change no result."""
+
+
+def measure_mechanism(config: Config, world: World, signals: StopSignals) -> str:
+    """Do the test of `config` in its run folder, and give what a person wants to read. A collective.
+
+    It works beside a run of the same folder, as a job of its own; start it again to go on where it stopped.
+
+    Raises:
+        UserError: what the user can put right.
+    """
+    watch(signals, Path(config.run_dir))
+    comparisons = planned(config.mechanism)
+    last = "evaluate" if config.mechanism.num_generated else "project"
+    run = Run(config, world, signals, Scope("calibrate", last, job=STAGE))
+    if config.project.insertion != "linear":
+        raise ConfigError(
+            f"project.insertion: {config.project.insertion} is not valid for the mechanism test, whose controls are "
+            "cut of whole linear outputs; set project.insertion=linear"
+        )
+    with run.kept_status(), run.opened():
+        find_subspace(run, ARMS["spd"], wanted=True)
+        rows = held_out_rows(run.rows("test"), calibration_rows(run), run.task, needed_rows(config, len(comparisons)))
+
+        def work(folder: Path) -> None:
+            policy = run.policy()
+            with together("rendering the held-out rows"):
+                forms = {
+                    form: make_held_out(
+                        rows,
+                        run.task,
+                        policy.tokenizer,
+                        config.data,
+                        form,
+                        kl_positions=config.mechanism.kl_positions,
+                    )
+                    for form in dict.fromkeys(one.prompt for one in comparisons)
+                }
+            answered = rows[: config.mechanism.num_generated]
+            test_set = make_test_set(answered, run.task, policy.tokenizer, config) if answered else None
+            material = find_material(run, folder, layers_of(comparisons))
+            with run.progress(STAGE, None, "rows") as progress:
+                context = dataclasses.replace(run.context(folder, progress=progress), facts={"task": run.task.name})
+                outcome = measure(policy, HeldOut(forms, test_set), material, config, context)
+            on_main("writing the mechanism test", lambda: write(folder, outcome, run.metrics))
+
+        run.run_stage(STAGE, inputs_of(run, rows), OUTPUTS, work)
+        folder = run.folder.folder(STAGE)
+        text = on_main("reading the mechanism test", lambda: read_json(folder / "details.json")["sentence"])
+    return f"{text}\n{folder / 'mechanism.html'}"
+
+
+def needed_rows(config: Config, num_comparisons: int) -> int:
+    """Rows of the primary comparison, and of the others if there are any."""
+    asked = config.mechanism
+    return max(asked.num_rows, asked.num_explored_rows) if num_comparisons > 1 else asked.num_rows
+
+
+def calibration_rows(run: Run) -> list[Row]:
+    """The rows that the subspace comes from."""
+    return run.rows("calibration")[: run.config.calibrate.num_examples]
+
+
+def inputs_of(run: Run, rows: Sequence[Row]) -> dict[str, str]:
+    """What the result depends on."""
+    section = {key: value for key, value in run.plain[STAGE].items() if key not in CHANGES_NOTHING}
+    other = run.config.mechanism.other_subspace
+    found = {
+        "settings": content_hash([section, run.settings("seed", "model", "data", "calibrate", "project")]),
+        "subspace": run.folder.output_hash("project", SUBSPACE),
+        "calibration": content_hash(calibration_rows(run)),
+        "rows": content_hash(rows),
+    }
+    if other is not None:
+        found["other"] = on_main("reading the other task's subspace", lambda: sha256_of(subspace_file(other)))
+    return found
+
+
+def subspace_file(name: str) -> Path:
+    """The subspace that `mechanism.other_subspace` names."""
+    path = Path(name)
+    return path / "project" / SUBSPACE if path.is_dir() else path
+
+
+def find_material(run: Run, folder: Path, layers: set[int]) -> Material:
+    """The method's subspace and all moments that the controls of the config are cut of. A collective."""
+    config, policy = run.config, run.policy()
+    calibrate, data, tokenizer = config.calibrate, config.data, policy.tokenizer
+    with together("preparing the controls"):
+        found = load_subspace(run.folder.folder("project") / SUBSPACE)
+        other = config.mechanism.other_subspace
+        other_task = None if other is None else load_subspace(subspace_file(other))
+        examples, _ = make_examples(run.rows("calibration"), run.task, tokenizer, data, calibrate)
+        wrong = wrong_examples(run.rows("calibration"), run.task, tokenizer, data, calibrate, config.seed)
+        names = config.mechanism.controls
+        controls = chosen_controls(names, has_wrong=bool(wrong), has_other=other is not None)
+        whole = dataclasses.replace(calibrate, mask="full", allow_empty=True)
+        full, _ = make_examples(run.rows("calibration"), run.task, tokenizer, data, whole)
+        sites = all_sites(run, found, layers)
+
+    def moments(of: Sequence[SupervisedExample]) -> CalibrationMoments:
+        return gradient_moments(policy, of, sites, calibrate, run.context(folder))
+
+    own = moments(examples)
+    return Material(
+        spd=with_sites(found, sites, own, config),
+        controls=tuple(controls),
+        calibration=own,
+        full=moments(full).gradient if "full_gradient" in controls else None,
+        shuffled=moments(shuffled_examples(examples, config.seed)).gradient if "shuffled_tokens" in controls else None,
+        wrong=moments(wrong).gradient if {"wrong_answers", "right_minus_wrong"} & set(controls) else None,
+        other=other_task,
+    )
+
+
+def all_sites(run: Run, found: Subspace, layers: set[int]) -> list[KVSite]:
+    """The subspace's sites, and those of further layers that a comparison names."""
+    further = sorted(layers - {site.layer for site in found.sites})
+    return sorted({*found.sites, *(discover_sites(run.policy().model, further) if further else [])})
+
+
+def with_sites(found: Subspace, sites: Sequence[KVSite], moments: CalibrationMoments, config: Config) -> Subspace:
+    """The subspace with the strongest directions at sites that the run did not calibrate."""
+    parts = dict(found.sites)
+    like = next(iter(parts.values()))
+    for site in sites:
+        if site not in parts:
+            basis_DR = fix_signs(strongest(moments.gradient[site], config.project.planned_rank(site.width))).float()
+            eigenvalue_D = torch.linalg.eigvalsh(moments.gradient[site]).flip(0).clamp_min(0)
+            kept = (eigenvalue_D[: basis_DR.shape[1]].sum() / eigenvalue_D.sum()).item()
+            parts[site] = SiteSubspace(basis_DR, eigenvalue_D, kept, like.certificate)
+    return Subspace(parts, found.metadata)
+
+
+def write(folder: Path, outcome: MechanismOutcome, metrics: MetricLogger) -> None:
+    """Files, page and metrics of a test."""
+    result, details = dataclasses.asdict(outcome.result), dataclasses.asdict(outcome.details)
+    write_json(folder / "mechanism.json", result)
+    write_json(folder / "details.json", details)
+    columns = list(outcome.rows[0])
+    table = pyarrow.table({name: [row[name] for row in outcome.rows] for name in columns})
+    with replacing(folder / "rows.parquet") as partial:
+        pyarrow.parquet.write_table(table, partial)
+    write_mechanism_page(folder / "mechanism.html", result, details)
+    log_metrics(metrics, result, details)
+    for part in folder.glob(PARTS):
+        part.unlink()
+
+
+def log_metrics(metrics: MetricLogger, result: Mapping[str, Any], details: Mapping[str, Any]) -> None:
+    """The verdict as numbers, and every subspace as a row of a table."""
+    matched = {f"matched_{name}": value for name, value in result["matched_kl"].items()}
+    low, high = result["interval"]
+    values = {name: result[name] for name in ("effect", "p_value", "num_rows", "num_random")}
+    metrics.log(STAGE, {**values, "effect_low": low, "effect_high": high, **matched}, result["num_rows"])
+    columns = [name for name in details["variants"][0] if name != "interval"]
+    metrics.table(STAGE, "subspaces", columns, [[one[name] for name in columns] for one in details["variants"]])

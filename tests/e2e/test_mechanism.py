@@ -1,0 +1,105 @@
+"""The mechanism test by its launcher: one result at every world size and after a kill, and clear about faults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+from launching import Launch, differences, launch
+from tiny import save_tiny_model
+
+from spd_dist.storage.artifacts import read_json
+
+LAUNCHER = "launchers/mechanism.py"
+WORDS = [
+    "calibrate.num_examples=7", "calibrate.num_shards=4", "calibrate.batch_size=2", "evaluate.max_new_tokens=4",
+    "mechanism.num_rows=6", "mechanism.batch_size=2", "mechanism.num_random=4", "mechanism.num_equal_energy=1",
+    "mechanism.num_explored_rows=4", "mechanism.num_explored_random=3", "mechanism.num_generated=2",
+    "mechanism.explore=[kinds=value@fraction=0.25,layers=1]", "mechanism.doses=[0.5]",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory) -> list[str]:
+    return [f"model.name={save_tiny_model(tmp_path_factory.mktemp('policy') / 'model')}", *WORDS]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(words, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    output = launch(2, [*words, f"run_dir={folder / 'run'}"], folder / "log", launcher=LAUNCHER)
+    assert output.count("The capability subspace ") == 1
+    return folder / "run"
+
+
+def results(run: Path) -> dict[str, object]:
+    folder = run / "mechanism"
+    table = pyarrow.parquet.read_table(folder / "rows.parquet").to_pylist()
+    rows = {f"{row['prompt']}/{row['variant']}~{row['share']}/{row['id']}": row for row in table}
+    return {name: read_json(folder / f"{name}.json") for name in ("mechanism", "details")} | {"rows": rows}
+
+
+def close(found: object, expected: object) -> bool:
+    """Equal, numbers to rounding."""
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(close(found[key], expected[key]) for key in expected)
+    if isinstance(expected, list):
+        return len(found) == len(expected) and all(map(close, found, expected))
+    if isinstance(expected, float):
+        return found == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    return found == expected
+
+
+def test_the_files_hold_the_primary_comparison_and_every_row(undisturbed):
+    found = results(undisturbed)
+    result, details, rows = found["mechanism"], found["details"], found["rows"]
+    assert set(result) == {"num_rows", "num_random", "effect", "interval", "p_value", "matched_kl", "controls"}
+    assert set(result["matched_kl"]) == {"p_value", "effect", "kl"}
+    assert {frozenset(one) for one in result["controls"]} == {frozenset({"name", "effect", "interval", "kl"})}
+    names = [one["name"] for one in result["controls"]]
+    assert (result["num_rows"], result["num_random"]) == (6, 4)
+    assert {"random_003", "equal_energy_000", "activation_pca", "complement", "wrong_answers", "cleaned"} <= set(names)
+    of_spd = {key: row["nll_answer"] for key, row in rows.items() if key.startswith("task/spd~1.0/")}
+    of_base = {key: row["nll_answer"] for key, row in rows.items() if key.startswith("task/base~0.0/")}
+    assert len(of_spd) == len(of_base) == 6
+    assert result["effect"] == pytest.approx((sum(of_spd.values()) - sum(of_base.values())) / 6)
+    assert result["interval"][0] <= result["effect"] <= result["interval"][1]
+    explored = {one["name"]: one for one in details["explored"]}
+    assert explored.keys() == {"prompt=bare", "kinds=value@fraction=0.25", "layers=1"}
+    assert all(one["num_rows"] == 4 and one["p_corrected"] >= one["p_value"] for one in explored.values())
+    assert all(one["is_matched"] for one in details["matches"])
+    assert details["validity"]["num_rows"] == 2
+    assert {one["name"] for one in details["validity"]["subspaces"]} >= {"spd", "activation_pca", "random_000"}
+    page = (undisturbed / "mechanism" / "mechanism.html").read_text()
+    assert page.count("<svg") == 2
+    assert "kinds=value@fraction=0.25" in page
+    assert not list((undisturbed / "mechanism").glob("rows.part-*"))
+    logged = (undisturbed / "metrics" / "mechanism_rank_00000.jsonl").read_text()
+    assert '"mechanism/matched_p_value"' in logged
+
+
+def test_one_rank_gives_the_same_and_so_does_a_run_that_was_killed_on_two(words, undisturbed, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log"
+    started = Launch(2, [*words, f"run_dir={run}"], log, LAUNCHER)
+    started.kill_when(lambda: sum(file.stat().st_size for file in run.rglob("rows.part-*.jsonl")) > 4000)
+    assert not (run / "mechanism").exists()
+    launch(1, [*words, f"run_dir={run}", "distributed.zero_stage=0"], log, launcher=LAUNCHER)
+    found, expected = results(run), results(undisturbed)
+    assert found["rows"].keys() == expected["rows"].keys()
+    wrong = [line for name in expected for line in differences(found[name], expected[name], name)]
+    assert close(found, expected), wrong[:5]
+    again = launch(1, [*words, f"run_dir={run}", "distributed.zero_stage=0"], tmp_path / "again", launcher=LAUNCHER)
+    assert "mechanism: complete, skipped" in again
+    assert "The capability subspace " in again
+
+
+@pytest.mark.parametrize(("word", "message"), [
+    ("mechanism.controls=[activations]", "mechanism.controls: 'activations' is no control; the nearest is"),
+    ("mechanism.explore=[rank=3]", "mechanism.explore: 'rank=3' is no comparison; write kinds="),
+    ("project.insertion=head", "project.insertion: head is not valid for the mechanism test"),
+])  # fmt: skip
+def test_what_cannot_be_compared_is_refused(words, tmp_path, word, message):
+    output = launch(1, [*words, f"run_dir={tmp_path}", word], tmp_path / "log", code=2, launcher=LAUNCHER)
+    assert output.count("error: ") == 1
+    assert message in output
