@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,7 +15,7 @@ from spd_dist.errors import ConfigError
 Corpus = Literal["nothing", "itself", "itself, ended", "references"]
 """What an arm is fine-tuned on: its own completions, those cut to end in EOS, or the calibration set's answers."""
 
-MAY_VARY = ("calibrate", "sketch", "reduce", "project", "generate", "finetune")
+MAY_VARY = ("calibrate", "sketch", "reduce", "project", "generate", "finetune", "evaluate")
 RANK_RULES = {"rank": "fixed", "fraction": "fraction", "energy": "energy"}
 """A variant that names one of these keys means the rule, too."""
 
@@ -42,9 +42,15 @@ class Arm:
         """Whether it needs completions of its own."""
         return self.learns_from.startswith("itself")
 
+    @property
+    def made_as(self) -> str:
+        """Its name without what it changes of `evaluate`: arms of one such name share all but their answers."""
+        base, *changes = self.name.split("@")
+        return "@".join([base, *(change for change in changes if not change.startswith("evaluate."))])
+
     def stage(self, verb: str) -> str:
         """The folder of one of its stages: the method's own arm at the top of the run, the others beside each other."""
-        return verb if self.name == "spd" else f"arms/{self.name}/{verb}"
+        return verb if self.made_as == "spd" else f"arms/{self.made_as}/{verb}"
 
 
 SSD = (
@@ -84,6 +90,15 @@ def chosen(names: Iterable[str]) -> list[Arm]:
         what = "an empty list" if repeated is None else f"{repeated} twice"
         raise ConfigError(f"evaluate.arms: {what} is not valid; name each arm once, as in [base,psr,spd]")
     return arms
+
+
+def swept(names: Sequence[str], temperatures: Sequence[float]) -> tuple[str, ...]:
+    """The arms, and the untouched model and each student once more for every temperature, if they are not named yet."""
+    found = list(names)
+    for arm in chosen(names):
+        if (arm.trains or arm.name == "base") and arm.made_as == arm.name:
+            found += [f"{arm.name}@evaluate.temperature={value:g}" for value in temperatures]
+    return tuple(dict.fromkeys(found))
 
 
 def _arm(name: str) -> Arm:

@@ -17,8 +17,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from spd_dist.arms import Arm, chosen
-from spd_dist.config import Config, Experiment, Generate, engine_of
+from spd_dist.arms import Arm, chosen, swept
+from spd_dist.config import Config, Experiment
+from spd_dist.config_rules import check_across_fields
 from spd_dist.errors import ConfigError
 
 SHIPPED = "package:"
@@ -31,7 +32,7 @@ def load_config(paths: Iterable[str | Path] = (), overrides: Iterable[str] = ())
     Raises:
         ConfigError: an unreadable file, an unknown key, a wrong type, or a value out of bounds.
     """
-    config = _build(Config, _merged(paths, overrides), "")
+    config = _with_sweep(_build(Config, _merged(paths, overrides), ""))
     _check(config)
     return config
 
@@ -58,6 +59,8 @@ def load_experiment(paths: Iterable[str | Path], overrides: Iterable[str] = ()) 
         raise ConfigError(
             f"seeds: {list(experiment.seeds)} is not valid; name at least two, each once, or use launchers/spd.py"
         )
+    arms = swept(experiment.arms, experiment.run.evaluate.temperatures)
+    experiment = dataclasses.replace(experiment, arms=arms)
     _check(experiment.config_of(experiment.seeds[0]))
     return experiment
 
@@ -81,8 +84,14 @@ def _merged(paths: Iterable[str | Path], overrides: Iterable[str]) -> dict[str, 
         raise ConfigError(f"{error.full_key}: an interpolation does not resolve: {error}") from error
 
 
+def _with_sweep(config: Config) -> Config:
+    """The config with the arms that `evaluate.temperatures` adds."""
+    arms = swept(config.evaluate.arms, config.evaluate.temperatures)
+    return dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, arms=arms))
+
+
 def _check(config: Config) -> None:
-    _check_across_fields(config)
+    check_across_fields(config)
     for arm in chosen(config.evaluate.arms):
         config_of_arm(config, arm)
 
@@ -99,7 +108,7 @@ def config_of_arm(config: Config, arm: Arm) -> Config:
     for word in arm.settings:
         merged = OmegaConf.merge(merged, _read_override(word)[1])
     own = _build(Config, OmegaConf.to_container(merged, resolve=True), "")
-    _check_across_fields(own)
+    check_across_fields(own)
     return own
 
 
@@ -237,53 +246,6 @@ def _check_bounds(value: Any, metadata: Mapping[str, Any], key: str) -> None:
         if rule in metadata and not holds(metadata[rule]):
             raise ConfigError(
                 f"{key}: {value!r} is out of bounds; it must be {rule.replace('_', ' ')} {metadata[rule]}"
-            )
-
-
-def _check_across_fields(config: Config) -> None:
-    """Rules that tie two fields together."""
-    if config.project.rank_rule == "fixed" and config.project.rank is None:
-        raise ConfigError("project.rank: None is not valid with project.rank_rule=fixed; set project.rank=N")
-    if config.evaluate.num_samples > 1 and config.evaluate.temperature == 0:
-        raise ConfigError(
-            f"evaluate.num_samples: {config.evaluate.num_samples} is not valid with evaluate.temperature=0, since all "
-            "of them would be the same; set evaluate.temperature=0.8"
-        )
-    if config.data.template == "plain" and (config.data.system is not None or config.data.template_options):
-        rule = "not valid with data.template=plain; set data.template=chat"
-        raise ConfigError(f"data.system, data.template_options: {rule}")
-    if not config.finetune.validation_fraction and (config.finetune.keep_best or config.finetune.patience is not None):
-        raise ConfigError(
-            "finetune.keep_best, finetune.patience: not valid with finetune.validation_fraction=0, since they follow "
-            "the validation loss; set finetune.validation_fraction=0.05"
-        )
-    if (config.finetune.keep_every or 0) % config.finetune.checkpoint_every:
-        raise ConfigError(
-            f"finetune.keep_every: {config.finetune.keep_every} is not valid; it must be a multiple of "
-            f"finetune.checkpoint_every={config.finetune.checkpoint_every}"
-        )
-    if not config.calibrate.layers:
-        raise ConfigError("calibrate.layers: an empty list is not valid; name at least one layer, as in [middle,last]")
-    _check_generate(config.generate)
-
-
-def _check_generate(generate: Generate) -> None:
-    """Rules that tie two fields of the section together."""
-    if generate.task_index >= generate.num_tasks:
-        raise ConfigError(
-            f"generate.task_index: {generate.task_index} is out of bounds; "
-            f"it must be below generate.num_tasks={generate.num_tasks}"
-        )
-    engine = engine_of(generate.engine, generate.vllm_python, generate.command)
-    if generate.batch_invariant and engine != "hf":
-        raise ConfigError(
-            f"generate.batch_invariant: true is not valid with generate.engine={engine}, whose batches are its own; "
-            "set generate.engine=hf, or generate.batch_invariant=false"
-        )
-    for section, needs in {"vllm": "vllm_python", "command": "command"}.items():
-        if generate.engine == section and getattr(generate, needs) is None:
-            raise ConfigError(
-                f"generate.{needs}: None is not valid with generate.engine={section}; set generate.{needs}"
             )
 
 

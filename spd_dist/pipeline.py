@@ -138,7 +138,9 @@ def answer(run: Run, arm: Arm) -> None:
         with run.progress("evaluate", None, "answers", arm) as progress:
             policy, context = run.policy_of(arm, test_set), run.context(folder.parent, arm, progress)
             held_to = None if arm.trains else _projection(run, arm)
-            return evaluate_arm(policy, test_set, run.config.evaluate, context, arm=arm.name, projection=held_to)
+            return evaluate_arm(
+                policy, test_set, run.config_of(arm).evaluate, context, arm=arm.name, projection=held_to
+            )
 
     run.run_stage(f"evaluate/{arm.name}", stage_inputs.of_answers(run, arm), [f"{run.task.name}.jsonl"], work)
 

@@ -129,7 +129,7 @@ def run_pipeline(config: Config) -> dict[str, Any]:
     Raises:
         UserError: what the user can put right.
     """
-    from spd_dist.rounds import run_rounds
+    from spd_dist.runs.rounds import run_rounds
 
     world = join_world(config.distributed)
     try:

@@ -39,23 +39,24 @@ def of_completions(run: Run, arm: Arm) -> dict[str, str]:
 
 def of_student(run: Run, arm: Arm) -> dict[str, str]:
     """Policy, training, and what the student learns from; and the arm, that its card names."""
-    found = {"settings": run.settings(*READ_BY["finetune"], arm=arm), "arm": f"{arm.name}: {arm.learns_from}"}
+    found = {"settings": run.settings(*READ_BY["finetune"], arm=arm), "arm": f"{arm.made_as}: {arm.learns_from}"}
     if arm.writes:
         return found | {"completions": run.folder.output_hash(arm.stage("generate"), CORPUS)}
     references = [run.settings("data", "calibrate.num_examples", arm=arm), run.rows("calibration")]
     return found | {"references": content_hash(references)}
 
 
-def of_protocol(run: Run) -> dict[str, str]:
-    """Test set, and how it is answered."""
-    is_sampled = run.config.evaluate.temperature > 0
-    settings = run.settings("model", "data", "evaluate", *(["seed"] if is_sampled else []))
+def of_protocol(run: Run, arm: Arm | None = None) -> dict[str, str]:
+    """Test set, and how it is answered, by an arm."""
+    config = run.config if arm is None else run.config_of(arm)
+    is_sampled = config.evaluate.temperature > 0
+    settings = run.settings("model", "data", "evaluate", *(["seed"] if is_sampled else []), arm=arm)
     return {"settings": settings, "test": content_hash(run.rows("test"))}
 
 
 def of_answers(run: Run, arm: Arm) -> dict[str, str]:
     """Test set, protocol, and the policy that answers."""
-    found = of_protocol(run)
+    found = of_protocol(run, arm)
     if arm.trains:
         return found | {"student": run.folder.output_hash(arm.stage("finetune"))}
     return found | of_projection(run, arm)

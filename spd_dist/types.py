@@ -197,3 +197,7 @@ class Answer:
     """Mean negative log-likelihood of the reference answer's tokens, for tasks that are measured by it."""
     sample: int = 0
     """Which of the arm's answers to the example, from 0."""
+    reason: str = ""
+    """Why it is right or wrong: `right`, `other value`, `no answer`, `unfinished`; of programs `failed`, `time`, ..."""
+    vote: str | None = None
+    """What was extracted in one spelling: answers of one vote are the same answer."""

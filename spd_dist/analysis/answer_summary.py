@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -33,6 +34,10 @@ class AnswersSummary:
     repetition_fraction: float
     mean_tokens: float
     num_tokens: int
+    unfinished_fraction: float
+    """Answers that are wrong because their thought was cut at the limit."""
+    reasons: dict[str, int]
+    """How many answers are right or wrong for each reason, the most frequent first."""
 
 
 def answers_summary(answers: Sequence[Answer], metric: str) -> AnswersSummary:
@@ -74,6 +79,8 @@ def answers_summary(answers: Sequence[Answer], metric: str) -> AnswersSummary:
         repetition_fraction=share(answer.is_repetitive for answer in answers),
         mean_tokens=sum(answer.num_tokens for answer in answers) / num,
         num_tokens=sum(answer.num_tokens for answer in answers),
+        unfinished_fraction=share(answer.reason == "unfinished" for answer in answers),
+        reasons=dict(Counter(answer.reason for answer in answers).most_common()),
     )
 
 

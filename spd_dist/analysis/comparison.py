@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from spd_dist.analysis.answer_summary import samples_of, values_by_id
 from spd_dist.analysis.intervals import detectable_difference, holm, mcnemar, paired_bootstrap, paired_t
+from spd_dist.analysis.sample_measures import paired_measures
 from spd_dist.errors import DataError
 from spd_dist.types import Answer
 
@@ -100,6 +102,11 @@ def _compared(
         "interval": list(outcome.interval),
         "num_examples": outcome.num_examples,
         **diagnostics(answers[before], answers[after], metric),
+        "samples": {
+            name: dataclasses.asdict(one)
+            for name, one in paired_measures(answers[before], answers[after], seed).items()
+            if metric != "nll"
+        },
     }
     if metric == "nll" or samples_of(answers[before]) > 1:
         found = paired_t(*values)

@@ -72,7 +72,7 @@ def main(words: Sequence[str] | None = None) -> int:
     make_room(os.environ)
 
     def work(world: World) -> str:
-        from spd_dist.standalone_eval import evaluate_alone
+        from spd_dist.runs.standalone_eval import evaluate_alone
 
         summary = evaluate_alone(config, tasks, adapter=arguments.adapter, world=world, signals=signals)
         return table(summary, config.run_dir)

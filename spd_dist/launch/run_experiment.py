@@ -76,7 +76,7 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
 
 def run(experiment: Experiment, arguments: argparse.Namespace, signals: StopSignals) -> int:
     """The experiment, on all ranks."""
-    from spd_dist.experiment import jobs, report, run_experiment, unfinished
+    from spd_dist.runs.experiment import jobs, report, run_experiment, unfinished
 
     if arguments.list:
         left = unfinished(experiment)

@@ -119,7 +119,7 @@ def preview(config: Config, num_examples: int) -> int:
 def run(config: Config, arguments: argparse.Namespace, signals: StopSignals) -> int:
     """Run the stages."""
     from spd_dist.arms import Scope
-    from spd_dist.rounds import run_rounds
+    from spd_dist.runs.rounds import run_rounds
     from spd_dist.storage.restart import restart
 
     def work(world: World) -> str:

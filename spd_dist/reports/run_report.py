@@ -27,16 +27,19 @@ from spd_dist.analysis.comparison import (
     size_notes,
     verdict,
 )
+from spd_dist.analysis.decode_control import decode_controls
+from spd_dist.analysis.sample_measures import sample_measures
 from spd_dist.analysis.subspace_algebra import angles
 from spd_dist.config import STAGES
 from spd_dist.storage.answers import answers_path, read_answers
 from spd_dist.storage.artifacts import content_hash, read_json, write_json
 from spd_dist.storage.manifests import MANIFEST, finished_stages
 from spd_dist.tracking.metrics import MetricLogger, training_losses
+from spd_dist.types import Answer
 
 NUM_SAMPLES = 32
 """Answers of each arm in the table that W&B shows."""
-LEFT_OUT = ("interval", "sentence", "metric", "pass_at_k")
+LEFT_OUT = ("interval", "sentence", "metric", "pass_at_k", "reasons", "samples")
 """What that of the arms, a column a number, does not show."""
 
 
@@ -76,6 +79,7 @@ def write_report(
     answers = {arm: read_answers(answers_path(run_folder / "evaluate", arm, task)) for arm in arms}
     summaries = {arm: dataclasses.asdict(answers_summary(answers[arm], metric)) for arm in arms}
     found, stages = comparisons(answers, metric, seed), _summaries(run_folder)
+    controls = decode_controls(answers, metric, seed)
     report = {
         "task": task,
         "metric": metric,
@@ -83,7 +87,8 @@ def write_report(
         "temperature": asked.temperature,
         "num_samples": next(iter(summaries.values()))["num_samples"],
         "examples": content_hash(sorted(answer.id for answer in next(iter(answers.values())))),
-        "verdict": verdict(found, metric),
+        "verdict": " ".join([*(one.sentence for one in controls), verdict(found, metric)]),
+        "decode_controls": [dataclasses.asdict(one) for one in controls],
         "test_size": asked.test_size,
         "notes": [
             *notes(summaries),
@@ -92,7 +97,10 @@ def write_report(
             *overlap_notes(overlaps),
         ],
         "overlaps": [dict(one) for one in overlaps],
-        "arms": {arm: {"sentence": sentence, **summaries[arm]} for arm, sentence in arms.items()},
+        "arms": {
+            arm: {"sentence": sentence, **summaries[arm], "samples": _measured(answers[arm], metric)}
+            for arm, sentence in arms.items()
+        },
         "comparisons": found,
         "cost": cost(run_folder, _tokens(stages, summaries)),
         "stages": stages,
@@ -102,6 +110,11 @@ def write_report(
     }
     write_json(run_folder / "report.json", report)
     return report
+
+
+def _measured(answers: Sequence[Answer], metric: str) -> dict[str, dict[str, Any]]:
+    found = {} if metric == "nll" else sample_measures(answers)
+    return {name: dataclasses.asdict(one) for name, one in found.items()}
 
 
 def cost(run_folder: Path, tokens: Mapping[str, int]) -> dict[str, dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,8 @@ def _arm(arm: str, by_seed: Sequence[Answers], reports: Sequence[Mapping[str, An
     spread = _spread(values, crossed(values) if metric == "nll" else crossed_share(values))
     means = {name: statistics.fmean(one[name] for one in each) for name in DIAGNOSTICS}
     passed = {k: statistics.fmean(one["pass_at_k"][k] for one in each) for k in each[0]["pass_at_k"]}
-    return {"sentence": each[0]["sentence"], **spread, **means, "pass_at_k": passed}
+    reasons = dict(sum((Counter(one["reasons"]) for one in each), Counter()).most_common())
+    return {"sentence": each[0]["sentence"], **spread, **means, "pass_at_k": passed, "reasons": reasons}
 
 
 def _comparisons(by_seed: Sequence[Answers], metric: str) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from spd_dist.analysis.answer_summary import AnswersSummary, answers_summary
 from spd_dist.config import Evaluate
 from spd_dist.data.batches import Division, micro_batches, pad
 from spd_dist.data.prompts import TestSet
+from spd_dist.data.scoring.programs import canonical
 from spd_dist.data.tasks.protocol import Row, Task
 from spd_dist.distributed.collectives import gather_objects, on_main, together
 from spd_dist.errors import DataError
@@ -141,7 +142,7 @@ def _answer(answering: _Answering, todo: Sequence[Request], likelihoods: Mapping
     """Append this rank's answers to its part as they finish."""
     policy, test_set, context = answering.policy, answering.test_set, answering.context
     config = answering.config
-    sampling = Sampling(temperature=config.temperature, top_p=1.0, max_new_tokens=config.max_new_tokens)
+    sampling = Sampling(config.temperature, config.top_p, config.top_k, config.min_p, 1.0, config.max_new_tokens)
     rows = {row["id"]: row for row in test_set.rows}
 
     def judge(decoded: Decoded) -> Answer:
@@ -191,6 +192,8 @@ def _judged(decoded: Decoded, policy: Policy, task: Task, row: Row, nll: float |
         is_repetitive=is_repetitive(completion),
         nll=nll,
         sample=request.sample,
+        reason=score.reason,
+        vote=None if score.extracted is None else canonical(score.extracted),
     )
 
 

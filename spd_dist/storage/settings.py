@@ -31,6 +31,7 @@ MAY_CHANGE = (
     "finetune.packing",
     "finetune.merge",
     "evaluate.arms",
+    "evaluate.temperatures",
     "evaluate.allow_code_execution",
     "evaluate.batch_size",
     "evaluate.placement",

@@ -14,7 +14,7 @@ from spd_dist.config import Distributed, Model
 from spd_dist.distributed.world import join_world
 from spd_dist.distributed.zero import weights_fingerprint
 from spd_dist.models.policy import load_policy
-from spd_dist.rounds import write_merged
+from spd_dist.runs.rounds import write_merged
 
 TOKENS = torch.arange(3, 40)[None]
 SHARDED = Distributed(timeout_seconds=60, deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}})

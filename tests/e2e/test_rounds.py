@@ -8,7 +8,7 @@ from launching import SMALL, Launch, launch
 from tiny import save_tiny_model
 
 from spd_dist.overrides import load_config
-from spd_dist.rounds import config_of_round
+from spd_dist.runs.rounds import config_of_round
 from spd_dist.storage.artifacts import read_json
 from spd_dist.storage.subspace_file import load_subspace
 

@@ -4,7 +4,7 @@ import pytest
 
 from spd_dist.arms import chosen
 from spd_dist.overrides import load_config
-from spd_dist.rounds import parts_of
+from spd_dist.runs.rounds import parts_of
 from spd_dist.tracking.progress import RunEstimate, RunPart, StageEstimate
 
 

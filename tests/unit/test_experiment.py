@@ -8,8 +8,8 @@ import pytest
 from spd_dist.arms import ARMS
 from spd_dist.config import Config, Experiment
 from spd_dist.errors import ConfigError
-from spd_dist.experiment import ExperimentJob, jobs, unfinished
 from spd_dist.overrides import load_experiment, to_yaml
+from spd_dist.runs.experiment import ExperimentJob, jobs, unfinished
 from spd_dist.storage.artifacts import write_json
 from spd_dist.storage.settings import result_settings
 

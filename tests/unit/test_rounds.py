@@ -7,7 +7,7 @@ from spd_dist.arms import Scope
 from spd_dist.errors import ConfigError
 from spd_dist.overrides import load_config
 from spd_dist.process.signals import StopSignals
-from spd_dist.rounds import run_rounds
+from spd_dist.runs.rounds import run_rounds
 
 
 def test_rounds_of_lora_students_in_bfloat16_are_refused(tmp_path):

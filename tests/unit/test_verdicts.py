@@ -1,4 +1,4 @@
-"""Outputs that a person judged, kind by kind: lines of `tests/verdicts.jsonl` as `--judge` reads them, with a verdict."""
+"""Outputs that a person judged, kind by kind: `tests/verdicts.jsonl` has lines for `--judge`, with verdicts."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence, Set
 
 from spd_dist.data.scoring.extract import fences
+from spd_dist.data.scoring.numbers import parse_number
 
 PYTHON = ("", "python", "py", "python3", "python2")
 """What a fence may name the language of a program."""
@@ -131,3 +132,23 @@ def _syntax_error(program: str) -> int | None:
     except (ValueError, RecursionError, MemoryError):
         return 1
     return None
+
+
+def canonical(answer: str) -> str:
+    """A number's value, a program without comments, docstrings and layout (by its syntax tree), else plain text."""
+    number = parse_number(answer)
+    if number is not None:
+        return str(number)
+    if re.search(r"^\s*(?:def|class|import|from) ", answer, re.MULTILINE) and parses(answer):
+        return _tree(answer)
+    return re.sub(r"\s+", " ", answer).strip().casefold()
+
+
+def _tree(program: str) -> str:
+    with warnings.catch_warnings(action="ignore"):  # of the model's program
+        tree = ast.parse(program)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module):
+            is_text = isinstance(node.body[0], ast.Expr) and isinstance(node.body[0].value, ast.Constant)
+            node.body = node.body[1:] if is_text and len(node.body) > 1 else node.body
+    return ast.unparse(tree)

@@ -23,7 +23,7 @@ from spd_dist.process.signals import StopSignals, task_name
 from spd_dist.process.stopping import watch
 from spd_dist.reports.experiment_report import write_experiment
 from spd_dist.reports.seeds import seeds_text
-from spd_dist.rounds import folders, run_rounds
+from spd_dist.runs.rounds import folders, run_rounds
 from spd_dist.storage.manifests import MANIFEST
 from spd_dist.storage.restart import kept_status, status_path
 
