@@ -19,7 +19,7 @@ from yaml import YAMLError
 
 from spd_dist.arms import Arm, chosen, swept
 from spd_dist.config import Config, Experiment
-from spd_dist.config_rules import check_across_fields
+from spd_dist.config.rules import check_across_fields
 from spd_dist.errors import ConfigError
 
 SHIPPED = "package:"

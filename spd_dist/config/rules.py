@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from spd_dist.config import Config, Generate, engine_of
+from spd_dist.config.sections import Generate, engine_of
+from spd_dist.config.whole import Config
 from spd_dist.errors import ConfigError
 
 

@@ -1,0 +1,41 @@
+"""Every setting: `sections.py` has a field a line, `whole.py` a run and an experiment, `rules.py` what ties them.
+
+Importing this package imports no torch.
+"""
+
+from spd_dist.config.sections import (
+    STAGES,
+    Calibrate,
+    Data,
+    Distributed,
+    Evaluate,
+    Finetune,
+    Generate,
+    Mechanism,
+    Metrics,
+    Model,
+    Project,
+    Reduce,
+    Sketch,
+    engine_of,
+)
+from spd_dist.config.whole import Config, Experiment
+
+__all__ = [
+    "STAGES",
+    "Calibrate",
+    "Config",
+    "Data",
+    "Distributed",
+    "Evaluate",
+    "Experiment",
+    "Finetune",
+    "Generate",
+    "Mechanism",
+    "Metrics",
+    "Model",
+    "Project",
+    "Reduce",
+    "Sketch",
+    "engine_of",
+]
