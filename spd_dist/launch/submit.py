@@ -107,6 +107,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Parse, render, and show or submit."""
     arguments = parse_arguments(words)
     try:
+        check_clone()
         folder, jobs = plan(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -122,6 +123,17 @@ def main(words: Sequence[str] | None = None) -> int:
         if before is None:
             return 1
     return 0
+
+
+def check_clone() -> None:
+    """See that the batch scripts are here, and the launchers that they start.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    template = TEMPLATES / "job.sbatch.j2"
+    if not template.is_file():
+        raise ConfigError(f"{template} is not in {Path.cwd()}: submit from the root of a clone, which all nodes see")
 
 
 def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
