@@ -22,6 +22,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
 from spd_dist.config import Distributed
+from spd_dist.distributed.checkpoint_safety import data_alone
 from spd_dist.distributed.zero import merge_settings, whole_shape
 from spd_dist.errors import ConfigError, DataError
 
@@ -217,7 +218,8 @@ def load_engine(engine: DeepSpeedEngine, folder: Path, tag: str) -> None:
     """Restore what `save_engine` wrote, at the same world size unless it was converted."""
     groups = engine.optimizer.param_groups
     settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-    engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False, load_lr_scheduler_states=False)
+    with data_alone():
+        engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False, load_lr_scheduler_states=False)
     # From a universal checkpoint, DeepSpeed gives every group the settings of the first, and one step counter to all of
     # them, which then counts as many steps at once as there are groups.
     for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
@@ -244,6 +246,6 @@ def convert_to_universal(checkpoint: Path, target: Path) -> None:
         strict=True,
         inject_missing_state=True,
     )
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with data_alone(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         ds_to_universal.main(arguments)
     (target.parent / "latest_universal").unlink()  # only a load without a tag would read it

@@ -17,7 +17,7 @@ from tiny import save_tiny_model
 from spd_dist.distributed.collectives import gather_objects
 from spd_dist.errors import DataError, StopRequested
 from spd_dist.process.signals import STOP_FILE, StopSignals
-from spd_dist.storage.artifacts import read_json, read_jsonl
+from spd_dist.storage.artifacts import read_json, read_jsonl, sha256_of, write_json
 
 FULL = {"mode": "full", "learning_rate": 1e-3}
 LORA: dict = {}
@@ -106,6 +106,47 @@ def resume_past_a_corrupt_checkpoint(model: Path, folder: Path) -> None:
         train(model, folder, num_epochs=4)
     with pytest.raises(DataError, match=r"was written with distributed\.zero_stage=3, .* cannot read; set it back"):
         train(model, folder, num_epochs=3, distributed={"zero_stage": 0})
+
+
+class Runs:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.target,)
+
+
+def resume_from_a_hostile_checkpoint(model: Path, folder: Path, zero_stage: int, kind: str, world_size: int) -> None:
+    """Somebody who may write the run folder puts code into a shard, and the right hash of it into the marker."""
+    shard = next((folder / "checkpoints").glob(f"step_00000004/*{kind}_states.pt"))
+    if dist.get_rank() == 0:
+        state = torch.load(shard, weights_only=False)
+        torch.save({**state, "more": Runs(folder / "code-ran")}, shard)
+        marker = read_json(shard.with_name("COMPLETE.json"))
+        write_json(
+            shard.with_name("COMPLETE.json"), {**marker, "sha256": {**marker["sha256"], shard.name: sha256_of(shard)}}
+        )
+    dist.barrier()
+    with pytest.raises(
+        DataError, match=rf"{shard.name} is not read: .* could run code .*; delete .*step_00000004, and"
+    ):
+        train(model, folder, num_epochs=3, checkpoint_every=2, distributed={"zero_stage": zero_stage})
+    assert gather_objects((folder / "code-ran").exists()) == [False] * world_size
+
+
+@pytest.mark.parametrize(("zero_stage", "kind", "world_size"), [
+    (3, "optim", 2),
+    (3, "model", 1),
+    pytest.param(2, "optim", 2, marks=pytest.mark.slow),
+    pytest.param(0, "model", 2, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_a_checkpoint_cannot_run_code_at_any_world_size(model, tmp_path, zero_stage, kind, world_size):
+    run = tmp_path / "run"
+    run_on_ranks(2, tmp_path / "store", train_and_stop, model, run, zero_stage, 4, {})
+    store = tmp_path / "store-2"
+    run_on_ranks(world_size, store, resume_from_a_hostile_checkpoint, model, run, zero_stage, kind, world_size)
 
 
 def test_a_corrupt_newest_checkpoint_is_named_and_the_one_before_it_used(model, tmp_path):

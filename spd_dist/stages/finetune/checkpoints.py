@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from spd_dist.distributed.checkpoint_safety import refuse_code
 from spd_dist.distributed.collectives import any_rank, gather_objects, on_main, together
 from spd_dist.distributed.training_engine import DeepSpeedEngine, convert_to_universal, load_engine, save_engine
 from spd_dist.distributed.world import World
@@ -168,13 +169,16 @@ class Checkpoints:
         """The folder to load at this world size and stage: the checkpoint, or its universal form, made now if need be.
 
         Raises:
-            DataError: it was written without ZeRO and should be read with it, or the other way round.
+            DataError: it was written without ZeRO and should be read with it, or the other way round; or a file of it
+                is not data alone.
         """
         if bool(found.zero_stage) != bool(self.zero_stage):
             raise DataError(
                 f"{found.folder} was written with distributed.zero_stage={found.zero_stage}, which a run with "
                 f"distributed.zero_stage={self.zero_stage} cannot read; set it back, or delete {self.folder}"
             )
+        with together("reading a checkpoint"):
+            refuse_code(sorted(found.folder.glob("*.pt"))[self.world.rank :: self.world.size])
         if not self.zero_stage or (found.world_size, found.zero_stage) == (self.world.size, self.zero_stage):
             return found.folder
         universal = found.folder.with_name(found.folder.name + UNIVERSAL)
@@ -209,8 +213,9 @@ class Checkpoints:
     def _checked(self, folder: Path) -> Found | None:
         """What `folder` holds, or None, with the reason in the log, if it is not whole."""
         try:
-            marker = read_json(folder / MARKER)
-            broken = [name for name, digest in marker["sha256"].items() if sha256_of(folder / name) != digest]
+            marker = _read_marker(folder / MARKER)
+            files = {path.name for path in folder.iterdir()} - {MARKER}
+            broken = [name for name in sorted(files | marker["sha256"].keys()) if not _is_whole(folder, name, marker)]
         except DataError as error:
             log.warning("%s is passed over: %s", folder, error)
             return None
@@ -232,6 +237,28 @@ class Checkpoints:
                 shutil.rmtree(folder)
         for leftover in [*self.folder.glob(f"*{PARTIAL}"), *self.folder.glob(f"*{UNIVERSAL}")]:
             shutil.rmtree(leftover)
+
+
+def _read_marker(file: Path) -> dict[str, Any]:
+    """What `Checkpoints` wrote when the checkpoint was whole.
+
+    Raises:
+        DataError: it is missing, or is something else.
+    """
+    marker = read_json(file)
+    kinds = {"step": int, "world_size": int, "zero_stage": int, "identity": str, "state": dict, "sha256": dict}
+    if not isinstance(marker, dict) or any(type(marker.get(name)) is not kind for name, kind in kinds.items()):
+        raise DataError(f"{file} is no marker of a checkpoint: it must name {', '.join(kinds)}")
+    if marker["state"].keys() != {item.name for item in fields(State)}:
+        raise DataError(f"{file} is of another version: its state has the keys {', '.join(marker['state'])}")
+    return marker
+
+
+def _is_whole(folder: Path, name: str, marker: Mapping[str, Any]) -> bool:
+    """Whether a file is one that was written with the checkpoint, and as it was written."""
+    path = folder / name
+    is_own = Path(name).name == name and path.is_file() and not path.is_symlink()
+    return is_own and marker["sha256"].get(name) == sha256_of(path)
 
 
 def _name(step: int) -> str:
