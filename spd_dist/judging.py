@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from spd_dist.data.sources import Located, normalised_row, read_rows
+from spd_dist.data.readers import Located, read_rows
+from spd_dist.data.sources import normalised_row
 from spd_dist.data.tasks import Row, Score, Task, refusal, runs_code, with_execution
 from spd_dist.errors import DataError
 from spd_dist.sandbox import open_sandbox

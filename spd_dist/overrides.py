@@ -77,11 +77,11 @@ def _merged(paths: Iterable[str | Path], overrides: Iterable[str]) -> dict[str, 
         try:
             merged = OmegaConf.merge(merged, values)
         except (OmegaConfBaseException, TypeError, ValueError) as error:
-            raise ConfigError(f"{source} does not merge with what stands before it: {error}") from error
+            raise ConfigError(f"{source} does not merge with what stands before it: {_first_line(error)}") from error
     try:
         return OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: an interpolation does not resolve: {error}") from error
+        raise ConfigError(f"{error.full_key}: an interpolation does not resolve: {_first_line(error)}") from error
 
 
 def _with_sweep(config: Config) -> Config:
@@ -133,10 +133,15 @@ def shipped_config(name: str) -> Path:
 def _read_file(path: str | Path) -> tuple[str, Any]:
     if str(path).startswith(SHIPPED):
         path = shipped_config(str(path).removeprefix(SHIPPED))
+    if not Path(path).is_file():
+        raise ConfigError(
+            f"{path}: no such file (from {Path.cwd()}), and no override, which is written section.key=value; name a "
+            f"YAML file, or {SHIPPED}quickstart"
+        )
     try:
         values = OmegaConf.load(path)
-    except (OSError, YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"--config {path}: cannot be read as YAML: {error}") from error
+    except (OSError, RecursionError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"--config {path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not OmegaConf.is_dict(values):
         raise ConfigError(f"--config {path}: must be a mapping of sections, as in configs/quickstart.yaml")
     return f"--config {path}", values
@@ -148,7 +153,12 @@ def _read_override(word: str) -> tuple[str, Any]:
     try:
         return word, OmegaConf.from_dotlist([word])
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
-        raise ConfigError(f"{word!r} is not an override: {error}") from error
+        raise ConfigError(f"{word!r} is not an override: {' '.join(str(error).split())}") from error
+
+
+def _first_line(error: Exception) -> str:
+    """What OmegaConf says, without the lines on where in its own objects."""
+    return str(error).partition("\n")[0]
 
 
 def _build(section: type, values: Any, prefix: str) -> Any:
@@ -194,7 +204,7 @@ def _names(section: type) -> str:
 
 
 def _convert(value: Any, hint: Any, key: str) -> Any:
-    """`value` as the type that the field declares; only an int becomes a float and a list a tuple."""
+    """`value` as the type that the field declares; an int becomes a float, `1e3` an int, and a list a tuple."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, Union):
         return _convert_to_one_of(value, arguments, hint, key)
@@ -202,6 +212,8 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         return tuple(_convert(item, arguments[0], f"{key}[{index}]") for index, item in enumerate(value))
     if hint is float and type(value) is int:
         return float(value)
+    if hint is int and type(value) is float and value.is_integer():
+        return int(value)
     if origin is Literal:
         fits = any(value == choice and type(value) is type(choice) for choice in arguments)
     elif origin is dict:

@@ -1,83 +1,30 @@
-"""Rows from where a config says: the Hugging Face hub, local JSONL and Parquet files, or built in."""
+"""Rows from where a config says: the Hugging Face hub, local files and folders, or built in."""
 
 from __future__ import annotations
 
-import json
+import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from spd_dist.config import Data
 from spd_dist.data.arithmetic import SPLIT_SIZES, generate_rows
 from spd_dist.data.leaks import LeakReport, find_leaks, without_leaks
+from spd_dist.data.readers import (
+    Located,
+    is_file_name,
+    is_folder,
+    is_saved,
+    located,
+    read_rows,
+    read_saved,
+    text_of,
+)
 from spd_dist.data.tasks.protocol import Row, Split, Task
+from spd_dist.data.text_files import shown
 from spd_dist.errors import DataError
-
-SUFFIXES = (".jsonl", ".parquet")
-_OTHER_SUFFIXES = (".json", ".csv", ".tsv", ".txt", ".gz", ".zst", ".arrow")
-
-
-@dataclass(frozen=True)
-class Located:
-    """A row as it was read, and where, for the error that may name it."""
-
-    path: str
-    line: str
-    row: dict[str, Any]
-    subset: str = ""
-
-    @property
-    def where(self) -> str:
-        """Path and line."""
-        return f"{self.path}, {self.line}" if self.line else self.path
-
-
-def is_file_name(text: str) -> bool:
-    """Whether `text` names a local file, by its suffix, and not a data set of the hub."""
-    return text.endswith(SUFFIXES + _OTHER_SUFFIXES)
-
-
-def read_rows(name: str) -> list[Located]:
-    """The rows of a `.jsonl` or `.parquet` file; a row without `id` takes its number in the file.
-
-    Raises:
-        DataError: no such file, another format, or a line that is not a JSON object.
-    """
-    path = Path(name).expanduser()
-    if not name.endswith(SUFFIXES):
-        raise DataError(f"{name}: a local file must be .jsonl or .parquet; convert it, one row a line")
-    if not path.is_file():
-        raise DataError(f"{name}: no such file (from {Path.cwd()}); correct the path, or name a data set of the hub")
-    read = _read_jsonl if path.suffix == ".jsonl" else _read_parquet
-    return list(read(path, name))
-
-
-def _read_jsonl(path: Path, name: str) -> Iterator[Located]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise DataError(f"{name}, line {number}: not JSON ({error}); write one object a line") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{name}, line {number}: {row!r} is not a JSON object; write one object a line")
-            yield Located(name, f"line {number}", {"id": f"{path.stem}/{number}", **row})
-
-
-def _read_parquet(path: Path, name: str) -> Iterator[Located]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{name}: not readable as Parquet: {error}; write it again, or use .jsonl") from error
-    for number, row in enumerate(rows, 1):
-        yield Located(name, f"row {number}", {"id": f"{path.stem}/{number}", **row})
 
 
 @dataclass(frozen=True)
@@ -141,6 +88,32 @@ def sources_of(task: Task, split: Split, config: Data) -> str | None:
     return own or sources_of(task, "train", config)
 
 
+PUBLISHED_TESTS: Mapping[str, str] = {
+    "gsm8k": "b69f6af2f21d73ca",
+    "svamp": "014c5ca183fc9b77",
+    "mbpp": "beabfda66ffc3acf",
+    "mbpp_sanitized": "d90473ff69f5c3b3",
+    "mmlu": "e449aa7aab7dca97",
+    "bbh": "73cdcd4407080dfa",
+}
+"""Task -> what `_digest` gives of its published test split."""
+
+
+def published_size(task: Task, config: Data) -> int | None:
+    """Rows of the task's published test split, if `data.test` is that split; None for any other rows."""
+    if task.test_size is None or sources_of(task, "test", config) == task.sources.get("test"):
+        return task.test_size
+    rows = _load_all(task, "test", config)
+    is_published = len(rows) == task.test_size and _digest(task, rows) == PUBLISHED_TESTS.get(task.name)
+    return task.test_size if is_published else None
+
+
+def _digest(task: Task, rows: Iterable[Row]) -> str:
+    """A hash of problems and answers, whatever their order, white space and file format."""
+    texts = sorted(" ".join(f"{task.problem(row)} {task.answer(row)}".split()) for row in rows)
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
+
+
 def _load_all(task: Task, split: Split, config: Data) -> list[Row]:
     sources = sources_of(task, split, config)
     if sources is None:
@@ -158,10 +131,10 @@ def parse_source(text: str, split: str) -> Source:
     sliced = re.fullmatch(r"(.*)\[(-?\d*):(-?\d*)\]", text)
     text, *bounds = sliced.groups() if sliced else (text, "", "")
     rows = slice(*(int(bound) if bound else None for bound in bounds))
-    if is_file_name(text):
+    if is_file_name(text) and not is_folder(text.partition(":")[0]):
         return Source(text, "", "", rows)
     name, subset, named_split = (*text.split(":", 2), "", "")[:3]
-    name, _, revision = name.partition("@")
+    name, _, revision = (name, "", "") if is_folder(name) else name.partition("@")
     return Source(name, subset, named_split or split, rows, revision or None)
 
 
@@ -173,8 +146,10 @@ def _read(source: Source, seed: int) -> list[Located]:
                 f"there is builtin:arithmetic:SPLIT, of {', '.join(SPLIT_SIZES)}"
             )
         rows = [Located("builtin:arithmetic", "", row) for row in generate_rows(source.split, seed)]
-    elif is_file_name(source.name):
+    elif is_file_name(source.name) and not is_folder(source.name):
         rows = read_rows(source.name)
+    elif is_saved(source.name):
+        rows = list(read_saved(source.name, source.split))
     else:
         rows = list(_read_hub(source))
     return rows[source.rows]
@@ -186,22 +161,27 @@ def _read_hub(source: Source) -> Iterator[Located]:
     where = ":".join(filter(None, (source.name, source.subset, source.split)))
     pinned = f"@{source.revision}" if source.revision else ""
     try:
-        rows = datasets.load_dataset(source.name, source.subset or None, split=source.split, revision=source.revision)
+        rows = datasets.load_dataset(
+            str(Path(source.name).expanduser()), source.subset or None, split=source.split, revision=source.revision
+        )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"hub data set {where}{pinned}: cannot be loaded: {error}; check name, revision, config and split, the "
             "network and HF_HUB_OFFLINE, or give a local path: data.train=rows.jsonl"
         ) from error
     for index, row in enumerate(rows):
-        yield Located(where, f"row {index}", {"id": f"{where}/{index}", **row}, source.subset)
+        yield located(where, f"row {index}", row, (where, where, index), source.subset)
 
 
-def _normalised(task: Task, located: Iterable[Located], key: str) -> Iterator[Row]:
+def _normalised(task: Task, read: Iterable[Located], key: str) -> Iterator[Row]:
     seen: dict[str, str] = {}
-    for item in located:
+    for item in read:
         row = normalised_row(task, item, key)
         if row is None:
             continue
+        is_other_file = row["id"] == item.row["id"] and seen.get(row["id"], item.where) != item.where
+        if is_other_file and item.long_id:
+            row["id"] = item.long_id
         if row["id"] in seen:
             raise DataError(
                 f"{item.where}, field 'id': {row['id']!r} is also that of {seen[row['id']]}; "
@@ -211,26 +191,60 @@ def _normalised(task: Task, located: Iterable[Located], key: str) -> Iterator[Ro
         yield row
 
 
+class _Watched(dict[str, Any]):
+    """A row that keeps which of its fields was asked for last: a fault in its use is about that one."""
+
+    last = ""
+
+    def __getitem__(self, name: str) -> Any:
+        self.last = name
+        return super().__getitem__(name)
+
+
 def normalised_row(task: Task, item: Located, key: str) -> Row | None:
     """The row with the task's fields, or None if the task drops it; `key` is the setting that an error names.
+
+    A number where text is expected becomes that text (7 and 7.0 are `7`); null, true, false and lists do not.
 
     Raises:
         DataError: a field is missing or of another type.
     """
-    missing = f"missing, the row has {', '.join(map(str, item.row))}"
-    remedy = (
-        f"the task {task.name!r} needs {', '.join(task.fields)}: correct the row, "
-        f"or describe such rows in a task of your own ({key})"
-    )
+
+    def refuse(name: str, fault: str) -> NoReturn:
+        raise DataError(
+            f"{item.where}, field {name!r}: {fault}; the task {task.name!r} needs {', '.join(task.fields)}: "
+            f"correct the row, or describe such rows in a task of your own ({key})"
+        )
+
+    raw = _Watched(item.row)
     try:
-        row = task.normalise(item.row, item.subset)
+        row = _normalise(task, raw, item.subset)
     except KeyError as error:
-        raise DataError(f"{item.where}, field {error.args[0]!r}: {missing}; {remedy}") from error
+        refuse(str(error.args[0]), f"missing, the row has {', '.join(map(str, item.row))}")
+    except (AttributeError, IndexError, TypeError):
+        refuse(raw.last, f"{shown(item.row.get(raw.last))} is not what belongs there")
+    except DataError as error:
+        raise DataError(f"{item.where}: {error} ({key})") from error
     if row is None:
         return None
     for name, kind in task.fields.items():
         if name not in row:
-            raise DataError(f"{item.where}, field {name!r}: {missing}; {remedy}")
+            refuse(name, f"missing, the row has {', '.join(map(str, item.row))}")
+        if kind is str:
+            row = {**row, name: _as_text(row[name])}
         if not isinstance(row[name], kind):
-            raise DataError(f"{item.where}, field {name!r}: {row[name]!r} is not of type {kind.__name__}; {remedy}")
-    return {**row, "id": str(row["id"])}
+            refuse(name, f"{shown(row[name])} is not of type {kind.__name__}")
+    return {**row, "id": str(_as_text(row["id"]))}
+
+
+def _normalise(task: Task, raw: _Watched, subset: str) -> Row | None:
+    try:
+        return task.normalise(raw, subset)
+    except (AttributeError, TypeError):  # it met a number where text is
+        raw.update({name: _as_text(value) for name, value in raw.items()})
+        return task.normalise(raw, subset)
+
+
+def _as_text(value: Any) -> Any:
+    text = text_of(value)
+    return value if text is None else text

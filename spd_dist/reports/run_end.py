@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from spd_dist.analysis.answer_summary import answers_summary
 from spd_dist.arms import Arm
-from spd_dist.data.sources import check_leaks
+from spd_dist.data.sources import check_leaks, published_size
 from spd_dist.distributed.collectives import on_main
 from spd_dist.reports.page import write_page
 from spd_dist.reports.run_report import Asked, log_report, report_text, write_report
@@ -29,7 +29,8 @@ def report(run: Run, arms: Iterable[Arm]) -> str:
     def write() -> str:
         shared = check_leaks(task, config.data, num_calibration=config.calibrate.num_examples)
         overlaps = [dataclasses.asdict(one) for one in shared]
-        asked = Asked(task.name, task.metric, config.seed, config.evaluate.temperature, task.test_size)
+        size = published_size(task, config.data)
+        asked = Asked(task.name, task.metric, config.seed, config.evaluate.temperature, size)
         found = write_report(folder, sentences, asked, overlaps)
         write_page(folder, found, questions)
         log_report(run.metrics, folder, found)

@@ -10,6 +10,7 @@ from typing import Any
 
 from spd_dist.arms import Scope
 from spd_dist.config import Config
+from spd_dist.data.sources import published_size
 from spd_dist.distributed.collectives import on_main, together
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError
@@ -108,4 +109,4 @@ def _answered(run: Run, policy: Callable[[], Policy], inputs: dict[str, str]) ->
             "reading the summary of the answers", lambda: read_json(run.folder.folder("evaluate") / "summary.json")
         )
         run.metrics.log("evaluate", {summary["metric"]: summary["value"]}, summary["num_examples"])
-    return summary | {"test_size": run.task.test_size}
+    return summary | {"test_size": published_size(run.task, config.data)}

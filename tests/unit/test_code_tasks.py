@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sandboxes import usable_sandbox
 
-from spd_dist.data.sources import Located, normalised_row
+from spd_dist.data.readers import Located
+from spd_dist.data.sources import normalised_row
 from spd_dist.data.tasks import Row, Task, find_task, with_execution
 from spd_dist.errors import DataError
 from spd_dist.sandbox import Limits

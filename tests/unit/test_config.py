@@ -35,7 +35,8 @@ FAULTS = {
     "generate={batch_invariant: true, engine: hf_cb}": r"generate\.batch_invariant: true is not valid with .*=hf_cb",
     "generate={batch_invariant: true, command: x}": r"with generate\.engine=command, .* set generate\.engine=hf, or",
     "generate={batch_invariant: true, vllm_python: x}": r"generate\.batch_invariant: true is not valid with .*=vllm",
-    "run_dir=${nowhere}": r"run_dir: an interpolation does not resolve",
+    "run_dir=${nowhere}": r"run_dir: an interpolation does not resolve: .*'nowhere' not found$",
+    "run_dir=${oc.env:NOT_SET_HERE}": r"run_dir: an interpolation does not resolve: .*'NOT_SET_HERE' not found\"$",
     "seed": r"'seed' is not an override: write section\.key=value",
     "seed=[1": r"'seed=\[1' is not an override",
 }
@@ -45,6 +46,19 @@ FAULTS = {
 def test_a_wrong_override_names_key_value_and_rule(override, message):
     with pytest.raises(ConfigError, match=message):
         load_config(overrides=[override])
+
+
+def test_whole_numbers_may_be_written_as_floats():
+    config = load_config(overrides=["generate.max_new_tokens=1e3", "data.num_test=50.0", "calibrate.layers=[2.0,last]"])
+    assert (config.generate.max_new_tokens, config.data.num_test, config.calibrate.layers) == (1000, 50, (2, "last"))
+    assert all(type(one) is int for one in (config.generate.max_new_tokens, config.data.num_test))
+
+
+def test_a_word_that_is_neither_file_nor_override_is_one_sentence():
+    with pytest.raises(
+        ConfigError, match=r"^foo: no such file \(from .*\), and no override, .*section\.key=value; name"
+    ):
+        load_config(["foo"])
 
 
 def test_later_files_and_overrides_win(tmp_path):
@@ -64,7 +78,7 @@ def test_an_unreadable_file_is_named(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ConfigError, match=f"{re.escape(str(path))}.*{message}"):
         load_config([path])
-    with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read"):
+    with pytest.raises(ConfigError, match=r"none\.yaml: no such file"):
         load_config([tmp_path / "none.yaml"])
 
 

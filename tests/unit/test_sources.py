@@ -10,7 +10,8 @@ import pyarrow.parquet
 import pytest
 
 from spd_dist.config import Data
-from spd_dist.data.sources import Source, check_leaks, load_rows, parse_source, sources_of
+from spd_dist.data import sources
+from spd_dist.data.sources import Source, check_leaks, load_rows, parse_source, published_size, sources_of
 from spd_dist.data.tasks import find_task
 from spd_dist.errors import DataError
 from spd_dist.overrides import load_config
@@ -144,7 +145,7 @@ FAULTS = {
     "\n[1, 2]\n": r"rows\.jsonl, line 2: \[1, 2\] is not a JSON object; write one object a line",
     json.dumps({"id": "a", "solution": "s"}): MISSING.format("question", "solution; the task 'gsm8k' needs"),
     json.dumps({"id": "a", "question": "q"}): MISSING.format("answer", "question"),
-    json.dumps(row(0, answer=3)): r"rows\.jsonl, line 1, field 'answer': 3 is not of type str; .* \(data\.train\)",
+    json.dumps(row(0, answer=[3])): r"line 1, field 'answer': \[3\] is not of type str; .* \(data\.train",
     json.dumps(row(0)) + "\n" + json.dumps(row(0)): r"'id': 'r0' is also that of .*line 1; give every row an id",
 }  # fmt: skip
 
@@ -160,15 +161,16 @@ def test_a_wrong_file_names_line_field_and_remedy(tmp_path, content, message):
 def test_a_line_that_is_not_utf8_is_named(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(json.dumps(row(0)).encode() + b'\n{"id": "\xff"}\n')
-    with pytest.raises(DataError, match=r"rows\.jsonl, line 2: not JSON"):
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 2: not UTF-8 \(.*\); convert it"):
         load_rows(GSM8K, "train", Data(train=str(path)))
 
 
 def test_a_missing_file_and_other_formats_are_named(tmp_path):
     with pytest.raises(DataError, match=r"nowhere\.jsonl: no such file \(from .*\); correct the path"):
         load_rows(GSM8K, "train", Data(train=str(tmp_path / "nowhere.jsonl")))
-    with pytest.raises(DataError, match=r"rows\.csv: a local file must be \.jsonl or \.parquet; convert it"):
-        load_rows(GSM8K, "train", Data(train="rows.csv"))
+    (tmp_path / "rows.xml").write_text("<row/>")
+    with pytest.raises(DataError, match=r"rows\.xml: a local file must be \.jsonl, .*; convert it, one row a line"):
+        load_rows(GSM8K, "train", Data(train=str(tmp_path / "rows.xml")))
     (tmp_path / "rows.parquet").write_text("no parquet")
     with pytest.raises(DataError, match=r"rows\.parquet: not readable as Parquet"):
         load_rows(GSM8K, "train", Data(train=str(tmp_path / "rows.parquet")))
@@ -250,3 +252,17 @@ def test_the_test_set_of_a_run_does_not_depend_on_its_seed_but_on_that_of_the_da
     rows = {seed: load_rows(ARITHMETIC, "test", load_config(overrides=[f"seed={seed}"]).data) for seed in (1, 2)}
     assert rows[1] == rows[2]
     assert load_rows(ARITHMETIC, "test", Data(seed=7)) != rows[1]
+
+
+def test_only_the_published_rows_have_the_published_size(tmp_path, monkeypatch):
+    rows = [row(number) for number in range(3)]
+    of_three = replace(GSM8K, test_size=3)
+    path = write(tmp_path / "rows.jsonl", rows)
+    assert published_size(of_three, Data()) == 3
+    assert published_size(of_three, Data(test=path)) is None
+    digest = sources._digest(of_three, load_rows(of_three, "test", Data(test=path)))
+    monkeypatch.setattr(sources, "PUBLISHED_TESTS", {"gsm8k": digest})
+    others = [row(number, id=str(number), solution=f"  {number} + 1") for number in (2, 0, 1)]
+    assert published_size(of_three, Data(test=write(tmp_path / "others.jsonl", others), num_test=1)) == 3
+    assert published_size(of_three, Data(test=write(tmp_path / "wrong.jsonl", [*rows[:2], row(2, answer="9")]))) is None
+    assert published_size(of_three, Data(test=write(tmp_path / "more.jsonl", [*rows, row(4)]))) is None
