@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from spd_dist.data.readers import Located, read_rows
+from spd_dist.data.scoring.thoughts import with_known_marks
 from spd_dist.data.sources import normalised_row
 from spd_dist.data.tasks import Row, Score, Task, refusal, runs_code, with_execution
 from spd_dist.errors import DataError
@@ -43,13 +44,13 @@ def able_to_judge(task: Task, *, allowed: bool) -> Task:
     return with_execution(task, open_sandbox().run)
 
 
-def judge_file(path: str, task: Task) -> Iterator[Judgement]:
+def judge_file(path: str, task: Task, marks: Sequence[str] = ()) -> Iterator[Judgement]:
     """The judgement of every line of a file, in its order: `{"row": {...}, "output": "..."}`.
 
     Raises:
         DataError: no such file, or a line without a row of the task or without an output.
     """
-    lines = [_read_line(located, task) for located in read_rows(path)]
+    lines = [_read_line(located, task, marks) for located in read_rows(path)]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         yield from pool.map(lambda line: _judgement(task.score(*line)), lines)
 
@@ -64,7 +65,7 @@ def write_judgements(judgements: Iterator[Judgement], out: Path | None) -> str:
     return f"{out}: {len(found)} judged, {sum(one.correct for one in found)} right"
 
 
-def _read_line(located: Located, task: Task) -> tuple[Row, str]:
+def _read_line(located: Located, task: Task, marks: Sequence[str]) -> tuple[Row, str]:
     row, output = located.row.get("row"), located.row.get("output")
     if not isinstance(row, dict) or not isinstance(output, str):
         raise DataError(
@@ -75,7 +76,7 @@ def _read_line(located: Located, task: Task) -> tuple[Row, str]:
     read = normalised_row(task, numbered, "--judge")
     if read is None:
         raise DataError(f"--judge: {located.where}: the task {task.name!r} drops such a row: it has no answer")
-    return read, output
+    return read, with_known_marks(output, marks)
 
 
 def _judgement(score: Score) -> Judgement:

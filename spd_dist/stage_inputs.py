@@ -50,7 +50,7 @@ def of_protocol(run: Run, arm: Arm | None = None) -> dict[str, str]:
     """Test set, and how it is answered, by an arm."""
     config = run.config if arm is None else run.config_of(arm)
     is_sampled = config.evaluate.temperature > 0
-    settings = run.settings("model", "data", "evaluate", *(["seed"] if is_sampled else []), arm=arm)
+    settings = run.settings("model", "data", "choices", "evaluate", *(["seed"] if is_sampled else []), arm=arm)
     return {"settings": settings, "test": content_hash(run.rows("test"))}
 
 

@@ -6,6 +6,7 @@ Importing this package imports no torch.
 from spd_dist.config.sections import (
     STAGES,
     Calibrate,
+    Choices,
     Data,
     Distributed,
     Evaluate,
@@ -24,6 +25,7 @@ from spd_dist.config.whole import Config, Experiment
 __all__ = [
     "STAGES",
     "Calibrate",
+    "Choices",
     "Config",
     "Data",
     "Distributed",

@@ -33,6 +33,11 @@ def check_across_fields(config: Config) -> None:
             f"finetune.keep_every: {config.finetune.keep_every} is not valid; it must be a multiple of "
             f"finetune.checkpoint_every={config.finetune.checkpoint_every}"
         )
+    if len(config.data.thinking_marks) not in (0, 2) or "" in config.data.thinking_marks:
+        raise ConfigError(
+            f"data.thinking_marks: {list(config.data.thinking_marks)} is not valid; give the two marks of a thought, "
+            "as in ['<think>','</think>']"
+        )
     if not config.calibrate.layers:
         raise ConfigError("calibrate.layers: an empty list is not valid; name at least one layer, as in [middle,last]")
     _check_generate(config.generate)

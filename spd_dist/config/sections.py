@@ -50,6 +50,7 @@ class Data:
     template: Literal["chat", "plain"] = setting("chat", "chat: the tokenizer's chat template; plain: the bare prompt")
     template_options: dict[str, Any] = setting({}, "variables for the chat template, as {enable_thinking: false}")
     system: str | None = setting(None, "system prompt of the chat; the template's own if not given")
+    thinking_marks: tuple[str, ...] = setting((), "[OPEN,CLOSE] around thoughts, beside the known ones")
     max_prompt_tokens: int = setting(1024, "a longer prompt is an error", at_least=1)
     leaks: Literal["report", "remove", "remove_all"] = setting(
         "report", "rows whose problem is in the test split; all: training rows whose is in data.calibration, too"
@@ -182,6 +183,15 @@ class Finetune:
     patience: int | None = setting(None, "stop after N epochs without a lower validation loss", at_least=1)
     merge: bool = setting(False, "lora: write the model with its adapters merged, too")
     liger: bool = setting(False, "fused norms and MLPs of liger-kernel, on an accelerator")
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Tasks whose answer is one of several choices."""
+
+    scoring: Literal["generated", "likelihood"] = setting(
+        "generated", "judge the written answer, or take the likeliest choice (lm-eval's acc and acc_norm)"
+    )
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from spd_dist.config.sections import (
     Calibrate,
+    Choices,
     Data,
     Distributed,
     Evaluate,
@@ -40,6 +41,7 @@ class Config:
     project: Project = field(default_factory=Project)
     generate: Generate = field(default_factory=Generate)
     finetune: Finetune = field(default_factory=Finetune)
+    choices: Choices = field(default_factory=Choices)
     evaluate: Evaluate = field(default_factory=Evaluate)
     mechanism: Mechanism = field(default_factory=Mechanism)
     distributed: Distributed = field(default_factory=Distributed)

@@ -5,19 +5,20 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from spd_dist.config import Calibrate, Config, Data
 from spd_dist.data.masking import RULE, MaskAudit, MaskedText, ShownExample, mask_row
+from spd_dist.data.scoring.thoughts import is_thinking_mark, with_known_marks
 from spd_dist.data.tasks.protocol import Row, Task
 from spd_dist.data.templates import Tokenizer, adds_special_tokens, render_example, render_prompt
-from spd_dist.errors import DataError
+from spd_dist.errors import ConfigError, DataError
 from spd_dist.types import Completion, Prompt, SupervisedExample
 
 ENDS = (".", "!", "?", "\n")
-
-
+PROMPT_TAIL = 16
+"""Last tokens of a prompt that may open a thought."""
 NUM_SHOWN = 5
 """Examples whose kept text the audit holds."""
 
@@ -153,6 +154,10 @@ class TestSet:
     """One a row, in the same order."""
     examples: Sequence[SupervisedExample] = ()
     """One a row, in the same order, for a task that is measured by the likelihood of its reference answers."""
+    thinking_marks: Sequence[str] = ()
+    """As `data.thinking_marks`."""
+    choices: Mapping[str, Sequence[SupervisedExample]] = dataclasses.field(default_factory=dict)
+    """By row, its choices as answers, where the likeliest counts; the first is the right one."""
     seed: int = 0
     """With an example's id and the sample's index it makes an answer, if answers are sampled."""
 
@@ -169,12 +174,55 @@ def make_test_set(rows: Sequence[Row], task: Task, tokenizer: Tokenizer, config:
         ConfigError: no chat template.
         DataError: a prompt is too long; a reference answer is empty or cut off at `calibrate.max_tokens`.
     """
-    prompts = make_prompts(rows, task, tokenizer, config.data)
+    prompts, marks = make_prompts(rows, task, tokenizer, config.data), config.data.thinking_marks
+    if config.choices.scoring == "likelihood":
+        choices = _choices(rows, task, tokenizer, config)
+        return TestSet(task, rows, prompts, thinking_marks=marks, choices=choices, seed=config.seed)
     if task.metric != "nll":
-        return TestSet(task, rows, prompts, seed=config.seed)
+        return TestSet(task, rows, prompts, thinking_marks=marks, seed=config.seed)
     answers = dataclasses.replace(config.calibrate, num_examples=max(1, len(rows)), mask="answer", allow_empty=False)
     examples, _ = make_examples(rows, task, tokenizer, config.data, answers)
-    return TestSet(task, rows, prompts, examples, config.seed)
+    return TestSet(task, rows, prompts, examples, marks, seed=config.seed)
+
+
+def _choices(
+    rows: Sequence[Row], task: Task, tokenizer: Tokenizer, config: Config
+) -> dict[str, list[SupervisedExample]]:
+    """Each row's choices as answers, the right one first.
+
+    Raises:
+        ConfigError: the task has no choices.
+        DataError: a choice is cut off at `calibrate.max_tokens`.
+    """
+    alternatives = getattr(task, "alternatives", None)
+    if alternatives is None:
+        raise ConfigError(
+            f"choices.scoring: likelihood is not valid with the task {task.name!r}, whose answers are no choices; set "
+            "choices.scoring=generated, or take mmlu or a described task with metric: choice"
+        )
+    found = {}
+    for row in rows:
+        others = [one for one in alternatives(row) if task.answer(one) != task.answer(row)]
+        each = [{**one, "id": f"{row['id']}#{number}"} for number, one in enumerate([row, *others])]
+        whole = dataclasses.replace(config.calibrate, num_examples=len(each), mask="answer", allow_empty=False)
+        found[str(row["id"])] = make_examples(each, task, tokenizer, config.data, whole)[0]
+    return found
+
+
+def choice_texts(task: Task, row: Row) -> list[str]:
+    """The choices of a row as text, in the order of `TestSet.choices`: the right one first."""
+    right = task.answer(row).strip()
+    return [right, *(text for one in task.alternatives(row) if (text := task.answer(one).strip()) != right)]
+
+
+def judged_text(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int], marks: Sequence[str]) -> str:
+    """What was said, as it is judged: without special tokens, but with every mark of thinking, the prompt's own too."""
+    special = {
+        number: text for text, number in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+    }
+    kept = [one for one in tokens if one not in special or is_thinking_mark(special[one], marks)]
+    begun = tokenizer.decode(list(prompt[-PROMPT_TAIL:]), skip_special_tokens=False)
+    return with_known_marks(tokenizer.decode(kept, skip_special_tokens=False), marks, begun)
 
 
 def with_eos(

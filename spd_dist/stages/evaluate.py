@@ -15,9 +15,9 @@ import torch
 from spd_dist.analysis.answer_summary import AnswersSummary, answers_summary
 from spd_dist.config import Evaluate
 from spd_dist.data.batches import Division, micro_batches, pad
-from spd_dist.data.prompts import TestSet
+from spd_dist.data.prompts import TestSet, choice_texts, judged_text
 from spd_dist.data.scoring.programs import canonical
-from spd_dist.data.tasks.protocol import Row, Task
+from spd_dist.data.tasks.protocol import Row
 from spd_dist.distributed.collectives import gather_objects, on_main, together
 from spd_dist.errors import DataError
 from spd_dist.inference.decode import check_context
@@ -32,7 +32,7 @@ from spd_dist.stages.context import StageContext
 from spd_dist.storage.answers import answers_path, as_row, part_path, read_parts, write_merged
 from spd_dist.storage.artifacts import JsonlWriter
 from spd_dist.storage.completions import Key, is_repetitive
-from spd_dist.types import Answer, Completion, Projection
+from spd_dist.types import Answer, Completion, Projection, SupervisedExample
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +68,10 @@ def evaluate_arm(
     merged = answers_path(context.folder, arm, test_set.task.name)
     answering = _Answering(policy, test_set, config, context, projection, merged)
     todo = _todo(answering)
-    if todo is not None:
-        _answer(answering, todo, _likelihoods(answering))
+    if todo is not None and test_set.choices:
+        _choose(answering, todo)
+    elif todo is not None:
+        _answer(answering, todo, _likelihoods(answering, test_set.examples))
     return on_main("merging the answers", lambda: _merge(answering))
 
 
@@ -121,13 +123,13 @@ def _todo(answering: _Answering) -> list[Request] | None:
 
 
 @torch.no_grad()
-def _likelihoods(answering: _Answering) -> dict[str, float]:
-    """Mean negative log-likelihood of every reference answer, by id; the batches are the same at every world size."""
-    if answering.test_set.task.metric != "nll":
+def _likelihoods(answering: _Answering, examples: Sequence[SupervisedExample]) -> dict[str, float]:
+    """Mean negative log-likelihood of every example's answer, by id; the batches are the same at every world size."""
+    if not examples:
         return {}
     policy, world, found = answering.policy, answering.context.world, {}
     device = next(policy.model.parameters()).device
-    whole = micro_batches(answering.test_set.examples, Division(1, answering.config.batch_size))
+    whole = micro_batches(examples, Division(1, answering.config.batch_size))
     with answering.opened():
         for micro_batch in list(whole)[world.rank :: world.size]:
             batch = pad(micro_batch.examples, policy.pad_token_id, device)
@@ -147,7 +149,7 @@ def _answer(answering: _Answering, todo: Sequence[Request], likelihoods: Mapping
 
     def judge(decoded: Decoded) -> Answer:
         key = decoded.request.id
-        return _judged(decoded, policy, test_set.task, rows[key], likelihoods.get(key))
+        return _judged(decoded, policy, test_set, rows[key], likelihoods.get(key))
 
     with answering.opened() as engine:
         if not todo:
@@ -157,6 +159,44 @@ def _answer(answering: _Answering, todo: Sequence[Request], likelihoods: Mapping
                 part.write(as_row(answer))
                 context.advance(1, answer.num_tokens)
                 context.stop_alone()
+
+
+def _choose(answering: _Answering, todo: Sequence[Request]) -> None:
+    """Answer by the likeliest choice: nothing is written. Lenient: per byte (acc_norm); strict: as it is (acc)."""
+    test_set, context = answering.test_set, answering.context
+    losses = _likelihoods(answering, [one for choices in test_set.choices.values() for one in choices])
+    rows = {row["id"]: row for row in test_set.rows}
+    with JsonlWriter(part_path(answering.merged, context.world.rank, context.world.size)) as part:
+        for request in todo:
+            row = rows[request.id]
+            examples, texts = test_set.choices[request.id], choice_texts(test_set.task, row)
+            totals = [losses[one.id] * len(one.targets) for one in examples]
+            likeliest = min(range(len(texts)), key=totals.__getitem__)
+            per_byte = min(range(len(texts)), key=lambda index: totals[index] / len(texts[index].encode()))
+            part.write(as_row(_chosen(request, texts, likeliest, per_byte, losses[examples[0].id])))
+            context.advance(1, 0)
+            context.stop_alone()
+
+
+def _chosen(request: Request, texts: Sequence[str], likeliest: int, per_byte: int, nll: float) -> Answer:
+    return Answer(
+        id=request.id,
+        output=texts[per_byte],
+        extracted=texts[per_byte],
+        gold=texts[0],
+        correct=per_byte == 0,
+        finish_reason="stop",
+        num_tokens=0,
+        strict=texts[likeliest],
+        lenient=texts[per_byte],
+        strict_correct=likeliest == 0,
+        lenient_correct=per_byte == 0,
+        is_repetitive=False,
+        nll=nll,
+        sample=request.sample,
+        reason="right" if per_byte == 0 else "other value",
+        vote=texts[per_byte],
+    )
 
 
 def _beside(judge: Callable[[Decoded], Answer], decoded: Iterator[Decoded]) -> Iterator[Answer]:
@@ -171,9 +211,10 @@ def _beside(judge: Callable[[Decoded], Answer], decoded: Iterator[Decoded]) -> I
             yield waiting.popleft().result()
 
 
-def _judged(decoded: Decoded, policy: Policy, task: Task, row: Row, nll: float | None) -> Answer:
+def _judged(decoded: Decoded, policy: Policy, test_set: TestSet, row: Row, nll: float | None) -> Answer:
     output = policy.tokenizer.decode(decoded.tokens, skip_special_tokens=True)
-    request, score = decoded.request, task.score(row, output)
+    spoken = judged_text(policy.tokenizer, decoded.request.tokens, decoded.tokens, test_set.thinking_marks)
+    request, score = decoded.request, test_set.task.score(row, spoken)
     completion = Completion(
         request.id, request.sample, request.seed, request.tokens, decoded.tokens, output, decoded.finish_reason
     )

@@ -53,7 +53,7 @@ READ_BY = {
     "project": ("model", "data", "calibrate", "sketch", "reduce", *(f"project.{name}" for name in CUT)),
     "generate": ("seed", "model", "data", "generate", "project"),
     "finetune": ("seed", "model", "finetune"),
-    "evaluate": ("seed", "model", "data", "evaluate"),
+    "evaluate": ("seed", "model", "data", "choices", "evaluate"),
 }
 """A stage's folder: the sections and keys of the config that its own work reads, in the order in which stages run."""
 

@@ -28,6 +28,29 @@ class Spoken(NamedTuple):
     """Its thought was cut: there is no answer."""
 
 
+def with_known_marks(output: str, marks: Sequence[str], prompt: str = "") -> str:
+    """`output` with `marks`, the user's [open, close], as known ones, and with the mark that its prompt opened it with.
+
+    A template that ends the prompt in `<think>` has the model begin inside of a thought: without a closing mark all of
+    it is one.
+    """
+    open_mark, close_mark = "<think>", "</think>"
+    if marks:
+        output, prompt = (text.replace(marks[1], close_mark).replace(marks[0], open_mark) for text in (output, prompt))
+    begun = prompt.rstrip()
+    for opening, _ in _MARKS:
+        last = list(opening.finditer(begun))
+        if last and last[-1].end() == len(begun):
+            return last[-1].group() + output
+    return output
+
+
+def is_thinking_mark(token: str, marks: Sequence[str]) -> bool:
+    """Whether a special token is, or is part of, a mark of thinking: it must not vanish from what is judged."""
+    known = token in marks or token in ("<|channel|>", "<|message|>")
+    return known or any(pattern.fullmatch(token) for pair in _MARKS for pattern in pair)
+
+
 def without_thoughts(output: str) -> Spoken:
     """The part of `output` that answers: what stands between the marks of thinking never does."""
     text = output

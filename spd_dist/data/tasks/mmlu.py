@@ -47,6 +47,10 @@ class Mmlu:
         """The letter, after a space."""
         return f" {row['answer']}"
 
+    def alternatives(self, row: Row) -> Sequence[Row]:
+        """The row with each of its letters as the answer."""
+        return [{**row, "answer": letter} for letter in _letters(row)]
+
     def target_spans(self, row: Row) -> Sequence[Span]:
         """The letter after the last `Answer:`."""
         return spans.letter(self.prompt(row), self.answer(row), row)
