@@ -153,8 +153,8 @@ def test_for_flash_attention_all_rows_become_one_with_the_ends_of_its_sequences(
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["finetune.keep_best=true"], r"finetune\.keep_best, finetune\.patience: .* set finetune\.validation_fraction"),
-    (["finetune.patience=2"], r"finetune\.keep_best, finetune\.patience: .*validation loss"),
+    (["finetune.keep_best=true"], r"finetune\.keep_best: true is not valid with .* set finetune\.validation_fraction"),
+    (["finetune.patience=2"], r"finetune\.patience: 2 is not valid with .*validation loss"),
     (["finetune.keep_every=70"], r"finetune\.keep_every: 70 .* a multiple of finetune\.checkpoint_every=50"),
 ])  # fmt: skip
 def test_settings_that_need_each_other_are_checked_first(words, message):

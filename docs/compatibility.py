@@ -1,0 +1,82 @@
+"""Writes `docs/compatibility.md` from the table that the config is checked by: `python docs/compatibility.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from spd_dist.config.combinations import COMBINATIONS
+from spd_dist.errors import ConfigError
+from spd_dist.overrides import load_config
+
+PAGE = Path(__file__).with_suffix(".md")
+FEATURES = {
+    "the defaults": (),
+    "packing": ("finetune.packing=true",),
+    "activation checkpointing": ("finetune.checkpointing=true", "calibrate.checkpointing=true"),
+    "DoRA": ("finetune.lora_variant=dora",),
+    "a merged student": ("finetune.merge=true",),
+    "validation, the best epoch": ("finetune.validation_fraction=0.05", "finetune.keep_best=true"),
+    "two rounds, float32": ("rounds=2", "model.dtype=float32"),
+    "two rounds, bfloat16": ("rounds=2", "model.dtype=bfloat16"),
+    "sharded decoding": ("generate.placement=layerwise", "evaluate.placement=layerwise"),
+    "batch-invariant samples": ("generate.batch_invariant=true",),
+    "several samples a prompt": ("generate.num_samples=4",),
+    "a corpus by an array of jobs": ("generate.num_tasks=4",),
+    "projection folded into weights": ("generate.apply_as=fold",),
+    "projection after RoPE": ("project.insertion=rope",),
+    "projection of values alone, after RoPE of keys": ("project.insertion=rope", "project.kinds=value"),
+    "projection by KV head": ("project.insertion=head",),
+}
+COLUMNS = {
+    "lora": ("finetune.mode=lora",),
+    "full": ("finetune.mode=full",),
+    **{f"ZeRO {stage}": (f"distributed.zero_stage={stage}",) for stage in range(4)},
+    "hf": ("generate.engine=hf",),
+    "hf_cb": ("generate.engine=hf_cb",),
+    "vllm": ("generate.vllm_python=PYTHON",),
+    "command": ("generate.command=PROGRAM",),
+}
+
+
+def rule_of(overrides: Sequence[str]) -> int | None:
+    """The number of the row that refuses these overrides, from 1; None if they go together."""
+    try:
+        load_config([], overrides)
+    except ConfigError as error:
+        told = str(error)
+        pairs = [(f"{row.keys[0]}: ", f" with {row.keys[1]}=") for row in COMBINATIONS]
+        return next(number for number, pair in enumerate(pairs, 1) if told.startswith(pair[0]) and pair[1] in told)
+    return None
+
+
+def page() -> str:
+    """The whole page."""
+    lines = [
+        "# What goes together",
+        "",
+        "Made by `python docs/compatibility.py` from the table that the config is checked by",
+        "(`spd_dist/config/combinations.py`), before a model is loaded. A test holds both to each other.",
+        "",
+        f"| | {' | '.join(COLUMNS)} |",
+        f"|---|{':-:|' * len(COLUMNS)}",
+    ]
+    for name, words in FEATURES.items():
+        cells = [rule_of([*words, *column]) for column in COLUMNS.values()]
+        lines.append(f"| {name} | {' | '.join('yes' if cell is None else f'no ({cell})' for cell in cells)} |")
+    lines += [
+        "",
+        "Each column is set alone, all else by default (LoRA, ZeRO-3, the engine hf). What depends on the model is",
+        "found when it is there: attention that packing leaks through, keys that RoPE turns in another way, tied weights.",
+        "",
+        "| | these two | do not go together | set instead |",
+        "|--:|---|---|---|",
+    ]
+    for number, row in enumerate(COMBINATIONS, 1):
+        both, instead = ", ".join(f"`{key}`" for key in row.keys), " or ".join(f"`{word}`" for word in row.instead)
+        lines.append(f"| {number} | {both} | {row.why or 'as `' + row.example[0] + '` needs it'} | {instead} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

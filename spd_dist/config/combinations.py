@@ -1,0 +1,191 @@
+"""Settings that are each valid and not together: a row each, for the check, `docs/compatibility.md` and a test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from spd_dist.config.sections import engine_of
+from spd_dist.config.whole import Config
+from spd_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Combination:
+    """Two keys whose values cannot work together."""
+
+    keys: tuple[str, str]
+    breaks: Callable[[Config], bool]
+    """Whether a config has it."""
+    why: str
+    instead: tuple[str, ...]
+    """Overrides, each of which alone puts it right."""
+    example: tuple[str, ...]
+    """Overrides of the defaults that have it."""
+
+    def sentence(self, config: Config) -> str:
+        """Both keys with their values, the rule, and what to change."""
+        first, second = self.keys
+        return (
+            f"{first}: {_shown(value_of(config, first))} is not valid with "
+            f"{second}={_shown(value_of(config, second))}{self.why and ', '}{self.why}; set {' or '.join(self.instead)}"
+        )
+
+
+def check_combinations(config: Config) -> None:
+    """Refuse what does not go together.
+
+    Raises:
+        ConfigError: the first row of `COMBINATIONS` that `config` has.
+    """
+    for row in COMBINATIONS:
+        if row.breaks(config):
+            raise ConfigError(row.sentence(config))
+
+
+def value_of(config: Config, key: str) -> Any:
+    """The value of a dotted key; for `generate.engine` the engine that `auto` would take."""
+    if key == "generate.engine":
+        return engine_of(config.generate.engine, config.generate.vllm_python, config.generate.command)
+    value: Any = config
+    for name in key.split("."):
+        value = vars(value)[name]
+    return value
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _is(**wanted: Any) -> Callable[[Config], bool]:
+    """Whether all keys (`section__field`) have these values; of a tuple, one of them."""
+    keys = {name.replace("__", "."): value if isinstance(value, tuple) else (value,) for name, value in wanted.items()}
+    return lambda config: all(value_of(config, key) in values for key, values in keys.items())
+
+
+def _several_greedy(section: str) -> Callable[[Config], bool]:
+    def breaks(config: Config) -> bool:
+        return value_of(config, f"{section}.num_samples") > 1 and value_of(config, f"{section}.temperature") == 0
+
+    return breaks
+
+
+def _folds_keys_after_rope(**wanted: Any) -> Callable[[Config], bool]:
+    return _is(project__insertion="rope", project__kinds=("both", "key"), **wanted)
+
+
+_SAME = "since all of them would be the same"
+_SHARDS = "since only ZeRO-3 shards the weights that it walks through"
+_FOLLOWS = "since it follows the validation loss"
+_TURNS = "since the map of a key would turn with its position, and so cannot be folded into weights"
+_JUDGE = "since both would choose the epoch that is kept"
+_BARE = "since only a chat has it"
+
+COMBINATIONS = (
+    Combination(
+        ("project.rank", "project.rank_rule"),
+        _is(project__rank=None, project__rank_rule="fixed"),
+        "", ("project.rank=N",), ("project.rank_rule=fixed",),
+    ),
+    Combination(
+        ("data.system", "data.template"),
+        lambda config: config.data.template == "plain" and config.data.system is not None,
+        _BARE, ("data.template=chat", "data.system=null"), ("data.template=plain", "data.system=Hello"),
+    ),
+    Combination(
+        ("data.template_options", "data.template"),
+        lambda config: config.data.template == "plain" and bool(config.data.template_options),
+        _BARE, ("data.template=chat",), ("data.template=plain", "data.template_options={enable_thinking: false}"),
+    ),
+    Combination(
+        ("generate.num_samples", "generate.temperature"), _several_greedy("generate"),
+        _SAME, ("generate.temperature=0.7", "generate.num_samples=1"),
+        ("generate.num_samples=2", "generate.temperature=0"),
+    ),
+    Combination(
+        ("evaluate.num_samples", "evaluate.temperature"), _several_greedy("evaluate"),
+        _SAME, ("evaluate.temperature=0.8", "evaluate.num_samples=1"), ("evaluate.num_samples=2",),
+    ),
+    Combination(
+        ("generate.vllm_python", "generate.engine"),
+        lambda config: config.generate.engine == "vllm" and config.generate.vllm_python is None,
+        "which runs in that environment", ("generate.vllm_python=PYTHON",), ("generate.engine=vllm",),
+    ),
+    Combination(
+        ("generate.command", "generate.engine"),
+        lambda config: config.generate.engine == "command" and config.generate.command is None,
+        "which runs it", ("generate.command=TEMPLATE",), ("generate.engine=command",),
+    ),
+    Combination(
+        ("generate.batch_invariant", "generate.engine"),
+        _is(generate__batch_invariant=True, generate__engine=("hf_cb", "vllm", "command")),
+        "whose batches are its own", ("generate.engine=hf", "generate.batch_invariant=false"),
+        ("generate.batch_invariant=true", "generate.engine=hf_cb"),
+    ),
+    Combination(
+        ("generate.placement", "generate.engine"),
+        _is(generate__placement="layerwise", generate__engine="hf_cb"),
+        "which needs whole weights on each rank", ("generate.placement=replica", "generate.engine=hf"),
+        ("generate.placement=layerwise", "generate.engine=hf_cb"),
+    ),
+    Combination(
+        ("generate.placement", "distributed.zero_stage"),
+        _is(generate__placement="layerwise", distributed__zero_stage=(0, 1, 2)),
+        _SHARDS, ("distributed.zero_stage=3", "generate.placement=auto"),
+        ("generate.placement=layerwise", "distributed.zero_stage=2"),
+    ),
+    Combination(
+        ("evaluate.placement", "distributed.zero_stage"),
+        _is(evaluate__placement="layerwise", distributed__zero_stage=(0, 1, 2)),
+        _SHARDS, ("distributed.zero_stage=3", "evaluate.placement=auto"),
+        ("evaluate.placement=layerwise", "distributed.zero_stage=0"),
+    ),
+    Combination(
+        ("generate.apply_as", "project.insertion"), _folds_keys_after_rope(generate__apply_as="fold"),
+        _TURNS, ("generate.apply_as=hook", "project.insertion=linear", "project.kinds=value"),
+        ("generate.apply_as=fold", "project.insertion=rope"),
+    ),
+    Combination(
+        ("generate.engine", "project.insertion"), _folds_keys_after_rope(generate__engine=("vllm", "command")),
+        f"whose model is folded, {_TURNS}",
+        ("generate.engine=hf", "project.insertion=linear", "project.kinds=value"),
+        ("generate.engine=command", "generate.command=PROGRAM", "project.insertion=rope"),
+    ),
+    Combination(
+        ("finetune.merge", "finetune.mode"), _is(finetune__merge=True, finetune__mode="full"),
+        "which has no adapter to merge", ("finetune.mode=lora", "finetune.merge=false"),
+        ("finetune.merge=true", "finetune.mode=full"),
+    ),
+    Combination(
+        ("finetune.keep_best", "finetune.validation_fraction"),
+        _is(finetune__keep_best=True, finetune__validation_fraction=0.0),
+        _FOLLOWS, ("finetune.validation_fraction=0.05", "finetune.keep_best=false"), ("finetune.keep_best=true",),
+    ),
+    Combination(
+        ("finetune.patience", "finetune.validation_fraction"),
+        lambda config: config.finetune.patience is not None and config.finetune.validation_fraction == 0,
+        _FOLLOWS, ("finetune.validation_fraction=0.05", "finetune.patience=null"), ("finetune.patience=2",),
+    ),
+    Combination(
+        ("finetune.stop_on_train_loss", "finetune.keep_best"),
+        _is(finetune__stop_on_train_loss=True, finetune__keep_best=True),
+        _JUDGE, ("finetune.keep_best=false", "finetune.stop_on_train_loss=false"),
+        ("finetune.stop_on_train_loss=true", "finetune.keep_best=true", "finetune.validation_fraction=0.05"),
+    ),
+    Combination(
+        ("finetune.stop_on_train_loss", "finetune.patience"),
+        lambda config: config.finetune.stop_on_train_loss and config.finetune.patience is not None,
+        "since both would say when to stop", ("finetune.patience=null", "finetune.stop_on_train_loss=false"),
+        ("finetune.stop_on_train_loss=true", "finetune.patience=2", "finetune.validation_fraction=0.05"),
+    ),
+    Combination(
+        ("rounds", "model.dtype"),
+        lambda config: config.rounds > 1 and _is(finetune__mode="lora", model__dtype=("bfloat16", "float16"))(config),
+        "since a round starts from the merged student before it, and rounding would take most of its update away",
+        ("model.dtype=float32", "finetune.mode=full", "rounds=1"), ("rounds=2", "model.dtype=bfloat16"),
+    ),
+)  # fmt: skip
+"""In the order in which they are looked at."""
