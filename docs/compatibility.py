@@ -67,7 +67,7 @@ def page() -> str:
     lines += [
         "",
         "Each column is set alone, all else by default (LoRA, ZeRO-3, the engine hf). What depends on the model is",
-        "found when it is there: attention that packing leaks through, keys that RoPE turns in another way, tied weights.",
+        "found when it is there: attention that packing leaks through, keys that RoPE turns otherwise, tied weights.",
         "",
         "| | these two | do not go together | set instead |",
         "|--:|---|---|---|",
