@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any, Literal, Protocol
 
+from spd_dist.data.patterns import SECONDS, compiled
 from spd_dist.data.scoring.extract import boxed_span
 from spd_dist.data.scoring.numbers import MARKER
 from spd_dist.errors import ConfigError, DataError
@@ -160,14 +161,15 @@ def _after_last(marker: re.Pattern[str], prompt: str, answer: str) -> Sequence[S
     return merged([(len(prompt) + matches[-1].end(), len(prompt) + len(answer.rstrip()))])
 
 
-def _regex(pattern: str) -> Mask:
-    try:
-        compiled = re.compile(pattern, re.MULTILINE)
-    except re.error as error:
-        raise ConfigError(f"calibrate.mask: {pattern!r} is not a regular expression: {error}") from error
+def _regex(text: str) -> Mask:
+    pattern = compiled(text, "calibrate.mask", multiline=True)
 
     def spans_of_pattern(prompt: str, answer: str, row: Mapping[str, Any]) -> Sequence[Span]:
-        group = 1 if compiled.groups else 0
-        return merged([match.span(group) for match in compiled.finditer(prompt + answer) if match.start(group) >= 0])
+        try:
+            return merged(pattern.spans(prompt + answer))
+        except TimeoutError as error:
+            raise DataError(
+                f"row {row.get('id')!r}: calibrate.mask: {text!r} takes over {SECONDS} s in it; write a simpler pattern"
+            ) from error
 
     return spans_of_pattern

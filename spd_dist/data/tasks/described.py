@@ -1,70 +1,41 @@
-r"""A task of the user's own, described in a YAML file, without code.
-
-name: trivia
-fields: {question: q, answer: a}      # our name: the name in the rows
-prompt: "Question: {question}\nAnswer:"
-answer: " {answer}"                   # the reference, for calibration
-gold: "{answer}"                      # what is compared
-mask: answer                          # any calibrate.mask but task
-extraction: text                      # number | letter | boxed | text | regex:PATTERN
-metric: exact                         # exact | numeric | nll
-sources: {train: train.jsonl, test: test.jsonl}
-"""
+"""A task of the user's own, described in a YAML file (`spd_dist.data.tasks.description`), without code."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
+from spd_dist.data.patterns import compiled
+from spd_dist.data.readers import text_of
 from spd_dist.data.scoring.choices import committed_letter, stated_letter
+from spd_dist.data.scoring.expressions import expression_answers, same_expression
 from spd_dist.data.scoring.extract import boxed_answers
-from spd_dist.data.scoring.numbers import number_answers, same_number
+from spd_dist.data.scoring.numbers import number_answers, parse_number, same_number
+from spd_dist.data.scoring.programs import called_by
 from spd_dist.data.scoring.thoughts import without_thoughts
 from spd_dist.data.spans import Span, find_mask
 from spd_dist.data.tasks.bbh import same_text
+from spd_dist.data.tasks.description import (
+    LETTERS,
+    Description,
+    filled,
+    lettered,
+    places,
+    read_description,
+    renamed,
+    value_at,
+)
+from spd_dist.data.tasks.execution import Execute, allowed, judged_by_tests
 from spd_dist.data.tasks.protocol import Metric, Row, Score, Split, scored
-from spd_dist.errors import ConfigError
-from spd_dist.types import record_of
+from spd_dist.data.text_files import shown
+from spd_dist.errors import ConfigError, DataError
 
-Extract = Callable[[str], tuple[str | None, str | None]]
+Answers = tuple[str | None, str | None]
 """The strict and the lenient answer of an output."""
-_LETTERS = "ABCDEFGHIJ"
-_PLACE = re.compile(r"\{(\w+)\}")
-
-
-def _first_line(text: str) -> tuple[str | None, str | None]:
-    line = text.strip().partition("\n")[0].strip() or None
-    return line, line
-
-
-EXTRACTIONS: Mapping[str, Extract] = {
-    "number": number_answers,
-    "letter": lambda text: (stated_letter(text, _LETTERS), committed_letter(text, _LETTERS)),
-    "boxed": lambda text: boxed_answers(text, same_text),
-    "text": _first_line,
-}
-"""Extractions by name."""
-METRICS = ("exact", "numeric", "nll")
-
-
-@dataclass(frozen=True)
-class Description:
-    """The keys of the file."""
-
-    name: str
-    prompt: str
-    answer: str = ""
-    gold: str = "{answer}"
-    fields: dict[str, str] = field(default_factory=dict)
-    mask: str = "answer"
-    extraction: str = "text"
-    metric: str = "exact"
-    sources: dict[str, str] = field(default_factory=dict)
+LETTER = "letter"
+"""The field that metric `choice` adds to a row: that of its gold."""
+_LETTERS_OF_NO_LIST = 10
 
 
 @dataclass(frozen=True)
@@ -80,14 +51,18 @@ class DescribedTask:
 
     @property
     def metric(self) -> Metric:
-        """`exact` and `numeric` are both an accuracy."""
+        """All but `nll` are an accuracy."""
         return "nll" if self.description.metric == "nll" else "accuracy"
 
     @property
     def fields(self) -> Mapping[str, type]:
         """Every field that a template names."""
-        templates = self.description.prompt + self.description.answer + self.description.gold
-        return dict.fromkeys(_PLACE.findall(templates), object)
+        description = self.description
+        templates = [description.prompt, description.answer, description.gold, *description.code.values()]
+        if description.metric == "choice":
+            templates.append(description.choices)
+        found = set(places(templates))
+        return dict.fromkeys(sorted(found - {LETTER} if description.metric == "choice" else found), object)
 
     @property
     def sources(self) -> Mapping[Split, str]:
@@ -100,8 +75,18 @@ class DescribedTask:
         return None
 
     def normalise(self, raw: Mapping[str, Any], subset: str) -> Row | None:
-        """The row with its fields renamed."""
-        return {**raw, **{ours: raw[theirs] for ours, theirs in self.description.fields.items()}}
+        """The row with its fields renamed, and what is compared as text.
+
+        Raises:
+            DataError: a template cannot be filled, or the gold is not what the metric compares.
+        """
+        row = renamed(raw, self.description.fields)
+        if self.description.metric == "choice":
+            row[LETTER] = self.gold(row)
+        self.prompt(row)
+        self.answer(row)
+        self._check_gold(row)
+        return row
 
     def problem(self, row: Row) -> str:
         """The filled prompt."""
@@ -109,23 +94,155 @@ class DescribedTask:
 
     def prompt(self, row: Row) -> str:
         """The prompt template, filled."""
-        return _fill(self.description.prompt, row)
+        return filled(self.description.prompt, row)
 
     def answer(self, row: Row) -> str:
         """The answer template, filled."""
-        return _fill(self.description.answer, row)
+        return filled(self.description.answer, row)
 
     def target_spans(self, row: Row) -> Sequence[Span]:
         """What the file's mask marks."""
         return find_mask(self.description.mask)(self.prompt(row), self.answer(row), row)
 
+    def gold(self, row: Row) -> str:
+        """What an answer is compared with: under `choice`, a letter.
+
+        Raises:
+            DataError: it names no choice.
+        """
+        gold = filled(self.description.gold, row)
+        return _letter_of(gold, self.choices_of(row)) if self.description.metric == "choice" else gold
+
+    def choices_of(self, row: Row) -> list[str]:
+        """The choices of a task with metric `choice`, as texts."""
+        if self.description.metric != "choice":
+            return []
+        value = value_at(self.description.choices, row)
+        if not isinstance(value, (list, tuple)):
+            raise DataError(f"field {self.description.choices}: {shown(value)} is no list of choices")
+        lettered(value, self.description.choices)
+        return [str(text_of(choice)) for choice in value]
+
     def score(self, row: Row, output: str) -> Score:
         """By the file's extraction and metric."""
-        same = same_number if self.description.metric == "numeric" else same_text
-        said, is_unfinished = without_thoughts(output)
-        gold = _fill(self.description.gold, row)
-        strict, lenient = _extraction(self.description.extraction)(said)
-        return scored(gold, strict, lenient, same=same, is_unfinished=is_unfinished)
+        same = SAME.get(self.description.metric, same_text)
+        spoken = without_thoughts(output)
+        gold = self.gold(row)
+        try:
+            strict, lenient = self._answers(spoken.text, row)
+            return scored(gold, strict, lenient, same=same, is_unfinished=spoken.is_unfinished)
+        except TimeoutError:  # of a pattern
+            return Score(correct=False, extracted=None, gold=gold, reason="time")
+
+    def _answers(self, text: str, row: Row) -> Answers:
+        kind, _, pattern = self.description.reads.partition(":")
+        if kind == "regex":
+            found = compiled(pattern, "data.task, extraction").last(text)
+            return found, found
+        if kind == "letter":
+            choices = self.choices_of(row)
+            letters = LETTERS[: len(choices) or _LETTERS_OF_NO_LIST]
+            return stated_letter(text, letters), committed_letter(text, letters, choices)
+        if kind == "boxed" and self.description.metric == "math":
+            return expression_answers(text)
+        return EXTRACT[kind](text)
+
+    def _check_gold(self, row: Row) -> None:
+        gold, metric = self.gold(row), self.description.metric
+        if metric == "numeric" and parse_number(gold) is None:
+            raise DataError(f"gold: {gold!r} is no number; correct the row, or set metric: exact in the task")
+        if metric == "regex":
+            try:
+                compiled(gold, "gold")
+            except ConfigError as error:
+                raise DataError(str(error)) from error
+        if metric not in ("nll", "tests") and not gold.strip():
+            raise DataError(f"gold: {self.description.gold!r} gives no text; correct the row, or the task")
+
+
+@dataclass(frozen=True)
+class DescribedProgram(DescribedTask):
+    """A described task whose answers are programs: its tests decide."""
+
+    execute: Execute | None = None
+
+    def normalise(self, raw: Mapping[str, Any], subset: str) -> Row | None:
+        """As of any described task, and its tests are texts."""
+        row = super().normalise(raw, subset)
+        self._tests(row or {})
+        return row
+
+    def score(self, row: Row, output: str) -> Score:
+        """Strict: a fenced block is the program. Lenient: what reads as Python. The tests decide.
+
+        Raises:
+            ConfigError: nothing was given to run programs with.
+        """
+        execute, code = allowed(self.name, self.execute), self.description.code
+        tests = self._tests(row)
+        name, setup = (filled(code.get(key, ""), row) for key in ("entry_point", "setup"))
+        return judged_by_tests(
+            without_thoughts(output), self.gold(row), lambda program: execute(program, tests, setup),
+            called={name} if name else called_by(tests),
+        )  # fmt: skip
+
+    def _tests(self, row: Row) -> list[str]:
+        """Texts to be run, one after the other; of HumanEval's form, `check(candidate)` is called."""
+        code = self.description.code
+        value = value_at(code["tests"], row) if code["tests"].startswith("{") else row[code["tests"]]
+        tests = [value] if isinstance(value, str) else value
+        if not isinstance(tests, (list, tuple)) or not tests or not all(isinstance(test, str) for test in tests):
+            raise DataError(f"field {code['tests']}: {shown(value)} must be a text or a list of texts, each a test")
+        name = filled(code.get("entry_point", ""), row)
+        if any("def check(" in test for test in tests):
+            if not name:
+                raise DataError(f"field {code['tests']}: it defines check(); set code.entry_point in the task")
+            return ["\n\n".join([*tests, f"check({name})"])]
+        return list(tests)
+
+
+def _matches(text: str, gold: str) -> bool:
+    return bool(compiled(gold, "gold").spans(text))
+
+
+SAME: Mapping[str, Callable[[str, str], bool]] = {
+    "exact": same_text, "numeric": same_number, "math": same_expression, "choice": str.__eq__, "regex": _matches,
+}  # fmt: skip
+"""Metric -> whether an extraction and the gold are the same."""
+
+
+def _whole(text: str) -> Answers:
+    found = text.strip() or None
+    return found, found
+
+
+def _first_line(text: str) -> Answers:
+    return _whole(text.strip().partition("\n")[0])
+
+
+EXTRACT: Mapping[str, Callable[[str], Answers]] = {
+    "number": number_answers,
+    "boxed": lambda text: boxed_answers(text, same_text),
+    "text": _first_line,
+    "whole": _whole,
+}
+"""Extractions by name, but those that need the row."""
+
+
+def _letter_of(gold: str, choices: Sequence[str]) -> str:
+    """The letter that a row means by its gold: a letter, a choice's text, or a choice's number from 0 on."""
+    letters = LETTERS[: len(choices)]
+    if gold.strip() in letters and len(gold.strip()) == 1:
+        return gold.strip()
+    named = [letter for letter, choice in zip(letters, choices, strict=True) if same_text(choice, gold)]
+    if len(named) == 1:
+        return named[0]
+    if not named and gold.strip().isdigit() and int(gold) < len(choices):
+        return letters[int(gold)]
+    raise DataError(
+        f"gold: {gold!r} names {'no' if not named else 'more than one'} choice of {shown(list(choices))}; write its "
+        "letter, its text, or its number from 0 on"
+    )
 
 
 def read_task(path: str) -> DescribedTask:
@@ -134,51 +251,5 @@ def read_task(path: str) -> DescribedTask:
     Raises:
         ConfigError: the file cannot be read, or a key is missing, unknown or not valid.
     """
-    try:
-        values = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"data.task: {path} cannot be read as YAML: {error}") from error
-    known = [item.name for item in fields(Description)]
-    if not isinstance(values, dict) or not values.keys() <= set(known) or not {"name", "prompt"} <= values.keys():
-        given = ", ".join(map(str, values)) if isinstance(values, dict) else values
-        raise ConfigError(f"data.task: {path} has the keys {given}; it needs name and prompt, of {', '.join(known)}")
-    for key, value in values.items():
-        kind = dict if key in ("fields", "sources") else str
-        if not isinstance(value, kind):
-            raise ConfigError(f"data.task: {path}, {key}: {value!r} must be {'text' if kind is str else 'a mapping'}")
-    description = record_of(Description, values)
-    _check(description, path)
-    return DescribedTask(description)
-
-
-def _check(description: Description, path: str) -> None:
-    if description.metric not in METRICS:
-        raise ConfigError(f"data.task: {path}, metric: {description.metric!r} must be one of {', '.join(METRICS)}")
-    unknown = description.sources.keys() - {"train", "calibration", "test"}
-    if unknown:
-        raise ConfigError(f"data.task: {path}, sources: {sorted(unknown)} must be train, calibration or test")
-    _extraction(description.extraction)
-    find_mask(description.mask)
-
-
-def _fill(template: str, row: Row) -> str:
-    return _PLACE.sub(lambda place: str(row[place[1]]), template)
-
-
-def _extraction(name: str) -> Extract:
-    if name in EXTRACTIONS:
-        return EXTRACTIONS[name]
-    kind, _, pattern = name.partition(":")
-    if kind != "regex":
-        raise ConfigError(f"data.task, extraction: {name!r} must be one of {', '.join(EXTRACTIONS)}, or regex:PATTERN")
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"data.task, extraction: {pattern!r} is not a regular expression: {error}") from error
-
-    def last_match(text: str) -> tuple[str | None, str | None]:
-        matches = list(compiled.finditer(text))
-        found = matches[-1].group(1 if compiled.groups else 0) if matches else None
-        return found, found
-
-    return last_match
+    description = read_description(path)
+    return DescribedProgram(description) if description.metric == "tests" else DescribedTask(description)

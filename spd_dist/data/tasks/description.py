@@ -1,0 +1,205 @@
+r"""The YAML file that describes a task: its keys, and what each may be.
+
+name: trivia
+fields: {question: q, choices: choices.text}  # our name: the name in the rows, or a path in them
+prompt: "Question: {question}\n{choices}\nAnswer:"  # a list of choices is lettered lines
+answer: " {answer}"                           # the reference, for calibration
+gold: "{answer}"                              # what is compared
+mask: answer                                  # any calibrate.mask but task
+extraction: text                              # number | letter | boxed | text | whole | regex:PATTERN
+metric: exact                                 # exact | numeric | math | choice | tests | regex | nll
+choices: "{choices}"                          # for metric choice: the list that is lettered; {letter} is the gold's
+code: {entry_point: f, tests: "{tests}"}      # for metric tests
+sources: {train: train.jsonl, test: test.jsonl}
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from spd_dist.data.patterns import compiled
+from spd_dist.data.readers import text_of
+from spd_dist.data.spans import find_mask
+from spd_dist.data.tasks.protocol import Row
+from spd_dist.data.text_files import shown
+from spd_dist.errors import ConfigError, DataError
+from spd_dist.types import record_of
+
+EXTRACTIONS = ("number", "letter", "boxed", "text", "whole")
+"""Extractions by name; besides them `regex:PATTERN`."""
+METRICS: Mapping[str, str] = {
+    "exact": "text", "numeric": "number", "math": "boxed", "choice": "letter", "tests": "whole", "regex": "whole",
+    "nll": "text",
+}  # fmt: skip
+"""Metric -> the extraction that it takes where the file names none."""
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_PLACE = re.compile(r"\{(\w+)((?:\[\w+\])*)\}")
+_CODE_KEYS = ("entry_point", "tests", "setup")
+
+
+@dataclass(frozen=True)
+class Description:
+    """The keys of the file."""
+
+    name: str
+    prompt: str
+    answer: str = ""
+    gold: str = "{answer}"
+    fields: dict[str, str] = field(default_factory=dict)
+    mask: str = "answer"
+    extraction: str = ""
+    metric: str = "exact"
+    choices: str = "{choices}"
+    code: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def reads(self) -> str:
+        """The extraction: that of the file, else the metric's."""
+        return self.extraction or METRICS[self.metric]
+
+
+def read_description(path: str) -> Description:
+    """What a file says, with what it leaves out filled in.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key is missing, unknown or not valid.
+    """
+    try:
+        values = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, RecursionError, UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"data.task: {path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    known = [item.name for item in fields(Description)]
+    if not isinstance(values, dict) or not values.keys() <= set(known) or not {"name", "prompt"} <= values.keys():
+        given = ", ".join(map(str, values)) if isinstance(values, dict) else shown(values)
+        raise ConfigError(f"data.task: {path} has the keys {given}; it needs name and prompt, of {', '.join(known)}")
+    for key, value in values.items():
+        _check_type(key, value, path)
+    if values.get("metric") == "tests":
+        values = {"gold": values.get("answer", ""), **values}
+    description = record_of(Description, values)
+    _check(description, path)
+    return description
+
+
+def _check_type(key: str, value: Any, path: str) -> None:
+    if key not in ("fields", "sources", "code"):
+        if not isinstance(value, str):
+            raise ConfigError(f"data.task: {path}, {key}: {shown(value)} must be text; put it in quotes")
+    elif not isinstance(value, dict):
+        raise ConfigError(f"data.task: {path}, {key}: {shown(value)} must be a mapping")
+    else:
+        for name, item in value.items():
+            if not isinstance(name, str) or not isinstance(item, str):
+                raise ConfigError(f"data.task: {path}, {key}.{name}: {shown(item)} must be text; put both in quotes")
+
+
+def _check(description: Description, path: str) -> None:
+    where = f"data.task: {path}"
+    if not _NAME.fullmatch(description.name) or ".." in description.name:
+        raise ConfigError(
+            f"{where}, name: {description.name!r} must be letters, digits, '_', '.' and '-', without '..', and begin "
+            "with neither '.' nor '-': files are called by it"
+        )
+    if description.metric == "likelihood":
+        raise ConfigError(
+            f"{where}, metric: likelihood of each choice is not measured yet; set metric: choice, or nll for the "
+            "likelihood of the reference"
+        )
+    if description.metric not in METRICS:
+        raise ConfigError(f"{where}, metric: {description.metric!r} must be one of {', '.join(METRICS)}")
+    unknown = description.sources.keys() - {"train", "calibration", "test"}
+    if unknown:
+        raise ConfigError(f"{where}, sources: {sorted(unknown)} must be train, calibration or test")
+    has_no_tests = description.metric == "tests" and "tests" not in description.code
+    if has_no_tests or description.code.keys() - set(_CODE_KEYS):
+        raise ConfigError(
+            f"{where}, code: {description.code} must be a mapping of {', '.join(_CODE_KEYS)}, tests at least, with "
+            "metric: tests"
+        )
+    kind, _, pattern = description.reads.partition(":")
+    if kind == "regex":
+        compiled(pattern, f"{where}, extraction")
+    elif description.reads not in EXTRACTIONS:
+        raise ConfigError(
+            f"{where}, extraction: {description.extraction!r} must be one of {', '.join(EXTRACTIONS)}, or regex:PATTERN"
+        )
+    if description.metric == "choice" and not _PLACE.fullmatch(description.choices):
+        raise ConfigError(f"{where}, choices: {description.choices!r} must be the place of a list, as '{{choices}}'")
+    find_mask(description.mask)
+
+
+def places(templates: Sequence[str]) -> Iterator[str]:
+    """The fields that templates name."""
+    for template in templates:
+        yield from (match[1] for match in _PLACE.finditer(template))
+
+
+def filled(template: str, row: Row) -> str:
+    """A template with the texts of the row: a list is lettered lines, other braces stand for themselves.
+
+    Raises:
+        DataError: null, a mapping or another value that is no text stands there.
+    """
+
+    def text_at(place: re.Match[str]) -> str:
+        value = value_at(place[0], row)
+        if isinstance(value, (list, tuple)):
+            return lettered(value, place[0])
+        text = text_of(value)
+        if text is None:
+            raise DataError(f"field {place[0]}: {shown(value)} is no text; write it as text, or drop the row")
+        return text
+
+    return _PLACE.sub(text_at, template)
+
+
+def value_at(place: str, row: Row) -> Any:
+    """What stands at `{name}` or `{name[key]}` of a row.
+
+    Raises:
+        DataError: the row has nothing there.
+    """
+    match = _PLACE.fullmatch(place)
+    assert match is not None
+    value = row[match[1]]
+    for key in re.findall(r"\w+", match[2]):
+        is_index = isinstance(value, (list, tuple)) and key.isdigit() and int(key) < len(value)
+        if not is_index and not (isinstance(value, dict) and key in value):
+            raise DataError(f"field {place}: {shown(value)} has nothing at [{key}]; correct the template or the row")
+        value = value[int(key)] if is_index else value[key]
+    return value
+
+
+def lettered(choices: Sequence[Any], place: str) -> str:
+    """Choices as lines that begin with `A. `, `B. `, ...
+
+    Raises:
+        DataError: none, more than there are letters, or one that is no text.
+    """
+    texts = [text_of(choice) for choice in choices]
+    if not 1 <= len(texts) <= len(LETTERS) or None in texts:
+        raise DataError(
+            f"field {place}: {shown(list(choices))} must be 1 to {len(LETTERS)} texts or numbers, to be lettered lines"
+        )
+    return "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, texts, strict=False))
+
+
+def renamed(raw: Mapping[str, Any], names: Mapping[str, str]) -> Row:
+    """The row with our names beside its own; a name with dots that it does not have is a path in it."""
+    row = dict(raw)
+    for ours, theirs in names.items():
+        value: Any = raw
+        for key in [theirs] if theirs in raw else theirs.split("."):
+            if not isinstance(value, Mapping) or key not in value:
+                raise KeyError(theirs)
+            value = value[key]
+        row[ours] = value
+    return row
