@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import signal
@@ -21,6 +22,8 @@ from spd_dist.errors import ConfigError, DataError
 from spd_dist.inference.requests import Decoded, Request
 from spd_dist.inference.sampling import Sampling
 from spd_dist.models.policy import Policy
+
+log = logging.getLogger(__name__)
 
 GUARD = Path(__file__).with_name("guard.py")
 GRACE_SECONDS = 10.0
@@ -70,6 +73,7 @@ class ExternalEngine:
     scratch: Path
     """Where this rank's files are."""
     environment: Mapping[str, str]
+    _has_warned: bool = False
 
     def complete(self, requests: Sequence[Request], sampling: Sampling) -> Generator[Decoded, None, None]:
         """Completions as the program writes them.
@@ -121,15 +125,18 @@ class ExternalEngine:
         try:
             row = json.loads(line)
             request = waiting.pop((row["id"], row["sample"]))
-            tokens = _integers(row["tokens"]) if "tokens" in row else self._tokens(row["text"])
+            is_text, reason = "tokens" not in row, row.get("finish_reason", "stop")
+            tokens = self._tokens(row["text"], reason) if is_text else _integers(row["tokens"])
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"generate.engine={self.name} wrote a line that answers no open request ({error!r}): {line[:200]!r}; "
-                'a line is {"id": ..., "sample": ..., "tokens": [...]}, or "text" for tokens'
+                'a line is {"id": ..., "sample": ..., "tokens": [...]}, or "text" with "finish_reason", '
+                '"stop" or "length", for tokens'
             ) from error
         kept = tokens[: sampling.max_new_tokens]
         stops = [index for index, token in enumerate(kept) if token in self.policy.eos_token_ids]
-        if not stops and len(kept) < sampling.max_new_tokens:
+        is_cut_text = is_text and reason == "length"
+        if not stops and len(kept) < sampling.max_new_tokens and not is_cut_text:
             raise DataError(
                 f"generate.engine={self.name} answered {request.id!r}, sample {request.sample}, with {len(kept)} "
                 f"tokens that neither end nor are generate.max_new_tokens={sampling.max_new_tokens}; it aborted that "
@@ -137,9 +144,19 @@ class ExternalEngine:
             )
         return Decoded(request, tuple(kept[: stops[0] + 1] if stops else kept), "stop" if stops else "length")
 
-    def _tokens(self, text: str) -> list[int]:
-        """Text is a whole answer: its end is the policy's."""
-        return [*self.policy.tokenizer.encode(text, add_special_tokens=False), self.policy.eos_token_ids[0]]
+    def _tokens(self, text: str, finish_reason: str) -> list[int]:
+        """The tokens of a text, made anew: names of special tokens in it are text, and only a whole one has an end."""
+        if finish_reason not in ("stop", "length"):
+            raise ValueError("finish_reason must be stop or length")
+        if not self._has_warned:
+            log.warning(
+                "generate.engine=%s answers in text, whose tokens are made anew here: they may differ from those that "
+                'were sampled, and a text without finish_reason counts as ended; write "tokens" if it can',
+                self.name,
+            )
+            self._has_warned = True
+        tokens = self.policy.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return [*tokens, self.policy.eos_token_ids[0]] if finish_reason == "stop" else tokens
 
     def _check(self, code: int, waiting: Mapping[tuple[str, int], Request], log: Path) -> None:
         if code == 0 and not waiting:

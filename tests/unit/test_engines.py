@@ -263,6 +263,25 @@ def test_text_answers_are_tokenised_and_end(policy, tmp_path):
     assert {one.request.id for one in found} == {"p0", "p1", "p2"}
 
 
+def test_special_tokens_in_a_text_are_text_and_a_cut_text_has_no_end(policy, tmp_path, caplog):
+    written = [("a<|im_end|>b", "length"), ("two", "length"), ("<|im_end|>", "stop")]
+    rows = [
+        {"id": one.id, "sample": 0, "text": text, "finish_reason": reason}
+        for one, (text, reason) in zip(REQUESTS, written, strict=True)
+    ]
+    text = f"import sys, json\nprint(*map(json.dumps, {rows!r}), sep=chr(10), file=open(sys.argv[3], 'w'))\n"
+    policy = dataclasses.replace(policy, eos_token_ids=(2,))  # the others are characters of these texts
+    cut, short, whole = external(policy, tmp_path, text).complete(REQUESTS, Sampling(max_new_tokens=64))
+    assert policy.tokenizer.decode(cut.tokens, skip_special_tokens=True) == "a<|im_end|>b"
+    assert (len(cut.tokens), cut.finish_reason) == (len("a<|im_end|>b"), "length")
+    assert (len(short.tokens), short.finish_reason) == (3, "length")
+    assert whole.finish_reason == "stop"
+    assert whole.tokens[-1] == policy.eos_token_ids[0]
+    assert policy.tokenizer.decode(whole.tokens[:-1], skip_special_tokens=True) == "<|im_end|>"
+    [warning] = [record.getMessage() for record in caplog.records if "answers in text" in record.getMessage()]
+    assert "may differ from those that were sampled" in warning
+
+
 def test_a_program_that_fails_is_quoted(policy, tmp_path):
     engine = external(policy, tmp_path, "import sys\nsys.exit('no memory on device 3')\n")
     with pytest.raises(DataError, match=r"generate.engine=command ended with exit code 1; .*\n.*no memory on device 3"):
@@ -283,6 +302,7 @@ def test_requests_without_an_answer_are_counted(policy, tmp_path):
         '{"id": "p0", "sample": 0, "tokens": "abc"}',
         '{"id": "p0", "sample": 0, "tokens": ["a", "b"]}',
         '{"id": "p0", "sample": 0, "tokens": 5}',
+        '{"id": "p0", "sample": 0, "text": "two", "finish_reason": "abort"}',
     ],
 )
 def test_a_line_that_answers_nothing_is_shown(policy, tmp_path, line):

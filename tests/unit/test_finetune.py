@@ -76,6 +76,15 @@ def test_a_corpus_without_a_supervised_token_is_an_error():
         training_sequences(nothing, Finetune(loss_on="completion"), pad_token_id=0)
 
 
+def test_what_is_cut_before_its_first_target_is_left_out():
+    rows = [Completion(name, 0, 0, (5,) * num, (8, EOS), "", "stop") for name, num in (("a", 9), ("b", 2), ("c", 4))]
+    config = Finetune(loss_on="completion", max_tokens=5)
+    sequences = training_sequences(rows, config, pad_token_id=0)
+    assert sequences == training_sequences(rows[1:], config, pad_token_id=0)
+    assert [(one.id, labels_of(one)) for one in sequences] == [("b/0", [8, EOS]), ("c/0", [8])]
+    assert collate([[0, 1]], sequences, lambda _: 0, pad_token_id=0).label_N.tolist() == [8, EOS, 8]
+
+
 def test_the_held_out_part_is_drawn_once_and_never_everything():
     sequences = [TrainingSequence(str(index), (1, 2), 1, 2) for index in range(10)]
     train, validation = held_out(sequences, 0.3, torch.Generator().manual_seed(0))

@@ -34,7 +34,7 @@ class TrainingSequence:
 def training_sequences(
     completions: Sequence[Completion], config: Finetune, *, pad_token_id: int
 ) -> list[TrainingSequence]:
-    """One sequence a completion, cut to `config.max_tokens`.
+    """One sequence a completion, cut to `config.max_tokens`; one that is cut before its first target is left out.
 
     A completion's tokens hold the end-of-sequence token exactly if the policy ended by itself: so that is when it is
     supervised. Padding is known by position, never by its id, which may well be that of the end of a sequence.
@@ -49,8 +49,8 @@ def training_sequences(
         padding = (pad_token_id,) * (config.max_tokens - len(tokens) if config.pads_in_loss else 0)
         name = f"{completion.id}/{completion.sample}"
         sequences.append(TrainingSequence(name, tokens + padding, max(1, first), len(tokens)))
-    usable = [sequence for sequence in sequences if sequence.tokens]
-    if not sum(sequence.num_targets for sequence in usable):
+    usable = [sequence for sequence in sequences if sequence.num_targets]
+    if not usable:
         raise DataError(
             f"generate/completions: {len(completions)} completions hold no token to learn from with "
             f"finetune.loss_on={config.loss_on} and finetune.max_tokens={config.max_tokens}; raise finetune.max_tokens"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from spd_dist.stages.finetune.training import Corpus, Trainer, TrainingResult
 from spd_dist.storage.artifacts import content_hash
 from spd_dist.types import Completion
 
+log = logging.getLogger(__name__)
+
 NOT_OF_RESULTS = {
     "micro_batch_size", "packing", "checkpointing", "checkpoint_every", "keep_checkpoints", "keep_every", "merge",
 }  # fmt: skip
@@ -38,7 +41,9 @@ class StudentSummary:
     num_targets: int
     """Supervised tokens of an epoch."""
     num_cut: int
-    """Sequences that were longer than `finetune.max_tokens`."""
+    """Completions that were longer than `finetune.max_tokens` with their prompts: their end is not learnt."""
+    num_dropped: int
+    """Completions of which no token is supervised: nothing is left of them behind the cut."""
     num_steps: int
     saved_step: int
     """The step whose weights were saved."""
@@ -85,7 +90,8 @@ def finetune(
         num_sequences=len(corpus.train),
         num_validation_sequences=len(corpus.validation),
         num_targets=sum(sequence.num_targets for sequence in corpus.train),
-        num_cut=sum(len(one.prompt_tokens) + len(one.tokens) > config.max_tokens for one in completions),
+        num_cut=_num_cut(completions, config),
+        num_dropped=len(completions) - len(corpus.train) - len(corpus.validation),
         num_steps=outcome.state.step,
         saved_step=outcome.saved_step,
         stopped_early=outcome.state.stopped_early,
@@ -109,10 +115,19 @@ def _check_untouched(policy: Policy) -> None:
 
 def _corpus(policy: Policy, completions: Sequence[Completion], config: Finetune, context: StageContext) -> Corpus:
     sequences = training_sequences(completions, config, pad_token_id=policy.pad_token_id)
+    if len(sequences) < len(completions):
+        log.warning(
+            "%d of %d completions hold no supervised token with finetune.max_tokens=%d and are left out; %d are cut",
+            len(completions) - len(sequences), len(completions), config.max_tokens, _num_cut(completions, config),
+        )  # fmt: skip
     train, validation = held_out(sequences, config.validation_fraction, generator(context.seed, "finetune", "held out"))
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_OF_RESULTS}
     data = [dataclasses.astuple(sequence) for sequence in sequences]
     return Corpus(train, validation, content_hash([policy.fingerprint, settings, context.seed, data]))
+
+
+def _num_cut(completions: Sequence[Completion], config: Finetune) -> int:
+    return sum(len(one.prompt_tokens) + len(one.tokens) > config.max_tokens for one in completions)
 
 
 def _save(
