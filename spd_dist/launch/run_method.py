@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spd_dist.config import STAGES, Config
-from spd_dist.errors import ConfigError, UserError
+from spd_dist.errors import ConfigError, DataError, UserError
 from spd_dist.overrides import load_config, split_words, to_yaml
 from spd_dist.process.environment import home_of, make_room, where_files_go
 from spd_dist.process.launcher_watchdog import watch_launchers
@@ -119,13 +119,20 @@ def preview(config: Config, num_examples: int) -> int:
 def run(config: Config, arguments: argparse.Namespace, signals: StopSignals) -> int:
     """Run the stages."""
     from spd_dist.arms import Scope
+    from spd_dist.mechanism.mechanism_stage import measure_mechanism
     from spd_dist.runs.rounds import run_rounds
     from spd_dist.storage.restart import restart
 
     def work(world: World) -> str:
         if arguments.restart_from:
             restart(Path(config.run_dir), arguments.restart_from, dataclasses.asdict(config))
-        return run_rounds(config, world, signals, Scope(arguments.first, arguments.last))
+        text = run_rounds(config, world, signals, Scope(arguments.first, arguments.last))
+        if not config.mechanism.in_run or arguments.last != STAGES[-1]:
+            return text
+        try:
+            return f"{text}\n\n{measure_mechanism(config, world, signals)}"
+        except DataError as error:  # the run itself is done, and all that it wrote stays good
+            return f"{text}\n\nThe mechanism test was not done: {error}"
 
     return on_every_rank(config, work)
 

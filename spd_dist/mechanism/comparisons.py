@@ -15,6 +15,7 @@ from spd_dist.mechanism.controls import (
     Material,
     control_subspace,
     equal_energy_subspace,
+    given,
     random_subspace,
     strongest,
 )
@@ -112,7 +113,7 @@ def own_subspace(comparison: Comparison, material: Material) -> Subspace:
     if comparison.fraction is not None:
         for site, part in sites.items():
             rank = max(1, int(site.width * comparison.fraction))
-            basis_DR = fix_signs(strongest(material.calibration.gradient[site], rank)).float()
+            basis_DR = fix_signs(strongest(given(material.calibration).gradient[site], rank)).float()
             sites[site] = dataclasses.replace(part, basis_DR=basis_DR, num_null_directions=0)
     return Subspace(sites, found.metadata)
 
@@ -148,9 +149,8 @@ def lineup(comparison: Comparison, material: Material, config: Mechanism, seed: 
     random = {f"random_{k:03d}": random_subspace(own, seed, k) for k in range(comparison.num_random)}
     others = {}
     if comparison.name == PRIMARY:
-        activation = material.calibration.activation
         others = {
-            f"equal_energy_{k:03d}": equal_energy_subspace(own, activation, seed, k)
+            f"equal_energy_{k:03d}": equal_energy_subspace(own, given(material.calibration).activation, seed, k)
             for k in range(config.num_equal_energy)
         }
     others |= {

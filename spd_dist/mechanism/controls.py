@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from spd_dist.analysis.subspace_algebra import complement_basis, fix_signs
+from spd_dist.config import Mechanism
 from spd_dist.errors import ConfigError
 from spd_dist.mechanism.moments import CalibrationMoments, Moments
 from spd_dist.seeding import generator
@@ -64,7 +65,8 @@ class Material:
     """The method's, at every site that a comparison names."""
     controls: tuple[str, ...]
     """Those that are compared with: names of `CONTROLS`."""
-    calibration: CalibrationMoments
+    calibration: CalibrationMoments | None = None
+    """What `needs_moments` tells of."""
     full: Moments | None = None
     shuffled: Moments | None = None
     wrong: Moments | None = None
@@ -110,21 +112,21 @@ def with_bases(spd: Subspace, bases: Mapping[KVSite, Tensor]) -> Subspace:
 
 
 def _basis(name: str, site: KVSite, part: SiteSubspace, material: Material) -> Tensor:
-    rank, moments = part.basis_DR.shape[1], material.calibration
+    rank = part.basis_DR.shape[1]
     if name in ("full_gradient", "shuffled_tokens", "wrong_answers"):
         other = {"full_gradient": material.full, "shuffled_tokens": material.shuffled, "wrong_answers": material.wrong}
-        return strongest(_given(other[name])[site], rank)
+        return strongest(given(other[name])[site], rank)
     if name in ("gradient_x_activation", "generalised", "right_minus_wrong", "cleaned"):
         return _candidate(name, site, rank, material)
     if name == "activation_pca":
-        return strongest(moments.activation[site], rank)
+        return strongest(given(material.calibration).activation[site], rank)
     if name == "complement":
         return complement_basis(part.basis_DR)
-    return _of_other(site, rank, _given(material.other))
+    return _of_other(site, rank, given(material.other))
 
 
 def _candidate(name: str, site: KVSite, rank: int, material: Material) -> Tensor:
-    moments = material.calibration
+    moments = given(material.calibration)
     gradient_DD, activation_DD = moments.gradient[site], moments.activation[site]
     if name == "gradient_x_activation":
         return strongest(-moments.cross[site], rank)
@@ -132,11 +134,21 @@ def _candidate(name: str, site: KVSite, rank: int, material: Material) -> Tensor
         return _generalised(gradient_DD, activation_DD, rank)
     if name == "cleaned":
         return _cleaned(gradient_DD, activation_DD, rank)
-    wrong_DD = _given(material.wrong)[site]
+    wrong_DD = given(material.wrong)[site]
     return strongest(gradient_DD / gradient_DD.trace() - wrong_DD / wrong_DD.trace(), rank)
 
 
-def _given(material: M | None) -> M:
+NEED_MOMENTS = ("activation_pca", "gradient_x_activation", "generalised", "right_minus_wrong", "cleaned")
+
+
+def needs_moments(controls: Sequence[str], config: Mechanism) -> bool:
+    """Whether the calibration examples must be passed once more, for moments that the subspace's file does not hold."""
+    cuts = config.fraction is not None or any("fraction=" in word or "layers=" in word for word in config.explore)
+    return cuts or config.num_equal_energy > 0 or bool(set(controls) & set(NEED_MOMENTS))
+
+
+def given(material: M | None) -> M:
+    """Material that is there."""
     assert material is not None, "`chosen_controls` leaves out what there is no material for"
     return material
 

@@ -53,7 +53,7 @@ def measure(
         UserError: what the user can put right.
     """
     settings = config.mechanism
-    measurement = Measurement(policy, rows.forms, sorted(material.spd.sites), settings, context)
+    measurement = Measurement(policy, rows.forms, sorted(material.spd.sites), config, context)
     compared = [
         Compared(
             one,

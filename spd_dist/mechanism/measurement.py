@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from spd_dist.config import Evaluate, Mechanism
+from spd_dist.config import Config
 from spd_dist.data.held_out import HeldOutExample
 from spd_dist.distributed.collectives import gather_objects, on_main
 from spd_dist.inference.placement import choose_placement, placed
@@ -73,7 +73,7 @@ class Measurement:
         policy: Policy,
         rows: Mapping[str, Sequence[HeldOutExample]],
         sites: Sequence[KVSite],
-        config: Mechanism,
+        config: Config,
         context: StageContext,
     ) -> None:
         """Divide the rows into batches, the same at every world size, and read what is there. A collective.
@@ -82,22 +82,23 @@ class Measurement:
             policy: Untouched.
             rows: In each form of the prompt, the same rows in the same order.
             sites: Any of the policy's: they tell where its layers are.
-            config: Its section.
+            config: Of the run.
             context: Of the run.
         """
-        self.policy, self.context, self.config = policy, context, config
+        self.policy, self.context, self.config = policy, context, config.mechanism
         pad_token_id, device = policy.pad_token_id, context.world.device
         self.batches = {
             prompt: [
-                ScoredBatch.of(each[start : start + config.batch_size], pad_token_id, device)
-                for start in range(0, len(each), config.batch_size)
+                ScoredBatch.of(each[start : start + self.config.batch_size], pad_token_id, device)
+                for start in range(0, len(each), self.config.batch_size)
             ]
             for prompt, each in rows.items()
         }
         longest = max(len(row.example.tokens) for each in rows.values() for row in each)
-        decoding = dataclasses.replace(Evaluate().decoding(), batch_size=config.batch_size, max_new_tokens=1)
-        self.placement = choose_placement(policy, decoding, context.world, longest, section="mechanism")
-        shares = config.share_prefix and self.placement == "replica"
+        decoding = config.evaluate.decoding()
+        decoding = dataclasses.replace(decoding, batch_size=self.config.batch_size, max_new_tokens=1)
+        self.placement = choose_placement(policy, decoding, context.world, longest, section="evaluate")
+        shares = self.config.share_prefix and self.placement == "replica"
         self.prefix = SharedPrefix(policy.model, sites) if shares else None
         self.checked: set[int] = set()
         self.values: dict[str, dict[str, RowValues]] = {}

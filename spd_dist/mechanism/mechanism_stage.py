@@ -26,7 +26,7 @@ from spd_dist.distributed.collectives import on_main, together
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError
 from spd_dist.mechanism.comparisons import layers_of, planned
-from spd_dist.mechanism.controls import Material, chosen_controls, strongest
+from spd_dist.mechanism.controls import Material, chosen_controls, needs_moments, strongest
 from spd_dist.mechanism.measure import HeldOut, measure
 from spd_dist.mechanism.measurement import PARTS
 from spd_dist.mechanism.moments import CalibrationMoments, gradient_moments
@@ -40,10 +40,10 @@ from spd_dist.run import Run
 from spd_dist.storage.artifacts import content_hash, read_json, replacing, sha256_of, write_json
 from spd_dist.storage.subspace_file import load_subspace
 from spd_dist.tracking.metrics import MetricLogger
+from spd_dist.tracking.wandb_artifacts import MECHANISM_FILES
 from spd_dist.types import KVSite, SiteSubspace, Subspace, SupervisedExample
 
 STAGE = "mechanism"
-OUTPUTS = ("mechanism.json", "details.json", "rows.parquet", "mechanism.html")
 SUBSPACE = "subspace.safetensors"
 CHANGES_NOTHING = ("batch_size", "share_prefix", "in_run")
 """Keys of the section that change no result."""
@@ -92,7 +92,7 @@ def measure_mechanism(config: Config, world: World, signals: StopSignals) -> str
                 outcome = measure(policy, HeldOut(forms, test_set), material, config, context)
             on_main("writing the mechanism test", lambda: write(folder, outcome, run.metrics))
 
-        run.run_stage(STAGE, inputs_of(run, rows), OUTPUTS, work)
+        run.run_stage(STAGE, inputs_of(run, rows), MECHANISM_FILES, work)
         folder = run.folder.folder(STAGE)
         text = on_main("reading the mechanism test", lambda: read_json(folder / "details.json")["sentence"])
     return f"{text}\n{folder / 'mechanism.html'}"
@@ -149,9 +149,9 @@ def find_material(run: Run, folder: Path, layers: set[int]) -> Material:
     def moments(of: Sequence[SupervisedExample]) -> CalibrationMoments:
         return gradient_moments(policy, of, sites, calibrate, run.context(folder))
 
-    own = moments(examples)
+    own = moments(examples) if needs_moments(controls, config.mechanism) else None
     return Material(
-        spd=with_sites(found, sites, own, config),
+        spd=found if own is None else with_sites(found, sites, own, config),
         controls=tuple(controls),
         calibration=own,
         full=moments(full).gradient if "full_gradient" in controls else None,

@@ -194,7 +194,7 @@ def report_text(report: Mapping[str, Any], run_folder: str | Path, *, width: int
         console.print(f"Smallest difference found in 4 runs of 5, in {unit}: {', '.join(named)}")
     seconds = {}
     for stage, entry in report["cost"].items():
-        verb = next(part for part in stage.split("/")[::-1] if part in STAGES)
+        verb = next((part for part in stage.split("/")[::-1] if part in STAGES), stage)
         seconds[verb] = seconds.get(verb, 0.0) + entry["seconds"]
     parts = ", ".join(f"{verb} {each:.0f} s" for verb, each in seconds.items())
     console.print(f"Time: {sum(seconds.values()):.0f} s ({parts})" if parts else "Time: not recorded")

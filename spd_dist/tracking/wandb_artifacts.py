@@ -10,6 +10,7 @@ from spd_dist.storage.artifacts import content_hash, read_json
 from spd_dist.tracking.metrics import Product
 
 REPORT_FILES = ("report.json", "report.html")
+MECHANISM_FILES = ("mechanism.json", "details.json", "rows.parquet", "mechanism.html")
 
 
 def product_of(run_folder: Path, stage: str) -> Product | None:
@@ -31,6 +32,8 @@ def product_of(run_folder: Path, stage: str) -> Product | None:
     if verb == "project":
         paths = (folder / "subspace.safetensors", folder / "summary.json")
         return Product("subspace", "subspace", paths, metadata | _of_subspace(folder))
+    if verb == "mechanism":
+        return Product("mechanism", "report", tuple(folder / name for name in MECHANISM_FILES), metadata)
     if verb == "generate":
         return Product(f"{label}corpus", "corpus", (folder / "completions",), metadata, is_copied=False)
     if verb == "finetune":

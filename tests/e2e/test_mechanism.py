@@ -8,15 +8,16 @@ import pyarrow.parquet
 import pytest
 from launching import Launch, differences, launch
 from tiny import save_tiny_model
+from wandb_log import read_offline_run
 
 from spd_dist.storage.artifacts import read_json
 
 LAUNCHER = "launchers/mechanism.py"
 WORDS = [
     "calibrate.num_examples=7", "calibrate.num_shards=4", "calibrate.batch_size=2", "evaluate.max_new_tokens=4",
-    "mechanism.num_rows=6", "mechanism.batch_size=2", "mechanism.num_random=4", "mechanism.num_equal_energy=1",
-    "mechanism.num_explored_rows=4", "mechanism.num_explored_random=3", "mechanism.num_generated=2",
-    "mechanism.explore=[kinds=value@fraction=0.25,layers=1]", "mechanism.doses=[0.5]",
+    "data.num_test=6", "mechanism.num_rows=6", "mechanism.batch_size=2", "mechanism.num_random=4",
+    "mechanism.num_equal_energy=1", "mechanism.num_explored_rows=4", "mechanism.num_explored_random=3",
+    "mechanism.num_generated=2", "mechanism.explore=[kinds=value@fraction=0.25,layers=1]", "mechanism.doses=[0.5]",
 ]  # fmt: skip
 
 
@@ -28,7 +29,9 @@ def words(tmp_path_factory) -> list[str]:
 @pytest.fixture(scope="module")
 def undisturbed(words, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
-    output = launch(2, [*words, f"run_dir={folder / 'run'}"], folder / "log", launcher=LAUNCHER)
+    output = launch(
+        2, [*words, f"run_dir={folder / 'run'}", "metrics.wandb=offline"], folder / "log", launcher=LAUNCHER
+    )
     assert output.count("The capability subspace ") == 1
     return folder / "run"
 
@@ -81,7 +84,7 @@ def test_the_files_hold_the_primary_comparison_and_every_row(undisturbed):
 
 def test_one_rank_gives_the_same_and_so_does_a_run_that_was_killed_on_two(words, undisturbed, tmp_path):
     run, log = tmp_path / "run", tmp_path / "log"
-    started = Launch(2, [*words, f"run_dir={run}"], log, LAUNCHER)
+    started = Launch(2, [*words, f"run_dir={run}", "evaluate.placement=layerwise"], log, LAUNCHER)
     started.kill_when(lambda: sum(file.stat().st_size for file in run.rglob("rows.part-*.jsonl")) > 4000)
     assert not (run / "mechanism").exists()
     launch(1, [*words, f"run_dir={run}", "distributed.zero_stage=0"], log, launcher=LAUNCHER)
@@ -92,6 +95,30 @@ def test_one_rank_gives_the_same_and_so_does_a_run_that_was_killed_on_two(words,
     again = launch(1, [*words, f"run_dir={run}", "distributed.zero_stage=0"], tmp_path / "again", launcher=LAUNCHER)
     assert "mechanism: complete, skipped" in again
     assert "The capability subspace " in again
+
+
+def test_weights_and_biases_has_the_verdict_the_table_and_the_files(undisturbed):
+    mirrored = read_offline_run(undisturbed)
+    assert mirrored.job_type == "mechanism"
+    logged = {name for row in mirrored.history for name in row}
+    assert {"mechanism/effect", "mechanism/p_value", "mechanism/matched_p_value"} <= logged
+    made = {one.name.removeprefix("run-"): one for one in mirrored.artifacts if not one.is_input}
+    assert {"subspace", "mechanism"} <= made.keys()
+    assert set(made["mechanism"].files) == {"mechanism.json", "details.json", "rows.parquet", "mechanism.html"}
+
+
+def test_a_run_ends_in_the_sentence_if_its_config_says_so(words, undisturbed, tmp_path):
+    few = ["evaluate.arms=[base]", f"run_dir={undisturbed}"]
+    text = launch(1, [*words, *few, "mechanism.in_run=true"], tmp_path / "log")
+    assert "mechanism: complete, skipped" in text
+    assert text.index(" base ") < text.index("The capability subspace ")
+
+
+def test_a_finished_run_stays_good_if_its_rows_do_not_suffice(words, tmp_path):
+    few = ["evaluate.arms=[base]", "data.num_test=1", f"run_dir={tmp_path}", "mechanism.in_run=true"]
+    text = launch(1, [*words, *few], tmp_path / "log")
+    assert "The mechanism test was not done: data.test: 1 of 1 rows have a reference answer" in text
+    assert (tmp_path / "report.json").exists()
 
 
 @pytest.mark.parametrize(("word", "message"), [

@@ -18,7 +18,7 @@ from spd_dist.analysis.mechanism_verdict import (
     rank_p_value,
     sentence,
 )
-from spd_dist.config import Calibrate, Data, Mechanism, Project
+from spd_dist.config import Calibrate, Config, Data, Mechanism, Project
 from spd_dist.data.arithmetic import generate_rows
 from spd_dist.data.held_out import held_out_rows, make_held_out, shuffled_examples, wrong_examples, wrong_values
 from spd_dist.data.prompts import make_examples
@@ -32,6 +32,7 @@ from spd_dist.mechanism.controls import (
     chosen_controls,
     control_subspace,
     equal_energy_subspace,
+    needs_moments,
     random_subspace,
     strongest,
 )
@@ -281,6 +282,14 @@ def test_equal_energy_is_equal_and_random_ones_are_drawn_by_name(material):
         assert not torch.allclose(first.sites[site].basis_DR, second.sites[site].basis_DR)
 
 
+def test_the_calibration_examples_are_passed_again_only_if_something_is_cut_of_them():
+    plain = Mechanism(num_equal_energy=0, explore=("kinds=value",))
+    assert not needs_moments(["complement", "full_gradient"], plain)
+    assert needs_moments(["activation_pca"], plain)
+    for change in ({"num_equal_energy": 1}, {"fraction": 0.25}, {"explore": ("layers=1",)}):
+        assert needs_moments([], dataclasses.replace(plain, **change))
+
+
 def test_controls_without_material_are_left_out_or_refused():
     assert set(chosen_controls(["all"], has_wrong=False, has_other=False)) == set(CONTROLS) - {
         "wrong_answers", "right_minus_wrong", "other_task",
@@ -334,7 +343,7 @@ def test_a_blend_is_that_share_of_the_projection(material):
 
 def test_pairs_are_brought_to_equal_distortion(policy, held_out, material, tmp_path):
     context = StageContext(tmp_path, 0, ALONE)
-    config = Mechanism(batch_size=1)
+    config = Config(mechanism=Mechanism(batch_size=1))
     measurement = Measurement(policy, {"task": held_out["task"]}, list(material.spd.sites), config, context)
     keys = Subspace({site: part for site, part in material.spd.sites.items() if site.kind == "key"})
 

@@ -17,7 +17,16 @@ from spd_dist.storage.settings import first_reader
 from spd_dist.tracking.metrics import read_metrics
 
 ALONE = World(0, 1, torch.device("cpu"))
-MADE = ["project", "generate", "finetune", "evaluate/spd", "evaluate", "arms/psr/generate", "arms/psr/finetune"]
+MADE = [
+    "project",
+    "generate",
+    "finetune",
+    "evaluate/spd",
+    "evaluate",
+    "arms/psr/generate",
+    "arms/psr/finetune",
+    "mechanism",
+]
 STEPS = [("calibrate", 1), ("finetune", 1), ("finetune", 2), ("evaluate", 1)]
 
 
@@ -47,7 +56,7 @@ def there(folder: Path) -> set[str]:
 def test_what_a_stage_and_later_ones_made_is_moved_and_the_rest_stays(run):
     restart(run, "finetune", plain("finetune.num_epochs=3"))
     (replaced,) = (run / "replaced").iterdir()
-    assert there(run) == {"project", "generate", "arms/psr/generate"}
+    assert there(run) == {"project", "generate", "arms/psr/generate", "mechanism"}
     assert there(replaced) == {"finetune", "evaluate/spd", "evaluate", "arms/psr/finetune"}
     assert (replaced / "report.json").exists()
     assert (replaced / "rounds" / "2" / "project").is_dir()
