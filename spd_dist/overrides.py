@@ -215,6 +215,7 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     if hint is int and type(value) is float and value.is_integer():
         return int(value)
     if origin is Literal:
+        value = "off" if value is False and "off" in arguments else value  # what YAML makes of the bare word
         fits = any(value == choice and type(value) is type(choice) for choice in arguments)
     elif origin is dict:
         fits = isinstance(value, dict)

@@ -16,6 +16,7 @@ from spd_dist.data.prompts import TestSet, make_references, make_test_set, with_
 from spd_dist.data.sources import load_rows
 from spd_dist.data.tasks import find_task
 from spd_dist.data.tasks.protocol import Row, Split
+from spd_dist.data.thinking import learned_parts
 from spd_dist.distributed.collectives import max_over_ranks, on_main, together
 from spd_dist.distributed.heartbeat import Heartbeat, naming_lagging_ranks, telling_of_silence
 from spd_dist.distributed.memory import peak_bytes, reset_peak_memory
@@ -154,8 +155,8 @@ class Run:
                 return make_references(rows, self.task, policy.tokenizer, config.data, eos_token_ids=ends)
             own = read_completions(self.folder.folder(arm.stage("generate")) / CORPUS)
             if arm.learns_from == "itself, ended":
-                return with_eos(own, policy.tokenizer.decode, eos_token_ids=ends)
-            return own
+                own = with_eos(own, policy.tokenizer.decode, eos_token_ids=ends)
+            return learned_parts(own, policy.tokenizer, config)
 
     def questions(self) -> dict[str, str]:
         """What the arms are asked, by example id."""

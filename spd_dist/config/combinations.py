@@ -101,6 +101,17 @@ COMBINATIONS = (
         _BARE, ("data.template=chat",), ("data.template=plain", "data.template_options={enable_thinking: false}"),
     ),
     Combination(
+        ("data.thinking", "data.template"), _is(data__thinking="off", data__template="plain"),
+        "since it is the chat template that asks for no thought", ("data.template=chat", "data.thinking=keep"),
+        ("data.thinking=off", "data.template=plain"),
+    ),
+    Combination(
+        ("finetune.loss_on", "data.thinking"),
+        _is(finetune__loss_on=("thought", "after_thought"), data__thinking=("drop", "off")),
+        "which leaves no thought to tell apart", ("finetune.loss_on=completion", "data.thinking=keep"),
+        ("finetune.loss_on=thought", "data.thinking=drop"),
+    ),
+    Combination(
         ("generate.num_samples", "generate.temperature"), _several_greedy("generate"),
         _SAME, ("generate.temperature=0.7", "generate.num_samples=1"),
         ("generate.num_samples=2", "generate.temperature=0"),

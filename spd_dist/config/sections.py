@@ -50,6 +50,9 @@ class Data:
     template: Literal["chat", "plain"] = setting("chat", "chat: the tokenizer's chat template; plain: the bare prompt")
     template_options: dict[str, Any] = setting({}, "variables for the chat template, as {enable_thinking: false}")
     system: str | None = setting(None, "system prompt of the chat; the template's own if not given")
+    thinking: Literal["keep", "drop", "off"] = setting(
+        "keep", "thoughts: a student learns them, or what follows them alone; off: the chat template asks for none"
+    )
     thinking_marks: tuple[str, ...] = setting((), "[OPEN,CLOSE] around thoughts, beside the known ones")
     max_prompt_tokens: int = setting(1024, "a longer prompt is an error", at_least=1)
     leaks: Literal["report", "remove", "remove_all"] = setting(
@@ -139,6 +142,9 @@ class Generate:
     ssd_top_k: int = setting(20, "of the SSD arm", at_least=0)
     max_empty_rate: float = setting(0.5, "largest share of empty completions", at_least=0, at_most=1)
     max_repetition_rate: float = setting(0.5, "largest share of completions that go in circles", at_least=0, at_most=1)
+    max_unfinished_rate: float = setting(
+        1.0, "largest share whose thought was cut at max_new_tokens; 1 only warns", at_least=0, at_most=1
+    )
     max_length_rate: float = setting(1.0, "largest share cut at max_new_tokens; 1 only warns", at_least=0, at_most=1)
 
 
@@ -161,7 +167,9 @@ class Finetune:
     lora_dropout: float = setting(0.05, "dropout in front of the adapters", at_least=0, at_most=1)
     lora_targets: tuple[str, ...] = setting(("q_proj", "k_proj", "v_proj", "o_proj"), "modules that get an adapter")
     lora_variant: Literal["lora", "rslora", "dora"] = setting("lora", "plain, rank-stabilised, or weight-decomposed")
-    loss_on: Literal["prompt_and_completion", "completion"] = setting("prompt_and_completion", "Eq. 14 takes both")
+    loss_on: Literal["prompt_and_completion", "completion", "thought", "after_thought"] = setting(
+        "prompt_and_completion", "Eq. 14 takes both; of a completion also its thought alone, or what follows it"
+    )
     pads_in_loss: bool = setting(False, "prototype: pad to max_tokens, and train on the pads too")
     stop_on_train_loss: bool = setting(False, "prototype: stop when the training loss no longer falls, keep the best")
     learning_rate: float = setting(1e-5, "peak", above=0)

@@ -12,7 +12,7 @@ from spd_dist.config import Calibrate, Config, Data
 from spd_dist.data.masking import RULE, MaskAudit, MaskedText, ShownExample, mask_row
 from spd_dist.data.scoring.thoughts import is_thinking_mark, with_known_marks
 from spd_dist.data.tasks.protocol import Row, Task
-from spd_dist.data.templates import Tokenizer, adds_special_tokens, render_example, render_prompt
+from spd_dist.data.templates import Tokenizer, adds_special_tokens, check_thinking, render_example, render_prompt
 from spd_dist.errors import ConfigError, DataError
 from spd_dist.types import Completion, Prompt, SupervisedExample
 
@@ -32,6 +32,7 @@ def make_prompts(rows: Sequence[Row], task: Task, tokenizer: Tokenizer, config: 
         ConfigError: data.template=chat, and the tokenizer has no chat template.
         DataError: a prompt is longer than data.max_prompt_tokens.
     """
+    check_thinking(tokenizer, config)
     texts = [render_prompt(task.prompt(row), tokenizer, config) for row in rows]
     encoded = tokenizer(texts, add_special_tokens=adds_special_tokens(config))["input_ids"] if texts else []
     prompts = [Prompt(row["id"], text, tuple(ids)) for row, text, ids in zip(rows, texts, encoded, strict=True)]

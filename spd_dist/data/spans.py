@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 from spd_dist.data.patterns import SECONDS, compiled
 from spd_dist.data.scoring.extract import boxed_span
 from spd_dist.data.scoring.numbers import MARKER
+from spd_dist.data.scoring.thoughts import closings
 from spd_dist.errors import ConfigError, DataError
 
 Span = tuple[int, int]
@@ -63,6 +64,19 @@ def asserts(prompt: str, answer: str, row: Mapping[str, Any]) -> Sequence[Span]:
     return merged(span for test in tests for span in occurrences(test, text))
 
 
+def thought(prompt: str, answer: str, row: Mapping[str, Any]) -> Sequence[Span]:
+    """What the answer thinks: up to its last mark that ends a thought, the mark included."""
+    found = closings(answer)
+    return [(len(prompt), len(prompt) + found[-1][1])] if found else []
+
+
+def after_thought(prompt: str, answer: str, row: Mapping[str, Any]) -> Sequence[Span]:
+    """What the answer says after it has thought; all of it if it did not think."""
+    found = closings(answer)
+    start = found[-1][1] if found else 0
+    return merged([(len(prompt) + start, len(prompt) + len(answer))])
+
+
 def given(prompt: str, answer: str, row: Mapping[str, Any]) -> Sequence[Span]:
     """The row's own `spans`, a list of [start, stop] in prompt + answer."""
     spans = row.get("spans")
@@ -82,6 +96,8 @@ MASKS: Mapping[str, Mask] = {
     "boxed": boxed_content,
     "asserts": asserts,
     "spans": given,
+    "thought": thought,
+    "after_thought": after_thought,
 }
 """Masks by the name that `calibrate.mask` gives; besides them `task`, `regex:PATTERN`, and entry points."""
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from spd_dist.config import Data
+from spd_dist.data.scoring.thoughts import closings, opened_by
 from spd_dist.data.spans import Span, merged
 from spd_dist.errors import ConfigError, DataError
 
+SWITCH = "enable_thinking"
+"""What the templates of Qwen3, SmolLM3 and others call it."""
 _PROMPT, _ANSWER = "<<the prompt>>", "<<the answer>>"
 
 
@@ -71,6 +75,8 @@ def render_example(prompt: str, answer: str, tokenizer: Tokenizer, config: Data)
     if config.template == "plain":
         return Rendered(prompt + answer, tuple((span, 0) for span in whole))
     content = answer.strip()
+    if closings(content):
+        return _with_thought(prompt, answer, tokenizer, config)
     text = _chat(tokenizer, config, prompt, content or None)
     frame = _chat(tokenizer, config, _PROMPT, _ANSWER if content else None)
     before, _, rest = frame.partition(_PROMPT)
@@ -93,6 +99,50 @@ def render_example(prompt: str, answer: str, tokenizer: Tokenizer, config: Data)
     )
 
 
+def _with_thought(prompt: str, answer: str, tokenizer: Tokenizer, config: Data) -> Rendered:
+    """A reference that thinks, as the policy itself writes it: behind its prompt.
+
+    Templates rewrite thoughts, or leave them out. A mark that the prompt has opened is not opened again.
+    """
+    asked, content = _chat(tokenizer, config, prompt, None), answer.strip()
+    opened = opened_by(asked, config.thinking_marks)
+    if opened and content.startswith(opened):
+        content = content.removeprefix(opened).lstrip()
+    frame = _chat(tokenizer, config, _PROMPT, _ANSWER)
+    place = asked.find(prompt.strip())
+    if place < 0:
+        raise DataError(
+            f"data.template=chat: the chat template changes the text of {prompt[:60]!r}, so target spans cannot be "
+            "found in it; set data.template=plain"
+        )
+    first, start = prompt.index(prompt.strip()), len(prompt) + answer.index(content)
+    pieces = (
+        ((first, first + len(prompt.strip())), place - first),
+        ((start, start + len(content)), len(asked) - start),
+    )
+    return Rendered(asked + content + frame.partition(_ANSWER)[2], pieces)
+
+
+def check_thinking(tokenizer: Tokenizer, config: Data) -> None:
+    """See that the chat template does what `data.thinking` asks of it.
+
+    Raises:
+        ConfigError: it knows no way to ask for no thought, or opens one in the prompt, which `drop` would leave open.
+    """
+    if config.thinking == "off" and config.template == "chat":
+        bare = dataclasses.replace(config, thinking="keep")
+        if _chat(tokenizer, config, _PROMPT, None) == _chat(tokenizer, bare, _PROMPT, None):
+            raise ConfigError(
+                f"data.thinking: off is not valid with this tokenizer, whose chat template does not know {SWITCH}; set "
+                "data.thinking=drop, or data.template_options for its own switch"
+            )
+    if config.thinking == "drop" and opened_by(render_prompt(_PROMPT, tokenizer, config), config.thinking_marks):
+        raise ConfigError(
+            "data.thinking: drop is not valid with this tokenizer, whose chat template opens a thought in the prompt: "
+            "what follows would stand inside of it; set data.thinking=keep and finetune.loss_on=after_thought"
+        )
+
+
 def _chat(tokenizer: Tokenizer, config: Data, prompt: str, answer: str | None) -> str:
     if not tokenizer.chat_template:
         raise ConfigError(
@@ -102,6 +152,7 @@ def _chat(tokenizer: Tokenizer, config: Data, prompt: str, answer: str | None) -
     turns = [*system, {"role": "user", "content": prompt}]
     if answer is not None:
         turns.append({"role": "assistant", "content": answer})
+    switch = {SWITCH: False} if config.thinking == "off" else {}
     return tokenizer.apply_chat_template(
-        turns, tokenize=False, add_generation_prompt=answer is None, **config.template_options
+        turns, tokenize=False, add_generation_prompt=answer is None, **switch | config.template_options
     )

@@ -23,6 +23,7 @@ MAY_CHANGE = (
     "generate.max_empty_rate",
     "generate.max_repetition_rate",
     "generate.max_length_rate",
+    "generate.max_unfinished_rate",
     "finetune.micro_batch_size",
     "finetune.checkpointing",
     "finetune.checkpoint_every",
@@ -52,7 +53,7 @@ CUT = ("rank_rule", "rank", "fraction", "energy", "centered", "insertion")
 READ_BY = {
     "project": ("model", "data", "calibrate", "sketch", "reduce", *(f"project.{name}" for name in CUT)),
     "generate": ("seed", "model", "data", "generate", "project"),
-    "finetune": ("seed", "model", "finetune"),
+    "finetune": ("seed", "model", "data.thinking", "data.thinking_marks", "finetune"),
     "evaluate": ("seed", "model", "data", "choices", "evaluate"),
 }
 """A stage's folder: the sections and keys of the config that its own work reads, in the order in which stages run."""

@@ -61,6 +61,13 @@ def test_a_word_that_is_neither_file_nor_override_is_one_sentence():
         load_config(["foo"])
 
 
+def test_the_bare_word_off_is_a_choice_and_survives_being_written(tmp_path):
+    config = load_config([], ["data.thinking=off"])
+    assert config.data.thinking == "off"
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config([tmp_path / "config.yaml"]) == config
+
+
 def test_later_files_and_overrides_win(tmp_path):
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
     first.write_text("seed: 1\nfinetune: {num_epochs: 2, lora_rank: 4}\n")

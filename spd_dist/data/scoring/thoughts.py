@@ -63,6 +63,16 @@ def without_thoughts(output: str) -> Spoken:
     return Spoken(text, is_unfinished=False)
 
 
+def closings(text: str) -> list[tuple[int, int]]:
+    """The marks that end a thought, as spans of `text`, in their order."""
+    return sorted(match.span() for _, closing in _MARKS for match in closing.finditer(text))
+
+
+def opened_by(prompt: str, marks: Sequence[str]) -> str:
+    """The mark of thinking that a prompt ends with; empty if it does not."""
+    return with_known_marks("", marks, prompt)
+
+
 def settled(given: Sequence[tuple[int, str | None]], text: str, same: Callable[[str, str], bool]) -> str | None:
     """The one answer of all that were given, each with its place in `text`; None where they differ.
 

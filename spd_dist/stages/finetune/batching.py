@@ -45,7 +45,7 @@ def training_sequences(
     sequences = []
     for completion in completions:
         tokens = (completion.prompt_tokens + completion.tokens)[: config.max_tokens]
-        first = len(completion.prompt_tokens) if config.loss_on == "completion" else 0
+        first = 0 if config.loss_on == "prompt_and_completion" else len(completion.prompt_tokens)
         padding = (pad_token_id,) * (config.max_tokens - len(tokens) if config.pads_in_loss else 0)
         name = f"{completion.id}/{completion.sample}"
         sequences.append(TrainingSequence(name, tokens + padding, max(1, first), len(tokens)))
