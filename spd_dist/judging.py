@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -9,10 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from spd_dist.config import Config
 from spd_dist.data.readers import Located, read_rows
 from spd_dist.data.scoring.thoughts import with_known_marks
-from spd_dist.data.sources import normalised_row
-from spd_dist.data.tasks import Row, Score, Task, refusal, runs_code, with_execution
+from spd_dist.data.sources import load_rows, normalised_row
+from spd_dist.data.tasks import Row, Score, Task, find_task, refusal, runs_code, with_execution
 from spd_dist.errors import DataError
 from spd_dist.sandbox import open_sandbox
 from spd_dist.storage.artifacts import write_text
@@ -42,6 +44,20 @@ def able_to_judge(task: Task, *, allowed: bool) -> Task:
     if not allowed:
         raise refusal(task.name)
     return with_execution(task, open_sandbox().run)
+
+
+def other_test(word: str, config: Config) -> tuple[Task, list[Row]]:
+    """A task of `evaluate.also` (TASK, or TASK=SOURCE) and its test rows, as many as `data.num_test`.
+
+    Raises:
+        UserError: no such task or source, or a task that runs programs without permission.
+    """
+    name, _, source = word.partition("=")
+    task = able_to_judge(find_task(name), allowed=config.evaluate.allow_code_execution)
+    data = dataclasses.replace(
+        config.data, task=name, train=None, calibration=None, test=source or None, leaks="report"
+    )
+    return task, load_rows(task, "test", data)
 
 
 def judge_file(path: str, task: Task, marks: Sequence[str] = ()) -> Iterator[Judgement]:

@@ -134,15 +134,20 @@ def answer(run: Run, arm: Arm) -> None:
     """Let an arm answer the held-out examples, greedily: its student, or the untouched policy, projected or not."""
 
     def work(folder: Path) -> AnswersSummary:
-        test_set = run.test_set()
-        with run.progress("evaluate", None, "answers", arm) as progress:
-            policy, context = run.policy_of(arm, test_set), run.context(folder.parent, arm, progress)
-            held_to = None if arm.trains else _projection(run, arm)
-            return evaluate_arm(
-                policy, test_set, run.config_of(arm).evaluate, context, arm=arm.name, projection=held_to
-            )
+        tests = [run.test_set(word) for word in (None, *others)]
+        config, policy, summaries = run.config_of(arm).evaluate, None, []
+        for test in tests:
+            with run.progress("evaluate", None, "answers", arm) as progress:
+                context = run.context(folder.parent, arm, progress)
+                policy = policy or run.policy_of(arm, max(tests, key=lambda one: one.longest))
+                held_to = None if arm.trains else _projection(run, arm)
+                summaries.append(evaluate_arm(policy, test, config, context, arm=arm.name, projection=held_to))
+        return summaries[0]
 
-    run.run_stage(f"evaluate/{arm.name}", stage_inputs.of_answers(run, arm), [f"{run.task.name}.jsonl"], work)
+    others = run.config.evaluate.also
+    tasks = [run.task, *(run.other_test(word)[0] for word in others)]
+    answers = [f"{task.name}.jsonl" for task in tasks]
+    run.run_stage(f"evaluate/{arm.name}", stage_inputs.of_answers(run, arm), answers, work)
 
 
 def _projection(run: Run, arm: Arm) -> Projection | None:

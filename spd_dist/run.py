@@ -14,7 +14,7 @@ from spd_dist.arms import Arm, Scope
 from spd_dist.config import Config
 from spd_dist.data.prompts import TestSet, make_references, make_test_set, with_eos
 from spd_dist.data.sources import load_rows
-from spd_dist.data.tasks import find_task
+from spd_dist.data.tasks import Task, find_task
 from spd_dist.data.tasks.protocol import Row, Split
 from spd_dist.data.thinking import learned_parts
 from spd_dist.distributed.collectives import max_over_ranks, on_main, together
@@ -23,7 +23,7 @@ from spd_dist.distributed.memory import peak_bytes, reset_peak_memory
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError
 from spd_dist.inference.placement import load_to_answer
-from spd_dist.judging import able_to_judge
+from spd_dist.judging import able_to_judge, other_test
 from spd_dist.models.policy import Policy, load_policy, load_tokenizer, prepare_model
 from spd_dist.overrides import config_of_arm
 from spd_dist.process.signals import StopSignals, task_name
@@ -162,16 +162,21 @@ class Run:
         """What the arms are asked, by example id."""
         return {row["id"]: self.task.prompt(row) for row in self.rows("test")}
 
-    def test_set(self) -> TestSet:
-        """The held-out examples, as every arm is asked them.
+    def test_set(self, other: str | None = None) -> TestSet:
+        """The held-out examples, as every arm is asked them; of a word of `evaluate.also`, if one is given.
 
         Raises:
             UserError: rows or tokenizer can't be read, or a row can't be asked.
         """
-        rows, config = self.rows("test"), self.config
-        prepare_model(config.model)
+        prepare_model(self.config.model)
+        task, rows = (self.task, self.rows("test")) if other is None else self.other_test(other)
         with together("rendering the test prompts"):
-            return make_test_set(rows, self.task, load_tokenizer(config.model), config)
+            return make_test_set(rows, task, load_tokenizer(self.config.model), self.config)
+
+    def other_test(self, word: str) -> tuple[Task, list[Row]]:
+        """The task and the rows of a word of `evaluate.also`."""
+        with together(f"reading the rows of {word}"):
+            return self.memoize(("also", word), lambda: other_test(word, self.config))
 
     def policy(self) -> Policy:
         """The untouched policy, frozen: sharded under ZeRO-3, loaded once for the stages that only read it."""

@@ -51,7 +51,8 @@ def of_protocol(run: Run, arm: Arm | None = None) -> dict[str, str]:
     config = run.config if arm is None else run.config_of(arm)
     is_sampled = config.evaluate.temperature > 0
     settings = run.settings("model", "data", "choices", "evaluate", *(["seed"] if is_sampled else []), arm=arm)
-    return {"settings": settings, "test": content_hash(run.rows("test"))}
+    others = {f"test of {word}": content_hash(run.other_test(word)[1]) for word in config.evaluate.also}
+    return {"settings": settings, "test": content_hash(run.rows("test")), **others}
 
 
 def of_answers(run: Run, arm: Arm) -> dict[str, str]:

@@ -19,6 +19,12 @@ def check_across_fields(config: Config) -> None:
             f"finetune.keep_every: {config.finetune.keep_every} is not valid; it must be a multiple of "
             f"finetune.checkpoint_every={config.finetune.checkpoint_every}"
         )
+    tasks = [config.data.task, *(word.partition("=")[0] for word in config.evaluate.also)]
+    twice = next((task for task in tasks if tasks.count(task) > 1), None)
+    if twice is not None:
+        raise ConfigError(
+            f"evaluate.also: {list(config.evaluate.also)} is not valid; {twice!r} is answered already, name each once"
+        )
     if len(config.data.thinking_marks) not in (0, 2) or "" in config.data.thinking_marks:
         raise ConfigError(
             f"data.thinking_marks: {list(config.data.thinking_marks)} is not valid; give the two marks of a thought, "

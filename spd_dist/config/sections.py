@@ -209,6 +209,7 @@ class Evaluate:
     arms: tuple[str, ...] = setting(("base", "psr", "spd", "projected"), "what is compared: spd_dist/arms.py")
     max_new_tokens: int = setting(256, "an answer is cut there", at_least=1)
     temperature: float = setting(0.0, "0 is greedy", at_least=0)
+    also: tuple[str, ...] = setting((), "tasks of other domains to answer, TASK or TASK=SOURCE: what an arm forgot")
     temperatures: tuple[float, ...] = setting((), "also base and students at these: the decode-only control")
     top_p: float = setting(1.0, "nucleus sampling", above=0, at_most=1)
     top_k: int = setting(0, "0 is off", at_least=0)

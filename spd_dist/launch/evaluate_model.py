@@ -170,7 +170,7 @@ def table(summary: Mapping[str, Any], folder: str) -> str:
     from rich.table import Table
 
     from spd_dist.analysis.answer_summary import manner
-    from spd_dist.reports.run_report import pass_table
+    from spd_dist.reports.report_text import pass_table
 
     named = summary["model"] if summary["adapter"] is None else f"{summary['model']} with {summary['adapter']}"
     console = Console(file=io.StringIO(), width=100, color_system=None, highlight=False)

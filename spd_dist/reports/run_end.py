@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
-from spd_dist.analysis.answer_summary import answers_summary
+from spd_dist.analysis.answer_summary import AnswersSummary, answers_summary
 from spd_dist.arms import Arm
 from spd_dist.data.sources import check_leaks, published_size
+from spd_dist.data.tasks.protocol import Task
 from spd_dist.distributed.collectives import on_main
 from spd_dist.reports.page import write_page
-from spd_dist.reports.run_report import Asked, log_report, report_text, write_report
+from spd_dist.reports.report_text import report_text
+from spd_dist.reports.run_report import Asked, log_report, write_report
 from spd_dist.run import Run
 from spd_dist.storage.answers import answers_path, read_answers
 from spd_dist.storage.artifacts import write_json
@@ -24,13 +26,15 @@ def report(run: Run, arms: Iterable[Arm]) -> str:
     config, folder, task = run.config, run.folder.path, run.task
     sentences = {arm.name: arm.sentence for arm in arms}
     questions = run.questions()
+    others = [run.other_test(word)[0] for word in config.evaluate.also]
     sum_up_answers(run, sentences)
 
     def write() -> str:
         shared = check_leaks(task, config.data, num_calibration=config.calibrate.num_examples)
         overlaps = [dataclasses.asdict(one) for one in shared]
         size = published_size(task, config.data)
-        asked = Asked(task.name, task.metric, config.seed, config.evaluate.temperature, size)
+        also = tuple((one.name, one.metric) for one in others)
+        asked = Asked(task.name, task.metric, config.seed, config.evaluate.temperature, also, size)
         found = write_report(folder, sentences, asked, overlaps)
         write_page(folder, found, questions)
         log_report(run.metrics, folder, found)
@@ -44,16 +48,17 @@ def report(run: Run, arms: Iterable[Arm]) -> str:
 def sum_up_answers(run: Run, arms: Iterable[str]) -> None:
     """Write `evaluate/summary.json` and the manifest of the whole stage, unless they are of these answers."""
     answers = {arm: run.folder.output_hash(f"evaluate/{arm}") for arm in arms}
-    folder, task = run.folder.folder("evaluate"), run.task
+    folder, others = run.folder.folder("evaluate"), run.config.evaluate.also
+    tasks = [run.task, *(run.other_test(word)[0] for word in others)]
     if on_main("checking evaluate", lambda: why_not_complete(folder, answers)) is None:
         return
 
     def write() -> None:
-        rows = {arm: read_answers(answers_path(folder, arm, task.name)) for arm in answers}
-        summaries = {
-            arm: {task.name: dataclasses.asdict(answers_summary(row, task.metric))} for arm, row in rows.items()
-        }
-        write_json(folder / "summary.json", summaries)
+        def summed(arm: str, task: Task) -> AnswersSummary:
+            return answers_summary(read_answers(answers_path(folder, arm, task.name)), task.metric)
+
+        found = {arm: {task.name: dataclasses.asdict(summed(arm, task)) for task in tasks} for arm in answers}
+        write_json(folder / "summary.json", found)
 
     on_main("writing the summary of the answers", write)
     run.folder.finish("evaluate", answers, ["summary.json", *answers], seconds=0.0)

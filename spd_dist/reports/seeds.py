@@ -28,7 +28,7 @@ from spd_dist.analysis.comparison import (
 )
 from spd_dist.analysis.intervals import Crossed, between_seeds, crossed, crossed_share
 from spd_dist.errors import DataError
-from spd_dist.reports.run_report import pass_table
+from spd_dist.reports.report_text import pass_table
 from spd_dist.storage.answers import answers_path, read_answers
 from spd_dist.storage.artifacts import read_json
 from spd_dist.types import Answer

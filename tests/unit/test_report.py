@@ -8,7 +8,8 @@ from recording import Recorder
 
 from spd_dist.errors import DataError
 from spd_dist.reports.page import write_page
-from spd_dist.reports.run_report import Asked, log_report, report_text, write_report
+from spd_dist.reports.report_text import report_text
+from spd_dist.reports.run_report import Asked, log_report, write_report
 from spd_dist.storage.answers import answers_path, write_merged
 from spd_dist.storage.artifacts import read_json
 from spd_dist.tracking.metrics import MetricLogger, read_metrics

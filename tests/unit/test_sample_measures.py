@@ -5,21 +5,13 @@ from __future__ import annotations
 from statistics import fmean
 
 import pytest
+from answering_samples import answer
 
 from spd_dist.analysis.decode_control import decode_controls
 from spd_dist.analysis.sample_measures import majority_share, paired_measures, sample_measures
 from spd_dist.arms import chosen, swept
 from spd_dist.data.scoring.programs import canonical
 from spd_dist.overrides import config_of_arm, load_config
-from spd_dist.types import Answer
-
-
-def answer(key, sample, vote, correct):
-    return Answer(
-        id=key, output="", extracted=vote, gold="1", correct=correct, finish_reason="stop", num_tokens=1, strict=None,
-        lenient=vote, strict_correct=False, lenient_correct=correct, is_repetitive=False, sample=sample, vote=vote,
-        reason="right" if correct else "other value",
-    )  # fmt: skip
 
 
 def samples(key, votes):
