@@ -23,6 +23,10 @@ DIAGNOSTICS = {
 }
 
 
+DECODING = "@evaluate."
+"""In the name of an arm that another one answers in another way: a control, of which no verdict speaks."""
+
+
 def comparisons(answers: Mapping[str, Sequence[Answer]], metric: str, seed: int) -> list[dict[str, Any]]:
     """Paired differences of every arm from the first, and of the method's arms from their controls: `arm_pairs`.
 
@@ -65,8 +69,8 @@ def arm_pairs(arms: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def is_method(arm: str) -> bool:
-    """Whether an arm is the method, or a variant of it."""
-    return _kind(arm) == "spd"
+    """Whether an arm is the method, or a variant of it that is not of decoding alone."""
+    return _kind(arm) == "spd" and DECODING not in arm
 
 
 def _controls(method: str, methods: Sequence[str], arms: Sequence[str]) -> list[str]:
@@ -76,7 +80,7 @@ def _controls(method: str, methods: Sequence[str], arms: Sequence[str]) -> list[
         """The changes that an arm has in common with an arm of the method; what else it changes is its own."""
         return max((one for one in variants if one <= _changes(arm)), key=len, default=frozenset())
 
-    found = {arm: variant(arm) for arm in arms if not is_method(arm)}
+    found = {arm: variant(arm) for arm in arms if _kind(arm) != "spd"}
     same = {_kind(arm) for arm, changes in found.items() if changes == _changes(method)}
     wanted = {kind: _changes(method) if kind in same else frozenset() for kind in map(_kind, found)}
     return [arm for arm, changes in found.items() if changes == wanted[_kind(arm)]]

@@ -54,6 +54,11 @@ def blank(height_inches: float, num_columns: int = 1, **options: Any) -> tuple[F
         return figure, figure.subplots(1, num_columns, **options)
 
 
+def short_name(arm: str) -> str:
+    """`base T 0.4` for `base@evaluate.temperature=0.4`, which leaves no room for a figure."""
+    return arm.replace("@evaluate.temperature=", " T ")
+
+
 def _legend(axes: Axes, **options: Any) -> None:
     axes.legend(fontsize=8, frameon=False, labelspacing=0.3, **options)
 
@@ -71,7 +76,8 @@ def forest(comparisons: Sequence[Mapping[str, Any]], metric: str) -> str:
         axes.plot(scale * one["difference"], row, "o", color=INK, markerfacecolor=INK if shown else "white")
         axes.annotate(amount(one["difference"], metric), (high, row), (4, 4), textcoords="offset points", fontsize=8)
     axes.axvline(0, color=EDGE, linewidth=1)
-    axes.set_yticks(range(len(comparisons)), [f"{one['after']} - {one['before']}" for one in reversed(comparisons)])
+    pairs = [f"{short_name(one['after'])} - {short_name(one['before'])}" for one in reversed(comparisons)]
+    axes.set_yticks(range(len(comparisons)), pairs)
     axes.set_ylim(-0.6, len(comparisons) - 0.4)
     axes.set_xlabel("nats a token (left is better)" if metric == "nll" else "percentage points (right is better)")
     return svg("forest", figure)
@@ -126,7 +132,7 @@ def lengths(name: str, answers: Mapping[str, Lengths]) -> str:
         ended = sum(is_ended for _, is_ended in answers[arm]) / max(1, len(answers[arm]))
         right.barh(row, ended, color="#567", label="ended by itself" if row == 0 else None)
         right.barh(row, 1 - ended, left=ended, color="#dcb", label="cut at the limit" if row == 0 else None)
-    left.set_yticks(range(len(arms)), arms)
+    left.set_yticks(range(len(arms)), [short_name(arm) for arm in arms])
     left.set_ylim(-0.6, len(arms) - 0.4)
     left.set_xlabel("tokens")
     right.set_xlabel("share")

@@ -18,6 +18,9 @@ from spd_dist.analysis.answer_summary import manner
 from spd_dist.analysis.comparison import amount, meaning
 from spd_dist.config import STAGES
 
+LONG_NAME = 24
+"""An arm's name of so many characters is folded, so that the numbers beside it are not cut."""
+
 
 def report_text(report: Mapping[str, Any], run_folder: str | Path, *, width: int = 100) -> str:
     """The report as a person reads it in a terminal: table, verdict, notes, seconds, where everything is.
@@ -73,7 +76,7 @@ def arms_table(report: Mapping[str, Any]) -> Table:
     asked = manner(report["temperature"], report["num_samples"])
     title = f"{report['task']}: {len(report['arms'])} arms, {asked}, seed {report['seed']}"
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", collapse_padding=True, pad_edge=False)
-    table.add_column("arm", no_wrap=True)
+    table.add_column("arm", overflow="fold", no_wrap=all(len(arm) < LONG_NAME for arm in report["arms"]))
     for name in (unit, "95 %\ninterval", "n", f"minus\n{first}", "95 %\npaired"):
         table.add_column(name, justify="right", no_wrap=True)
     for name in ("ended\n%", "strict\n%", "lenient\n%", "mean\ntokens", "loops\n%"):
