@@ -1,6 +1,7 @@
 # make quickstart    sets up this machine, then runs the method on a real small model: 2 CPU ranks, or every GPU
 # make doctor        says what is wrong with this machine
 # make test          sets up, then passes the tests; make test-fast those without ranks, make test-slow those of minutes
+# make test-vllm     passes those of the engines that serve, against a real vLLM; makes its environment if it is not there
 # make qwen          fetches a second real model (0.5 GB), for the tests that are marked data
 # make vllm-env      an environment of its own for vLLM, which pins another torch: generate.vllm_python=.venv-vllm/bin/python
 # make release       checks version, changelog and tree, builds and tries what is released, into dist/
@@ -25,7 +26,7 @@ endif
 IN_VENV := PATH="$$(cd "$(VENV)" && pwd)/bin:$$PATH" TOKENIZERS_PARALLELISM=false
 PYTEST := $(IN_VENV) DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 python -m pytest
 
-.PHONY: install doctor quickstart test test-fast test-slow qwen vllm-env release test-cluster test-cluster-slow lint
+.PHONY: install doctor quickstart test test-fast test-slow test-vllm qwen vllm-env release test-cluster test-cluster-slow lint
 
 install:
 	@$(PYTHON) launchers/install.py --venv "$(VENV)"
@@ -47,6 +48,10 @@ test-fast: install
 
 test-slow: install
 	@$(PYTEST) -m "slow and not cluster and not gpu"
+
+test-vllm: install
+	@test -x "$(VLLM_VENV)/bin/python" || $(MAKE) vllm-env
+	@SPD_VLLM_PYTHON="$(abspath $(VLLM_VENV))/bin/python"; export SPD_VLLM_PYTHON; $(PYTEST) tests/vllm
 
 qwen: install
 	@$(IN_VENV) python tests/fetch_qwen.py

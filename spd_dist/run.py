@@ -22,6 +22,7 @@ from spd_dist.distributed.heartbeat import Heartbeat, naming_lagging_ranks, tell
 from spd_dist.distributed.memory import peak_bytes, reset_peak_memory
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError
+from spd_dist.inference.external.vllm_process import EnginePool
 from spd_dist.inference.placement import load_to_answer
 from spd_dist.judging import able_to_judge, other_test
 from spd_dist.models.policy import Policy, load_policy, load_tokenizer, prepare_model
@@ -95,6 +96,7 @@ class Run:
             prefix=prefix,
         )
         self.heartbeat = Heartbeat(self.folder.path / "heartbeat" / self.part, world)
+        self.engines = EnginePool(self.folder.workplace("") / "engines" / f"rank-{world.rank:05d}")
         self._rows: dict[Split, list[Row]] = {}
         self._policy: Policy | None = None
         self.rounds_before = tuple(rounds_before)
@@ -107,7 +109,7 @@ class Run:
         """Run stages in here: a collective that fails or hangs says where ranks are."""
         naming = naming_lagging_ranks(self.heartbeat)
         telling = telling_of_silence(self.heartbeat, self.config.distributed.timeout_seconds)
-        with self.metrics, naming, telling:
+        with self.metrics, naming, telling, self.engines.closed_at_the_end():
             yield
 
     def kept_status(self) -> AbstractContextManager[None]:
@@ -293,6 +295,9 @@ class Run:
             estimate=self.estimate,
             facts={} if arm is None else self.facts_of(arm),
             heartbeat=self.heartbeat,
+            arm="spd" if arm is None else arm.name,
+            generate=self.config.generate,
+            engines=self.engines,
         )
 
     def facts_of(self, arm: Arm) -> dict[str, str]:

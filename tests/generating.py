@@ -18,6 +18,22 @@ from spd_dist.types import KVSite, Projection, Prompt, SiteOperator
 CONFIG = Generate(max_new_tokens=12, batch_size=4, temperature=1.0, num_samples=2)
 SEED = 7
 ALONE = World(0, 1, torch.device("cpu"))
+PROGRAM = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+if sys.argv[4:] and sys.argv[4]:
+    from peft import PeftModel
+    model = PeftModel.from_pretrained(model, sys.argv[4]).eval()
+with open(sys.argv[3], "w") as output:
+    for line in open(sys.argv[2]):
+        row = json.loads(line)
+        tokens = torch.tensor([row["prompt_tokens"]])
+        made = model.generate(tokens, do_sample=False, max_new_tokens=row["max_new_tokens"], pad_token_id=0,
+                              eos_token_id=row["eos_token_ids"])[0, tokens.shape[1]:].tolist()
+        print(json.dumps({"id": row["id"], "sample": row["sample"], "tokens": made}), file=output, flush=True)
+"""
+"""A program of the user's: greedy, prompt by prompt, with an adapter if one is named last."""
 
 
 def prompts(count: int = 9) -> list[Prompt]:

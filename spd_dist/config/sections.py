@@ -117,11 +117,25 @@ class Project:
         return max(1, int(width * self.fraction) if self.rank_rule == "fraction" else width // 2)
 
 
+Engine = Literal["auto", "hf", "hf_cb", "vllm", "server", "command"]
+
+
+@dataclass(frozen=True)
+class Server:
+    """An OpenAI-compatible server of the user's that completes token ids, for engine=server."""
+
+    url: str | None = setting(None, "as http://host:8000/v1")
+    models: dict[str, Any] = setting({}, "{ARM: NAME}: what the server calls the model or adapter of each arm")
+    concurrency: int = setting(64, "requests under way at once, over all ranks", at_least=1)
+    retries: int = setting(8, "tries again after 429, 5xx or a closed connection, ever later", at_least=0)
+    key_variable: str = setting("OPENAI_API_KEY", "environment variable that may hold the server's key")
+
+
 @dataclass(frozen=True)
 class Generate:
     """The policy's own training data: raw completions, nothing filtered."""
 
-    engine: Literal["auto", "hf", "hf_cb", "vllm", "command"] = setting("auto", "auto chooses, and logs why")
+    engine: Engine = setting("auto", "auto chooses, and logs why")
     placement: Literal["auto", "replica", "layerwise"] = setting("auto", "whole on each rank, or sharded in lock-step")
     apply_as: Literal["hook", "fold"] = setting("hook", "project by forward hooks, or by folding into the weights")
     temperature: float = setting(0.7, "0 is greedy", at_least=0)
@@ -136,7 +150,16 @@ class Generate:
     num_tasks: int = setting(1, "jobs that share one corpus, as a SLURM array", at_least=1)
     task_index: int = setting(0, "which of them this one is", at_least=0)
     vllm_python: str | None = setting(None, "interpreter that has vllm, for engine=vllm")
-    command: str | None = setting(None, "template with {model}, {prompts} and {output}, for engine=command")
+    vllm_options: dict[str, Any] = setting({}, "arguments of vLLM's engine beside ours, as {max_num_seqs: 512}")
+    tensor_parallel: int = setting(1, "engine=vllm: devices that share each layer; one rank leads them", at_least=1)
+    pipeline_parallel: int = setting(1, "engine=vllm: groups of devices that share the layers", at_least=1)
+    command: str | None = setting(
+        None, "template with {model}, {prompts}, {output} (and {adapter}), for engine=command"
+    )
+    server: Server = field(
+        default_factory=Server, metadata={"sentence": "an endpoint, for engine=server"}
+    )
+    engine_timeout_seconds: float = setting(1800.0, "an engine silent for so long has failed", above=0)
     ssd_temperature: float = setting(1.6, "of the SSD arm; arXiv 2604.01193 samples instruct models so", at_least=0)
     ssd_top_p: float = setting(0.8, "of the SSD arm", above=0, at_most=1)
     ssd_top_k: int = setting(20, "of the SSD arm", at_least=0)
@@ -215,13 +238,17 @@ class Evaluate:
     top_k: int = setting(0, "0 is off", at_least=0)
     min_p: float = setting(0.0, "0 is off", at_least=0, at_most=1)
     num_samples: int = setting(1, "answers an example; of several, the mean counts, and pass@k is shown", at_least=1)
+    engine: Engine = setting("auto", "auto: vllm if generate.vllm_python is set, else hf; set up by generate's keys")
     batch_size: int = setting(32, "answers decoded together", at_least=1)
     placement: Literal["auto", "replica", "layerwise"] = setting("auto", "as generate.placement")
     allow_code_execution: bool = setting(False, "run model-written code, in the sandbox")
 
-    def decoding(self) -> Generate:
-        """The settings of the decode loop that it shares with generate."""
-        return Generate(placement=self.placement, batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
+    def decoding(self, generate: Generate | None = None) -> Generate:
+        """The settings of an engine that answers; `generate` says how one with a process of its own is set up."""
+        shared = dataclasses.replace(generate or Generate(), apply_as="hook", batch_invariant=False)
+        shared = dataclasses.replace(shared, engine=engine_of(self.engine, shared.vllm_python, None))
+        shared = dataclasses.replace(shared, placement=self.placement, batch_size=self.batch_size)
+        return dataclasses.replace(shared, max_new_tokens=self.max_new_tokens)
 
 
 @dataclass(frozen=True)

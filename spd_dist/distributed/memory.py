@@ -14,13 +14,17 @@ from deepspeed.accelerator import get_accelerator
 from spd_dist.distributed.world import World
 
 
+def ranks_here(world: World) -> int:
+    """Ranks on this host, as the launcher says; without its word all are here."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world.size)
+
+
 def free_bytes(world: World) -> int:
     """Free memory of this rank's accelerator; on the CPU, its part of what the host has left."""
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         return int(accelerator.available_memory(world.device.index))
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world.size)
-    return int(accelerator.available_memory()) // ranks_here
+    return int(accelerator.available_memory()) // ranks_here(world)
 
 
 class Device(NamedTuple):

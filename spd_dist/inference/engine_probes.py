@@ -92,7 +92,14 @@ def _answer(policy: Policy, request: Request, sampling: Sampling) -> Reference:
     return Reference(request, tokens, torch.cat(output.logits).float().cpu())
 
 
-def check_probes(engine: str, expected: Sequence[Reference], found: Iterable[Decoded], dtype: torch.dtype) -> None:
+def check_probes(
+    engine: str,
+    expected: Sequence[Reference],
+    found: Iterable[Decoded],
+    dtype: torch.dtype,
+    *,
+    section: str = "generate",
+) -> None:
     """Compare token by token, up to the first that rounding explains.
 
     Raises:
@@ -105,9 +112,9 @@ def check_probes(engine: str, expected: Sequence[Reference], found: Iterable[Dec
             continue
         index = _first_difference(reference.tokens, tokens)
         raise DataError(
-            f"generate.engine={engine}: the greedy answer to prompt {reference.request.id!r} differs from the "
+            f"{section}.engine={engine}: the greedy answer to prompt {reference.request.id!r} differs from the "
             f"projected policy's at token {index} ({tokens[index : index + 1]} instead of "
-            f"{reference.tokens[index : index + 1]}): the engine does not run that policy; set generate.engine=hf"
+            f"{reference.tokens[index : index + 1]}): the engine does not run that policy; set {section}.engine=hf"
         )
 
 

@@ -29,6 +29,7 @@ class ContinuousBatchingEngine:
     policy: Policy
     batch_size: int
     monitor: ProjectionMonitor | None
+    section: str = "generate"
     name: str = "hf_cb"
 
     def complete(self, requests: Sequence[Request], sampling: Sampling) -> Generator[Decoded, None, None]:
@@ -44,7 +45,7 @@ class ContinuousBatchingEngine:
             yield from (self._decoded(request, answer) for request, answer in answers.items() if answer is not None)
             left = [request for request, answer in answers.items() if answer is None]
             if left:
-                self.batch_size, waiting = half_batch(self.batch_size), left + waiting
+                self.batch_size, waiting = half_batch(self.batch_size, section=self.section), left + waiting
                 torch.cuda.empty_cache()
 
     def _call(self, requests: Sequence[Request], sampling: Sampling) -> list[GenerationOutput | None]:
@@ -82,7 +83,8 @@ class ContinuousBatchingEngine:
 
     def _cannot(self, reason: str) -> DataError:
         model = type(self.policy.model).__name__
-        return DataError(f"generate.engine=hf_cb cannot run {model}: {reason}; set generate.engine=hf")
+        key = f"{self.section}.engine"
+        return DataError(f"{key}=hf_cb cannot run {model}: {reason}; set {key}=hf")
 
 
 def pinned(sampling: Sampling, policy: Policy) -> GenerationConfig:

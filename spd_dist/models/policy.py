@@ -98,6 +98,10 @@ class Policy:
     pad_token_id: int
     fingerprint: str
     """Of the weights as they were loaded: the same at every world size and sharding."""
+    origin: Model | None = None
+    """What another program loads the same weights from: a folder or a name of the hub, with its revision."""
+    adapter: Path | None = None
+    """The folder of the LoRA adapter beside the weights, if there is one."""
 
     def release(self) -> None:
         """Take ZeRO's hooks off the module; its parameters stay sharded, ready for another engine."""
@@ -136,7 +140,8 @@ def load_policy(config: Model, distributed: Distributed, world: World) -> Policy
     engine = frozen_engine(model, distributed, dtype) if sharded else None
     eos = eos_token_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
-    return Policy(model, tokenizer, engine, config.name, eos, pad, weights_fingerprint(model))
+    origin = dataclasses.replace(config, name=source)
+    return Policy(model, tokenizer, engine, config.name, eos, pad, weights_fingerprint(model), origin)
 
 
 def prepare_model(config: Model) -> str:
@@ -167,6 +172,7 @@ def load_replica(config: Model, distributed: Distributed, world: World, *, adapt
             check_adapter(adapter)
             load_adapter(policy.model, adapter)
         policy.model.requires_grad_(False)
+        policy.adapter = adapter
     return policy
 
 
@@ -182,6 +188,7 @@ def load_adapted(config: Model, distributed: Distributed, world: World, *, adapt
         check_adapter(adapter)
         load_adapter(policy.model, adapter)
     policy.engine = frozen_engine(policy.model, distributed, policy.model.dtype)
+    policy.adapter = adapter
     return policy
 
 

@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from spd_dist.config import Distributed
+from spd_dist.config import Distributed, Generate
 from spd_dist.distributed.heartbeat import Heartbeat
 from spd_dist.distributed.world import World
+from spd_dist.inference.external.vllm_process import EnginePool
 from spd_dist.tracking.metrics import MetricLogger
 from spd_dist.tracking.progress import Progress, RunEstimate
 
@@ -47,6 +48,12 @@ class StageContext:
     """Of the run's other stages."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """What else a model card should say: the task, the arm, the hash of the config."""
+    arm: str = "spd"
+    """For which the stage works."""
+    generate: Generate = field(default_factory=Generate)
+    """How an engine with a process of its own is set up, for the stage that answers."""
+    engines: EnginePool | None = None
+    """Where such an engine is kept for later stages."""
     heartbeat: Heartbeat | None = None
     """Is told of every step; one of its own in `folder` if not given."""
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from spd_dist.analysis.answer_summary import AnswersSummary, answers_summary
-from spd_dist.config import Evaluate
+from spd_dist.config import Evaluate, Generate
 from spd_dist.data.batches import Division, micro_batches, pad
 from spd_dist.data.prompts import TestSet, choice_texts, judged_text
 from spd_dist.data.scoring.programs import canonical
@@ -21,7 +21,9 @@ from spd_dist.data.tasks.protocol import Row
 from spd_dist.distributed.collectives import gather_objects, on_main, together
 from spd_dist.errors import DataError
 from spd_dist.inference.decode import check_context
-from spd_dist.inference.hf_engine import HFEngine, held_to
+from spd_dist.inference.external.vllm_engine import share_of_work
+from spd_dist.inference.hf_engine import held_to
+from spd_dist.inference.open_engine import EngineWork, open_engine
 from spd_dist.inference.placement import choose_placement, placed
 from spd_dist.inference.requests import Decoded, Request
 from spd_dist.inference.sampling import Sampling
@@ -32,7 +34,7 @@ from spd_dist.stages.context import StageContext
 from spd_dist.storage.answers import answers_path, as_row, part_path, read_parts, write_merged
 from spd_dist.storage.artifacts import JsonlWriter
 from spd_dist.storage.completions import Key, is_repetitive
-from spd_dist.types import Answer, Completion, Projection, SupervisedExample
+from spd_dist.types import Answer, Completion, Projection, Prompt, SupervisedExample
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +68,7 @@ def evaluate_arm(
     if not test_set.rows:
         raise DataError(f"{test_set.task.name}: the test set is empty; set data.test, or raise data.num_test")
     merged = answers_path(context.folder, arm, test_set.task.name)
-    answering = _Answering(policy, test_set, config, context, projection, merged)
+    answering = _Answering(policy, test_set, config, context, projection, merged, arm)
     todo = _todo(answering)
     if todo is not None and test_set.choices:
         _choose(answering, todo)
@@ -85,23 +87,39 @@ class _Answering:
     context: StageContext
     projection: Projection | None
     merged: Path
+    arm: str
 
     def keys(self) -> list[Key]:
         """Example id and sample of every answer, in the order of the merged file."""
         return [(prompt.id, sample) for prompt in self.test_set.prompts for sample in range(self.config.num_samples)]
 
+    @property
+    def decoding(self) -> Generate:
+        """The engine's settings."""
+        return self.config.decoding(self.context.generate)
+
+    @property
+    def longest(self) -> Prompt:
+        """The longest prompt."""
+        return max(self.test_set.prompts, key=lambda prompt: len(prompt.tokens))
+
     @contextmanager
-    def opened(self) -> Iterator[HFEngine]:
-        """The engine, placed: the body holds no collective."""
-        settings, prompts = self.config.decoding(), self.test_set.prompts
+    def read_in_process(self) -> Iterator[None]:
+        """The policy's own model, placed, to read reference answers: the body holds no collective."""
+        settings, world = self.decoding, self.context.world
         with together("looking at the longest prompt"):
-            longest = max(prompts, key=lambda prompt: len(prompt.tokens))
-            check_context(self.policy.model, longest, settings.max_new_tokens, section="evaluate")
-        max_length = len(longest.tokens) + settings.max_new_tokens
-        placement = choose_placement(self.policy, settings, self.context.world, max_length, section="evaluate")
+            check_context(self.policy.model, self.longest, settings.max_new_tokens, section="evaluate")
+        max_length = len(self.longest.tokens) + settings.max_new_tokens
+        placement = choose_placement(self.policy, settings, world, max_length, section="evaluate")
         held = held_to(self.policy, self.projection, settings.apply_as)
-        with held as monitor, placed(self.policy, placement, self.context.world, "answering"):
-            yield HFEngine(self.policy, settings.batch_size, None, monitor, placement, "evaluate")
+        with held, placed(self.policy, placement, world, "answering"):
+            yield
+
+    def engine_work(self, todo: Sequence[Request]) -> EngineWork:
+        """What an engine is opened for."""
+        longest = Request(self.longest.id, 0, self.longest.tokens, 0)
+        scratch = self.merged.parent / "engine"
+        return EngineWork(todo, longest, scratch, "evaluate", self.arm, self.context.engines)
 
 
 def _todo(answering: _Answering) -> list[Request] | None:
@@ -116,8 +134,9 @@ def _todo(answering: _Answering) -> list[Request] | None:
     if not left:
         return None
     tokens = {prompt.id: prompt.tokens for prompt in answering.test_set.prompts}
-    own = sorted(left, key=lambda key: -len(tokens[key[0]]))[world.rank :: world.size]
-    skipped = (len(keys) - len(left)) // world.size
+    number, count = share_of_work(answering.decoding, answering.decoding.engine, world)
+    own = [] if number is None else sorted(left, key=lambda key: -len(tokens[key[0]]))[number::count]
+    skipped = (len(keys) - len(left)) // count
     answering.context.begin(len(own) + skipped, skipped)
     return [Request(name, sample, tokens[name], row_seed(seed, name, sample)) for name, sample in own]
 
@@ -130,7 +149,7 @@ def _likelihoods(answering: _Answering, examples: Sequence[SupervisedExample]) -
     policy, world, found = answering.policy, answering.context.world, {}
     device = next(policy.model.parameters()).device
     whole = micro_batches(examples, Division(1, answering.config.batch_size))
-    with answering.opened():
+    with answering.read_in_process():
         for micro_batch in list(whole)[world.rank :: world.size]:
             batch = pad(micro_batch.examples, policy.pad_token_id, device)
             loss_B = example_losses(policy.model, batch.tokens_BT, batch.attention_BT, batch.target_BT)
@@ -151,11 +170,12 @@ def _answer(answering: _Answering, todo: Sequence[Request], likelihoods: Mapping
         key = decoded.request.id
         return _judged(decoded, policy, test_set, rows[key], likelihoods.get(key))
 
-    with answering.opened() as engine:
+    work = answering.engine_work(todo)
+    with open_engine(policy, answering.projection, answering.decoding, context.world, work) as opened:
         if not todo:
             return
         with JsonlWriter(part_path(answering.merged, context.world.rank, context.world.size)) as part:
-            for answer in _beside(judge, engine.complete(todo, sampling)):
+            for answer in _beside(judge, opened.engine.complete(todo, sampling)):
                 part.write(as_row(answer))
                 context.advance(1, answer.num_tokens)
                 context.stop_alone()

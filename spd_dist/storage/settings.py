@@ -20,6 +20,10 @@ MAY_CHANGE = (
     "generate.num_tasks",
     "generate.task_index",
     "generate.vllm_python",
+    "generate.tensor_parallel",
+    "generate.pipeline_parallel",
+    "generate.server",
+    "generate.engine_timeout_seconds",
     "generate.max_empty_rate",
     "generate.max_repetition_rate",
     "generate.max_length_rate",
@@ -67,6 +71,8 @@ def result_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     flat = settings_by_key(config)
     if "generate.engine" in flat:
         flat["generate.engine"] = engine_of(*map(flat.get, ENGINE_KEYS))
+    if "evaluate.engine" in flat:
+        flat["evaluate.engine"] = engine_of(flat["evaluate.engine"], flat.get("generate.vllm_python"), None)
     shapes = ("generate.batch_size",) if flat.get("generate.batch_invariant") else ()
     return {key: value for key, value in flat.items() if key in shapes or not is_of(key, MAY_CHANGE)}
 

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from generating import PROGRAM
+from peft import LoraConfig, get_peft_model
 from ranks import run_on_ranks
 from tiny import save_tiny_model, tiny_model
 
-from spd_dist.config import Calibrate, Data, Distributed, Evaluate, Model
+from spd_dist.config import Calibrate, Data, Distributed, Evaluate, Generate, Model
 from spd_dist.data.prompts import TestSet, make_examples, make_prompts
 from spd_dist.data.tasks import find_task
 from spd_dist.data.tasks.protocol import Row, Score
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError, DataError
-from spd_dist.models.policy import Policy, load_policy
+from spd_dist.models.policy import Policy, load_policy, load_replica
 from spd_dist.stages.context import StageContext
 from spd_dist.stages.evaluate import evaluate_arm
 from spd_dist.storage.answers import answers_path, part_path, parts, read_answers
@@ -212,3 +215,37 @@ def test_an_empty_test_set_and_answers_to_other_examples_are_refused(tmp_path, m
     fewer = TestSet(TASK, test_set.rows[:4], test_set.prompts[:4])
     with pytest.raises(DataError, match="has 11 answers and the test set 4 examples"):
         evaluate_arm(policy, fewer, CONFIG, context_in(tmp_path), arm="base")
+
+
+@pytest.mark.parametrize("engine", ["hf_cb", "command"])
+def test_another_engine_gives_the_same_answers(model, expected, tmp_path, engine):
+    """Of the policy as it is, and projected."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    command = f"{sys.executable} {tmp_path / 'program.py'} {{model}} {{prompts}} {{output}} {{adapter}}"
+    policy, test_set = set_up(model)
+    context = dataclasses.replace(context_in(tmp_path / "run"), generate=Generate(command=command))
+    config = dataclasses.replace(CONFIG, engine=engine)
+    for arm, held_to in (("base", None), ("projected", projection())):
+        evaluate_arm(policy, test_set, config, context, arm=arm, projection=held_to)
+        assert answers_path(tmp_path / "run", arm, TASK.name).read_bytes() == expected[arm]
+        assert [path.name for path in (tmp_path / "run" / arm).iterdir()] == [f"{TASK.name}.jsonl"]
+
+
+def test_a_program_is_given_the_students_adapter(model, tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    command = f"{sys.executable} {tmp_path / 'program.py'} {{model}} {{prompts}} {{output}}"
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    with torch.random.fork_rng():
+        get_peft_model(tiny_model(), lora).save_pretrained(tmp_path / "adapter")
+    base, test_set = set_up(model)
+    student = load_replica(Model(str(model)), Distributed(), world_of_this_process(), adapter=tmp_path / "adapter")
+    student.eos_token_ids = base.eos_token_ids
+    found = []
+    for engine, words in (("hf", command), ("command", f"{command} {{adapter}}")):
+        context = dataclasses.replace(context_in(tmp_path / engine), generate=Generate(command=words))
+        evaluate_arm(student, test_set, dataclasses.replace(CONFIG, engine=engine), context, arm="spd")
+        found.append(answers_path(tmp_path / engine, "spd", TASK.name).read_bytes())
+    assert found[0] == found[1]
+    context = dataclasses.replace(context_in(tmp_path / "lacks"), generate=Generate(command=command))
+    with pytest.raises(ConfigError, match=r"generate.command: .* lacks \{adapter\}; engine=command needs a template"):
+        evaluate_arm(student, test_set, dataclasses.replace(CONFIG, engine="command"), context, arm="spd")

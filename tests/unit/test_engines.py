@@ -14,13 +14,14 @@ import pytest
 import torch
 from emulated import wait_for
 from families import family_model
-from generating import ALONE, CONFIG, SEED, corpus, merged, policy_of, prompts, some_projection
+from generating import ALONE, CONFIG, PROGRAM, SEED, corpus, merged, policy_of, prompts, some_projection
 from tiny import save_tiny_model
 
 from spd_dist.config import Generate
 from spd_dist.errors import ConfigError, DataError
 from spd_dist.inference.engine_probes import Reference, check_probes, references
-from spd_dist.inference.external_engine import WORKER, ExternalEngine, command_of, environment_of
+from spd_dist.inference.external.external_engine import ExternalEngine, command_of, environment_of
+from spd_dist.inference.external.vllm_process import INSIDE
 from spd_dist.inference.hf_cb import ContinuousBatchingEngine
 from spd_dist.inference.open_engine import choose_engine
 from spd_dist.inference.placement import needed_bytes
@@ -35,45 +36,6 @@ from spd_dist.types import Projection, Prompt
 
 GREEDY = dataclasses.replace(CONFIG, temperature=0.0, num_samples=1)
 REQUESTS = [Request(f"p{index}", 0, (5, 6, 7 + index), index) for index in range(3)]
-
-PROGRAM = """
-import json, sys, torch
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
-with open(sys.argv[3], "w") as output:
-    for line in open(sys.argv[2]):
-        row = json.loads(line)
-        tokens = torch.tensor([row["prompt_tokens"]])
-        made = model.generate(tokens, do_sample=False, max_new_tokens=row["max_new_tokens"], pad_token_id=0,
-                              eos_token_id=row["eos_token_ids"])[0, tokens.shape[1]:].tolist()
-        print(json.dumps({"id": row["id"], "sample": row["sample"], "tokens": made}), file=output, flush=True)
-"""
-
-VLLM = """
-import torch
-from transformers import AutoModelForCausalLM
-class SamplingParams:
-    def __init__(self, **settings): self.__dict__ |= settings
-class Output:
-    def __init__(self, tokens, stop):
-        self.outputs = [self]
-        self.token_ids, self.stop_reason, self.finish_reason = tokens, stop, "length" if stop is None else "stop"
-class LLM:
-    def __init__(
-        self, model, dtype, skip_tokenizer_init, max_model_len, gpu_memory_utilization, enable_prefix_caching, seed
-    ):
-        assert dtype == "float32"
-        self.model = AutoModelForCausalLM.from_pretrained(model).eval()
-        assert skip_tokenizer_init and 0 < gpu_memory_utilization < 1
-    def generate(self, prompts, settings):
-        for prompt, one in zip(prompts, settings, strict=True):
-            assert one.temperature == 0 and one.seed >= 0 and not one.detokenize
-            tokens = torch.tensor([prompt["prompt_token_ids"]])
-            made = self.model.generate(tokens, do_sample=False, max_new_tokens=one.max_tokens, pad_token_id=0,
-                                       eos_token_id=one.stop_token_ids)[0, tokens.shape[1]:].tolist()
-            stop = made.pop() if made[-1] in one.stop_token_ids else None  # vLLM may keep the stop token to itself
-            yield Output(made, stop)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +68,8 @@ def program(folder: Path, text: str) -> str:
 
 
 def external(policy: Policy, folder: Path, text: str) -> ExternalEngine:
-    words = command_of(Generate(engine="command", command=program(folder, text)), folder)
-    return ExternalEngine("command", words, policy, folder / "scratch", environment_of(ALONE))
+    words = command_of(program(folder, text), folder)
+    return ExternalEngine("generate.engine=command", words, policy, folder / "scratch", environment_of(ALONE))
 
 
 def test_continuous_batching_gives_the_same_greedy_corpus(policy, expected, tmp_path):
@@ -188,14 +150,6 @@ def test_requests_that_continuous_batching_lost_are_counted(policy, monkeypatch)
 
 def test_a_program_of_the_user_gives_the_same_greedy_corpus(policy, expected, tmp_path):
     assert run(policy, tmp_path / "run", engine="command", command=program(tmp_path, PROGRAM)) == expected
-
-
-def test_vllm_runs_under_its_own_interpreter_on_the_folded_policy(policy, expected, tmp_path):
-    (tmp_path / "vllm.py").write_text(VLLM)
-    interpreter = tmp_path / "python"
-    interpreter.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
-    interpreter.chmod(0o755)
-    assert run(policy, tmp_path / "run", engine="auto", vllm_python=str(interpreter)) == expected
 
 
 def test_an_engine_that_runs_another_policy_is_found_out(policy, model, tmp_path):
@@ -335,7 +289,7 @@ time.sleep(600)
 
 
 def test_a_program_that_ignores_sigterm_is_ended_with_what_it_started(policy, tmp_path, monkeypatch):
-    monkeypatch.setattr("spd_dist.inference.external_engine.GRACE_SECONDS", 0.5)
+    monkeypatch.setattr("spd_dist.inference.external.external_engine.GRACE_SECONDS", 0.5)
     with pytest.raises(DataError, match="wrote a line that answers no open request"):
         list(external(policy, tmp_path, STUBBORN).complete(REQUESTS, Sampling()))
     wait_for(lambda: not running_in(tmp_path), 60)
@@ -346,10 +300,10 @@ import sys, time
 from pathlib import Path
 from types import SimpleNamespace
 from spd_dist.inference.decode import Request
-from spd_dist.inference.external_engine import ExternalEngine
+from spd_dist.inference.external.external_engine import ExternalEngine
 from spd_dist.inference.sampling import Sampling
 policy = SimpleNamespace(tokenizer=SimpleNamespace(decode=str), eos_token_ids=(2,))
-engine = ExternalEngine("command", sys.argv[2:], policy, Path(sys.argv[1]), {})
+engine = ExternalEngine("generate.engine=command", sys.argv[2:], policy, Path(sys.argv[1]), {})
 list(engine.complete([Request("p0", 0, (5,), 0)], Sampling()))
 """
 
@@ -371,20 +325,18 @@ def running_in(folder: Path) -> list[int]:
 
 
 def test_a_program_that_is_not_there_is_a_fault_of_the_config(policy, tmp_path):
-    engine = ExternalEngine("command", ["/no/such/program"], policy, tmp_path, {})
+    engine = ExternalEngine("generate.engine=command", ["/no/such/program"], policy, tmp_path, {})
     with pytest.raises(ConfigError, match="cannot start '/no/such/program': No such file or directory; give the path"):
         list(engine.complete(REQUESTS, Sampling()))
 
 
 def test_an_interpreter_without_vllm_says_so(policy, tmp_path):
-    words = command_of(Generate(engine="vllm", vllm_python=sys.executable), tmp_path)
-    engine = ExternalEngine("vllm", words, policy, tmp_path / "scratch", environment_of(ALONE))
-    with pytest.raises(DataError, match=r"ended with exit code 3; .*\nvllm is not installed in "):
-        list(engine.complete(REQUESTS, Sampling()))
+    with pytest.raises(DataError, match=r"engine=vllm ended with exit code 3; .*\nvllm is not installed in "):
+        run(policy, tmp_path, engine="vllm", vllm_python=sys.executable)
 
 
 def test_settings_that_an_engine_needs_are_asked_for(policy, tmp_path):
-    with pytest.raises(ConfigError, match=r"generate.engine=vllm needs generate.vllm_python"):
+    with pytest.raises(ConfigError, match=r"engine=vllm needs generate.vllm_python"):
         run(policy, tmp_path, engine="vllm")
     with pytest.raises(ConfigError, match=r"generate.command: 'run \{model\}' lacks \{prompts\}, \{output\}"):
         run(policy, tmp_path, engine="command", command="run {model}")
@@ -433,8 +385,8 @@ def test_a_program_does_not_take_itself_for_a_rank():
     assert environment_of(only_its_own, {"CUDA_VISIBLE_DEVICES": "3"})["CUDA_VISIBLE_DEVICES"] == "3"
 
 
-def test_the_worker_imports_nothing_of_this_package():
-    assert "spd_dist" not in WORKER.read_text()
+def test_what_runs_inside_vllm_imports_nothing_of_this_package():
+    assert [path.name for path in INSIDE.glob("*.py") if "spd_dist" in path.read_text()] == []
 
 
 def test_prompts_and_sampling_reach_the_program(policy, tmp_path):

@@ -302,7 +302,7 @@ def test_missing_completions_are_counted(policy, tmp_path, monkeypatch):
 
 
 def test_leakage_beyond_rounding_is_an_error():
-    attempt = Attempt("hf", "replica", 5, 1.0, {"layers.2.key": 9}, 2e-5)
+    attempt = Attempt("hf", "replica", 5, 1.0, {"layers.2.key": 9}, 2e-5, 0)
     check_leakage(attempt, torch.bfloat16)
     with pytest.raises(DataError, match=r"leakage \|\|z\(I-P\)\|\| / \|\|z\|\| is 2.00e-05, above 1e-05"):
         check_leakage(attempt, torch.float32)

@@ -12,7 +12,8 @@ from spd_dist.distributed.collectives import all_equal, broadcast_object, gather
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError, DataError
 from spd_dist.inference.decode import longest_first
-from spd_dist.inference.open_engine import EngineWork, open_engine
+from spd_dist.inference.external.vllm_engine import share_of_work
+from spd_dist.inference.open_engine import EngineWork, choose_engine, open_engine
 from spd_dist.inference.requests import Decoded, Request
 from spd_dist.inference.sampling import Sampling
 from spd_dist.models.policy import Policy
@@ -131,6 +132,8 @@ def generate(
         own or (requests[:1] if world.is_main else []),
         longest_first(requests)[0],
         folder / f"engine-{config.task_index:05d}-of-{config.num_tasks:05d}",
+        arm=context.arm,
+        pool=context.engines,
     )
     with (
         open_engine(policy, projection, config, world, work) as opened,
@@ -178,8 +181,9 @@ def _own_work(requests: Sequence[Request], config: Generate, context: StageConte
     num_done = len(share) - len(left)
     if num_done and world.is_main:
         log.info("generate: %d of %d completions were made before", num_done, len(share))
-    own = share_of(left, world.rank, world.size)
-    skipped = num_done // world.size
+    number, count = share_of_work(config, choose_engine(config).name, world)
+    own = [] if number is None else share_of(left, number, count)
+    skipped = num_done // count
     context.begin(len(own) + skipped, skipped)
     return own
 

@@ -68,6 +68,10 @@ class CorpusSummary:
     tokens_per_second: float
     hook_calls: dict[str, int]
     leakage: float | None
+    engine_starts: int = 0
+    """Processes of an engine of its own that were started, over all ranks."""
+    samples: str = ""
+    """Which of the engine's samples a second run repeats."""
     num_prompts: int = 0
     num_tokens: int = 0
     mean_tokens: float = 0.0
@@ -121,6 +125,13 @@ def check_rates(counts: CorpusCounts, config: Generate) -> None:
         )  # fmt: skip
 
 
+REPEATED = {
+    "hf": "each its own, by its seed: in float32 the same in every batch, in 16 bits with generate.batch_invariant",
+    "hf_cb": "drawn together: the same in distribution only",
+    "vllm": "each its own, by its seed: the same up to how the engine rounds in a batch",
+    "server": "each its own, by its seed: the same up to how the server rounds in a batch",
+}
+"""What a second run of an engine repeats."""
 LARGEST_LEAKAGE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
@@ -134,14 +145,13 @@ class Attempt:
     seconds: float
     hook_calls: dict[str, int]
     leakage: float | None
+    engine_starts: int
 
     @classmethod
     def of(cls, opened: Opened, *, num_tokens: int, seconds: float) -> Attempt:
         """As the engine and its projection report it."""
-        monitor = opened.monitor
-        calls = {} if monitor is None else {str(site): count for site, count in monitor.calls.items()}
-        leakage = None if monitor is None else monitor.leakage()
-        return cls(opened.engine.name, opened.placement, num_tokens, seconds, calls, leakage)
+        calls, leakage = opened.projection_seen()
+        return cls(opened.engine.name, opened.placement, num_tokens, seconds, calls, leakage, opened.num_starts)
 
 
 def check_leakage(attempt: Attempt, dtype: torch.dtype) -> None:
@@ -154,7 +164,7 @@ def check_leakage(attempt: Attempt, dtype: torch.dtype) -> None:
     if attempt.leakage is not None and not attempt.leakage <= limit:
         raise DataError(
             f"generate: leakage ||z(I-P)|| / ||z|| is {attempt.leakage:.2e}, above {limit:.0e}: the projection does "
-            "not hold; set generate.apply_as=hook"
+            "not hold; set generate.engine=hf generate.apply_as=hook"
         )
 
 
@@ -197,4 +207,6 @@ def _described(attempts: Sequence[Attempt]) -> dict[str, object]:
         "tokens_per_second": round(num_tokens / max(seconds, 1e-9), 1),
         "hook_calls": {site: sum(one.hook_calls[site] for one in attempts) for site in attempts[0].hook_calls},
         "leakage": max(leakages, default=None),
+        "engine_starts": sum(attempt.engine_starts for attempt in attempts),
+        "samples": REPEATED.get(attempts[0].engine, "as the program draws them"),
     }

@@ -1,4 +1,4 @@
-"""Engines in a process of their own: prompts and a model folder in, completions out, line by line."""
+"""Engines in a process of their own: how one is started and ended, and the one that is a program of the user's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from spd_dist.config import Generate
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError, DataError
 from spd_dist.inference.requests import Decoded, Request
@@ -31,8 +30,12 @@ GRACE_SECONDS = 10.0
 
 
 @contextmanager
-def running(command: Sequence[str], environment: Mapping[str, str], log: BinaryIO) -> Iterator[subprocess.Popen[bytes]]:
+def running(
+    command: Sequence[str], environment: Mapping[str, str], log: BinaryIO, *, is_piped: bool = False
+) -> Iterator[subprocess.Popen[bytes]]:
     """`command` at work, in a process group that is gone at the end: asked by SIGTERM first, if it still runs.
+
+    With `is_piped` its input and output are pipes, else nothing and the log.
 
     A guard leads the group. While it is not waited for, the group's number is not given again.
 
@@ -41,9 +44,11 @@ def running(command: Sequence[str], environment: Mapping[str, str], log: BinaryI
     """
     words = [sys.executable, "-I", "-S", str(GUARD), str(os.getpid())]
     guard = subprocess.Popen(words, stdin=subprocess.DEVNULL, process_group=0)
-    settings = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "process_group": guard.pid}
+    stdin, stdout = (subprocess.PIPE, subprocess.PIPE) if is_piped else (subprocess.DEVNULL, log)
     try:
-        with subprocess.Popen(command, env=environment, **settings) as process:
+        with subprocess.Popen(
+            command, env=environment, stdin=stdin, stdout=stdout, stderr=log, process_group=guard.pid
+        ) as process:
             try:
                 yield process
             finally:
@@ -59,20 +64,21 @@ def running(command: Sequence[str], environment: Mapping[str, str], log: BinaryI
 
 POLL_SECONDS = 0.05
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "PYTHONPATH")
-WORKER = Path(__file__).with_name("vllm_worker.py")
 
 
 @dataclass
 class ExternalEngine:
     """A program that reads a prompts file and writes a completions file."""
 
-    name: str
+    label: str
+    """The key that asks for it, with its value: for messages."""
     command: Sequence[str]
     """Its words, with {prompts} and {output} to be filled in."""
     policy: Policy
     scratch: Path
     """Where this rank's files are."""
     environment: Mapping[str, str]
+    name: str = "command"
     _has_warned: bool = False
 
     def complete(self, requests: Sequence[Request], sampling: Sampling) -> Generator[Decoded, None, None]:
@@ -116,8 +122,7 @@ class ExternalEngine:
                 process = stack.enter_context(running(command, self.environment, file))
             except OSError as error:
                 raise ConfigError(
-                    f"generate.engine={self.name} cannot start {command[0]!r}: {error.strerror}; give the path of an "
-                    "installed program"
+                    f"{self.label} cannot start {command[0]!r}: {error.strerror}; give the path of an installed program"
                 ) from error
             yield process
 
@@ -126,23 +131,16 @@ class ExternalEngine:
             row = json.loads(line)
             request = waiting.pop((row["id"], row["sample"]))
             is_text, reason = "tokens" not in row, row.get("finish_reason", "stop")
-            tokens = self._tokens(row["text"], reason) if is_text else _integers(row["tokens"])
+            tokens = self._tokens(row["text"], reason) if is_text else integers(row["tokens"])
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"generate.engine={self.name} wrote a line that answers no open request ({error!r}): {line[:200]!r}; "
+                f"{self.label} wrote a line that answers no open request ({error!r}): {line[:200]!r}; "
                 'a line is {"id": ..., "sample": ..., "tokens": [...]}, or "text" with "finish_reason", '
                 '"stop" or "length", for tokens'
             ) from error
-        kept = tokens[: sampling.max_new_tokens]
-        stops = [index for index, token in enumerate(kept) if token in self.policy.eos_token_ids]
-        is_cut_text = is_text and reason == "length"
-        if not stops and len(kept) < sampling.max_new_tokens and not is_cut_text:
-            raise DataError(
-                f"generate.engine={self.name} answered {request.id!r}, sample {request.sample}, with {len(kept)} "
-                f"tokens that neither end nor are generate.max_new_tokens={sampling.max_new_tokens}; it aborted that "
-                "request, or has a limit of its own: raise that"
-            )
-        return Decoded(request, tuple(kept[: stops[0] + 1] if stops else kept), "stop" if stops else "length")
+        if is_text and reason == "length" and not set(tokens) & set(self.policy.eos_token_ids):
+            return Decoded(request, tuple(tokens[: sampling.max_new_tokens]), "length")
+        return decoded_of(self.label, request, tokens, sampling, self.policy)
 
     def _tokens(self, text: str, finish_reason: str) -> list[int]:
         """The tokens of a text, made anew: names of special tokens in it are text, and only a whole one has an end."""
@@ -150,9 +148,9 @@ class ExternalEngine:
             raise ValueError("finish_reason must be stop or length")
         if not self._has_warned:
             log.warning(
-                "generate.engine=%s answers in text, whose tokens are made anew here: they may differ from those that "
+                "%s answers in text, whose tokens are made anew here: they may differ from those that "
                 'were sampled, and a text without finish_reason counts as ended; write "tokens" if it can',
-                self.name,
+                self.label,
             )
             self._has_warned = True
         tokens = self.policy.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
@@ -161,41 +159,76 @@ class ExternalEngine:
     def _check(self, code: int, waiting: Mapping[tuple[str, int], Request], log: Path) -> None:
         if code == 0 and not waiting:
             return
-        tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-12:])
         what = f"ended with exit code {code}" if code else f"left {len(waiting)} requests without an answer"
-        raise DataError(f"generate.engine={self.name} {what}; the end of {log}:\n{tail}")
+        raise DataError(f"{self.label} {what}; {last_lines(log)}")
 
 
-def command_of(config: Generate, model: Path) -> list[str]:
-    """The words of the engine's command line; {prompts} and {output} are filled in for each call.
+def last_lines(log: Path, count: int = 12) -> str:
+    """The end of an engine's log, for a message."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-count:]
+    return "\n".join([f"the end of {log}:", *lines])
+
+
+def decoded_of(label: str, request: Request, tokens: Sequence[int], sampling: Sampling, policy: Policy) -> Decoded:
+    """An engine's tokens as a completion: cut where the policy ends, or at `max_new_tokens`.
 
     Raises:
-        ConfigError: the setting that the engine needs is missing or wrong.
+        DataError: the tokens neither end nor are as many as may be, or are none of the policy's.
     """
-    if config.engine == "vllm":
-        if config.vllm_python is None:
-            raise ConfigError("generate.engine=vllm needs generate.vllm_python: a Python interpreter that has vllm")
-        return [config.vllm_python, str(WORKER), str(model), "{prompts}", "{output}"]
-    missing = [name for name in ("{model}", "{prompts}", "{output}") if name not in (config.command or "")]
+    kept = tokens[: sampling.max_new_tokens]
+    stops = [index for index, token in enumerate(kept) if token in policy.eos_token_ids]
+    if not stops and len(kept) < sampling.max_new_tokens:
+        raise DataError(
+            f"{label} answered {request.id!r}, sample {request.sample}, with {len(kept)} "
+            f"tokens that neither end nor are max_new_tokens={sampling.max_new_tokens}; it aborted "
+            "that request, or has a limit of its own: raise that"
+        )
+    vocabulary_size = policy.model.config.get_text_config().vocab_size
+    foreign = [token for token in kept if not 0 <= token < vocabulary_size]
+    if foreign:
+        raise DataError(
+            f"{label} answered {request.id!r} with token {foreign[0]}, and the policy has {vocabulary_size}; it runs "
+            "another model: give it this one"
+        )
+    return Decoded(request, tuple(kept[: stops[0] + 1] if stops else kept), "stop" if stops else "length")
+
+
+def command_of(template: str | None, model: Path | str, adapter: Path | None = None) -> list[str]:
+    """The words of the user's command line; {prompts} and {output} are filled in for each call.
+
+    Raises:
+        ConfigError: a part of the template is missing.
+    """
+    needed = ["{model}", "{prompts}", "{output}"] + (["{adapter}"] if adapter is not None else [])
+    missing = [name for name in needed if name not in (template or "")]
     if missing:
         raise ConfigError(
-            f"generate.command: {config.command!r} lacks {', '.join(missing)}; generate.engine=command needs a "
-            "template like 'my_engine {model} {prompts} {output}'"
+            f"generate.command: {template!r} lacks {', '.join(missing)}; engine=command needs a template like "
+            f"'my_engine {' '.join(needed)}'"
         )
-    return [word.replace("{model}", str(model)) for word in shlex.split(config.command)]
+    places = {"{model}": str(model), "{adapter}": "" if adapter is None else str(adapter)}
+    words = shlex.split(template)
+    for place, value in places.items():
+        words = [word.replace(place, value) for word in words]
+    return words
 
 
-def environment_of(world: World, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """What the program inherits: nothing by which it would take itself for a rank, and this rank's device only."""
+def environment_of(
+    world: World, environment: Mapping[str, str] = os.environ, *, num_devices: int = 1
+) -> dict[str, str]:
+    """What the program inherits: nothing by which it would take itself for a rank, and its devices only.
+
+    Those are this rank's and the `num_devices` - 1 that follow it.
+    """
     kept = {name: value for name, value in environment.items() if not name.startswith(LAUNCHER_VARIABLES)}
     if world.device.type == "cuda":
-        visible = environment.get("CUDA_VISIBLE_DEVICES")
-        index = world.device.index
-        kept["CUDA_VISIBLE_DEVICES"] = visible.split(",")[index] if visible else str(index)
+        visible, first = environment.get("CUDA_VISIBLE_DEVICES"), world.device.index
+        names = visible.split(",") if visible else [str(index) for index in range(first + num_devices)]
+        kept["CUDA_VISIBLE_DEVICES"] = ",".join(names[first : first + num_devices])
     return kept
 
 
-def _integers(tokens: Any) -> list[int]:
+def integers(tokens: Any) -> list[int]:
     """The tokens of a line, if that is what they are: a program may write anything."""
     if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
         raise ValueError("tokens must be a list of integers")

@@ -1,0 +1,1 @@
+"""Engines in processes of their own: a program of the user's, vLLM, a server."""

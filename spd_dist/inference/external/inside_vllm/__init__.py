@@ -1,0 +1,1 @@
+"""What runs in the process of vLLM, by an interpreter that has it: nothing of this package is imported there."""

@@ -1,0 +1,189 @@
+"""The process of vLLM's engine: how it is started, talked to by lines, ended, and kept for the next that needs it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import queue
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from spd_dist.config import Generate
+from spd_dist.errors import ConfigError, DataError
+from spd_dist.inference.external.external_engine import integers, last_lines, running
+
+log = logging.getLogger(__name__)
+
+INSIDE = Path(__file__).with_name("inside_vllm")
+POLL_SECONDS = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class VLLMSettings:
+    """What an engine is started with; one that is at work serves whatever has the same."""
+
+    model: str
+    revision: str | None
+    dtype: str
+    trust_remote_code: bool
+    max_length: int
+    tensor_parallel: int
+    pipeline_parallel: int
+    sites: tuple[tuple[tuple[str, Any], ...], ...]
+    """Those that may be projected: name, module, kind, width, after_rope."""
+    lora_rank: int
+    """Of the largest adapter; 0 if there is none."""
+    options: str
+    """Of the user, as JSON."""
+
+    def line(self) -> dict[str, Any]:
+        """As the engine reads it."""
+        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return plain | {"sites": [dict(site) for site in self.sites], "options": json.loads(self.options)}
+
+
+class VLLMProcess:
+    """An engine at work, by lines in and out."""
+
+    def __init__(
+        self, python: str, settings: VLLMSettings, folder: Path, environment: Mapping[str, str], silence_seconds: float
+    ) -> None:
+        """Start it and wait until it is ready.
+
+        Raises:
+            ConfigError: there is no such interpreter.
+            DataError: vLLM can't run the model, or says nothing for `silence_seconds`.
+        """
+        self.settings, self.folder, self.silence_seconds = settings, folder, silence_seconds
+        self.log = folder / "engine.log"
+        self._lines: queue.Queue[bytes | None] = queue.Queue()
+        self._outbox: queue.Queue[bytes | None] = queue.Queue()
+        started = time.monotonic()
+        with ExitStack() as stack:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context(open(self.log, "wb"))
+            except OSError as error:
+                raise DataError(f"{folder} can't be written: {error.strerror}; make room there") from error
+            try:
+                words = [python, str(INSIDE / "serve.py")]
+                self.process = stack.enter_context(running(words, environment, file, is_piped=True))
+            except OSError as error:
+                raise ConfigError(
+                    f"generate.vllm_python: {python!r} cannot be started: {error.strerror}; give the path of a Python "
+                    "interpreter that has vllm"
+                ) from error
+            self._stack = stack.pop_all()
+        for work in (self._read, self._write):
+            threading.Thread(target=work, name="vllm", daemon=True).start()
+        try:
+            self.send(settings.line())
+            self.version = self.receive("ready")["vllm"]
+        except BaseException:
+            self.close()
+            raise
+        log.info("vLLM %s is ready after %.0f s", self.version, time.monotonic() - started)
+
+    def send(self, asked: Mapping[str, Any]) -> None:
+        """Write a line; never waits for the engine."""
+        self._outbox.put(json.dumps(asked).encode() + b"\n")
+
+    def receive(self, kind: str) -> Any:
+        """The next line, which must be of this kind: the engine's answers come one by one.
+
+        Raises:
+            DataError: the engine has ended, is silent, or said something else.
+        """
+        waited_since = time.monotonic()
+        while True:
+            try:
+                line = self._lines.get(timeout=POLL_SECONDS)
+                break
+            except queue.Empty:
+                if time.monotonic() - waited_since > self.silence_seconds:
+                    raise DataError(
+                        f"engine=vllm has said nothing for generate.engine_timeout_seconds={self.silence_seconds:g}; "
+                        f"start the same command again, what is written is kept; {last_lines(self.log)}"
+                    ) from None
+        if line is None:
+            try:
+                code = self.process.wait(POLL_SECONDS)
+            except subprocess.TimeoutExpired:
+                code = None
+            raise DataError(
+                f"engine=vllm ended with exit code {code}; start the same command again, what is written is kept; "
+                f"{last_lines(self.log)}"
+            )
+        try:
+            row = json.loads(line)
+            return row[kind] if kind != "key" else (row["key"], integers(row["tokens"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"engine=vllm wrote {line[:200]!r}, which is no {kind!r} ({error!r})") from error
+
+    def close(self) -> None:
+        """End it, and what it has started."""
+        self._outbox.put(None)
+        self._stack.close()
+
+    def _read(self) -> None:
+        for line in self.process.stdout:
+            self._lines.put(line)
+        self._lines.put(None)
+
+    def _write(self) -> None:
+        while (line := self._outbox.get()) is not None:
+            try:
+                self.process.stdin.write(line)
+                if self._outbox.empty():
+                    self.process.stdin.flush()
+            except (OSError, ValueError):  # it has ended: what it said last is read elsewhere
+                return
+
+
+class EnginePool:
+    """The engine that is at work, kept between uses of the same settings."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        """Logs are in `folder`; without it, where the first work of an engine keeps its files."""
+        self.folder = folder
+        self.process: VLLMProcess | None = None
+        self.num_starts = 0
+        self.sites: tuple[tuple[tuple[str, Any], ...], ...] = ()
+        """Sites that later uses will project."""
+        self.lora_rank = 0
+        """Of the largest adapter of later uses."""
+
+    def of(self, config: Generate, settings: VLLMSettings, folder: Path, environment: Mapping[str, str]) -> VLLMProcess:
+        """The engine of these settings: the one at work if it has them, else another in its place."""
+        if self.process is not None and self.process.settings == settings and self.process.process.poll() is None:
+            return self.process
+        self.close()
+        silence_seconds = config.engine_timeout_seconds
+        self.process = VLLMProcess(config.vllm_python, settings, folder, environment, silence_seconds)
+        self.num_starts += 1
+        return self.process
+
+    @contextmanager
+    def closed_at_the_end(self) -> Iterator[EnginePool]:
+        """The pool, without an engine after the body; the log of one that failed stays."""
+        try:
+            yield self
+        except BaseException:
+            self.close(keep_log=True)
+            raise
+        self.close()
+
+    def close(self, *, keep_log: bool = False) -> None:
+        """End the engine, if one is at work, and remove its files."""
+        if self.process is not None:
+            process, self.process = self.process, None
+            process.close()
+            if not keep_log:
+                shutil.rmtree(process.folder, ignore_errors=True)
