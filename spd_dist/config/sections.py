@@ -6,6 +6,7 @@ A field has its type, default, bounds and sentence here and nowhere else. `spd_d
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -156,9 +157,7 @@ class Generate:
     command: str | None = setting(
         None, "template with {model}, {prompts}, {output} (and {adapter}), for engine=command"
     )
-    server: Server = field(
-        default_factory=Server, metadata={"sentence": "an endpoint, for engine=server"}
-    )
+    server: Server = field(default_factory=Server, metadata={"sentence": "an endpoint, for engine=server"})
     engine_timeout_seconds: float = setting(1800.0, "an engine silent for so long has failed", above=0)
     ssd_temperature: float = setting(1.6, "of the SSD arm; arXiv 2604.01193 samples instruct models so", at_least=0)
     ssd_top_p: float = setting(0.8, "of the SSD arm", above=0, at_most=1)
