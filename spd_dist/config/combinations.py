@@ -198,5 +198,10 @@ COMBINATIONS = (
         "since a round starts from the merged student before it, and rounding would take most of its update away",
         ("model.dtype=float32", "finetune.mode=full", "rounds=1"), ("rounds=2", "model.dtype=bfloat16"),
     ),
+    Combination(
+        ("mechanism.in_run", "project.insertion"), _is(mechanism__in_run=True, project__insertion=("rope", "head")),
+        "since its controls are cut of whole linear outputs", ("mechanism.in_run=false", "project.insertion=linear"),
+        ("mechanism.in_run=true", "project.insertion=rope"),
+    ),
 )  # fmt: skip
 """In the order in which they are looked at."""

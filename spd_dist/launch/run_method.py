@@ -119,19 +119,23 @@ def preview(config: Config, num_examples: int) -> int:
 def run(config: Config, arguments: argparse.Namespace, signals: StopSignals) -> int:
     """Run the stages."""
     from spd_dist.arms import Scope
-    from spd_dist.mechanism.mechanism_stage import measure_mechanism
+    from spd_dist.mechanism.mechanism_stage import check, measure_mechanism
     from spd_dist.runs.rounds import run_rounds
     from spd_dist.storage.restart import restart
 
+    is_measured = config.mechanism.in_run and arguments.last == STAGES[-1]
+
     def work(world: World) -> str:
+        if is_measured:
+            check(config)
         if arguments.restart_from:
             restart(Path(config.run_dir), arguments.restart_from, dataclasses.asdict(config))
         text = run_rounds(config, world, signals, Scope(arguments.first, arguments.last))
-        if not config.mechanism.in_run or arguments.last != STAGES[-1]:
+        if not is_measured:
             return text
         try:
             return f"{text}\n\n{measure_mechanism(config, world, signals)}"
-        except DataError as error:  # the run itself is done, and all that it wrote stays good
+        except (ConfigError, DataError) as error:  # the run itself is done, and all that it wrote stays good
             return f"{text}\n\nThe mechanism test was not done: {error}"
 
     return on_every_rank(config, work)

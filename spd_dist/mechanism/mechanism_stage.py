@@ -8,9 +8,9 @@ rows.parquet      every row under every subspace
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow
 import pyarrow.parquet
@@ -22,6 +22,7 @@ from spd_dist.config import Config
 from spd_dist.data.held_out import held_out_rows, make_held_out, shuffled_examples, wrong_examples
 from spd_dist.data.prompts import make_examples, make_test_set
 from spd_dist.data.tasks.protocol import Row
+from spd_dist.data.templates import Tokenizer
 from spd_dist.distributed.collectives import on_main, together
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError
@@ -57,45 +58,59 @@ def measure_mechanism(config: Config, world: World, signals: StopSignals) -> str
     Raises:
         UserError: what the user can put right.
     """
+    check(config)
     watch(signals, Path(config.run_dir))
     comparisons = planned(config.mechanism)
     last = "evaluate" if config.mechanism.num_generated else "project"
     run = Run(config, world, signals, Scope("calibrate", last, job=STAGE))
-    if config.project.insertion != "linear":
-        raise ConfigError(
-            f"project.insertion: {config.project.insertion} is not valid for the mechanism test, whose controls are "
-            "cut of whole linear outputs; set project.insertion=linear"
-        )
     with run.kept_status(), run.opened():
         find_subspace(run, ARMS["spd"], wanted=True)
-        rows = held_out_rows(run.rows("test"), calibration_rows(run), run.task, needed_rows(config, len(comparisons)))
+        test, calibration = run.rows("test"), calibration_rows(run)
+        with together("choosing the held-out rows"):
+            rows = held_out_rows(test, calibration, run.task, needed_rows(config, len(comparisons)))
 
         def work(folder: Path) -> None:
             policy = run.policy()
             with together("rendering the held-out rows"):
-                forms = {
-                    form: make_held_out(
-                        rows,
-                        run.task,
-                        policy.tokenizer,
-                        config.data,
-                        form,
-                        kl_positions=config.mechanism.kl_positions,
-                    )
-                    for form in dict.fromkeys(one.prompt for one in comparisons)
-                }
-            answered = rows[: config.mechanism.num_generated]
-            test_set = make_test_set(answered, run.task, policy.tokenizer, config) if answered else None
+                held_out = rendered(run, rows, policy.tokenizer, dict.fromkeys(one.prompt for one in comparisons))
             material = find_material(run, folder, layers_of(comparisons))
             with run.progress(STAGE, None, "rows") as progress:
                 context = dataclasses.replace(run.context(folder, progress=progress), facts={"task": run.task.name})
-                outcome = measure(policy, HeldOut(forms, test_set), material, config, context)
+                outcome = measure(policy, held_out, material, config, context)
             on_main("writing the mechanism test", lambda: write(folder, outcome, run.metrics))
 
         run.run_stage(STAGE, inputs_of(run, rows), MECHANISM_FILES, work)
         folder = run.folder.folder(STAGE)
         text = on_main("reading the mechanism test", lambda: read_json(folder / "details.json")["sentence"])
     return f"{text}\n{folder / 'mechanism.html'}"
+
+
+def rendered(run: Run, rows: Sequence[Row], tokenizer: Tokenizer, forms: Iterable[Literal["task", "bare"]]) -> HeldOut:
+    """The rows in each form of the prompt, and those that are answered, too."""
+    config, asked = run.config, run.config.mechanism
+    found = {
+        form: make_held_out(rows, run.task, tokenizer, config.data, form, kl_positions=asked.kl_positions)
+        for form in forms
+    }
+    answered = rows[: asked.num_generated]
+    return HeldOut(found, make_test_set(answered, run.task, tokenizer, config) if answered else None)
+
+
+def check(config: Config) -> None:
+    """See that the test could be done, before anything is loaded. A collective.
+
+    Raises:
+        ConfigError: it could not.
+    """
+    asked = config.mechanism
+    with together("checking the mechanism test"):
+        planned(asked)
+        chosen_controls(asked.controls, has_wrong=True, has_other=asked.other_subspace is not None)
+        if config.project.insertion != "linear":
+            raise ConfigError(
+                f"project.insertion: {config.project.insertion} is not valid for the mechanism test, whose controls "
+                "are cut of whole linear outputs; set project.insertion=linear"
+            )
 
 
 def needed_rows(config: Config, num_comparisons: int) -> int:

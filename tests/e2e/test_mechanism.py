@@ -127,6 +127,13 @@ def test_a_finished_run_stays_good_if_its_rows_do_not_suffice(words, tmp_path):
     ("project.insertion=head", "project.insertion: head is not valid for the mechanism test"),
 ])  # fmt: skip
 def test_what_cannot_be_compared_is_refused(words, tmp_path, word, message):
-    output = launch(1, [*words, f"run_dir={tmp_path}", word], tmp_path / "log", code=2, launcher=LAUNCHER)
+    output = launch(2, [*words, f"run_dir={tmp_path}", word], tmp_path / "log", code=2, launcher=LAUNCHER)
     assert output.count("error: ") == 1
     assert message in output
+
+
+def test_a_run_that_could_not_be_measured_at_its_end_is_refused_at_its_start(words, tmp_path):
+    wrong = ["mechanism.in_run=true", "mechanism.explore=[rank=3]", f"run_dir={tmp_path}"]
+    output = launch(1, [*words, *wrong], tmp_path / "log", code=2)
+    assert "mechanism.explore: 'rank=3' is no comparison" in output
+    assert "calibrate" not in output
