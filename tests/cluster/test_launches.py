@@ -12,6 +12,7 @@ from launching import differences, results
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 
+@pytest.mark.slow
 def test_torchrun_in_a_job_ends_in_the_same_run(run, undisturbed):
     ended(run.submit("--nodes=2", SPD_LAUNCHER="torchrun"), "COMPLETED", run)
     assert differences(results(run.folder), undisturbed) == []

@@ -234,8 +234,10 @@ def test_a_comparison_without_an_end_is_ended_and_the_next_one_works() -> None:
     [
         (r"So $x$ is \boxed{x+1}.", "x+1", "x+1"),
         (r"\boxed{x+1}, that is \boxed{1+x}", "x+1", "x+1"),
-        (r"\boxed{3} or \boxed{4}", None, None),
-        (r"\boxed{3} then \boxed{", "3", "3"),
+        (r"\boxed{3} and \boxed{4}", "3, 4", "3, 4"),
+        (r"\boxed{3}. Wait, no: \boxed{4}", "4", "4"),
+        (r"\boxed{3", None, None),
+        (r"\boxed{3} then \boxed{", None, None),
         (r"The answer is $\frac{1}{2}$.", None, r"\frac{1}{2}"),
         (r"The answer is $x = \sqrt{2}$.", None, r"\sqrt{2}"),
         ("The answer is 12.", None, "12"),

@@ -13,7 +13,7 @@ from spd_dist.judging import judge_file
 CASES = Path(__file__).parents[1] / "verdicts.jsonl"
 
 
-@pytest.mark.parametrize("name", ["gsm8k", "svamp", "mmlu", "bbh"])
+@pytest.mark.parametrize("name", ["gsm8k", "svamp", "math", "mmlu", "bbh"])
 def test_a_verdict_is_what_a_person_would_say(name, tmp_path):
     cases = [case for case in map(json.loads, CASES.read_text().splitlines()) if case["task"] == name]
     path = tmp_path / "outputs.jsonl"
@@ -25,3 +25,24 @@ def test_a_verdict_is_what_a_person_would_say(name, tmp_path):
         if one.correct is not case["correct"]
     ]
     assert wrong == []
+
+
+SAME = (lambda text: f"\n {text}\n\n", lambda text: f"**{text}**" if "\n" not in text else text)
+"""What changes nothing: white space around it, and bold print."""
+SECOND = {"gsm8k": "#### 987", "svamp": "#### 987", "mmlu": "Answer: D", "math": r"\boxed{987}"}
+"""One more answer, another one."""
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_a_second_answer_never_helps_and_space_and_bold_print_never_matter(name, tmp_path):
+    cases = [case for case in map(json.loads, CASES.read_text().splitlines()) if case["task"] == name]
+    cases = [case for case in cases if case["correct"] and "think" not in case["output"]]
+    outputs = [[*(change(one["output"]) for change in SAME), f"{one['output']}\n{SECOND[name]}"] for one in cases]
+    lines = [{"row": one["row"], "output": text} for one, texts in zip(cases, outputs, strict=True) for text in texts]
+    path = tmp_path / "outputs.jsonl"
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    verdicts = [one.correct for one in judge_file(str(path), find_task(name))]
+    changed = [line["output"] for line, right in zip(lines[::3], verdicts[::3], strict=True) if not right]
+    changed += [line["output"] for line, right in zip(lines[1::3], verdicts[1::3], strict=True) if not right]
+    helped = [line["output"] for line, right in zip(lines[2::3], verdicts[2::3], strict=True) if right]
+    assert (changed, helped) == ([], [])

@@ -40,13 +40,23 @@ def committed_letter(text: str, letters: str, choices: Sequence[str] = ()) -> st
     `Answer: B`, `(B)`, `B.`, `the answer is b`, `B is correct`, or the text of one of `choices` alone. Of two letters
     none, unless the first is taken back: `A or B` is no answer, `not A but B` is B.
     """
-    return stated_letter(text, letters) or _by_text(text, letters, choices) or _in_brackets(text, letters)
+    given = _all_given(text, letters)
+    if any(letter is not None for _, letter in given):  # what was stated is the answer, and of several that differ none
+        return stated_letter(text, letters)
+    return _by_text(text, letters, choices) or _in_brackets(text, letters)
 
 
 def stated_letter(text: str, letters: str) -> str | None:
     """The letter that `text` opens with, or says the answer to be."""
-    spelled = _NEGATED.sub(" ", _unboxed(plain(text))).strip()
-    return settled(sorted(_given(spelled, letters)), spelled, str.__eq__)
+    return settled(_all_given(text, letters), _spelled(text), str.__eq__)
+
+
+def _all_given(text: str, letters: str) -> list[tuple[int, str | None]]:
+    return sorted(_given(_spelled(text), letters), key=lambda one: one[0])
+
+
+def _spelled(text: str) -> str:
+    return _NEGATED.sub(" ", _unboxed(plain(text))).strip()
 
 
 def _given(text: str, letters: str) -> Iterator[tuple[int, str | None]]:
@@ -68,7 +78,7 @@ def _given(text: str, letters: str) -> Iterator[tuple[int, str | None]]:
         for match in re.finditer(rf"{pattern}[\s*\"'\[(]*([{taken}])(?![\w'?]){end}", text):
             rest = text[match.end() :]
             if not _is_word(match[1], rest):
-                yield match.start(), _alone(match[1], rest, letters)
+                yield match.start(1), _alone(match[1], rest, letters)
     for match in re.finditer(
         rf"\b(?:[Oo]ption|[Cc]hoice)?\s*\(?([{letters}])\)? (?:is|must be|seems) (?:the )?"
         r"(?:correct|right|best|true)\b",

@@ -15,7 +15,7 @@ import re
 import resource
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
@@ -89,13 +89,18 @@ def same_expression(answer: str, gold: str) -> bool:
 
 
 def expression_answers(text: str) -> tuple[str | None, str | None]:
-    r"""The content of the boxes, where all agree; leniently, where there is no box, what is said to be the answer.
+    r"""The content of the boxes, where all agree; leniently, without a box, what is said to be the answer.
 
-    That is the last formula of a statement (`The answer is $x+1$`), else its number; without a statement, a formula
-    alone in the last line, else the last number of the text.
+    Boxes that differ are a list. One that was opened and never closed is an answer that was cut: there is none.
+    What is said is the last formula of a statement (`The answer is $x+1$`), else its number; without a statement, a
+    formula alone in the last line, else the last number of the text.
     """
     boxes = all_boxed(text)
+    if _is_cut(text, boxes):
+        return None, None
     strict = settled(boxes, text, same_expression)
+    if strict is None and len(boxes) > 1:
+        strict = ", ".join(dict.fromkeys(content for _, content in boxes))  # as in `\boxed{5} and \boxed{-5}`
     return strict, strict if boxes else _unboxed(text)
 
 
@@ -144,6 +149,12 @@ def _verified(answer: str, gold: str) -> bool:
         return False  # what sympy raises on what it can't do
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def _is_cut(text: str, boxes: Sequence[tuple[int, str]]) -> bool:
+    """Whether the last box of the text has no end."""
+    opened = [match.end() for match in re.finditer(r"\\f?boxed\s*\{", text)]
+    return bool(opened) and opened[-1] not in [place for place, _ in boxes]
 
 
 def _differs_in_kind(answer: str, gold: str) -> bool:
