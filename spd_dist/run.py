@@ -87,14 +87,9 @@ class Run:
             if scope.last == "evaluate":
                 self.task = able_to_judge(self.task, allowed=config.evaluate.allow_code_execution)
         self.part = scope.job or ("" if self.task_index is None else task_name(self.task_index))
-        prefix = f"{self.part}_" if self.part else ""
+        prefix, metrics = f"{self.part}_" if self.part else "", self.folder.path / "metrics"
         opening = functools.partial(open_mirror, config.metrics, self.folder.path, self.plain, job=self.job)
-        self.metrics = MetricLogger(
-            self.folder.path / "metrics",
-            world.rank,
-            opening=opening if world.is_main else None,
-            prefix=prefix,
-        )
+        self.metrics = MetricLogger(metrics, world.rank, opening=opening if world.is_main else None, prefix=prefix)
         self.heartbeat = Heartbeat(self.folder.path / "heartbeat" / self.part, world)
         self.engines = EnginePool(self.folder.workplace("") / "engines" / f"rank-{world.rank:05d}")
         self._rows: dict[Split, list[Row]] = {}
@@ -107,9 +102,8 @@ class Run:
     @contextmanager
     def opened(self) -> Iterator[None]:
         """Run stages in here: a collective that fails or hangs says where ranks are."""
-        naming = naming_lagging_ranks(self.heartbeat)
         telling = telling_of_silence(self.heartbeat, self.config.distributed.timeout_seconds)
-        with self.metrics, naming, telling, self.engines.closed_at_the_end():
+        with self.metrics, naming_lagging_ranks(self.heartbeat), telling, self.engines.closed_at_the_end():
             yield
 
     def kept_status(self) -> AbstractContextManager[None]:

@@ -3,6 +3,7 @@
 Importing this package imports no torch.
 """
 
+from spd_dist.config.engines import Server, engine_of
 from spd_dist.config.sections import (
     STAGES,
     Calibrate,
@@ -18,7 +19,6 @@ from spd_dist.config.sections import (
     Project,
     Reduce,
     Sketch,
-    engine_of,
 )
 from spd_dist.config.whole import Config, Experiment
 
@@ -38,6 +38,7 @@ __all__ = [
     "Model",
     "Project",
     "Reduce",
+    "Server",
     "Sketch",
     "engine_of",
 ]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from spd_dist.config.sections import engine_of
+from spd_dist.config.engines import engine_of
 from spd_dist.config.whole import Config
 from spd_dist.errors import ConfigError
 
@@ -132,7 +132,7 @@ COMBINATIONS = (
     ),
     Combination(
         ("generate.batch_invariant", "generate.engine"),
-        _is(generate__batch_invariant=True, generate__engine=("hf_cb", "vllm", "command")),
+        _is(generate__batch_invariant=True, generate__engine=("hf_cb", "vllm", "server", "command")),
         "whose batches are its own", ("generate.engine=hf", "generate.batch_invariant=false"),
         ("generate.batch_invariant=true", "generate.engine=hf_cb"),
     ),
@@ -160,7 +160,7 @@ COMBINATIONS = (
         ("generate.apply_as=fold", "project.insertion=rope"),
     ),
     Combination(
-        ("generate.engine", "project.insertion"), _folds_keys_after_rope(generate__engine=("vllm", "command")),
+        ("generate.engine", "project.insertion"), _folds_keys_after_rope(generate__engine=("server", "command")),
         f"whose model is folded, {_TURNS}",
         ("generate.engine=hf", "project.insertion=linear", "project.kinds=value"),
         ("generate.engine=command", "generate.command=PROGRAM", "project.insertion=rope"),

@@ -10,19 +10,11 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from spd_dist.config.engines import Engine, Server, engine_of
+from spd_dist.config.setting import setting
+
 STAGES = ("calibrate", "sketch", "reduce", "project", "generate", "finetune", "evaluate")
 """The method's verbs, in their order: modules, config sections, metric prefixes, and words after --from and --until."""
-
-Bound = float | None
-
-
-def setting(default: Any, sentence: str, *, at_least: Bound = None, at_most: Bound = None, above: Bound = None) -> Any:
-    """A field with its meaning and its bounds; `spd_dist.overrides` enforces them."""
-    bounds = {"at_least": at_least, "at_most": at_most, "above": above}
-    metadata = {"sentence": sentence} | {rule: bound for rule, bound in bounds.items() if bound is not None}
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -118,20 +110,6 @@ class Project:
         return max(1, int(width * self.fraction) if self.rank_rule == "fraction" else width // 2)
 
 
-Engine = Literal["auto", "hf", "hf_cb", "vllm", "server", "command"]
-
-
-@dataclass(frozen=True)
-class Server:
-    """An OpenAI-compatible server of the user's that completes token ids, for engine=server."""
-
-    url: str | None = setting(None, "as http://host:8000/v1")
-    models: dict[str, Any] = setting({}, "{ARM: NAME}: what the server calls the model or adapter of each arm")
-    concurrency: int = setting(64, "requests under way at once, over all ranks", at_least=1)
-    retries: int = setting(8, "tries again after 429, 5xx or a closed connection, ever later", at_least=0)
-    key_variable: str = setting("OPENAI_API_KEY", "environment variable that may hold the server's key")
-
-
 @dataclass(frozen=True)
 class Generate:
     """The policy's own training data: raw completions, nothing filtered."""
@@ -168,15 +146,6 @@ class Generate:
         1.0, "largest share whose thought was cut at max_new_tokens; 1 only warns", at_least=0, at_most=1
     )
     max_length_rate: float = setting(1.0, "largest share cut at max_new_tokens; 1 only warns", at_least=0, at_most=1)
-
-
-def engine_of(engine: str, vllm_python: str | None, command: str | None) -> str:
-    """The engine that generates: under `auto` the program that the config names, else our own loop."""
-    if engine != "auto":
-        return engine
-    if vllm_python is not None:
-        return "vllm"
-    return "hf" if command is None else "command"
 
 
 @dataclass(frozen=True)

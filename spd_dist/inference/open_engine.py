@@ -18,6 +18,7 @@ from spd_dist.errors import ConfigError
 from spd_dist.inference.decode import check_context
 from spd_dist.inference.engine_probes import References, check_probes, references
 from spd_dist.inference.external.external_engine import ExternalEngine, command_of, environment_of
+from spd_dist.inference.external.server_engine import ServerEngine, check_server
 from spd_dist.inference.external.vllm_engine import VLLMEngine, check_vllm, vllm_environment, vllm_settings
 from spd_dist.inference.external.vllm_process import EnginePool
 from spd_dist.inference.hf_cb import ContinuousBatchingEngine
@@ -147,7 +148,7 @@ def open_engine(
     max_length = len(work.longest.tokens) + config.max_new_tokens
     placement = choose_placement(policy, config, world, max_length, section=work.section)
     with together("checking the engine's settings"):
-        _check(policy, config, world, work, placement)
+        _check(policy, projection, config, world, work, placement)
     candidates = {request.id: dataclasses.replace(request, sample=-1) for request in work.requests}.values()
     with ExitStack() as stack:
         expected = References([], Sampling(), None)
@@ -160,13 +161,17 @@ def open_engine(
             opened = Opened(_in_process(policy, config, monitor, placement, work, max_length), placement, monitor)
         else:
             opened = stack.enter_context(_opened_outside(policy, projection, config, world, work, expected.monitor))
+        if isinstance(opened.engine, ServerEngine):
+            opened.engine.verify(expected)
         _verify(opened.engine, expected, policy, work.section)
         if name in ("hf", "hf_cb") and opened.monitor is not None and expected.answers:
             opened.monitor.check_calls(has_run=True)
         yield opened
 
 
-def _check(policy: Policy, config: Generate, world: World, work: EngineWork, placement: str) -> None:
+def _check(
+    policy: Policy, projection: Projection | None, config: Generate, world: World, work: EngineWork, placement: str
+) -> None:
     """Refuse settings that can't be met, before anything is done."""
     key = f"{work.section}.engine"
     if config.engine == "hf_cb" and placement == "layerwise":
@@ -175,6 +180,8 @@ def _check(policy: Policy, config: Generate, world: World, work: EngineWork, pla
         command_of(config.command, work.scratch, policy.adapter)
     if config.engine == "vllm":
         check_vllm(config, policy, world)
+    if config.engine == "server":
+        check_server(config.server, work.arm, projection)
 
 
 def _in_process(
@@ -206,6 +213,10 @@ def _opened_outside(
     with ExitStack() as stack:
         stack.enter_context(_removed_at_the_end(work.scratch, world))
         model = policy.origin
+        if config.engine == "server":
+            stack.enter_context(wait_for_all_ranks("the server at work"))
+            yield Opened(ServerEngine(policy, config, work.arm, world, label), "external", monitor)
+            return
         if model is None or (policy.adapter is None and (config.engine == "command" or projection is not held)):
             model = Model(str(stack.enter_context(exported(policy, projection, work.scratch / "model", world))))
         stack.enter_context(wait_for_all_ranks(f"{config.engine} at work"))

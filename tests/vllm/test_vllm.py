@@ -5,11 +5,15 @@ SPD_VLLM_PYTHON names an interpreter that has it; without it these are skipped.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
 import signal
+import socket
 import subprocess
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,11 +24,12 @@ from peft import LoraConfig, get_peft_model
 from ranks import run_on_ranks
 from tiny import save_tiny_model, tiny_model
 
-from spd_dist.config import Data, Distributed, Evaluate, Generate, Model
+from spd_dist.config import Data, Distributed, Evaluate, Generate, Model, Server
 from spd_dist.data.prompts import TestSet, make_prompts
 from spd_dist.data.tasks import find_task
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError, DataError
+from spd_dist.inference.external.external_engine import running
 from spd_dist.inference.external.vllm_engine import VLLMEngine, site_settings, vllm_environment, vllm_settings
 from spd_dist.inference.external.vllm_process import INSIDE, EnginePool
 from spd_dist.inference.requests import Request
@@ -236,6 +241,48 @@ def test_what_cannot_work_is_refused_before_anything_starts(policy, tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             made(policy, tmp_path, dataclasses.replace(VLLM, **changes), None)
+
+
+@pytest.fixture(scope="module")
+def server_url(model, adapter, tmp_path_factory) -> Iterator[str]:
+    """A real vLLM server on loopback: the plain model, and a student as an adapter."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = ["--model", str(model), "--served-model-name", "plain", "--dtype", "float32", "--enforce-eager"]
+    words += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "256", "--enable-lora"]
+    words += ["--max-lora-rank", "8", "--lora-modules", f"student={adapter}", "--kv-cache-memory-bytes", str(2**28)]
+    words += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "2048"]
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    environment = vllm_environment(VLLM, ALONE)
+    words = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", *words]
+    with open(log, "wb") as file, running(words, environment, file):
+        for _ in range(240):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health"):
+                break
+            time.sleep(1)
+        else:
+            raise AssertionError(log.read_text()[-3000:])
+        yield f"http://127.0.0.1:{port}/v1"
+
+
+def test_a_real_server_gives_the_greedy_corpus_and_a_students_answers(policy, model, adapter, server_url, tmp_path):
+    """And is refused for another arm's policy, by its log-probabilities."""
+    models = {"psr": "plain", "spd": "student"}
+    config = dataclasses.replace(HF, engine="server", server=Server(url=server_url, models=models))
+    _, expected = made(policy, tmp_path / "hf", HF, None)
+    _, found = made(policy, tmp_path / "server", config, None, arm="psr")
+    assert agreement(found, expected) >= 0.99
+    with pytest.raises(DataError, match="'plain' gives the log-probability"):
+        made(policy, tmp_path / "other", config, projection(), arm="psr")
+    student = load_replica(Model(str(model)), Distributed(), ALONE, adapter=adapter)
+    student.eos_token_ids = policy.eos_token_ids
+    _, expected = made(student, tmp_path / "hf_student", HF, None)
+    _, found = made(student, tmp_path / "server_student", config, None, arm="spd")
+    assert agreement(found, expected) >= 0.99
+    sampled = dataclasses.replace(config, temperature=1.0, num_samples=2)
+    _, found = made(policy, tmp_path / "sampled", sampled, None, arm="psr")
+    assert len({one.tokens for one in found}) > 64
 
 
 def test_every_argument_that_is_sent_is_one_of_the_installed_vllm():

@@ -91,6 +91,11 @@ class VLLMProcess:
             raise
         log.info("vLLM %s is ready after %.0f s", self.version, time.monotonic() - started)
 
+    def serves(self, settings: VLLMSettings) -> bool:
+        """Whether it is at work and has these settings; sequences may be shorter than it was started for."""
+        own = dataclasses.replace(self.settings, max_length=settings.max_length)
+        return own == settings and self.settings.max_length >= settings.max_length and self.process.poll() is None
+
     def send(self, asked: Mapping[str, Any]) -> None:
         """Write a line; never waits for the engine."""
         self._outbox.put(json.dumps(asked).encode() + b"\n")
@@ -162,7 +167,7 @@ class EnginePool:
 
     def of(self, config: Generate, settings: VLLMSettings, folder: Path, environment: Mapping[str, str]) -> VLLMProcess:
         """The engine of these settings: the one at work if it has them, else another in its place."""
-        if self.process is not None and self.process.settings == settings and self.process.process.poll() is None:
+        if self.process is not None and self.process.serves(settings):
             return self.process
         self.close()
         silence_seconds = config.engine_timeout_seconds
