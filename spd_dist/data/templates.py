@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import jinja2
+
 from spd_dist.config import Data
+from spd_dist.data.conversation import Conversation, tools_of, turns_of
 from spd_dist.data.scoring.thoughts import closings, opened_by
 from spd_dist.data.spans import Span, merged
 from spd_dist.errors import ConfigError, DataError
@@ -75,8 +78,8 @@ def render_example(prompt: str, answer: str, tokenizer: Tokenizer, config: Data)
     if config.template == "plain":
         return Rendered(prompt + answer, tuple((span, 0) for span in whole))
     content = answer.strip()
-    if closings(content):
-        return _with_thought(prompt, answer, tokenizer, config)
+    if closings(content) or isinstance(prompt, Conversation):
+        return _behind_its_prompt(prompt, answer, tokenizer, config)
     text = _chat(tokenizer, config, prompt, content or None)
     frame = _chat(tokenizer, config, _PROMPT, _ANSWER if content else None)
     before, _, rest = frame.partition(_PROMPT)
@@ -99,16 +102,20 @@ def render_example(prompt: str, answer: str, tokenizer: Tokenizer, config: Data)
     )
 
 
-def _with_thought(prompt: str, answer: str, tokenizer: Tokenizer, config: Data) -> Rendered:
-    """A reference that thinks, as the policy itself writes it: behind its prompt.
+def _behind_its_prompt(prompt: str, answer: str, tokenizer: Tokenizer, config: Data) -> Rendered:
+    """A reference as the policy itself writes it: behind its prompt.
 
-    Templates rewrite thoughts, or leave them out. A mark that the prompt has opened is not opened again.
+    Templates rewrite the thoughts of turns, or leave them out. A mark that the prompt has opened is not opened again.
     """
     asked, content = _chat(tokenizer, config, prompt, None), answer.strip()
     opened = opened_by(asked, config.thinking_marks)
     if opened and content.startswith(opened):
         content = content.removeprefix(opened).lstrip()
-    frame = _chat(tokenizer, config, _PROMPT, _ANSWER)
+    frame = _chat(tokenizer, config, prompt, _ANSWER)
+    if isinstance(prompt, Conversation):
+        start = len(prompt) + answer.index(content)
+        moved = (start, start + len(content)), len(asked) - start
+        return Rendered(asked + content + frame.partition(_ANSWER)[2], (*prompt.located(asked), moved))
     place = asked.find(prompt.strip())
     if place < 0:
         raise DataError(
@@ -148,11 +155,24 @@ def _chat(tokenizer: Tokenizer, config: Data, prompt: str, answer: str | None) -
         raise ConfigError(
             "data.template: 'chat' is not valid, as this tokenizer has no chat template; set data.template=plain"
         )
-    system = [] if config.system is None else [{"role": "system", "content": config.system}]
-    turns = [*system, {"role": "user", "content": prompt}]
+    turns, tools = list(turns_of(prompt)), tools_of(prompt)
+    if config.system is not None and turns[0]["role"] != "system":
+        turns.insert(0, {"role": "system", "content": config.system})
     if answer is not None:
         turns.append({"role": "assistant", "content": answer})
     switch = {SWITCH: False} if config.thinking == "off" else {}
-    return tokenizer.apply_chat_template(
-        turns, tokenize=False, add_generation_prompt=answer is None, **switch | config.template_options
-    )
+    options = {"tokenize": False, "add_generation_prompt": answer is None, **switch, **config.template_options}
+    try:
+        rendered = tokenizer.apply_chat_template(turns, **options, **({"tools": list(tools)} if tools else {}))
+        if tools and rendered == tokenizer.apply_chat_template(turns, **options):
+            raise ConfigError(
+                "data.template: 'chat' is not valid for rows with tools, as this tokenizer's chat template has none; "
+                "remove `tools` from the rows, or take a model whose template knows them"
+            )
+    except jinja2.TemplateError as error:
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise ConfigError(
+            f"data.template: the chat template refuses the turns {roles} ({error}); set data.system=null, change the "
+            "rows, or set data.template=plain"
+        ) from error
+    return rendered

@@ -14,6 +14,7 @@ from spd_dist.data.tasks.described import read_task
 from spd_dist.data.tasks.execution import Execute, refusal, runs_code
 from spd_dist.data.tasks.humaneval import HUMANEVAL, HUMANEVAL_PLUS
 from spd_dist.data.tasks.mbpp import MBPP, MBPP_PLUS, MBPP_SANITIZED
+from spd_dist.data.tasks.messages import MESSAGES
 from spd_dist.data.tasks.mmlu import MMLU
 from spd_dist.data.tasks.protocol import Row, Score, Split, Task
 from spd_dist.data.tasks.word_problems import ARITHMETIC, GSM8K, SVAMP
@@ -23,7 +24,8 @@ __all__ = ["TASKS", "Execute", "Row", "Score", "Split", "Task", "find_task", "re
 
 ENTRY_POINTS = "spd_dist.tasks"
 _BUILT_IN: tuple[Task, ...] = (
-    ARITHMETIC, GSM8K, SVAMP, MATH, MBPP, MBPP_SANITIZED, MBPP_PLUS, HUMANEVAL, HUMANEVAL_PLUS, CODEALPACA, MMLU, BBH,
+    ARITHMETIC, GSM8K, SVAMP, MATH, MBPP, MBPP_SANITIZED, MBPP_PLUS, HUMANEVAL, HUMANEVAL_PLUS, CODEALPACA, MESSAGES,
+    MMLU, BBH,
 )  # fmt: skip
 TASKS: Mapping[str, Task] = {task.name: task for task in _BUILT_IN}
 """Built-in tasks; a package adds its own as entry points of group `spd_dist.tasks`."""
