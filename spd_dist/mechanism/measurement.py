@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -88,10 +89,7 @@ class Measurement:
         self.policy, self.context, self.config = policy, context, config.mechanism
         pad_token_id, device = policy.pad_token_id, context.world.device
         self.batches = {
-            prompt: [
-                ScoredBatch.of(each[start : start + self.config.batch_size], pad_token_id, device)
-                for start in range(0, len(each), self.config.batch_size)
-            ]
+            prompt: [ScoredBatch.of(part, pad_token_id, device) for part in self._divided(each)]
             for prompt, each in rows.items()
         }
         longest = max(len(row.example.tokens) for each in rows.values() for row in each)
@@ -105,9 +103,17 @@ class Measurement:
         for line in on_main("reading what was measured before", self._read_parts):
             self._file(line)
 
+    def _divided(self, rows: Sequence[HeldOutExample]) -> Iterator[Sequence[HeldOutExample]]:
+        """The rows of each batch; none reaches over the end of the primary or of the explored rows."""
+        ends = {self.config.num_rows, self.config.num_explored_rows, len(rows)}
+        for start, stop in pairwise([0, *sorted(end for end in ends if end <= len(rows))]):
+            for first in range(start, stop, self.config.batch_size):
+                yield rows[first : min(stop, first + self.config.batch_size)]
+
     def batches_of(self, prompt: str, num_rows: int) -> range:
-        """The first batches, that hold at least so many rows if there are so many."""
-        return range(min(len(self.batches[prompt]), -(-num_rows // self.config.batch_size)))
+        """The batches of the first rows: of `mechanism.num_rows` or `num_explored_rows`, or of all that there are."""
+        sizes = accumulate(len(batch.rows) for batch in self.batches[prompt])
+        return range(sum(size <= num_rows for size in sizes))
 
     def take(self, wanted: Sequence[Passes]) -> None:
         """Compute what is missing of these, and of the base on the same batches. A collective.

@@ -366,6 +366,20 @@ def test_pairs_are_brought_to_equal_distortion(policy, held_out, material, tmp_p
     assert match(again, own, others, batches)[0].share == pairs[0].share
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 9])
+def test_a_comparison_has_the_rows_that_were_asked_for_whatever_the_batches(
+    policy, held_out, material, tmp_path, batch_size
+):
+    for num_rows, num_explored_rows in ((5, 3), (3, 5), (6, 6), (9, 2)):
+        settings = Mechanism(batch_size=batch_size, num_rows=num_rows, num_explored_rows=num_explored_rows)
+        config, context = Config(mechanism=settings), StageContext(tmp_path, 0, ALONE)
+        measurement = Measurement(policy, {"task": held_out["task"]}, list(material.spd.sites), config, context)
+        for wanted in (num_rows, num_explored_rows):
+            batches = [measurement.batches["task"][index].rows for index in measurement.batches_of("task", wanted)]
+            assert [row for rows in batches for row in rows] == held_out["task"][:wanted]
+            assert max(map(len, batches)) <= batch_size
+
+
 def test_ranks_and_corrections():
     assert rank_p_value(-1.0, [0.0, -0.5, -2.0]) == 0.5
     assert rank_p_value(-3.0, [0.0] * 19) == 0.05
