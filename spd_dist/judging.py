@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from spd_dist.config import Config
+from spd_dist.config import Config, Data
 from spd_dist.data.readers import Located, read_rows
 from spd_dist.data.scoring.thoughts import with_known_marks
 from spd_dist.data.sources import load_rows, normalised_row
@@ -60,13 +60,19 @@ def other_test(word: str, config: Config) -> tuple[Task, list[Row]]:
     return task, load_rows(task, "test", data)
 
 
-def judge_file(path: str, task: Task, marks: Sequence[str] = ()) -> Iterator[Judgement]:
+def judge_file(path: str, task: Task, data: Data | None = None) -> Iterator[Judgement]:
     """The judgement of every line of a file, in its order: `{"row": {...}, "output": "..."}`.
+
+    The kept answers of a run (`evaluate/ARM/TASK.jsonl`) can be judged again: a line without a row, but with the id of
+    one, is of the test rows of `data`.
 
     Raises:
         DataError: no such file, or a line without a row of the task or without an output.
     """
-    lines = [_read_line(located, task, marks) for located in read_rows(path)]
+    data = data or Data(task=task.name)
+    located = list(read_rows(path))
+    rows = {} if all("row" in one.row for one in located) else {row["id"]: row for row in load_rows(task, "test", data)}
+    lines = [_read_line(one, task, rows, data.thinking_marks) for one in located]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         yield from pool.map(lambda line: _judgement(task.score(*line)), lines)
 
@@ -81,12 +87,14 @@ def write_judgements(judgements: Iterator[Judgement], out: Path | None) -> str:
     return f"{out}: {len(found)} judged, {sum(one.correct for one in found)} right"
 
 
-def _read_line(located: Located, task: Task, marks: Sequence[str]) -> tuple[Row, str]:
+def _read_line(located: Located, task: Task, rows: Mapping[str, Row], marks: Sequence[str]) -> tuple[Row, str]:
     row, output = located.row.get("row"), located.row.get("output")
+    if row is None and isinstance(output, str) and (kept := rows.get(str(located.row["id"]))):
+        return kept, with_known_marks(output, marks)
     if not isinstance(row, dict) or not isinstance(output, str):
         raise DataError(
             f'--judge: {located.where}: a line is {{"row": {{...}}, "output": "..."}}, the row an object as in the '
-            "data file of the task, the output a text"
+            "data file of the task, the output a text; without a row, the id of one of data.test"
         )
     numbered = Located(located.path, located.line, {"id": located.row["id"], **row})
     read = normalised_row(task, numbered, "--judge")

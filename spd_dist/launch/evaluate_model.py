@@ -125,9 +125,7 @@ def judge(arguments: argparse.Namespace) -> int:
         from spd_dist.judging import able_to_judge, judge_file, write_judgements
 
         task = able_to_judge(find_task(config.data.task), allowed=config.evaluate.allow_code_execution)
-        print(
-            write_judgements(judge_file(arguments.judge, task, config.data.thinking_marks), arguments.json), flush=True
-        )
+        print(write_judgements(judge_file(arguments.judge, task, config.data), arguments.json), flush=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code

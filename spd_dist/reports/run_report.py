@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import spd_dist
 from spd_dist.analysis.answer_summary import answers_summary
 from spd_dist.analysis.comparison import (
     blind_notes,
@@ -76,6 +77,7 @@ def write_report(
     report = {
         "task": task,
         "metric": metric,
+        "judged_by": f"spd_dist {spd_dist.__version__}",
         "seed": seed,
         "temperature": asked.temperature,
         "num_samples": next(iter(summaries.values()))["num_samples"],

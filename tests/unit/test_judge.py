@@ -8,6 +8,7 @@ import sys
 import pytest
 from sandboxes import usable_sandbox
 
+from spd_dist.config import Data
 from spd_dist.data.scoring.programs import called_by, program_in, python_blocks, unfenced
 from spd_dist.data.tasks import find_task
 from spd_dist.data.tasks.mbpp import MBPP
@@ -158,3 +159,15 @@ def test_rows_of_humaneval_are_refused():
     row = MBPP_ROW | {"test_list": ["def check(candidate):\n    assert candidate(2) == 4"]}
     with pytest.raises(ValueError, match=r"mbpp row 1: .* check\(candidate\) .* give MBPP's own rows"):
         MBPP.normalise(row, "")
+
+
+def test_kept_answers_of_a_run_are_judged_again_by_their_ids(tmp_path):
+    rows, answers = tmp_path / "rows.jsonl", tmp_path / "gsm8k.jsonl"
+    rows.write_text("".join(f"{json.dumps({'question': '?', 'answer': f'#### {n}'})}\n" for n in (4, 5)))
+    kept = [{"id": f"rows/{n}", "output": "#### 5", "correct": False, "gold": "?"} for n in (2, 1)]
+    answers.write_text("".join(f"{json.dumps(one)}\n" for one in kept))
+    data = Data(task="gsm8k", test=str(rows))
+    assert [one.correct for one in judge_file(str(answers), find_task("gsm8k"), data)] == [True, False]
+    answers.write_text(json.dumps({"id": "rows/9", "output": "#### 5"}))
+    with pytest.raises(DataError, match=r"without a row, the id of one of data\.test"):
+        list(judge_file(str(answers), find_task("gsm8k"), data))

@@ -7,6 +7,7 @@ import json
 import pytest
 from tiny import tiny_tokenizer
 
+from spd_dist.config import Data
 from spd_dist.data.prompts import judged_text
 from spd_dist.data.scoring.thoughts import with_known_marks, without_thoughts
 from spd_dist.data.tasks import find_task
@@ -47,10 +48,10 @@ def test_only_what_is_said_after_the_thought_is_judged(tokenizer, prompt, output
 
 
 def test_marks_of_ones_own_are_known_to_judge_too(tmp_path):
-    path = tmp_path / "outputs.jsonl"
+    path, data = tmp_path / "outputs.jsonl", Data(thinking_marks=("<muse>", "</muse>"))
     row = {"question": "?", "answer": "#### 5"}
     path.write_text(json.dumps({"row": row, "output": "<muse>#### 6</muse>#### 5"}))
-    assert [one.correct for one in judge_file(str(path), find_task("gsm8k"), ("<muse>", "</muse>"))] == [True]
+    assert [one.correct for one in judge_file(str(path), find_task("gsm8k"), data)] == [True]
     assert without_thoughts(with_known_marks("<muse>a", ("<muse>", "</muse>"))).is_unfinished
 
 
