@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+
 from spd_dist.config.combinations import check_combinations
 from spd_dist.config.whole import Config
 from spd_dist.errors import ConfigError
@@ -30,6 +32,8 @@ def check_across_fields(config: Config) -> None:
             f"data.thinking_marks: {list(config.data.thinking_marks)} is not valid; give the two marks of a thought, "
             "as in ['<think>','</think>']"
         )
+    if not _is_date(config.data.date):
+        raise ConfigError(f"data.date: {config.data.date!r} is not valid; write a day as YYYY-MM-DD")
     if not config.calibrate.layers:
         raise ConfigError("calibrate.layers: an empty list is not valid; name at least one layer, as in [middle,last]")
     if config.generate.task_index >= config.generate.num_tasks:
@@ -37,3 +41,10 @@ def check_across_fields(config: Config) -> None:
             f"generate.task_index: {config.generate.task_index} is out of bounds; "
             f"it must be below generate.num_tasks={config.generate.num_tasks}"
         )
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False

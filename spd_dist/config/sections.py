@@ -46,14 +46,14 @@ class Data:
     thinking: Literal["keep", "drop", "off"] = setting(
         "keep", "thoughts: a student learns them, or what follows them alone; off: the chat template asks for none"
     )
+    date: str = setting("2024-07-26", "the day, YYYY-MM-DD, for a chat template that asks for it; never the real one")
+    turn: int | Literal["last", "first", "all"] = setting("last", "of messages: asked for and supervised, from 0")
     thinking_marks: tuple[str, ...] = setting((), "[OPEN,CLOSE] around thoughts, beside the known ones")
     max_prompt_tokens: int = setting(1024, "a longer prompt is an error", at_least=1)
     leaks: Literal["report", "remove", "remove_all"] = setting(
         "report", "rows whose problem is in the test split; all: training rows whose is in data.calibration, too"
     )
-    leak_similarity: float = setting(
-        0.5, "Jaccard similarity of 5-grams that makes two problems one", above=0, at_most=1
-    )
+    leak_similarity: float = setting(0.5, "Jaccard similarity of 5-grams: one problem", above=0, at_most=1)
 
 
 @dataclass(frozen=True)

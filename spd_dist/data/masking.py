@@ -9,9 +9,10 @@ from itertools import pairwise
 from rich.text import Text
 
 from spd_dist.config import Calibrate, Data
-from spd_dist.data.spans import Span, find_mask, tokens_in_spans
+from spd_dist.data.conversations import Conversation, conversation_of
+from spd_dist.data.spans import Span, find_mask, merged, tokens_in_spans
 from spd_dist.data.tasks.protocol import Row, Task
-from spd_dist.data.templates import Tokenizer, adds_special_tokens, render_example
+from spd_dist.data.templates import Tokenizer, adds_special_tokens, render_example, render_turns
 from spd_dist.errors import DataError
 
 RULE = (
@@ -80,19 +81,44 @@ def mask_row(row: Row, task: Task, tokenizer: Tokenizer, data: Data, calibrate: 
     Raises:
         DataError: the mask gives spans outside the text, or the tokenizer cannot say where its tokens come from.
     """
-    prompt, answer = task.prompt(row), task.answer(row)
-    spans = task.target_spans(row) if calibrate.mask == "task" else find_mask(calibrate.mask)(prompt, answer, row)
-    _check_spans(spans, len(prompt) + len(answer), row["id"], calibrate.mask)
-    rendered = render_example(prompt, answer, tokenizer, data)
+    text, found = _found(row, task, tokenizer, data, calibrate)
     if not tokenizer.is_fast:
         raise DataError(
             "model.name: its tokenizer is not a fast one, so spans cannot be mapped to tokens; use tokenizer.json"
         )
-    encoding = tokenizer(rendered.text, add_special_tokens=adds_special_tokens(data), return_offsets_mapping=True)
+    encoding = tokenizer(text, add_special_tokens=adds_special_tokens(data), return_offsets_mapping=True)
     offsets = tuple((start, stop) for start, stop in encoding["offset_mapping"])
-    found = rendered.spans(spans)
-    targets = tokens_in_spans(offsets, rendered.text, found, calibrate.span_policy)
-    return MaskedText(row["id"], rendered.text, tuple(encoding["input_ids"]), offsets, tuple(targets), tuple(found))
+    targets = tokens_in_spans(offsets, text, found, calibrate.span_policy)
+    return MaskedText(row["id"], text, tuple(encoding["input_ids"]), offsets, tuple(targets), tuple(found))
+
+
+def _found(row: Row, task: Task, tokenizer: Tokenizer, data: Data, calibrate: Calibrate) -> tuple[str, Sequence[Span]]:
+    """The text of a row's example, and the mask's spans in it."""
+    conversation = conversation_of(row, task)
+    if conversation is not None:
+        return _found_in_turns(row, conversation, task.mask, tokenizer, data, calibrate)
+    prompt, answer = task.prompt(row), task.answer(row)
+    spans = task.target_spans(row) if calibrate.mask == "task" else find_mask(calibrate.mask)(prompt, answer, row)
+    _check_spans(spans, len(prompt) + len(answer), row["id"], calibrate.mask)
+    rendered = render_example(prompt, answer, tokenizer, data)
+    return rendered.text, rendered.spans(spans)
+
+
+def _found_in_turns(
+    row: Row, conversation: Conversation, mask: str, tokenizer: Tokenizer, data: Data, calibrate: Calibrate
+) -> tuple[str, Sequence[Span]]:
+    """As `_found`, of messages: the mask is that of each supervised turn, what stands before being its prompt."""
+    try:
+        rendered = render_turns(conversation, tokenizer, data)
+    except DataError as error:
+        raise DataError(f"row {row['id']!r}: {error}") from error
+    find = find_mask(mask if calibrate.mask == "task" else calibrate.mask)
+    spans = [
+        span for start, stop in rendered.turns for span in find(rendered.text[:start], rendered.text[start:stop], row)
+    ]
+    _check_spans(spans, len(rendered.text), row["id"], calibrate.mask)
+    said = ((max(start, first), min(stop, last)) for start, stop in merged(spans) for first, last in rendered.contents)
+    return rendered.text, merged([(start, stop) for start, stop in said if start < stop])
 
 
 def _check_spans(spans: Sequence[Span], length: int, row_id: str, mask: str) -> None:

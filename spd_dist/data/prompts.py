@@ -9,10 +9,19 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from spd_dist.config import Calibrate, Config, Data
+from spd_dist.data.conversations import Conversation, conversation_of
 from spd_dist.data.masking import RULE, MaskAudit, MaskedText, ShownExample, mask_row
 from spd_dist.data.scoring.thoughts import is_thinking_mark, with_known_marks
 from spd_dist.data.tasks.protocol import Row, Task
-from spd_dist.data.templates import Tokenizer, adds_special_tokens, check_thinking, render_example, render_prompt
+from spd_dist.data.templates import (
+    Tokenizer,
+    adds_special_tokens,
+    check_begins,
+    check_thinking,
+    render_example,
+    render_prompt,
+    render_turns,
+)
 from spd_dist.errors import ConfigError, DataError
 from spd_dist.types import Completion, Prompt, SupervisedExample
 
@@ -33,7 +42,7 @@ def make_prompts(rows: Sequence[Row], task: Task, tokenizer: Tokenizer, config: 
         DataError: a prompt is longer than data.max_prompt_tokens.
     """
     check_thinking(tokenizer, config)
-    texts = [render_prompt(task.prompt(row), tokenizer, config) for row in rows]
+    texts = [render_prompt(_asked(row, task, config), tokenizer, config) for row in rows]
     encoded = tokenizer(texts, add_special_tokens=adds_special_tokens(config))["input_ids"] if texts else []
     prompts = [Prompt(row["id"], text, tuple(ids)) for row, text, ids in zip(rows, texts, encoded, strict=True)]
     too_long = [prompt for prompt in prompts if len(prompt.tokens) > config.max_prompt_tokens]
@@ -56,18 +65,26 @@ def make_references(
     """
     completions = []
     for row, prompt in zip(rows, make_prompts(rows, task, tokenizer, config), strict=True):
-        text = render_example(task.prompt(row), task.answer(row), tokenizer, config).text
+        text = _example_text(row, task, tokenizer, config)
+        check_begins(text, prompt.text, f"row {row['id']!r}")
         answer = text.removeprefix(prompt.text)
-        if answer == text:
-            raise DataError(
-                f"row {row['id']!r}: its example does not begin with its prompt, as the chat template writes past "
-                "turns in another way; set data.template_options for it, or data.template=plain"
-            )
         tokens = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
         ends = [position for position, token in enumerate(tokens) if token in eos_token_ids]
         tokens = tokens[: ends[0] + 1] if ends else [*tokens, min(eos_token_ids)]
         completions.append(Completion(row["id"], 0, 0, prompt.tokens, tuple(tokens), task.answer(row).strip(), "stop"))
     return completions
+
+
+def _asked(row: Row, task: Task, config: Data) -> str | Conversation:
+    conversation = conversation_of(row, task)
+    return task.prompt(row) if conversation is None else conversation.until(conversation.place_of(config.turn))
+
+
+def _example_text(row: Row, task: Task, tokenizer: Tokenizer, config: Data) -> str:
+    conversation = conversation_of(row, task)
+    if conversation is None:
+        return render_example(task.prompt(row), task.answer(row), tokenizer, config).text
+    return render_turns(conversation, tokenizer, config).text
 
 
 def make_examples(

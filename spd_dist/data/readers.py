@@ -100,7 +100,8 @@ def located(path: str, place: str, row: Mapping[str, Any], names: tuple[str, str
     if row.get("id") is not None:
         return Located(path, place, dict(row), subset)
     short, long, number = names
-    return Located(path, place, {**row, "id": f"{short}/{number}"}, subset, f"{long}/{number}")
+    own = {name: value for name, value in row.items() if name != "id"}
+    return Located(path, place, {"id": f"{short}/{number}", **own}, subset, f"{long}/{number}")
 
 
 @contextmanager

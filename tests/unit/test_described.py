@@ -65,6 +65,16 @@ def test_a_gold_is_a_letter_a_text_or_a_number(tmp_path, gold, letter):
     assert task.gold(read(task, q="?", a=gold, **CHOICES)) == letter
 
 
+def test_a_choice_is_an_alternative_to_every_other(tmp_path):
+    task = described(tmp_path, answer=" {letter}: {choice}", metric="choice")
+    row = read(task, q="?", a=1, choices=["red", "green", "blue"])
+    assert task.answer(row) == " B: green"
+    assert [task.answer(one) for one in task.alternatives(row)] == [" A: red", " B: green", " C: blue"]
+    with pytest.raises(ConfigError, match=r"choices\.scoring: likelihood needs the place of the choice in the answer"):
+        described(tmp_path, answer=" {a}", metric="choice").alternatives(row)
+    assert not hasattr(described(tmp_path), "alternatives")
+
+
 ROW_FAULTS = [
     ({"metric": "numeric"}, {"a": "9 (apples)"}, r"gold: '9 \(apples\)' is no number; correct the row"),
     ({}, {"a": None}, r"field \{a\}: None is no text"),
@@ -110,7 +120,10 @@ def test_names_may_have_dots_and_dashes(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"metric": "likelihood"}, r"metric: likelihood of each choice is not measured yet; set metric: choice"),
+        (
+            {"metric": "likelihood"},
+            r"metric: 'likelihood' is no metric of a task; set metric: choice, and choices\.scoring=likelihood",
+        ),
         ({"metric": "tests"}, r"code: \{\} must be a mapping of entry_point, tests, setup, tests at least"),
         ({"code": {"test": "x"}}, r"code: \{'test': 'x'\} must be a mapping"),
         ({"sources": {"train": 3}}, r"sources\.train: 3 must be text"),

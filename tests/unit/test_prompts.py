@@ -68,11 +68,86 @@ def test_references_read_as_completions_that_ended_by_themselves(data):
         assert TOKENIZER.decode(reference.tokens[:-1]).strip() == reference.text == TASK.answer(row).strip()
 
 
-def test_a_template_that_rewrites_past_turns_gives_no_references():
+def test_a_template_that_rewrites_past_turns_gives_no_example():
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = THINKING + "{% if add_generation_prompt %}assistant: <think>{% endif %}"
-    with pytest.raises(DataError, match=r"its example does not begin with its prompt, .* set data\.template_options"):
+    tokenizer.chat_template = THINKING + "{% if add_generation_prompt %}assistant: {% endif %}"
+    message = r"its example does not begin with its prompt, .* set data\.template_options"
+    with pytest.raises(DataError, match=message):
         make_references(ROWS[:1], TASK, tokenizer, CHAT, eos_token_ids=(2,))
+    with pytest.raises(DataError, match=message):
+        make_examples(ROWS, TASK, tokenizer, CHAT, CALIBRATE)
+
+
+OPENING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' %}KEPT{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("kept", ["", "<think>\n\n</think>\n\n"])
+def test_a_thought_that_the_prompt_opens_is_closed_before_the_answer_and_never_opened_twice(kept):
+    """As of reasoning models: past turns are written with an empty thought, or without one."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = OPENING.replace("KEPT", kept)
+    [prompt], [example] = (
+        make_prompts(ROWS[:1], TASK, tokenizer, CHAT),
+        make_references(ROWS[:1], TASK, tokenizer, CHAT, eos_token_ids=(2,)),
+    )
+    assert prompt.text.endswith("<|im_start|>assistant\n<think>\n")
+    text = tokenizer.decode(example.prompt_tokens + example.tokens)
+    assert text == f"{prompt.text}\n</think>\n\n{TASK.answer(ROWS[0]).strip()}<|im_end|>"
+    [supervised], _ = make_examples(ROWS[:1], TASK, tokenizer, CHAT, CALIBRATE)
+    assert tokenizer.decode(supervised.tokens).startswith(prompt.text)
+    assert tokenizer.decode(supervised.tokens).count("<think>") == 1
+    assert kept_text(tokenizer, supervised) == ROWS[0]["answer"]
+
+
+def kept_text(tokenizer, example):
+    return tokenizer.decode([example.tokens[target] for target in example.targets])
+
+
+NO_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    + OPENING.replace("KEPT", "")
+)
+
+
+def test_a_template_that_refuses_the_system_names_the_key():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = NO_SYSTEM
+    assert make_prompts(ROWS[:1], TASK, tokenizer, CHAT)
+    message = r"^data\.system: 'Be brief\.' is refused by the chat template .*: System role not supported; unset"
+    for make in (make_prompts, lambda *a: make_examples(*a, CALIBRATE)):
+        with pytest.raises(ConfigError, match=message):
+            make(ROWS[:1], TASK, tokenizer, replace(CHAT, system="Be brief."))
+
+
+FAILING = [
+    "{% for m in messages %}",
+    "{{ messages[0].content.nothing.more }}",
+    "{{ 1 / 0 }}",
+    "{{ raise_exception('no') }}",
+]
+
+
+@pytest.mark.parametrize("template", FAILING)
+def test_a_template_that_fails_is_one_sentence(template):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    for data in (CHAT, replace(CHAT, system="Be brief.")):
+        with pytest.raises(
+            ConfigError, match=r"^data\.template: the chat template of this model fails on .*; set"
+        ) as caught:
+            make_prompts(ROWS[:1], TASK, tokenizer, data)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_template_is_told_the_same_day_whenever_it_is_asked():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}"
+    assert render_prompt("p", tokenizer, CHAT) == "26 Jul 2024: p"
+    assert render_prompt("p", tokenizer, replace(CHAT, date="2026-01-02")) == "02 Jan 2026: p"
 
 
 def test_chat_prompts_end_where_the_assistant_begins():

@@ -29,6 +29,7 @@ ROWS = {
     },
     "mmlu": {"subject": "sums", "question": "1 + 1?", "choices": ["1", "2", "3", "4"], "answer": "B"},
     "bbh": {"task": "navigate", "input": "Are you back?", "target": "Yes"},
+    "messages": {"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]},
     "codealpaca": {"instruction": "Print 1.", "input": "", "output": "print(1)"},
 }  # fmt: skip
 ROWS["mbpp_sanitized"] = ROWS["mbpp"]
@@ -294,7 +295,7 @@ def test_a_described_task_extracts_as_it_says(tmp_path, extraction, gold, output
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"promt": "x"}, r"has the keys name, prompt, promt; it needs name and prompt, of name, prompt, answer"),
+        ({"promt": "x"}, r"has the keys name, prompt, promt; it needs name and prompt \(or messages\), of name"),
         ({"prompt": 3}, r"prompt: 3 must be text"),
         ({"fields": "q"}, r"fields: 'q' must be a mapping"),
         ({"metric": "bleu"}, r"metric: 'bleu' must be one of exact, numeric, math, choice, tests, regex, nll"),

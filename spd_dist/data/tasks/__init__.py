@@ -10,11 +10,10 @@ from importlib.metadata import entry_points
 from spd_dist.data.tasks.bbh import BBH
 from spd_dist.data.tasks.codealpaca import CODEALPACA
 from spd_dist.data.tasks.competition_math import MATH
-from spd_dist.data.tasks.described import read_task
+from spd_dist.data.tasks.described import MESSAGES, read_task
 from spd_dist.data.tasks.execution import Execute, refusal, runs_code
 from spd_dist.data.tasks.humaneval import HUMANEVAL, HUMANEVAL_PLUS
 from spd_dist.data.tasks.mbpp import MBPP, MBPP_PLUS, MBPP_SANITIZED
-from spd_dist.data.tasks.messages import MESSAGES
 from spd_dist.data.tasks.mmlu import MMLU
 from spd_dist.data.tasks.protocol import Row, Score, Split, Task
 from spd_dist.data.tasks.word_problems import ARITHMETIC, GSM8K, SVAMP

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from spd_dist.data.conversations import Conversation, as_text, read_conversation
 from spd_dist.data.patterns import compiled
-from spd_dist.data.readers import text_of
 from spd_dist.data.scoring.choices import committed_letter, stated_letter
 from spd_dist.data.scoring.expressions import expression_answers, same_expression
 from spd_dist.data.scoring.extract import boxed_answers
@@ -19,13 +19,14 @@ from spd_dist.data.tasks.bbh import same_text
 from spd_dist.data.tasks.description import (
     LETTERS,
     Description,
+    choices_at,
     filled,
-    lettered,
+    letter_of,
     places,
     read_description,
     renamed,
     value_at,
-)
+)  # fmt: skip
 from spd_dist.data.tasks.execution import Execute, allowed, judged_by_tests
 from spd_dist.data.tasks.protocol import Metric, Row, Score, Split, scored
 from spd_dist.data.text_files import shown
@@ -33,8 +34,8 @@ from spd_dist.errors import ConfigError, DataError
 
 Answers = tuple[str | None, str | None]
 """The strict and the lenient answer of an output."""
-LETTER = "letter"
-"""The field that metric `choice` adds to a row: that of its gold."""
+LETTER, CHOICE = "letter", "choice"
+"""The fields that metric `choice` adds to a row: the letter and the text of its gold."""
 _LETTERS_OF_NO_LIST = 10
 
 
@@ -61,8 +62,9 @@ class DescribedTask:
         templates = [description.prompt, description.answer, description.gold, *description.code.values()]
         if description.metric == "choice":
             templates.append(description.choices)
+        templates.append(description.messages)
         found = set(places(templates))
-        return dict.fromkeys(sorted(found - {LETTER} if description.metric == "choice" else found), object)
+        return dict.fromkeys(sorted(found - {LETTER, CHOICE} if description.metric == "choice" else found), object)
 
     @property
     def sources(self) -> Mapping[Split, str]:
@@ -80,25 +82,54 @@ class DescribedTask:
         Raises:
             DataError: a template cannot be filled, or the gold is not what the metric compares.
         """
-        row = renamed(raw, self.description.fields)
-        if self.description.metric == "choice":
-            row[LETTER] = self.gold(row)
+        row = self._renamed(raw)
+        if self.description.messages == "{messages}" and "messages" not in row and "conversations" in row:
+            row["messages"] = row["conversations"]  # ShareGPT's
         self.prompt(row)
         self.answer(row)
         self._check_gold(row)
         return row
+
+    def _renamed(self, raw: Mapping[str, Any]) -> Row:
+        return renamed(raw, self.description.fields)
 
     def problem(self, row: Row) -> str:
         """The filled prompt."""
         return self.prompt(row)
 
     def prompt(self, row: Row) -> str:
-        """The prompt template, filled."""
-        return filled(self.description.prompt, row)
+        """The prompt template, filled; of messages, those before the last answer, as lines."""
+        conversation = self.conversation(row)
+        if conversation is None:
+            return filled(self.description.prompt, row)
+        return as_text(conversation.until(conversation.place_of("last")).messages)
 
     def answer(self, row: Row) -> str:
-        """The answer template, filled."""
-        return filled(self.description.answer, row)
+        """The answer template, filled; of messages, where there is no template, the last turn if it is an answer."""
+        conversation = self.conversation(row)
+        if conversation is None or self.description.answer:
+            return filled(self.description.answer, row)
+        last = conversation.messages[conversation.place_of("last") :]
+        return last[0]["content"] if last else ""
+
+    @property
+    def mask(self) -> str:
+        """The file's mask."""
+        return self.description.mask
+
+    def conversation(self, row: Row) -> Conversation | None:
+        """The row's messages, for a task of messages.
+
+        Raises:
+            DataError: they are not of that form.
+        """
+        description = self.description
+        if not description.messages:
+            return None
+        has_tools = next(places([description.tools])) in row
+        tools = value_at(description.tools, row) if has_tools else None
+        found = read_conversation(value_at(description.messages, row), tools)
+        return found if description.answer or self.metric != "nll" else found.until_last_answer()
 
     def target_spans(self, row: Row) -> Sequence[Span]:
         """What the file's mask marks."""
@@ -110,18 +141,14 @@ class DescribedTask:
         Raises:
             DataError: it names no choice.
         """
-        gold = filled(self.description.gold, row)
-        return _letter_of(gold, self.choices_of(row)) if self.description.metric == "choice" else gold
+        gold = filled(self.description.gold, row) if self.description.gold else self.answer(row).strip()
+        return letter_of(gold, self.choices_of(row)) if self.description.metric == "choice" else gold
 
     def choices_of(self, row: Row) -> list[str]:
         """The choices of a task with metric `choice`, as texts."""
         if self.description.metric != "choice":
             return []
-        value = value_at(self.description.choices, row)
-        if not isinstance(value, (list, tuple)):
-            raise DataError(f"field {self.description.choices}: {shown(value)} is no list of choices")
-        lettered(value, self.description.choices)
-        return [str(text_of(choice)) for choice in value]
+        return choices_at(self.description.choices, row)
 
     def score(self, row: Row, output: str) -> Score:
         """By the file's extraction and metric."""
@@ -158,6 +185,32 @@ class DescribedTask:
                 raise DataError(str(error)) from error
         if metric not in ("nll", "tests") and not gold.strip():
             raise DataError(f"gold: {self.description.gold!r} gives no text; correct the row, or the task")
+
+
+@dataclass(frozen=True)
+class DescribedChoice(DescribedTask):
+    """A described task whose answers are choices: they may be scored by their likelihood, too."""
+
+    def alternatives(self, row: Row) -> Sequence[Row]:
+        """The row with each of its choices as the gold.
+
+        Raises:
+            ConfigError: the answer does not depend on the choice.
+        """
+        if not {LETTER, CHOICE} & set(places([self.description.answer])):
+            raise ConfigError(
+                f"choices.scoring: likelihood needs the place of the choice in the answer of the task {self.name!r}; "
+                'set answer: " {letter}", or " {choice}" for its text'
+            )
+        return [
+            {**row, LETTER: letter, CHOICE: choice}
+            for letter, choice in zip(LETTERS, self.choices_of(row), strict=False)
+        ]
+
+    def _renamed(self, raw: Mapping[str, Any]) -> Row:
+        row = super()._renamed(raw)
+        letter = self.gold(row)
+        return {**row, LETTER: letter, CHOICE: self.choices_of(row)[LETTERS.index(letter)]}
 
 
 @dataclass(frozen=True)
@@ -229,20 +282,8 @@ EXTRACT: Mapping[str, Callable[[str], Answers]] = {
 """Extractions by name, but those that need the row."""
 
 
-def _letter_of(gold: str, choices: Sequence[str]) -> str:
-    """The letter that a row means by its gold: a letter, a choice's text, or a choice's number from 0 on."""
-    letters = LETTERS[: len(choices)]
-    if gold.strip() in letters and len(gold.strip()) == 1:
-        return gold.strip()
-    named = [letter for letter, choice in zip(letters, choices, strict=True) if same_text(choice, gold)]
-    if len(named) == 1:
-        return named[0]
-    if not named and gold.strip().isdigit() and int(gold) < len(choices):
-        return letters[int(gold)]
-    raise DataError(
-        f"gold: {gold!r} names {'no' if not named else 'more than one'} choice of {shown(list(choices))}; write its "
-        "letter, its text, or its number from 0 on"
-    )
+MESSAGES = DescribedTask(Description("messages", messages="{messages}", gold="", mask="after_thought", metric="nll"))
+"""Rows of messages, measured by the likelihood of the supervised turn."""
 
 
 def read_task(path: str) -> DescribedTask:
@@ -252,4 +293,5 @@ def read_task(path: str) -> DescribedTask:
         ConfigError: the file cannot be read, or a key is missing, unknown or not valid.
     """
     description = read_description(path)
-    return DescribedProgram(description) if description.metric == "tests" else DescribedTask(description)
+    kinds = {"tests": DescribedProgram, "choice": DescribedChoice}
+    return kinds.get(description.metric, DescribedTask)(description)

@@ -8,8 +8,10 @@ gold: "{answer}"                              # what is compared
 mask: answer                                  # any calibrate.mask but task
 extraction: text                              # number | letter | boxed | text | whole | regex:PATTERN
 metric: exact                                 # exact | numeric | math | choice | tests | regex | nll
-choices: "{choices}"                          # for metric choice: the list that is lettered; {letter} is the gold's
+choices: "{choices}"                          # for metric choice; {letter} and {choice} are then the gold's
 code: {entry_point: f, tests: "{tests}"}      # for metric tests
+messages: "{messages}"                        # instead of prompt: a list of objects with role and content
+tools: "{tools}"                              # what they may call, if the row has it
 sources: {train: train.jsonl, test: test.jsonl}
 """
 
@@ -26,6 +28,7 @@ import yaml
 from spd_dist.data.patterns import compiled
 from spd_dist.data.readers import text_of
 from spd_dist.data.spans import find_mask
+from spd_dist.data.tasks.bbh import same_text
 from spd_dist.data.tasks.protocol import Row
 from spd_dist.data.text_files import shown
 from spd_dist.errors import ConfigError, DataError
@@ -49,7 +52,7 @@ class Description:
     """The keys of the file."""
 
     name: str
-    prompt: str
+    prompt: str = ""
     answer: str = ""
     gold: str = "{answer}"
     fields: dict[str, str] = field(default_factory=dict)
@@ -58,6 +61,8 @@ class Description:
     metric: str = "exact"
     choices: str = "{choices}"
     code: dict[str, str] = field(default_factory=dict)
+    messages: str = ""
+    tools: str = "{tools}"
     sources: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -77,12 +82,15 @@ def read_description(path: str) -> Description:
     except (OSError, RecursionError, UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"data.task: {path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     known = [item.name for item in fields(Description)]
-    if not isinstance(values, dict) or not values.keys() <= set(known) or not {"name", "prompt"} <= values.keys():
+    has_both = isinstance(values, dict) and "name" in values and ("prompt" in values) != ("messages" in values)
+    if not has_both or not values.keys() <= set(known):
         given = ", ".join(map(str, values)) if isinstance(values, dict) else shown(values)
-        raise ConfigError(f"data.task: {path} has the keys {given}; it needs name and prompt, of {', '.join(known)}")
+        raise ConfigError(
+            f"data.task: {path} has the keys {given}; it needs name and prompt (or messages), of {', '.join(known)}"
+        )
     for key, value in values.items():
         _check_type(key, value, path)
-    if values.get("metric") == "tests":
+    if values.get("metric") == "tests" or ("messages" in values and values.get("metric") == "nll"):
         values = {"gold": values.get("answer", ""), **values}
     description = record_of(Description, values)
     _check(description, path)
@@ -110,8 +118,8 @@ def _check(description: Description, path: str) -> None:
         )
     if description.metric == "likelihood":
         raise ConfigError(
-            f"{where}, metric: likelihood of each choice is not measured yet; set metric: choice, or nll for the "
-            "likelihood of the reference"
+            f"{where}, metric: 'likelihood' is no metric of a task; set metric: choice, and choices.scoring=likelihood "
+            "in the config"
         )
     if description.metric not in METRICS:
         raise ConfigError(f"{where}, metric: {description.metric!r} must be one of {', '.join(METRICS)}")
@@ -124,6 +132,7 @@ def _check(description: Description, path: str) -> None:
             f"{where}, code: {description.code} must be a mapping of {', '.join(_CODE_KEYS)}, tests at least, with "
             "metric: tests"
         )
+    _check_places(description, where)
     kind, _, pattern = description.reads.partition(":")
     if kind == "regex":
         compiled(pattern, f"{where}, extraction")
@@ -131,9 +140,15 @@ def _check(description: Description, path: str) -> None:
         raise ConfigError(
             f"{where}, extraction: {description.extraction!r} must be one of {', '.join(EXTRACTIONS)}, or regex:PATTERN"
         )
+    find_mask(description.mask)
+
+
+def _check_places(description: Description, where: str) -> None:
+    for key in ("messages", "tools"):
+        if description.messages and not _PLACE.fullmatch(vars(description)[key]):
+            raise ConfigError(f"{where}, {key}: {vars(description)[key]!r} must be the place of a list, as '{{{key}}}'")
     if description.metric == "choice" and not _PLACE.fullmatch(description.choices):
         raise ConfigError(f"{where}, choices: {description.choices!r} must be the place of a list, as '{{choices}}'")
-    find_mask(description.mask)
 
 
 def places(templates: Sequence[str]) -> Iterator[str]:
@@ -192,6 +207,19 @@ def lettered(choices: Sequence[Any], place: str) -> str:
     return "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, texts, strict=False))
 
 
+def choices_at(place: str, row: Row) -> list[str]:
+    """The choices of a row, as texts.
+
+    Raises:
+        DataError: no list of 1 to 26 texts stands there.
+    """
+    value = value_at(place, row)
+    if not isinstance(value, (list, tuple)):
+        raise DataError(f"field {place}: {shown(value)} is no list of choices")
+    lettered(value, place)
+    return [str(text_of(choice)) for choice in value]
+
+
 def renamed(raw: Mapping[str, Any], names: Mapping[str, str]) -> Row:
     """The row with our names beside its own; a name with dots that it does not have is a path in it."""
     row = dict(raw)
@@ -203,3 +231,23 @@ def renamed(raw: Mapping[str, Any], names: Mapping[str, str]) -> Row:
             value = value[key]
         row[ours] = value
     return row
+
+
+def letter_of(gold: str, choices: Sequence[str]) -> str:
+    """The letter that a row means by its gold: a letter, a choice's text, or a choice's number from 0 on.
+
+    Raises:
+        DataError: it names none, or several.
+    """
+    letters = LETTERS[: len(choices)]
+    if gold.strip() in letters and len(gold.strip()) == 1:
+        return gold.strip()
+    named = [letter for letter, choice in zip(letters, choices, strict=True) if same_text(choice, gold)]
+    if len(named) == 1:
+        return named[0]
+    if not named and gold.strip().isdigit() and int(gold) < len(choices):
+        return letters[int(gold)]
+    raise DataError(
+        f"gold: {gold!r} names {'no' if not named else 'more than one'} choice of {shown(list(choices))}; write its "
+        "letter, its text, or its number from 0 on"
+    )
