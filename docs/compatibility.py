@@ -26,6 +26,7 @@ FEATURES = {
     "projection folded into weights": ("generate.apply_as=fold",),
     "projection after RoPE": ("project.insertion=rope",),
     "projection of values alone, after RoPE of keys": ("project.insertion=rope", "project.kinds=value"),
+    "tensor parallel": ("generate.tensor_parallel=2",),
     "projection by KV head": ("project.insertion=head",),
 }
 COLUMNS = {
@@ -35,6 +36,7 @@ COLUMNS = {
     "hf": ("generate.engine=hf",),
     "hf_cb": ("generate.engine=hf_cb",),
     "vllm": ("generate.vllm_python=PYTHON",),
+    "server": ("generate.engine=server",),
     "command": ("generate.command=PROGRAM",),
 }
 

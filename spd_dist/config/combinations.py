@@ -45,9 +45,12 @@ def check_combinations(config: Config) -> None:
 
 
 def value_of(config: Config, key: str) -> Any:
-    """The value of a dotted key; for `generate.engine` the engine that `auto` would take."""
+    """The value of a dotted key; of a section's engine the one that `auto` would take."""
+    generate = config.generate
     if key == "generate.engine":
-        return engine_of(config.generate.engine, config.generate.vllm_python, config.generate.command)
+        return engine_of(generate.engine, generate.vllm_python, generate.command)
+    if key == "evaluate.engine":
+        return engine_of(config.evaluate.engine, generate.vllm_python, None)
     value: Any = config
     for name in key.split("."):
         value = vars(value)[name]
@@ -69,6 +72,18 @@ def _is(**wanted: Any) -> Callable[[Config], bool]:
 def _several_greedy(section: str) -> Callable[[Config], bool]:
     def breaks(config: Config) -> bool:
         return value_of(config, f"{section}.num_samples") > 1 and value_of(config, f"{section}.temperature") == 0
+
+    return breaks
+
+
+def _lacks(section: str, engine: str, key: str) -> Callable[[Config], bool]:
+    return lambda config: value_of(config, f"{section}.engine") == engine and value_of(config, key) is None
+
+
+def _parallel_without_vllm(key: str) -> Callable[[Config], bool]:
+    def breaks(config: Config) -> bool:
+        engines = {value_of(config, f"{section}.engine") for section in ("generate", "evaluate")}
+        return value_of(config, key) > 1 and "vllm" not in engines
 
     return breaks
 
@@ -121,14 +136,36 @@ COMBINATIONS = (
         _SAME, ("evaluate.temperature=0.8", "evaluate.num_samples=1"), ("evaluate.num_samples=2",),
     ),
     Combination(
-        ("generate.vllm_python", "generate.engine"),
-        lambda config: config.generate.engine == "vllm" and config.generate.vllm_python is None,
+        ("generate.vllm_python", "generate.engine"), _lacks("generate", "vllm", "generate.vllm_python"),
         "which runs in that environment", ("generate.vllm_python=PYTHON",), ("generate.engine=vllm",),
     ),
     Combination(
-        ("generate.command", "generate.engine"),
-        lambda config: config.generate.engine == "command" and config.generate.command is None,
+        ("generate.vllm_python", "evaluate.engine"), _lacks("evaluate", "vllm", "generate.vllm_python"),
+        "which runs in that environment", ("generate.vllm_python=PYTHON",), ("evaluate.engine=vllm",),
+    ),
+    Combination(
+        ("generate.command", "generate.engine"), _lacks("generate", "command", "generate.command"),
         "which runs it", ("generate.command=TEMPLATE",), ("generate.engine=command",),
+    ),
+    Combination(
+        ("generate.command", "evaluate.engine"), _lacks("evaluate", "command", "generate.command"),
+        "which runs it", ("generate.command=TEMPLATE",), ("evaluate.engine=command",),
+    ),
+    Combination(
+        ("generate.tensor_parallel", "generate.engine"), _parallel_without_vllm("generate.tensor_parallel"),
+        "which has none; vllm has", ("generate.vllm_python=PYTHON", "generate.tensor_parallel=1"),
+        ("generate.tensor_parallel=2",),
+    ),
+    Combination(
+        ("generate.pipeline_parallel", "generate.engine"), _parallel_without_vllm("generate.pipeline_parallel"),
+        "which has none; vllm has", ("generate.vllm_python=PYTHON", "generate.pipeline_parallel=1"),
+        ("generate.pipeline_parallel=2",),
+    ),
+    Combination(
+        ("finetune.lora_variant", "evaluate.engine"),
+        _is(finetune__mode="lora", finetune__lora_variant="dora", evaluate__engine="vllm"),
+        "which serves plain adapters alone", ("finetune.lora_variant=rslora", "evaluate.engine=hf"),
+        ("finetune.lora_variant=dora", "generate.vllm_python=PYTHON"),
     ),
     Combination(
         ("generate.batch_invariant", "generate.engine"),
@@ -141,6 +178,12 @@ COMBINATIONS = (
         _is(generate__placement="layerwise", generate__engine="hf_cb"),
         "which needs whole weights on each rank", ("generate.placement=replica", "generate.engine=hf"),
         ("generate.placement=layerwise", "generate.engine=hf_cb"),
+    ),
+    Combination(
+        ("evaluate.placement", "evaluate.engine"),
+        _is(evaluate__placement="layerwise", evaluate__engine="hf_cb"),
+        "which needs whole weights on each rank", ("evaluate.placement=replica", "evaluate.engine=hf"),
+        ("evaluate.placement=layerwise", "evaluate.engine=hf_cb"),
     ),
     Combination(
         ("generate.placement", "distributed.zero_stage"),
