@@ -4,6 +4,7 @@
 # make test-vllm     passes those of the engines that serve, against a real vLLM; makes its environment if it is not there
 # make qwen          fetches a second real model (0.5 GB), for the tests that are marked data
 # make vllm-env      an environment of its own for vLLM, which pins another torch: generate.vllm_python=.venv-vllm/bin/python
+# make docs          builds docs/ with the API reference as a site, build/site; a broken link is an error
 # make release       checks version, changelog and tree, builds and tries what is released, into dist/
 # make test-cluster  passes those on two emulated hosts with a real SLURM: needs root, installs SLURM and pdsh by apt-get;
 #                    make test-cluster-slow those of them that take minutes
@@ -26,7 +27,7 @@ endif
 IN_VENV := PATH="$$(cd "$(VENV)" && pwd)/bin:$$PATH" TOKENIZERS_PARALLELISM=false
 PYTEST := $(IN_VENV) DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 python -m pytest
 
-.PHONY: install doctor quickstart test test-fast test-slow test-vllm qwen vllm-env release test-cluster test-cluster-slow lint
+.PHONY: install doctor quickstart test test-fast test-slow test-vllm qwen vllm-env docs release test-cluster test-cluster-slow lint
 
 install:
 	@$(PYTHON) launchers/install.py --venv "$(VENV)"
@@ -61,6 +62,11 @@ vllm-env:
 	@$(PYTHON) -m venv "$(VLLM_VENV)"
 	@"$(VLLM_VENV)/bin/pip" install --quiet $(VLLM)==0.32.0
 	@test "$(VLLM)" = vllm || "$(VLLM_VENV)/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec
+
+# mkdocstrings reads the source, so the site needs none of the packages.
+docs:
+	@test -x .venv-docs/bin/mkdocs || { $(PYTHON) -m venv .venv-docs && .venv-docs/bin/pip install --quiet -r docs/requirements.txt; }
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet && echo "build/site/guide/index.html"
 
 release: install
 	@$(IN_VENV) python .ci/release.py
