@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from spd_dist.redaction import redacted
+
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
 MAKE_ROOM = "make room or fix the permissions, and start the same command again: what was finished is kept"
 
@@ -15,6 +17,10 @@ class UserError(ValueError):
     """A fault outside our code; its message names the key or file, the value, the rule and the remedy."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return redacted(super().__str__())
+
     is_shared = False
     """Whether every rank raises it (`spd_dist.distributed.collectives.together`)."""
 

@@ -21,6 +21,7 @@ from spd_dist.arms import Arm, chosen, swept
 from spd_dist.config import Config, Experiment
 from spd_dist.config.rules import check_across_fields
 from spd_dist.errors import ConfigError
+from spd_dist.redaction import keep_secret, redacted_data
 
 SHIPPED = "package:"
 """Before the name of a config that comes with the package, as in `--config package:quickstart`."""
@@ -78,6 +79,9 @@ def _merged(paths: Iterable[str | Path], overrides: Iterable[str]) -> dict[str, 
             merged = OmegaConf.merge(merged, values)
         except (OmegaConfBaseException, TypeError, ValueError) as error:
             raise ConfigError(f"{source} does not merge with what stands before it: {_first_line(error)}") from error
+    for section in (merged, merged.get("run")):
+        if OmegaConf.is_dict(section) and OmegaConf.is_dict(section.get("generate")):
+            keep_secret(str(OmegaConf.to_container(section.generate).get("command")))
     try:
         return OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
@@ -114,7 +118,7 @@ def config_of_arm(config: Config, arm: Arm) -> Config:
 
 def to_yaml(config: Config | Experiment) -> str:
     """Every field of `config`, as YAML that can be read back."""
-    return OmegaConf.to_yaml(OmegaConf.create(_plain(dataclasses.asdict(config))))
+    return OmegaConf.to_yaml(OmegaConf.create(_plain(redacted_data(dataclasses.asdict(config)))))
 
 
 def shipped_config(name: str) -> Path:

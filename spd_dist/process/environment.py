@@ -18,6 +18,7 @@ import torch
 
 from spd_dist.distributed.collectives import gather_objects
 from spd_dist.distributed.world import World
+from spd_dist.redaction import redacted_words
 
 PACKAGES = (
     "torch", "deepspeed", "transformers", "peft", "datasets", "wandb", "safetensors", "omegaconf", "flash-attn", "gguf",
@@ -39,7 +40,7 @@ def environment(world: World) -> dict[str, Any]:
         "num_cpus": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
-        "command": sys.argv,
+        "command": redacted_words(sys.argv),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
     }
 

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spd_dist.errors import MAKE_ROOM, DataError, MissingError, writing
+from spd_dist.redaction import without_variables
 
 PARTIAL = ".partial"
 
@@ -54,9 +55,9 @@ def partial_path(path: Path) -> Path:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write `text` whole."""
+    """Write `text` whole, without what secret variables hold."""
     with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(without_variables(text), encoding="utf-8")
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -18,6 +18,7 @@ from spd_dist.config import STAGES
 from spd_dist.distributed.collectives import on_main
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError, DataError, StopRequested
+from spd_dist.redaction import redacted_data
 from spd_dist.storage.artifacts import JsonlWriter, read_json, read_jsonl, replacing, write_json, write_text
 from spd_dist.storage.manifests import finished_stages
 from spd_dist.storage.run_folder import REPLACED, read_config
@@ -89,7 +90,7 @@ def restart(path: Path, stage: str, config: Mapping[str, Any]) -> None:
 
 
 def _restart(path: Path, stage: str, config: Mapping[str, Any]) -> None:
-    file, plain = path / "config.yaml", OmegaConf.create(dict(config))
+    file, plain = path / "config.yaml", OmegaConf.create(redacted_data(dict(config)))
     if not file.exists():
         raise ConfigError(f"--restart-from {stage}: {path} holds no run yet; leave it out")
     changes = changed(result_settings(read_config(file)), result_settings(OmegaConf.to_container(plain)))

@@ -10,6 +10,8 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from spd_dist.redaction import redacted
+
 
 class TerminalHandler(logging.Handler):
     """Prints messages on a terminal, above whatever bars are there."""
@@ -74,6 +76,14 @@ class Bars:
             self._bars.stop()
 
 
+class Discreet(logging.Formatter):
+    """Lines without secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line of a message, with its traceback if it has one."""
+        return redacted(super().format(record))
+
+
 def set_up_logging(rank: int, stream: TextIO | None = None) -> None:
     """Send `spd_dist` messages to `stream` (stderr): all of rank 0, warnings of the others; libraries only warn.
 
@@ -83,7 +93,7 @@ def set_up_logging(rank: int, stream: TextIO | None = None) -> None:
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category, module=r"torch|deepspeed|transformers|peft|accelerate")
     prefix = "" if rank == 0 else f"[rank {rank}] "
-    handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
+    handler.setFormatter(Discreet(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
     ours = logging.getLogger("spd_dist")
     ours.handlers[:] = [handler]
     ours.setLevel(logging.INFO if rank == 0 else logging.WARNING)

@@ -21,6 +21,7 @@ from spd_dist.errors import ConfigError, DataError
 from spd_dist.inference.requests import Decoded, Request
 from spd_dist.inference.sampling import Sampling
 from spd_dist.models.policy import Policy
+from spd_dist.redaction import redacted
 
 log = logging.getLogger(__name__)
 
@@ -117,14 +118,19 @@ class ExternalEngine:
 
     @contextmanager
     def _running(self, command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-        with open(log, "wb") as file, ExitStack() as stack:
-            try:
-                process = stack.enter_context(running(command, self.environment, file))
-            except OSError as error:
-                raise ConfigError(
-                    f"{self.label} cannot start {command[0]!r}: {error.strerror}; give the path of an installed program"
-                ) from error
-            yield process
+        try:
+            with open(log, "wb") as file, ExitStack() as stack:
+                try:
+                    process = stack.enter_context(running(command, self.environment, file))
+                except OSError as error:
+                    raise ConfigError(
+                        f"{self.label} cannot start {command[0]!r}: {error.strerror}; give the path of an installed "
+                        "program"
+                    ) from error
+                yield process
+        finally:
+            said = log.read_text(encoding="utf-8", errors="replace")
+            log.write_text(redacted(said), encoding="utf-8")
 
     def _decoded(self, line: bytes, waiting: dict[tuple[str, int], Request], sampling: Sampling) -> Decoded:
         try:
