@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ from spd_dist.data.sources import load_rows, normalised_row
 from spd_dist.data.tasks import Row, Score, Task, find_task, refusal, runs_code, with_execution
 from spd_dist.errors import DataError
 from spd_dist.sandbox import open_sandbox
-from spd_dist.storage.artifacts import write_text
+from spd_dist.storage.artifacts import as_json, write_text
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def judge_file(path: str, task: Task, data: Data | None = None) -> Iterator[Judg
 def write_judgements(judgements: Iterator[Judgement], out: Path | None) -> str:
     """Write one JSON object a line to `out`, and give a sentence; without `out`, give the lines."""
     found = list(judgements)
-    lines = "\n".join(json.dumps(vars(one), ensure_ascii=False) for one in found)
+    lines = "\n".join(as_json(vars(one)) for one in found)
     if out is None:
         return lines
     write_text(out, lines + "\n")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -22,7 +23,11 @@ from spd_dist.config import Config, Experiment
 from spd_dist.config.rules import check_across_fields
 from spd_dist.errors import ConfigError
 from spd_dist.redaction import keep_secret, redacted_data
+from spd_dist.yaml_files import load_yaml
 
+OF_SEVERAL_LINES = ("data.system", "generate.command", "calibrate.mask")
+"""Settings whose text may hold line ends; of any other, they would end up in job scripts, file names and tables."""
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 SHIPPED = "package:"
 """Before the name of a config that comes with the package, as in `--config package:quickstart`."""
 
@@ -143,7 +148,7 @@ def _read_file(path: str | Path) -> tuple[str, Any]:
             f"YAML file, or {SHIPPED}quickstart"
         )
     try:
-        values = OmegaConf.load(path)
+        values = load_yaml(path)
     except (OSError, RecursionError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"--config {path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not OmegaConf.is_dict(values):
@@ -225,12 +230,16 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         fits = isinstance(value, dict)
     else:
         fits = origin is None and type(value) is hint
+    if fits and hint is str and key.removeprefix("run.") not in OF_SEVERAL_LINES and _CONTROL.search(value):
+        raise ConfigError(f"{key}: {value!r} is not valid; it must be text of one line, without control characters")
     if fits:
         return value
     raise ConfigError(f"{key}: {value!r} is not valid; it must be {_describe(hint)}")
 
 
 def _convert_to_one_of(value: Any, choices: tuple[Any, ...], hint: Any, key: str) -> Any:
+    if isinstance(value, str) and str in choices:
+        return _convert(value, str, key)
     for choice in choices:
         try:
             return _convert(value, choice, key)

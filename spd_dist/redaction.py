@@ -7,6 +7,7 @@ written as the interpolation that gives it again, the second as `***`.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -80,6 +81,11 @@ def redacted_words(words: Sequence[str]) -> list[str]:
     ]
 
 
+def settings_of(config: Any) -> dict[str, Any]:
+    """A config, which is a dataclass, as plain data to be written, sent and hashed."""
+    return redacted_data(dataclasses.asdict(config))
+
+
 def redacted_data(value: Any, name: str = "") -> Any:
     """Plain data without what is secret in it: by its key, or in a text."""
     if isinstance(value, Mapping):
@@ -92,8 +98,8 @@ def redacted_data(value: Any, name: str = "") -> Any:
 
 
 def _hide(found: re.Match[str]) -> str:
-    is_number = re.fullmatch(r"[\d.,]+", found["value"])
-    return f"{found['before']}{HIDDEN}" if looks_secret(found["name"]) and not is_number else found[0]
+    is_plain = re.fullmatch(r"[\d.,]+|(?:value|VALUE|KEY|TOKEN|NAME)[,;:.)]*", found["value"])
+    return f"{found['before']}{HIDDEN}" if looks_secret(found["name"]) and not is_plain else found[0]
 
 
 def _secrets() -> Iterable[tuple[str, str]]:

@@ -29,7 +29,7 @@ from spd_dist.models.policy import Policy, load_policy, load_tokenizer, prepare_
 from spd_dist.overrides import config_of_arm
 from spd_dist.process.signals import StopSignals, task_name
 from spd_dist.process.stopping import Stopping
-from spd_dist.redaction import redacted_data
+from spd_dist.redaction import settings_of
 from spd_dist.stages.context import StageContext
 from spd_dist.storage.artifacts import content_hash, read_json
 from spd_dist.storage.attempts import AttemptClock, stage_cost
@@ -79,7 +79,7 @@ class Run:
         """
         self.config, self.world, self.scope = config, world, scope
         self.job = scope.job or job_type(scope.first, scope.last)
-        self.plain = redacted_data(dataclasses.asdict(config))
+        self.plain = settings_of(config)
         self.folder = RunFolder(config.run_dir, self.plain, world, job=scope.job, others=scope.others)
         self.task_index = config.generate.task_index if config.generate.num_tasks > 1 else None
         self.stopping = Stopping(signals, self.folder.workplace(""), self.task_index, config.distributed)
@@ -257,9 +257,7 @@ class Run:
 
         Of a later round's model, the path says nothing: it is the student of the round before.
         """
-        found = settings_hash(
-            self.plain if arm is None else redacted_data(dataclasses.asdict(self.config_of(arm))), *names
-        )
+        found = settings_hash(self.plain if arm is None else settings_of(self.config_of(arm)), *names)
         return content_hash([found, self._student_before]) if "model" in names and self._student_before else found
 
     def progress(self, stage: str, total: int | None, unit: str, arm: Arm | None = None) -> Progress:

@@ -8,9 +8,10 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from spd_dist.distributed.world import World
 
@@ -59,8 +60,12 @@ class Heartbeat:
             path = self.folder / f"rank_{rank:05d}.json"
             try:
                 line = json.loads(path.read_text(encoding="utf-8"))
+                line = {name: kind(line[name]) for name, kind in _FIELDS.items()}
             except OSError:
                 seen.append((0, float("-inf"), f"rank {rank}: never seen"))
+                continue
+            except (ValueError, KeyError, TypeError, RecursionError):
+                seen.append((0, float("-inf"), f"rank {rank}: what it wrote to {path} cannot be read"))
                 continue
             is_gone = line["host"] == socket.gethostname() and not _is_alive(line["pid"])
             state = "its process is gone" if is_gone else f"silent for {max(0, time.time() - line['time']):.0f} s"
@@ -70,6 +75,9 @@ class Heartbeat:
     def table(self) -> str:
         """The lines under a title."""
         return "\n".join([TITLE, *self.lines()])
+
+
+_FIELDS: Mapping[str, Callable[[Any], Any]] = {"place": str, "time": float, "host": str, "pid": int}
 
 
 def _is_alive(pid: int) -> bool:

@@ -31,6 +31,7 @@ from yaml import YAMLError
 
 from spd_dist.errors import ConfigError, DataError, UserError
 from spd_dist.overrides import load_config, split_words
+from spd_dist.yaml_files import load_yaml
 
 KEYS = {"folder", "config", "overrides", "grid"}
 SILENT_SECONDS = 600
@@ -102,8 +103,8 @@ def points(path: Path) -> tuple[Path, list[Point]]:
         ConfigError: the file can't be read, or has other keys.
     """
     try:
-        sweep = OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, YAMLError, OmegaConfBaseException) as error:
+        sweep = OmegaConf.to_container(load_yaml(path))
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(sweep, dict) or not {"folder", "grid"} <= sweep.keys() <= KEYS:
         found = ", ".join(map(str, sweep)) if isinstance(sweep, dict) else type(sweep).__name__

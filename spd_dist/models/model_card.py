@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,22 +36,35 @@ class Card:
 
 def write_card(card: Card, folder: Path, form: Literal["adapter", "model"]) -> None:
     """Write `README.md` to the student's folder, and the base model's licence files beside it."""
-    template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(
-        Path(__file__).with_name("card.md.j2").read_text(encoding="utf-8")
-    )
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    environment.filters |= {"yaml": _in_yaml, "python": json.dumps}
+    template = environment.from_string(Path(__file__).with_name("card.md.j2").read_text(encoding="utf-8"))
     values: dict[str, Any] = {
         **vars(card),
+        "facts": {_in_cell(name): _in_cell(value) for name, value in card.facts.items()},
+        "base_name": _in_cell(card.base_model),
         "form": form,
         "in_report": IN_REPORT,
         "this_folder": THIS_FOLDER,
         "license": licence(card),
-        "title": f"{card.base_model.rstrip('/').rpartition('/')[2]}, distilled from itself",
+        "title": f"{_in_cell(card.base_model.rstrip('/').rpartition('/')[2])}, distilled from itself",
     }
     (folder / "README.md").write_text(template.render(values), encoding="utf-8")
     for name in LICENCE_FILES:
         source = Path(card.base_path) / name
         if source.is_file():
             (folder / name).write_bytes(source.read_bytes())
+
+
+def _in_yaml(value: str) -> str:
+    """`value` as one YAML scalar."""
+    return value if re.fullmatch(r"[A-Za-z][\w./-]*", value, re.ASCII) else json.dumps(value)
+
+
+def _in_cell(value: object) -> str:
+    """`value` as text in a line of Markdown: no markup of it, and no other line."""
+    flat = " ".join("".join(letter if letter.isprintable() else " " for letter in str(value)).split())
+    return html.escape(re.sub(r"([\\`*\[\]|])", r"\\\1", flat), quote=False)
 
 
 def licence(card: Card) -> str | None:

@@ -6,6 +6,7 @@ Shapes: D width of a site, R rank of its subspace.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ STYLE = {
     "font.family": "sans-serif",
     "font.size": 10,
     "svg.fonttype": "none",
+    "text.parse_math": False,  # labels come from configs and models: a `$` in one is a dollar
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -34,11 +36,23 @@ Lengths = Sequence[tuple[int, bool]]
 """Tokens of each answer, and whether it ended by itself."""
 
 
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+
+
+def visible(text: str) -> str:
+    """`text` with what a page must not hold, or what turns the order of what it shows, as the number of the letter."""
+    return _UNSEEN.sub(lambda found: f"[U+{ord(found[0]):04X}]", text)
+
+
 def svg(name: str, figure: Figure) -> str:
     """`figure` as an `<svg>` element, its inner ids made of `name`: those of one page must differ."""
     from matplotlib import rc_context
+    from matplotlib.text import Text
 
     with rc_context({**STYLE, "svg.hashsalt": name}):
+        for label in figure.findobj(Text):
+            label.set_parse_math(False)
+            label.set_text(visible(label.get_text()))
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight")
     return text.getvalue()[text.getvalue().index("<svg") :]
@@ -76,7 +90,8 @@ def forest(comparisons: Sequence[Mapping[str, Any]], metric: str) -> str:
         axes.plot(scale * one["difference"], row, "o", color=INK, markerfacecolor=INK if shown else "white")
         axes.annotate(amount(one["difference"], metric), (high, row), (4, 4), textcoords="offset points", fontsize=8)
     axes.axvline(0, color=EDGE, linewidth=1)
-    pairs = [f"{short_name(one['after'])} - {short_name(one['before'])}" for one in reversed(comparisons)]
+    named = [[visible(short_name(one[arm])) for arm in ("after", "before")] for one in reversed(comparisons)]
+    pairs = [" - ".join(names) for names in named]
     axes.set_yticks(range(len(comparisons)), pairs)
     axes.set_ylim(-0.6, len(comparisons) - 0.4)
     axes.set_xlabel("nats a token (left is better)" if metric == "nll" else "percentage points (right is better)")
@@ -132,7 +147,7 @@ def lengths(name: str, answers: Mapping[str, Lengths]) -> str:
         ended = sum(is_ended for _, is_ended in answers[arm]) / max(1, len(answers[arm]))
         right.barh(row, ended, color="#567", label="ended by itself" if row == 0 else None)
         right.barh(row, 1 - ended, left=ended, color="#dcb", label="cut at the limit" if row == 0 else None)
-    left.set_yticks(range(len(arms)), [short_name(arm) for arm in arms])
+    left.set_yticks(range(len(arms)), [visible(short_name(arm)) for arm in arms])
     left.set_ylim(-0.6, len(arms) - 0.4)
     left.set_xlabel("tokens")
     right.set_xlabel("share")

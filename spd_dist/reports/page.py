@@ -25,7 +25,12 @@ def render(template: str, report: Mapping[str, Any], run_folder: Path, **context
     """A page of `report`, with settings and machine of the run in the folder; what models and data say is escaped."""
     loader = PackageLoader("spd_dist.reports", ".")
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, loader=loader, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=StrictUndefined,
+        loader=loader,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: figures.visible(value) if type(value) is str else value,
     )
     is_nll = report["metric"] == "nll"
     return environment.get_template(template).render(

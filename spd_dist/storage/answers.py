@@ -7,13 +7,12 @@ the world size was, and however often the run was killed.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from spd_dist.errors import DataError
-from spd_dist.storage.artifacts import read_jsonl, write_text
+from spd_dist.storage.artifacts import as_json, read_jsonl, write_text
 from spd_dist.storage.completions import Key
 from spd_dist.types import Answer, record_of
 
@@ -57,7 +56,7 @@ def read_parts(merged: Path) -> dict[Key, Answer]:
 
 def write_merged(merged: Path, answers: Iterable[Answer]) -> None:
     """Write the answers whole, then remove the parts."""
-    lines = [json.dumps(as_row(answer), ensure_ascii=False) + "\n" for answer in answers]
+    lines = [as_json(as_row(answer)) + "\n" for answer in answers]
     write_text(merged, "".join(lines))
     for part in parts(merged):
         part.unlink()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spd_dist.errors import MAKE_ROOM, DataError, MissingError, writing
-from spd_dist.redaction import without_variables
 
 PARTIAL = ".partial"
 
@@ -41,7 +41,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            _make_own(partial)
             yield partial
+            if partial.is_symlink():
+                raise DataError(f"{partial} became a link while it was written; see who else may write {path.parent}")
             _sync(partial)
             os.replace(partial, path)
             _sync(path.parent)
@@ -54,15 +57,38 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}{PARTIAL}")
 
 
+def _make_own(path: Path) -> None:
+    """An empty file that was not there before: what somebody has put under its name, as a link, is not written to."""
+    path.unlink(missing_ok=True)
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
+
+
+def clear_folder(path: Path) -> None:
+    """Remove a folder, or a link that somebody has put in its place."""
+    if path.is_symlink():
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
+
+
 def write_text(path: str | Path, text: str) -> None:
-    """Write `text` whole, without what secret variables hold."""
+    """Write `text` whole."""
     with replacing(path) as partial:
-        partial.write_text(without_variables(text), encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write plain data as indented JSON; NaN and infinities are refused, since other readers do."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, as_json(value, indent=2) + "\n")
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """Plain data as JSON that UTF-8 can hold: half a surrogate pair, which it cannot, is escaped."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    return text
 
 
 def read_json(path: str | Path) -> Any:
@@ -75,7 +101,7 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise missing(path) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise corrupt(path, error) from error
 
 
@@ -156,7 +182,7 @@ class JsonlWriter:
         Raises:
             DataError: the disk is full; the lines before it are kept, and no half line is.
         """
-        line = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        line = (as_json(row) + "\n").encode()
         start, written = os.fstat(self._file.fileno()).st_size, 0
         with writing(self.path):
             try:
@@ -201,7 +227,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise corrupt(f"{path}, line {number}", error) from error
         if not isinstance(row, dict):
             raise DataError(f"{path}, line {number}: {row!r} is not an object; write one {{...}} a line")

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from spd_dist.distributed.world import World
 from spd_dist.errors import MissingError, UserError
-from spd_dist.storage.artifacts import read_json, write_json
+from spd_dist.storage.artifacts import corrupt, read_json, write_json
 from spd_dist.storage.manifests import STARTED
 
 ATTEMPTS = "attempts"
@@ -75,8 +75,12 @@ def stage_cost(folder: Path) -> StageCost:
     for file in (folder / ATTEMPTS).glob("*.json"):
         with contextlib.suppress(MissingError):  # another task of the array has finished the stage meanwhile
             attempt = read_json(file)
-            by_task[attempt["task"]] += attempt["seconds"]
-            device_seconds += attempt["seconds"] * attempt["world_size"]
+            try:
+                seconds, world_size, task = float(attempt["seconds"]), int(attempt["world_size"]), attempt["task"]
+                by_task[task] += seconds
+            except (KeyError, TypeError, ValueError) as error:
+                raise corrupt(file, error) from error
+            device_seconds += seconds * world_size
     return StageCost(max(by_task.values(), default=0.0), device_seconds)
 
 

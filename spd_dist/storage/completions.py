@@ -8,13 +8,12 @@ alone is the corpus: a task that read what was left to do before may still appen
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from spd_dist.errors import DataError
-from spd_dist.storage.artifacts import read_jsonl, write_text
+from spd_dist.storage.artifacts import as_json, read_jsonl, write_text
 from spd_dist.types import Completion, record_of
 
 MERGED = "completions.jsonl"
@@ -78,7 +77,7 @@ def write_merged(folder: Path, completions: Sequence[Completion]) -> Path:
     """Write the corpus in the order given, unless it is there, then remove the parts."""
     path = folder / MERGED
     if not path.exists():
-        lines = (json.dumps(as_row(completion), ensure_ascii=False) + "\n" for completion in completions)
+        lines = (as_json(as_row(completion)) + "\n" for completion in completions)
         write_text(path, "".join(lines))
     for part in parts(folder):
         part.unlink(missing_ok=True)

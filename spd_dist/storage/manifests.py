@@ -6,11 +6,11 @@ import errno
 import glob
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from spd_dist.errors import MissingError, writing
-from spd_dist.storage.artifacts import missing, partial_path, read_json, sha256_of, write_json
+from spd_dist.storage.artifacts import clear_folder, missing, partial_path, read_json, sha256_of, write_json
 
 MANIFEST = "manifest.json"
 STARTED = "started.json"
@@ -42,6 +42,8 @@ def why_not_complete(folder: Path, inputs: Mapping[str, str]) -> str | None:
         manifest = read_json(folder / MANIFEST)
     except MissingError:
         return "it was not finished"
+    if not _is_manifest(manifest):
+        return f"its {MANIFEST} is none"
     before = manifest["inputs"]
     changed = [name for name in sorted(inputs.keys() | before.keys()) if inputs.get(name) != before.get(name)]
     if changed:
@@ -55,6 +57,16 @@ def why_not_complete(folder: Path, inputs: Mapping[str, str]) -> str | None:
         if not is_untouched:
             return f"its output {name} was changed"
     return None
+
+
+def _is_manifest(value: Any) -> bool:
+    """Whether it has the form of one, and names files inside its own folder alone: they are copied by their names."""
+    kinds = {"inputs": dict, "outputs": dict}
+    if not isinstance(value, dict) or any(not isinstance(value.get(name), kind) for name, kind in kinds.items()):
+        return False
+    names = [PurePosixPath(name) for name in value["outputs"]]
+    described = all(isinstance(one, dict) and {"bytes", "sha256"} <= one.keys() for one in value["outputs"].values())
+    return described and not any(name.is_absolute() or ".." in name.parts for name in names)
 
 
 def finished_stages(run: Path, rounds: Sequence[str] = ("", "rounds/*/")) -> list[Path]:
@@ -75,7 +87,7 @@ def find_finished(runs: Iterable[Path], inputs: Mapping[str, str]) -> Path | Non
 def take_over(source: Path, target: Path, stage: str) -> bool:
     """Copy a finished stage to `target`, where it counts as finished in no time; False if it vanished meanwhile."""
     copy = partial_path(target)
-    shutil.rmtree(copy, ignore_errors=True)  # of a process of the same number that was killed
+    clear_folder(copy)  # of a process of the same number that was killed
     try:
         with writing(target):
             manifest = read_json(source / MANIFEST)
@@ -109,7 +121,7 @@ def set_aside(folder: Path, inode: int) -> None:
     What another job has put in its place since it was judged stays there.
     """
     stale = partial_path(folder.with_name(f"{folder.name}.stale"))
-    shutil.rmtree(stale, ignore_errors=True)
+    clear_folder(stale)
     try:
         folder.rename(stale)
     except FileNotFoundError:

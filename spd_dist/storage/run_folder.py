@@ -36,6 +36,7 @@ from spd_dist.storage.manifests import (
     why_not_complete,
 )
 from spd_dist.storage.settings import changed, first_reader, result_settings
+from spd_dist.yaml_files import load_yaml
 
 log = logging.getLogger(__name__)
 
@@ -226,6 +227,6 @@ def read_config(file: Path) -> dict[str, Any]:
         DataError: it is not YAML.
     """
     try:
-        return OmegaConf.to_container(OmegaConf.load(file))
-    except (YAMLError, OmegaConfBaseException) as error:
+        return OmegaConf.to_container(load_yaml(file))
+    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
         raise corrupt(file, error) from error

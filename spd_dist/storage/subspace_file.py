@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from spd_dist.errors import DataError
@@ -41,8 +42,13 @@ def load_subspace(path: str | Path) -> Subspace:
     if SITES not in file.metadata:
         raise DataError(f"{path} is no subspace: its metadata has no `{SITES}`; give a project/subspace.safetensors")
     metadata = dict(file.metadata)
-    described = json.loads(metadata.pop(SITES))
-    return Subspace(dict(_read_site(path, fields, file.tensors) for fields in described), metadata)
+    try:
+        described = json.loads(metadata.pop(SITES))
+        return Subspace(dict(_read_site(path, fields, file.tensors) for fields in described), metadata)
+    except DataError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path} is no subspace: its metadata describes no sites ({error!r})") from error
 
 
 def fingerprint(subspace: Subspace) -> str:
@@ -83,11 +89,23 @@ def _read_site(
     if missing:
         raise DataError(f"{path} has no tensor {missing[0]}; write it again with save_subspace")
     basis_DR = tensors[f"{site}.basis_DR"]
-    if len(basis_DR) != site.width:
-        raise DataError(f"{path}: {site}.basis_DR has {len(basis_DR)} rows, and the site's width is {site.width}")
+    value_D = tensors[f"{site}.singular_value_D"]
+    is_basis = basis_DR.ndim == 2 and basis_DR.dtype == torch.float32 and basis_DR.shape[1] <= len(basis_DR)
+    if not is_basis or len(basis_DR) != site.width:
+        raise DataError(
+            f"{path}: {site}.basis_DR is {basis_DR.dtype} of shape {list(basis_DR.shape)}; it must be float32, of "
+            f"{site.width} rows, which is the site's width, and at most as many columns"
+        )
+    if value_D.shape != (site.width,) or value_D.dtype != torch.float64:
+        raise DataError(
+            f"{path}: {site}.singular_value_D is {value_D.dtype} of shape {list(value_D.shape)}; it must be float64 of "
+            f"shape [{site.width}]"
+        )
+    if not (basis_DR.isfinite().all() and value_D.isfinite().all()):
+        raise DataError(f"{path}: {site} has numbers that are not finite; make the subspace again")
     return site, SiteSubspace(
         basis_DR=basis_DR,
-        eigenvalue_D=tensors[f"{site}.singular_value_D"].square(),
+        eigenvalue_D=value_D.square(),
         energy_fraction=fields["energy_fraction"],
         certificate=record_of(Certificate, fields["certificate"]),
         num_null_directions=fields["num_null_directions"],

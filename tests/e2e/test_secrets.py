@@ -10,27 +10,14 @@ from launching import SETTINGS, SMALL
 from tiny import save_tiny_model
 
 FROM_VARIABLE, LITERAL, UNUSED = "c4n4ry-5f1d9a7b", "l1t3r4l-77aa01", "0000aaaa1111bbbb2222cccc"
-ENGINE = """
-import json, sys
-print("called as", *sys.argv, flush=True)
-with open(sys.argv[2], "a") as output:
-    for line in open(sys.argv[1]):
-        row = json.loads(line)
-        tokens = [row["eos_token_ids"][0]] if row["seed"] % 5 == 0 else [5, 6, row["eos_token_ids"][0]]
-        output.write(json.dumps({"id": row["id"], "sample": row["sample"], "tokens": tokens}) + "\\n")
-"""
 
 
 def test_no_artifact_of_a_run_holds_a_secret(tmp_path):
-    engine, run = tmp_path / "engine.py", tmp_path / "run"
-    engine.write_text(ENGINE)
-    command = (
-        f"{sys.executable} {engine} {{prompts}} {{output}} {{model}} --at ${{oc.env:ENGINE_PLACE}} --key {LITERAL}"
-    )
+    run = tmp_path / "run"
+    command = f"engine {{prompts}} {{output}} {{model}} --at ${{oc.env:ENGINE_PLACE}} --key {LITERAL}"
     words = [
         f"model.name={save_tiny_model(tmp_path / 'model')}", f"run_dir={run}", *SETTINGS, *SMALL,
-        "generate.engine=command", f"generate.command='{command}'", "evaluate.arms=[base,spd]", "metrics.wandb=offline",
-        "generate.apply_as=fold", "project.insertion=linear",
+        "generate.engine=hf", f"generate.command='{command}'", "evaluate.arms=[base,spd]", "metrics.wandb=offline",
     ]  # fmt: skip
     variables = {"ENGINE_PLACE": FROM_VARIABLE, "HF_TOKEN": UNUSED, "PYTHONPATH": os.getcwd()}
     words = [word for word in words if word != "metrics.wandb=disabled"]

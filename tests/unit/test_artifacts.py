@@ -4,15 +4,19 @@ import os
 import resource
 import signal
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 
 from spd_dist.errors import DataError
 from spd_dist.storage.artifacts import (
+    JsonlWriter,
+    clear_folder,
     content_hash,
     partial_path,
     read_json,
+    read_jsonl,
     read_tensors,
     replacing,
     sha256_of,
@@ -84,9 +88,10 @@ def test_a_disk_that_takes_no_more_is_named_with_the_remedy_and_keeps_what_was_t
 
 def test_a_full_disk_is_named_as_such(tmp_path):
     path = tmp_path / "artifact"
-    partial_path(path).symlink_to("/dev/full")  # the kernel answers ENOSPC to every write
-    with pytest.raises(DataError, match=r"artifact cannot be written: No space left on device; make room"):
-        write_text(path, "text")
+    full = Path("/dev/full")  # the kernel answers ENOSPC to every write
+    message = r"artifact cannot be written: No space left on device; make room"
+    with pytest.raises(DataError, match=message), replacing(path):
+        full.write_text("text")
     assert not list(tmp_path.iterdir())
 
 
@@ -121,3 +126,46 @@ def test_content_hashes_see_values_and_not_the_order_of_keys():
     assert content_hash({"a": 1, "b": (1, 2)}) == content_hash({"b": [1, 2], "a": 1})
     assert content_hash({"a": 1}) != content_hash({"a": 1.5})
     assert content_hash([1, 2]) != content_hash([2, 1])
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_nothing_is_written_through_a_link_that_somebody_put_there(tmp_path, write):
+    path, target = tmp_path / "a.json", tmp_path / "target"
+    target.write_text("mine")
+    partial_path(path).symlink_to(target)
+    write(path)
+    assert target.read_text() == "mine"
+    assert not path.is_symlink()
+
+
+def become_a_link(path, target):
+    path.unlink()
+    path.symlink_to(target)
+
+
+def test_a_file_that_becomes_a_link_while_it_is_written_is_not_published(tmp_path):
+    path, target = tmp_path / "a.json", tmp_path / "target"
+    target.write_text("mine")
+    with pytest.raises(DataError, match="became a link while it was written"), replacing(path) as partial:
+        become_a_link(partial, target)
+    assert not path.exists()
+    assert target.read_text() == "mine"
+
+
+def test_a_folder_that_is_a_link_is_cleared_without_what_it_leads_to(tmp_path):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "a").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "kept")
+    clear_folder(tmp_path / "link")
+    assert not (tmp_path / "link").is_symlink()
+    assert (tmp_path / "kept" / "a").exists()
+
+
+def test_half_of_a_surrogate_pair_is_written_and_read_back(tmp_path):
+    rows = [{"a": "x \ud800 y"}, {"a": "caf\u00e9"}]
+    with JsonlWriter(tmp_path / "a.jsonl") as writer:
+        for row in rows:
+            writer.write(row)
+    write_json(tmp_path / "a.json", rows)
+    assert read_jsonl(tmp_path / "a.jsonl") == rows == read_json(tmp_path / "a.json")
+    assert "caf\u00e9" in (tmp_path / "a.jsonl").read_text()

@@ -1,8 +1,10 @@
 """A model card says what was done, how to load it, and carries the base model's licence over."""
 
+import ast
 from pathlib import Path
 
 import pytest
+import yaml
 
 from spd_dist.models.model_card import Card, licence, write_card
 
@@ -59,3 +61,22 @@ def test_a_gguf_file_names_its_licence(tmp_path):
     writer.write_kv_data_to_file()
     writer.close()
     assert licence(Card(str(tmp_path / "base.gguf"), "", "completion", {}, EPOCHS)) == "mit"
+
+
+def test_names_and_facts_of_strangers_are_text_in_the_card(tmp_path):
+    """No key of the front matter, no markup, no cell, no heading and no line of code comes from a name."""
+    name = 'org/base\nlicense: mit\nwidget: "x"'
+    facts = {"task": "a | b\n# Heading <img src=x onerror=alert(1)> [link](javascript:x) `code`"}
+    (tmp_path / "a").mkdir()
+    write_card(Card(name, 'org/"); import os; ("', "completion", facts, EPOCHS), tmp_path / "a", "adapter")
+    text = (tmp_path / "a" / "README.md").read_text()
+    header = yaml.safe_load(text.split("---\n")[1])
+    assert header["base_model"] == name
+    assert "license" not in header
+    assert "widget" not in header
+    assert "| task | a \\| b # Heading &lt;img src=x onerror=alert(1)&gt; \\[link\\](javascript:x) \\`code\\` |" in text
+    assert [line for line in text.splitlines() if line.startswith("# ")] == [f"# {text.split('# ')[1].splitlines()[0]}"]
+    code = text.split("```python\n")[1].split("```")[0]
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    assert len(calls) == 3
+    assert all(isinstance(argument, ast.Constant | ast.Name) for call in calls for argument in call.args)

@@ -1,6 +1,7 @@
 """Every fault names the dotted key, its value, the rule and the nearest valid key."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -134,3 +135,27 @@ def test_every_field_has_a_sentence():
         )
         for item in fields:
             assert item.metadata.get("sentence"), item.name
+
+
+@pytest.mark.parametrize("key", ["run_dir", "model.name", "metrics.project", "data.train", "finetune.lora_targets"])
+def test_a_line_end_in_a_name_is_refused(tmp_path, key):
+    """It would be a line of a job's script, a part of a file's name or a row of a table."""
+    section, _, name = key.rpartition(".")
+    value = ["q_proj\ntouch pwned"] if name == "lora_targets" else "runs/x\ntouch pwned\n#"
+    line = f"{name}: {json.dumps(value)}\n"
+    (tmp_path / "a.yaml").write_text(f"{section}:\n  {line}" if section else line)
+    with pytest.raises(ConfigError, match=rf"^{key}.*touch pwned.* must be text of one line, without control char"):
+        load_config([tmp_path / "a.yaml"])
+
+
+def test_a_system_prompt_may_have_lines(tmp_path):
+    (tmp_path / "a.yaml").write_text("data: {system: 'Be brief.\n\n  Be kind.'}\n")
+    assert load_config([tmp_path / "a.yaml"]).data.system == "Be brief.\nBe kind."
+
+
+@pytest.mark.parametrize("text", ["{a: " * 5000 + "}" * 5000, "[" * 300_000, "- " * 5000 + "x"])
+def test_yaml_that_nests_too_deep_is_refused(tmp_path, text):
+    """The parser that is written in C would end the process."""
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"a\.yaml: cannot be read as YAML: it nests deeper than 100 levels"):
+        load_config([tmp_path / "a.yaml"])

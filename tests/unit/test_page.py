@@ -150,3 +150,27 @@ def test_rounds_are_a_table_and_a_figure(folder):
     assert "<th>round 2</th>" in text
     assert "<td>layers.1.key</td><td>4.5</td><td>20.0</td>" in text
     assert "Subspace over rounds" in text
+
+
+def test_the_page_runs_nothing_and_shows_letters_that_would_turn_or_cut_what_it_says(folder):
+    """A question of a data set, with a NUL, a right-to-left override, half a surrogate pair and a script."""
+    write_report(folder, ARMS, Asked("arithmetic", "accuracy", 1), [])
+    hostile = "a\0b \u202egnp.exe \ud800 <script>alert(1)</script>"
+    write_page(folder, read_json(folder / "report.json"), {"p65": hostile})
+    text = (folder / "report.html").read_text()
+    assert "a[U+0000]b [U+202E]gnp.exe [U+D800] &lt;script&gt;alert(1)&lt;/script&gt;" in text
+    assert not set(text) & {"\0", "\u202e"}
+    policy = re.search(r'<meta http-equiv="Content-Security-Policy" content="([^"]*)">', text)[1]
+    assert policy.startswith("default-src 'none'; style-src 'unsafe-inline'")
+    assert "script" not in policy
+
+
+@pytest.mark.parametrize("label", ["$x^{$", "$\\frac$", "cost $5 of $9", "half \ud800 of a pair", "\0 and \u202e"])
+def test_labels_of_figures_are_text(label):
+    """Names of arms and settings: no mathematics, and no letter that SVG cannot hold."""
+    from spd_dist.reports import figures
+
+    comparison = {"after": label, "before": "base", "difference": 0.1, "interval": (0.0, 0.2)}
+    drawing = figures.forest([comparison], "accuracy")
+    assert ElementTree.fromstring(drawing) is not None
+    assert all(part in html.unescape(drawing) for part in label.split() if part.isprintable())

@@ -9,7 +9,6 @@ from spd_dist.errors import ConfigError
 from spd_dist.overrides import load_config, to_yaml
 from spd_dist.process.environment import environment
 from spd_dist.redaction import HIDDEN, looks_secret, redacted, redacted_data, redacted_words
-from spd_dist.storage.artifacts import write_json
 from spd_dist.tracking.console import set_up_logging
 
 CANARY = "c4n4ry-5f1d9a7b"
@@ -30,7 +29,7 @@ HELD = [
 ]  # fmt: skip
 FREE = [
     "eng --model {model} --key {prompts} --max-tokens 512", "--token 5", "seed=3 key of it", "${oc.env:HF_TOKEN}",
-    "runs/a: 3 of 5 tokens; see https://host:80/x",
+    "runs/a: 3 of 5 tokens; see https://host:80/x", "write section.key=value, as in seed=3", "--key KEY",
 ]  # fmt: skip
 
 
@@ -82,17 +81,16 @@ def test_data_is_hidden_by_its_key_or_by_its_value(monkeypatch):
                      "b": {"password": "${oc.env:SOME_PASSWORD}"}}  # fmt: skip
 
 
-def test_neither_files_nor_lines_nor_errors_hold_a_secret(monkeypatch, tmp_path, capsys):
+def test_neither_the_environment_nor_lines_nor_errors_hold_a_secret(monkeypatch, capsys):
     monkeypatch.setenv("SOME_API_KEY", CANARY)
     monkeypatch.setattr(sys, "argv", ["spd", "--key", "literal-secret", f"x={CANARY}"])
     loggers = logging.getLogger("spd_dist")
     monkeypatch.setattr(loggers, "handlers", [])
     set_up_logging(0, sys.stderr)
     loggers.warning("calling %s --key literal-secret", CANARY)
-    write_json(tmp_path / "facts.json", {"said": CANARY})
     error = str(ConfigError(f"generate.command: 'eng {CANARY} --token literal-secret' is not valid"))
     lone = type("Lone", (), {"size": 1, "device": type("Device", (), {"type": "cpu"})})()
-    everything = capsys.readouterr().err + (tmp_path / "facts.json").read_text() + error + str(environment(lone))
+    everything = capsys.readouterr().err + error + str(environment(lone))
     assert "calling" in everything
     assert CANARY not in everything
     assert "literal-secret" not in everything

@@ -14,7 +14,7 @@ from spd_dist.distributed.collectives import any_rank, gather_objects, on_main, 
 from spd_dist.distributed.training_engine import DeepSpeedEngine, convert_to_universal, load_engine, save_engine
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError, writing
-from spd_dist.storage.artifacts import read_json, sha256_of, write_json
+from spd_dist.storage.artifacts import clear_folder, read_json, sha256_of, write_json
 
 log = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ class Checkpoints:
         log.info("%s is of %d ranks; converting it for %d", found.folder, found.world_size, self.world.size)
 
         def convert() -> None:
-            shutil.rmtree(universal, ignore_errors=True)
+            clear_folder(universal)
             with writing(universal):
                 convert_to_universal(found.folder, universal)
 
@@ -200,7 +200,7 @@ class Checkpoints:
 
     def _make_room(self, partial: Path) -> None:
         with writing(partial):
-            shutil.rmtree(partial, ignore_errors=True)
+            clear_folder(partial)
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def _publish(self, pending: Pending, digests: Mapping[str, str]) -> None:
