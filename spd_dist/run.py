@@ -234,8 +234,7 @@ class Run:
             return
         peak = {"peak_memory_gib": round(max_over_ranks(peak_bytes(self.world)) / 2**30, 3)}
         spent = on_main(f"adding up {stage}", lambda: stage_cost(folder))
-        kept, device_seconds = described | peak, spent.device_seconds
-        self.folder.finish(stage, inputs, outputs, seconds=spent.seconds, device_seconds=device_seconds, extra=kept)
+        self.folder.finish(stage, inputs, outputs, **spent._asdict(), extra=described | peak)
         self._show(stage, is_input=False)
         log.info("%s: complete, %.1f s", stage, spent.seconds)
 
