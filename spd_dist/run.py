@@ -16,7 +16,7 @@ from spd_dist.data.prompts import TestSet, make_references, make_test_set, with_
 from spd_dist.data.sources import load_rows
 from spd_dist.data.tasks import Task, find_task
 from spd_dist.data.tasks.protocol import Row, Split
-from spd_dist.data.thinking import learned_parts
+from spd_dist.data.thinking import as_sampled, learned_parts
 from spd_dist.distributed.collectives import max_over_ranks, on_main, together
 from spd_dist.distributed.heartbeat import Heartbeat, naming_lagging_ranks, telling_of_silence
 from spd_dist.distributed.memory import peak_bytes, reset_peak_memory
@@ -144,13 +144,13 @@ class Run:
 
     def corpus(self, arm: Arm, policy: Policy) -> list[Completion]:
         """What an arm's student learns from: its own completions, or the reference answers of the calibration set."""
-        config, rows = self.config_of(arm), self.rows("calibration")
+        config, rows = self.config_of(arm), self.rows("calibration" if arm.learns_from == "references" else "train")
         with together("reading what the student learns from"):
-            ends = policy.eos_token_ids
+            ends, num = policy.eos_token_ids, config.calibrate.num_examples
             if arm.learns_from == "references":
-                rows = rows[: config.calibrate.num_examples]
-                return make_references(rows, self.task, policy.tokenizer, config.data, eos_token_ids=ends)
+                return make_references(rows[:num], self.task, policy.tokenizer, config.data, eos_token_ids=ends)
             own = read_completions(self.folder.folder(arm.stage("generate")) / CORPUS)
+            own = as_sampled(own, rows, self.task, policy.tokenizer, config.data)
             if arm.learns_from == "itself, ended":
                 own = with_eos(own, policy.tokenizer.decode, eos_token_ids=ends)
             return learned_parts(own, policy.tokenizer, config)

@@ -42,7 +42,7 @@ def make_prompts(rows: Sequence[Row], task: Task, tokenizer: Tokenizer, config: 
         DataError: a prompt is longer than data.max_prompt_tokens.
     """
     check_thinking(tokenizer, config)
-    texts = [render_prompt(_asked(row, task, config), tokenizer, config) for row in rows]
+    texts = [render_prompt(asked_of(row, task, config), tokenizer, config) for row in rows]
     encoded = tokenizer(texts, add_special_tokens=adds_special_tokens(config))["input_ids"] if texts else []
     prompts = [Prompt(row["id"], text, tuple(ids)) for row, text, ids in zip(rows, texts, encoded, strict=True)]
     too_long = [prompt for prompt in prompts if len(prompt.tokens) > config.max_prompt_tokens]
@@ -75,7 +75,8 @@ def make_references(
     return completions
 
 
-def _asked(row: Row, task: Task, config: Data) -> str | Conversation:
+def asked_of(row: Row, task: Task, config: Data) -> str | Conversation:
+    """The prompt of a row, or its messages up to the turn that is asked for."""
     conversation = conversation_of(row, task)
     return task.prompt(row) if conversation is None else conversation.until(conversation.place_of(config.turn))
 

@@ -89,6 +89,15 @@ def render_prompt(prompt: str | Conversation, tokenizer: Tokenizer, config: Data
     return prompt if config.template == "plain" else _chat(tokenizer, config, asking(prompt))
 
 
+def rendered_again(asked: str | Conversation, turn: str, tokenizer: Tokenizer, config: Data) -> str:
+    """A sampled turn as the chat template writes it once it is past; empty if it refuses it."""
+    conversation = asking(asked) if isinstance(asked, str) else asked
+    try:
+        return _chat(tokenizer, config, conversation.and_then(turn))
+    except ConfigError:
+        return ""
+
+
 def render_example(prompt: str, answer: str, tokenizer: Tokenizer, config: Data) -> Rendered:
     """The text of a prompt and its reference answer (an answer of "" leaves the prompt alone).
 

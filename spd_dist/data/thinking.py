@@ -10,15 +10,18 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from spd_dist.config import Config
-from spd_dist.data.prompts import judged_text
+from spd_dist.config import Config, Data
+from spd_dist.data.prompts import asked_of, judged_text, make_prompts
 from spd_dist.data.scoring.thoughts import closings, without_thoughts
-from spd_dist.data.templates import Tokenizer
+from spd_dist.data.tasks.protocol import Row, Task
+from spd_dist.data.templates import Tokenizer, rendered_again
 from spd_dist.errors import DataError
 from spd_dist.types import Completion
 
 log = logging.getLogger(__name__)
 
+NUM_ROUND_TRIPS = 32
+"""Completions that are rendered again, to see whether the template writes them as they were sampled."""
 CHANNEL = "<|channel|>"
 """gpt-oss ends its thought by opening the channel of the answer, which belongs to the answer."""
 
@@ -62,6 +65,45 @@ def find_thought(completion: Completion, tokenizer: Tokenizer, marks: Sequence[s
         while not closings(text_of(high, num)):  # back to where the mark begins
             high -= 1
     return Thought(high, is_unfinished=False)
+
+
+def as_sampled(
+    completions: Sequence[Completion], rows: Sequence[Row], task: Task, tokenizer: Tokenizer, config: Data
+) -> Sequence[Completion]:
+    """The completions as they are: a student learns prompt tokens + sampled tokens, and nothing is rendered again.
+
+    By a round trip of the first ones: sampled turns that the chat template would write in another way are counted.
+
+    Raises:
+        DataError: the prompts are not those of the rows any more.
+    """
+    by_id = {row["id"]: row for row in rows}
+    looked_at = [one for one in completions if one.id in by_id][:NUM_ROUND_TRIPS]
+    changed = retokenised = 0
+    prompts = make_prompts([by_id[one.id] for one in looked_at], task, tokenizer, config)
+    for one, prompt in zip(looked_at, prompts, strict=True):
+        if one.prompt_tokens != prompt.tokens:
+            raise DataError(
+                f"generate/completions: {one.id!r} was sampled after another prompt than its row, the task and the "
+                "chat template give now; go on from there with --restart-from generate"
+            )
+        if config.template == "chat":
+            asked = asked_of(by_id[one.id], task, config)
+            turn = tokenizer.decode([token for token in one.tokens if token not in tokenizer.all_special_ids])
+            again = rendered_again(asked, turn, tokenizer, config)
+            tokens = tokenizer(again, add_special_tokens=False)["input_ids"]
+            is_changed = not again.startswith(prompt.text + turn)
+            changed += is_changed
+            retokenised += not is_changed and tuple(tokens[: len(prompt.tokens + one.tokens)]) != (
+                prompt.tokens + one.tokens
+            )
+    if changed or retokenised:
+        log.warning(
+            "the chat template would write %d of %d sampled turns in another way than they were sampled, and %d with "
+            "other tokens: what is learned are the prompts' and the sampled tokens",
+            changed, len(looked_at), retokenised,
+        )  # fmt: skip
+    return completions
 
 
 def learned_parts(completions: Sequence[Completion], tokenizer: Tokenizer, config: Config) -> list[Completion]:
