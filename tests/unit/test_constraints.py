@@ -36,3 +36,18 @@ def test_every_line_is_a_pin_or_a_comment():
     lines = [line for line in Path("constraints.txt").read_text(encoding="utf-8").splitlines() if line[:1] != "#"]
     assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9_.-]+==[A-Za-z0-9_.]+", line)] == []
     assert len({_normalized(*line.split("=="))[0] for line in lines}) == len(lines)
+
+
+def test_the_lock_has_the_pins_and_a_hash_of_each():
+    text = Path("requirements.lock").read_text(encoding="utf-8")
+    locked = re.findall(r"^(\S+?)==(\S+) \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", text, re.MULTILINE)
+    assert dict(_normalized(name, version) for name, version, _ in locked) == pins()
+    left = re.sub(r"^(\S+==\S+ \\|    --hash=sha256:[0-9a-f]{64}(?: \\)?|#.*)\n", "", text, flags=re.MULTILINE)
+    assert left == ""
+
+
+def test_actions_of_ci_are_named_by_commit():
+    lines = [line for file in Path(".github/workflows").glob("*.yml") for line in file.read_text().splitlines()]
+    uses = [line for line in lines if "uses:" in line]
+    assert uses
+    assert [line for line in uses if not re.search(r"@[0-9a-f]{40}  # v\d", line)] == []
