@@ -26,6 +26,7 @@ FEATURES = {
     "projection folded into weights": ("generate.apply_as=fold",),
     "projection after RoPE": ("project.insertion=rope",),
     "projection of values alone, after RoPE of keys": ("project.insertion=rope", "project.kinds=value"),
+    "a budget for thoughts": ("generate.max_thought_tokens=64",),
     "tensor parallel": ("generate.tensor_parallel=2",),
     "projection by KV head": ("project.insertion=head",),
 }

@@ -5,7 +5,7 @@ Shapes: N gradient rows, D width of a KV site, R rank of its subspace.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -156,6 +156,21 @@ class Prompt:
     id: str
     text: str
     tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ThoughtBudget:
+    """How long a completion may think; then the mark that ends a thought is written for it."""
+
+    num_tokens: int
+    """Of the completion; a thought that is open behind them is closed."""
+    open_token: int
+    close_token: int
+
+    def is_open(self, tokens: Sequence[int], *, before: bool = False) -> bool:
+        """Whether a thought is open behind `tokens`, if one was `before` them or not."""
+        marks = [token for token in tokens if token in (self.open_token, self.close_token)]
+        return marks[-1] == self.open_token if marks else before
 
 
 @dataclass(frozen=True)

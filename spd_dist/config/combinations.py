@@ -76,6 +76,16 @@ def _several_greedy(section: str) -> Callable[[Config], bool]:
     return breaks
 
 
+def _budget_elsewhere(section: str) -> Callable[[Config], bool]:
+    def breaks(config: Config) -> bool:
+        return (
+            value_of(config, f"{section}.max_thought_tokens") is not None
+            and value_of(config, f"{section}.engine") != "hf"
+        )
+
+    return breaks
+
+
 def _lacks(section: str, engine: str, key: str) -> Callable[[Config], bool]:
     return lambda config: value_of(config, f"{section}.engine") == engine and value_of(config, key) is None
 
@@ -172,6 +182,14 @@ COMBINATIONS = (
         _is(generate__batch_invariant=True, generate__engine=("hf_cb", "vllm", "server", "command")),
         "whose batches are its own", ("generate.engine=hf", "generate.batch_invariant=false"),
         ("generate.batch_invariant=true", "generate.engine=hf_cb"),
+    ),
+    *(
+        Combination(
+            (f"{section}.max_thought_tokens", f"{section}.engine"), _budget_elsewhere(section),
+            "which keeps to none", (f"{section}.engine=hf", f"{section}.max_thought_tokens=null"),
+            (f"{section}.max_thought_tokens=64", f"{section}.engine=hf_cb"),
+        )
+        for section in ("generate", "evaluate")
     ),
     Combination(
         ("generate.placement", "generate.engine"),

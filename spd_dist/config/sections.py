@@ -124,6 +124,9 @@ class Generate:
     repetition_penalty: float = setting(1.0, "1 is off", above=0)
     num_samples: int = setting(1, "completions a prompt", at_least=1)
     max_new_tokens: int = setting(256, "a completion is cut there", at_least=1)
+    max_thought_tokens: int | None = setting(
+        None, "engine hf: a thought is closed there; none if not given", at_least=1
+    )
     batch_size: int = setting(32, "rows decoded together; samples do not depend on it", at_least=1)
     batch_invariant: bool = setting(False, "engine hf: bf16 samples depend on no rank or kill either; costs speed")
     num_tasks: int = setting(1, "jobs that share one corpus, as a SLURM array", at_least=1)
@@ -199,6 +202,9 @@ class Evaluate:
 
     arms: tuple[str, ...] = setting(("base", "psr", "spd", "projected"), "what is compared: spd_dist/arms.py")
     max_new_tokens: int = setting(256, "an answer is cut there", at_least=1)
+    max_thought_tokens: int | None = setting(
+        None, "engine hf: a thought is closed there; none if not given", at_least=1
+    )
     temperature: float = setting(0.0, "0 is greedy", at_least=0)
     also: tuple[str, ...] = setting((), "tasks of other domains to answer, TASK or TASK=SOURCE: what an arm forgot")
     temperatures: tuple[float, ...] = setting((), "also base and students at these: the decode-only control")

@@ -15,13 +15,18 @@ from spd_dist.data.prompts import asked_of, judged_text, make_prompts
 from spd_dist.data.scoring.thoughts import closings, without_thoughts
 from spd_dist.data.tasks.protocol import Row, Task
 from spd_dist.data.templates import Tokenizer, rendered_again
-from spd_dist.errors import DataError
-from spd_dist.types import Completion
+from spd_dist.errors import ConfigError, DataError
+from spd_dist.types import Completion, ThoughtBudget
 
 log = logging.getLogger(__name__)
 
 NUM_ROUND_TRIPS = 32
 """Completions that are rendered again, to see whether the template writes them as they were sampled."""
+SINGLE = (
+    ("<think>", "</think>"), ("<thinking>", "</thinking>"), ("[THINK]", "[/THINK]"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+)  # fmt: skip
+"""Marks that tokenizers have as tokens."""
 CHANNEL = "<|channel|>"
 """gpt-oss ends its thought by opening the channel of the answer, which belongs to the answer."""
 
@@ -34,6 +39,32 @@ class Thought:
     """Of the thought, with the mark that ends it; 0 if there is none. What follows is the answer."""
     is_unfinished: bool
     """It was cut: there is no answer."""
+
+
+def thought_budget(
+    tokenizer: Tokenizer, num_tokens: int | None, marks: Sequence[str], key: str
+) -> ThoughtBudget | None:
+    """The budget of `num_tokens`; None if there is none.
+
+    Args:
+        tokenizer: The policy's.
+        num_tokens: Of a completion; then its thought is closed.
+        marks: As `data.thinking_marks`.
+        key: The setting, for the error.
+
+    Raises:
+        ConfigError: the tokenizer has no pair of marks of which each is one token.
+    """
+    if num_tokens is None:
+        return None
+    for pair in ([tuple(marks)] if marks else []) + list(SINGLE):
+        ids = [tokenizer(mark, add_special_tokens=False)["input_ids"] for mark in pair]
+        if all(len(one) == 1 for one in ids):
+            return ThoughtBudget(num_tokens, ids[0][0], ids[1][0])
+    raise ConfigError(
+        f"{key}: {num_tokens} is not valid with this tokenizer, which has no marks of thinking of one token each; "
+        f"set {key}=null"
+    )
 
 
 def find_thought(completion: Completion, tokenizer: Tokenizer, marks: Sequence[str]) -> Thought:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from spd_dist.errors import DataError
 from spd_dist.inference.sampling import Sampling, choose, uniforms
+from spd_dist.types import ThoughtBudget
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,8 @@ class Request:
     tokens: tuple[int, ...]
     seed: int
     """Of its random numbers: nothing else makes its sample."""
+    budget: ThoughtBudget | None = None
+    """For its thought; our own loops keep to it, and no other engine does."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,18 @@ class Row:
     uniform_T: Tensor
     tokens: list[int] = field(default_factory=list)
     seen_V: Tensor | None = None
+    is_thinking: bool = False
+    """Known only under a budget."""
+
+    def within_budget(self, token: int) -> int:
+        """The next token: the one that was drawn, unless the thought has to end."""
+        budget = self.request.budget
+        if budget is None:
+            return token
+        if self.is_thinking and len(self.tokens) >= budget.num_tokens:
+            token = budget.close_token
+        self.is_thinking = budget.is_open([token], before=self.is_thinking)
+        return token
 
     @property
     def num_cached(self) -> int:
@@ -108,6 +123,7 @@ class Row:
 def new_row(request: Request, sampling: Sampling, *, vocabulary_size: int, device: torch.device) -> Row:
     """A row that has drawn nothing yet."""
     row = Row(request, uniforms(request.seed, sampling.max_new_tokens))
+    row.is_thinking = request.budget is not None and request.budget.is_open(request.tokens)
     if sampling.repetition_penalty != 1:
         row.seen_V = torch.zeros(vocabulary_size, dtype=torch.bool, device=device)
         row.seen_V[list(request.tokens)] = True
@@ -118,7 +134,8 @@ def draw(rows: Sequence[Row], logits_NV: Tensor, sampling: Sampling) -> None:
     """Append a token to every row."""
     uniform_N = torch.stack([row.uniform_T[len(row.tokens)] for row in rows])
     seen_NV = None if rows[0].seen_V is None else torch.stack([row.seen_V for row in rows])
-    for row, token in zip(rows, choose(logits_NV, uniform_N, sampling, seen_NV).tolist(), strict=True):
+    for row, drawn in zip(rows, choose(logits_NV, uniform_N, sampling, seen_NV).tolist(), strict=True):
+        token = row.within_budget(drawn)
         row.tokens.append(token)
         if row.seen_V is not None:
             row.seen_V[token] = True

@@ -18,6 +18,7 @@ from spd_dist.data.batches import Division, micro_batches, pad
 from spd_dist.data.prompts import TestSet, choice_texts, judged_text
 from spd_dist.data.scoring.programs import canonical
 from spd_dist.data.tasks.protocol import Row
+from spd_dist.data.thinking import thought_budget
 from spd_dist.distributed.collectives import gather_objects, on_main, together
 from spd_dist.errors import DataError
 from spd_dist.inference.decode import check_context
@@ -138,7 +139,9 @@ def _todo(answering: _Answering) -> list[Request] | None:
     own = [] if number is None else sorted(left, key=lambda key: -len(tokens[key[0]]))[number::count]
     skipped = (len(keys) - len(left)) // count
     answering.context.begin(len(own) + skipped, skipped)
-    return [Request(name, sample, tokens[name], row_seed(seed, name, sample)) for name, sample in own]
+    key, marks = "evaluate.max_thought_tokens", answering.test_set.thinking_marks
+    budget = thought_budget(answering.policy.tokenizer, answering.config.max_thought_tokens, marks, key)
+    return [Request(name, sample, tokens[name], row_seed(seed, name, sample), budget) for name, sample in own]
 
 
 @torch.no_grad()

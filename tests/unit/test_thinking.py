@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 from tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 from spd_dist.config import Config, Data
 from spd_dist.data.masking import mask_row, preview_masks
 from spd_dist.data.prompts import make_prompts
 from spd_dist.data.tasks.described import DescribedTask, Description
-from spd_dist.data.thinking import Thought, find_thought, learned_parts
+from spd_dist.data.thinking import Thought, find_thought, learned_parts, thought_budget
 from spd_dist.errors import ConfigError, DataError
+from spd_dist.inference.requests import Request, draw, new_row
+from spd_dist.inference.sampling import Sampling
 from spd_dist.overrides import load_config
 from spd_dist.stages.finetune.batching import training_sequences
-from spd_dist.types import Completion
+from spd_dist.types import Completion, ThoughtBudget
 
 NO_THOUGHT = "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
 SWITCHED = CHAT_TEMPLATE.replace("assistant\n{% endif %}", f"assistant\n{NO_THOUGHT}{{% endif %}}")
@@ -132,3 +135,32 @@ def test_a_reference_that_thinks_stands_behind_its_prompt_and_is_masked_by_part(
     assert found == kept
     (shown,) = preview_masks(ROWS, TASK, tokenizer(template), Data(), calibrate, colour=False)
     assert "[[" in shown.plain
+
+
+def test_a_thought_is_closed_at_its_budget_and_the_answer_is_sampled():
+    fast = tokenizer(special=("<think>", "</think>"))
+    budget = thought_budget(fast, 3, (), "generate.max_thought_tokens")
+    opening, closing = (fast(mark, add_special_tokens=False)["input_ids"][0] for mark in ("<think>", "</think>"))
+    assert budget == ThoughtBudget(3, opening, closing)
+    sampling = Sampling(temperature=0.0, max_new_tokens=8)
+
+    def written(prompt, wanted):
+        """What comes of it if the model would write `wanted`, token by token."""
+        row = new_row(Request("1", 0, prompt, 0, budget), sampling, vocabulary_size=300, device=torch.device("cpu"))
+        for token in wanted:
+            draw([row], torch.nn.functional.one_hot(torch.tensor([token]), 300).float(), sampling)
+        return row.tokens
+
+    assert written((5, 6), [opening, 7, 8, 9, 10]) == [opening, 7, 8, closing, 10]
+    assert written((5, opening), [7, 8, 9, 10, 11]) == [7, 8, 9, closing, 11]
+    assert written((5, opening), [7, closing, 9, 10, 11]) == [7, closing, 9, 10, 11]
+    assert written((5, 6), [7, 8, 9, 10, 11]) == [7, 8, 9, 10, 11]
+    assert written((5, opening, closing), [7, 8, 9, 10]) == [7, 8, 9, 10]
+
+
+def test_a_budget_needs_marks_of_one_token():
+    with pytest.raises(ConfigError, match=r"evaluate\.max_thought_tokens: 3 is not valid with this tokenizer.*=null"):
+        thought_budget(tokenizer(), 3, (), "evaluate.max_thought_tokens")
+    own = thought_budget(tokenizer(special=("(hm", "hm)")), 3, ("(hm", "hm)"), "evaluate.max_thought_tokens")
+    assert own.open_token != own.close_token
+    assert thought_budget(tokenizer(), None, (), "") is None

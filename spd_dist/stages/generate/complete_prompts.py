@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 
 from spd_dist.config import Generate
+from spd_dist.data.thinking import thought_budget
 from spd_dist.distributed.collectives import all_equal, broadcast_object, gather_objects, on_main
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError, DataError
@@ -23,7 +24,7 @@ from spd_dist.stages.context import StageContext
 from spd_dist.stages.generate.merge_corpus import Attempt, CorpusSummary, check_leakage, merge
 from spd_dist.storage.artifacts import JsonlWriter
 from spd_dist.storage.completions import MERGED, Key, as_row, gathered, part_name
-from spd_dist.types import Completion, Projection, Prompt
+from spd_dist.types import Completion, Projection, Prompt, ThoughtBudget
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,9 @@ def sampling_of(config: Generate) -> Sampling:
     )
 
 
-def requests_for(prompts: Sequence[Prompt], num_samples: int, seed: int) -> list[Request]:
+def requests_for(
+    prompts: Sequence[Prompt], num_samples: int, seed: int, budget: ThoughtBudget | None = None
+) -> list[Request]:
     """Every completion of the corpus, in its order: prompts as they come, then samples.
 
     Raises:
@@ -54,7 +57,7 @@ def requests_for(prompts: Sequence[Prompt], num_samples: int, seed: int) -> list
             raise DataError(f"prompt {prompt.id!r} has no tokens; drop it, or use data.template=chat")
         seen.add(prompt.id)
     return [
-        Request(prompt.id, sample, prompt.tokens, row_seed(seed, prompt.id, sample))
+        Request(prompt.id, sample, prompt.tokens, row_seed(seed, prompt.id, sample), budget)
         for prompt in prompts
         for sample in range(num_samples)
     ]
@@ -124,7 +127,8 @@ def generate(
     check_tasks(config)
     folder, world = context.folder, context.world
     projection = same_on_all_ranks(projection, world)
-    requests = requests_for(prompts, config.num_samples, context.seed)
+    budget = thought_budget(policy.tokenizer, config.max_thought_tokens, (), "generate.max_thought_tokens")
+    requests = requests_for(prompts, config.num_samples, context.seed, budget)
     if not requests:
         raise DataError("generate: there is no prompt; set data.train, or raise data.num_train")
     own = _own_work(requests, config, context)
