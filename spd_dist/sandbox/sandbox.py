@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -32,7 +33,7 @@ from spd_dist.sandbox.isolation import (
     packages,
     things_of_the_user,
 )
-from spd_dist.sandbox.turns import STARVED_FRACTION, alone, among_others, share_of
+from spd_dist.sandbox.turns import STARVED_FRACTION, alone, among_others, waited_seconds
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,8 @@ FIRST_USER = 1879048192
 
 _BOOT = f"import sys; sys.path.insert(0, {GUEST!r}); from spd_dist.sandbox.inside.main import main; main()"
 START_SECONDS = 60.0
+PATIENCE = 20
+"""Times the wall clock's limit, for a program that is judged alone and has to wait for what others use."""
 
 
 @dataclass(frozen=True)
@@ -103,20 +106,20 @@ class Sandbox:
             SandboxError: the sandbox did not start; or even alone the program had to wait for what others use.
         """
         with among_others():
-            verdict, waited = self._run(program, tests, setup)
-        if waited > STARVED_FRACTION * self.limits.wall_seconds:
+            verdict = self._run(program, tests, setup, patience=1)
+        if verdict is None:
             with alone():
-                verdict, waited = self._run(program, tests, setup)
-        if waited > STARVED_FRACTION * self.limits.wall_seconds:
+                verdict = self._run(program, tests, setup, patience=PATIENCE)
+        if verdict is None:
             raise SandboxError(
-                f"a program was not judged within {self.limits.wall_seconds} s, of which it waited {waited:.0f} s for "
-                "a processor, though no other program was judged: other work keeps this machine busy; start the same "
+                f"a program was not judged within {PATIENCE * self.limits.wall_seconds} s, since it waited for a "
+                "processor, though no other program was judged: other work keeps this machine busy; start the same "
                 "command again when it has ended"
             )
         return verdict
 
-    def _run(self, program: str, tests: Sequence[str], setup: str) -> tuple[Verdict, float]:
-        """The verdict, and the seconds for which the wall clock's end found that it had waited for a processor."""
+    def _run(self, program: str, tests: Sequence[str], setup: str, patience: int) -> Verdict | None:
+        """The verdict; None if the time for which it could run was not yet over after `patience` times the limit."""
         host, judge_to_host = socket.socketpair()
         judge_to_program, program_to_judge = socket.socketpair()
         ends = (judge_to_host, judge_to_program, program_to_judge)
@@ -130,14 +133,20 @@ class Sandbox:
             if _received(host, START_SECONDS) != {"is_ready": True}:  # said before the program is loaded
                 raise SandboxError(f"a sandbox did not start: {_last_words(judge, candidate)}")
             Channel(host).send({"program": program, "tests": list(tests), "setup": setup})
-            found = _received(host, self.limits.wall_seconds)
+            limit, spent, waited = self.limits.wall_seconds, 0.0, 0.0
+            while not select.select([host], [], [], left := limit + waited - spent)[0]:
+                spent += left
+                waited = waited_seconds(candidate.pid, judge.pid, otherwise=spent)
+                if waited - (spent - limit) <= STARVED_FRACTION * limit:  # it had its time
+                    return Verdict(False, f"not judged within {limit} s")
+                if spent >= patience * limit:
+                    return None
+            found = _received(host, limit)
             if found is None:
-                shares = [share_of(process.pid) for process in (candidate, judge)]
-                waited = max(share.waited_seconds if share else self.limits.wall_seconds for share in shares)
-                return Verdict(False, f"not judged within {self.limits.wall_seconds} s"), waited
+                return Verdict(False, "the judge ended")
             if found["has_ended"]:
-                return Verdict(False, f"{found['reason']}: {_how_it_ended(candidate)}"), 0.0
-            return Verdict(found["passed"] is True, found["reason"]), 0.0
+                return Verdict(False, f"{found['reason']}: {_how_it_ended(candidate)}")
+            return Verdict(found["passed"] is True, found["reason"])
 
     def inspect(self) -> list[str]:
         """What the isolation fails to keep from a program, found by looking around from inside.

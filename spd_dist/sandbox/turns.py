@@ -13,7 +13,6 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from spd_dist.errors import ConfigError
 
@@ -22,26 +21,18 @@ STARVED_FRACTION = 0.1
 """Of the wall clock's limit: who waited longer than that for a processor could have used it."""
 
 
-class Share(NamedTuple):
-    """What the threads of a sandbox got."""
+def waited_seconds(*processes: int, otherwise: float) -> float:
+    """How long the thread that waited longest was ready to run while others ran, of all below the processes.
 
-    run_seconds: float
-    waited_seconds: float
-    """Ready to run, while others ran: of the thread that waited longest."""
-
-
-def share_of(process: int) -> Share | None:
-    """What all threads below a process got so far; None where the kernel does not say."""
+    `otherwise` is given where the kernel keeps no such account.
+    """
     found = []
-    for thread in _threads(process):
-        try:
-            run, waited, _ = Path(f"/proc/{thread}/schedstat").read_text().split()
-        except FileNotFoundError:
-            continue  # it has ended, or the kernel keeps no such account
-        found.append((int(run) / NANOSECONDS, int(waited) / NANOSECONDS))
-    if not found:
-        return None
-    return Share(sum(run for run, _ in found), max(waited for _, waited in found))
+    for process in processes:
+        for thread in _threads(process):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+                _, waited, _ = Path(f"/proc/{thread}/schedstat").read_text().split()
+                found.append(int(waited) / NANOSECONDS)
+    return max(found, default=otherwise)
 
 
 @contextlib.contextmanager

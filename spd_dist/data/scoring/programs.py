@@ -20,6 +20,11 @@ IMPORTS = (
 """What the field's harnesses put before a program."""
 MAX_LINES = 500
 """Of a longer text no program is looked for behind an error that stands above all of it."""
+_MARK_LINE = re.compile(
+    r"^[ \t]*(?:\[/?(?:BEGIN|DONE|END|PYTHON|CODE|ANSWER)\]|</?(?:code|python|answer)>)[ \t]*$",
+    re.MULTILINE | re.IGNORECASE,
+)
+"""Lines that some prompts and models put around a program in place of a fence."""
 _FIRST_LINE_OF_CODE = re.compile(r"^(def |import |from |class |@|async def )", re.MULTILINE)
 
 
@@ -55,6 +60,7 @@ def python_blocks(text: str) -> list[str]:
 
 def unfenced(text: str) -> list[str]:
     """What may be a program without a fence: all before a fence that was only closed, or the most that parses."""
+    text = _MARK_LINE.sub("", text)
     whole = _dedented(text.partition("```")[0])
     found = [whole if parses(whole) and _defined(whole) else None, python_in(whole), python_in(text)]
     return [block for block in found if block]
@@ -94,7 +100,7 @@ def python_in(text: str) -> str | None:
     """A fenced block, else the most lines that parse as Python, from the first that opens a definition or import."""
     block = next((one for one in python_blocks(text) if one.strip()), None)
     if block is not None:
-        return block
+        return block if parses(block) else longest_program(block.splitlines())
     start = _FIRST_LINE_OF_CODE.search(text)
     return longest_program(text[start.start() :].splitlines()) if start else None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import operator
 import sys
 import types
@@ -47,10 +49,23 @@ def serve(channel: Channel) -> None:
 
 def _loader(namespace: dict[str, Any]) -> Callable[[str, str], None]:
     def load(program: str, imports: str) -> None:
-        exec(compile(program, f"<{PROGRAM}>", "exec", dont_inherit=True), namespace)
+        try:
+            exec(compile(program, f"<{PROGRAM}>", "exec", dont_inherit=True), namespace)
+        except EOFError:  # it asks for input, as a script would, and there is none
+            _load_without_input(program, namespace)
         exec(compile(imports, "<setup>", "exec", dont_inherit=True), namespace)
 
     return load
+
+
+def _load_without_input(program: str, namespace: dict[str, Any]) -> None:
+    """Run the statements of the program one by one, and pass over those that ask for input."""
+    body = ast.parse(program).body
+    futures = [node for node in body if isinstance(node, ast.ImportFrom) and node.module == "__future__"]
+    for node in body:
+        module = ast.Module([*futures, node], type_ignores=[])
+        with contextlib.suppress(EOFError):
+            exec(compile(module, f"<{PROGRAM}>", "exec", dont_inherit=True), namespace)
 
 
 _OPERATIONS: Mapping[str, Callable[..., Any]] = {
