@@ -1,4 +1,4 @@
-"""Judge outputs that are there already: `launchers/evaluate.py --judge FILE.jsonl --task NAME`, without a model."""
+"""Judge outputs that are there already, without a model: `--judge` of `launchers/evaluate.py`; and show how rows are."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.text import Text
+
 from spd_dist.config import Config, Data
+from spd_dist.data.masking import HEAD, mask_row
+from spd_dist.data.prompts import make_prompts
 from spd_dist.data.readers import Located, read_rows
 from spd_dist.data.scoring.thoughts import with_known_marks
 from spd_dist.data.sources import load_rows, normalised_row
 from spd_dist.data.tasks import Row, Score, Task, find_task, refusal, runs_code, with_execution
+from spd_dist.data.templates import Tokenizer
 from spd_dist.errors import DataError
 from spd_dist.sandbox import open_sandbox
 from spd_dist.storage.artifacts import as_json, write_text
@@ -104,3 +109,45 @@ def _read_line(located: Located, task: Task, rows: Mapping[str, Row], marks: Seq
 
 def _judgement(score: Score) -> Judgement:
     return Judgement(score.correct, score.strict_correct, score.extracted, score.reason)
+
+
+@dataclass(frozen=True)
+class _NotRun:
+    """What a preview says of a program: the sandbox was not allowed."""
+
+    passed: bool = False
+    kind: str = "not run, as evaluate.allow_code_execution=false"
+
+
+def preview_scoring(rows: Sequence[Row], task: Task, tokenizer: Tokenizer, config: Config) -> Iterator[Text]:
+    """What each row asks, what of it is supervised, and how its own reference is judged, as `rich` prints it.
+
+    At the end stands how many references are right: all should be, or the task's gold, extraction or metric is wrong.
+    """
+    if runs_code(task):
+        is_allowed = config.evaluate.allow_code_execution
+        task = able_to_judge(task, allowed=True) if is_allowed else with_execution(task, lambda *_: _NotRun())
+    num_right = 0
+    for row, prompt in zip(rows, make_prompts(rows, task, tokenizer, config.data), strict=True):
+        masked = mask_row(row, task, tokenizer, config.data, config.calibrate)
+        kept = [masked.text[start:stop] for start, stop in masked.kept()]
+        result = Text.assemble((f"{row['id']}: {len(prompt.tokens)} tokens are asked\n", HEAD), prompt.text)
+        score = task.score(row, task.answer(row))
+        num_right += score.correct
+        facts = {"supervised": kept, "reference": task.answer(row)}
+        if config.choices.scoring == "likelihood":
+            facts["measured"] = "the likelihood of the choices, by choices.scoring"
+        elif task.metric == "nll":
+            facts["measured"] = "the likelihood of what is supervised under the mask answer"
+        else:
+            facts |= {"extracted": score.extracted, "gold": score.gold, "counted": _counted(score)}
+        for name, fact in facts.items():
+            result.append(f"\n{name}: ", HEAD).append(fact if isinstance(fact, str) else repr(fact))
+        yield result.append("\n")
+    if task.metric != "nll":
+        yield Text(f"{num_right} of {len(rows)} references are right by their own task", HEAD)
+
+
+def _counted(score: Score) -> str:
+    form = ", in the form that is asked for" if score.strict_correct else ""
+    return f"right{form}" if score.correct else f"wrong ({score.reason})"

@@ -51,8 +51,8 @@ def main() -> int:
     if arguments.show_config:
         print(to_yaml(config), end="")
         return 0
-    if arguments.preview_masks:
-        return preview(config, arguments.preview_masks)
+    if arguments.preview_masks or arguments.preview_scoring:
+        return preview(config, arguments)
     return run(config, arguments, signals)
 
 
@@ -69,6 +69,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--until", dest="last", choices=STAGES, default=STAGES[-1], help="stop after this stage")
     parser.add_argument("--show-config", action="store_true", help="print the resolved config and exit")
     parser.add_argument("--preview-masks", type=int, metavar="N", help="print N examples, kept tokens marked")
+    parser.add_argument("--preview-scoring", type=int, metavar="N", help="print N test rows, their references judged")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args()
     arguments.config, arguments.overrides = split_words(arguments.config + arguments.overrides)
@@ -94,21 +95,27 @@ def check_restart(config: Config, arguments: argparse.Namespace) -> None:
         )
 
 
-def preview(config: Config, num_examples: int) -> int:
-    """Show which tokens the mask keeps, on a terminal in colour."""
+def preview(config: Config, arguments: argparse.Namespace) -> int:
+    """Show which tokens the mask keeps, or how test rows are judged; on a terminal in colour."""
     from rich.console import Console
 
     from spd_dist.data.masking import preview_masks
     from spd_dist.data.sources import load_rows
     from spd_dist.data.tasks import find_task
+    from spd_dist.judging import preview_scoring
     from spd_dist.models.policy import load_tokenizer
 
     console = Console()
     try:
         task, tokenizer = find_task(config.data.task), load_tokenizer(config.model)
-        rows = load_rows(task, "calibration", config.data)[:num_examples]
-        colour = console.is_terminal
-        for text in preview_masks(rows, task, tokenizer, config.data, config.calibrate, colour=colour):
+        if arguments.preview_masks:
+            rows = load_rows(task, "calibration", config.data)[: arguments.preview_masks]
+            colour = console.is_terminal
+            shown = preview_masks(rows, task, tokenizer, config.data, config.calibrate, colour=colour)
+        else:
+            rows = load_rows(task, "test", config.data)[: arguments.preview_scoring]
+            shown = preview_scoring(rows, task, tokenizer, config)
+        for text in shown:
             console.print(text, soft_wrap=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

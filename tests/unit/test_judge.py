@@ -7,13 +7,17 @@ import sys
 
 import pytest
 from sandboxes import usable_sandbox
+from tiny import tiny_tokenizer
 
 from spd_dist.config import Data
+from spd_dist.data.readers import Located
 from spd_dist.data.scoring.programs import called_by, program_in, python_blocks, unfenced
+from spd_dist.data.sources import load_rows, normalised_row
 from spd_dist.data.tasks import find_task
 from spd_dist.data.tasks.mbpp import MBPP
 from spd_dist.errors import DataError
-from spd_dist.judging import judge_file, write_judgements
+from spd_dist.judging import judge_file, preview_scoring, write_judgements
+from spd_dist.overrides import load_config
 
 GSM8K = {"question": "Half of 10?", "answer": "10/2 = <<10/2=5>>5\n#### 5"}
 MMLU = {"question": "Which?", "choices": ["red", "blue"], "answer": 1}
@@ -171,3 +175,40 @@ def test_kept_answers_of_a_run_are_judged_again_by_their_ids(tmp_path):
     answers.write_text(json.dumps({"id": "rows/9", "output": "#### 5"}))
     with pytest.raises(DataError, match=r"without a row, the id of one of data\.test"):
         list(judge_file(str(answers), find_task("gsm8k"), data))
+
+
+def shown(task, rows, **changes):
+    config = load_config(overrides=[f"{key}={value}" for key, value in changes.items()])
+    return [text.plain for text in preview_scoring(rows, task, tiny_tokenizer(), config)]
+
+
+def test_the_preview_judges_each_rows_own_reference():
+    rows = load_rows(find_task("arithmetic"), "test", Data())[:2]
+    first, _, last = shown(find_task("arithmetic"), rows)
+    assert find_task("arithmetic").prompt(rows[0]) in first
+    answer = rows[0]["answer"]
+    assert f"\nsupervised: ['{answer}']\n" in first
+    assert f"\nextracted: {answer}\ngold: {answer}\ncounted: right, in the form that is asked for\n" in first
+    assert last == "2 of 2 references are right by their own task"
+
+
+def test_the_preview_shows_a_task_that_cannot_be_right(tmp_path):
+    path = tmp_path / "task.yaml"
+    path.write_text('name: t\nprompt: "{q}"\nanswer: "It is {a}."\nmetric: exact\ngold: "{a}"\n')
+    first, last = shown(find_task(str(path)), [{"id": "r", "q": "?", "a": "7"}])
+    assert "\nextracted: It is 7.\ngold: 7\ncounted: wrong (other value)\n" in first
+    assert last == "0 of 1 references are right by their own task"
+
+
+def test_the_preview_runs_no_program_without_permission():
+    row = normalised_row(MBPP, Located("r", "", {"id": "1", **MBPP_ROW}), "data.test")
+    first, _ = shown(MBPP, [row])
+    assert "counted: wrong (not run, as evaluate.allow_code_execution=false)" in first
+    assert "def f(x): return 2 * x" in first
+
+
+def test_the_preview_says_that_a_likelihood_is_measured():
+    task = find_task("messages")
+    turns = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+    [only] = shown(task, [{"id": "1", "messages": turns}])
+    assert "\nsupervised: ['Hello.']\nreference: Hello.\nmeasured: the likelihood" in only
