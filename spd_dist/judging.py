@@ -1,4 +1,4 @@
-"""Judge outputs that are there already, without a model: `--judge` of `launchers/evaluate.py`; and show how rows are."""
+"""Judge outputs that are there already, `--judge` of `launchers/evaluate.py`; and show how rows count."""
 
 from __future__ import annotations
 
