@@ -7,6 +7,7 @@ every mark of thousands. A number is never cut out of a longer token, and severa
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import NamedTuple
@@ -23,6 +24,8 @@ _SPELLINGS = str.maketrans({
     "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u2019": "'", "\u00d7": "*", "\u22c5": "*", "\u00f7": "/",
     "\u2044": "/", "\u2248": "=",
 } | {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F) if code != 0xFF0D})  # full width  # fmt: skip
+_FRACTION = re.compile(r"(?:(?<=(\d))|(?<!\d))([\u00bc-\u00be\u2150-\u215e])")
+_RAISED = re.compile(r"[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+")
 _MARKUP = (
     (re.compile(r"\\d?t?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r"\1/\2"),
     (re.compile(r"\\(?:text|mathrm|mathbf|textbf|mbox)\s*\{([^{}]*)\}"), r" \1"),
@@ -50,7 +53,7 @@ _NUMBER = re.compile(
     r"(?<![\w.^/\\])(?<!\d,)(?<!\d:)(?<!\d')"
     r"(?P<sign>(?<![\w)\].%])(?<![\d)\]%] )[-+])?(?:[$\u20ac\u00a3\u00a5\u20b9] ?(?P<inner>-)?)?"
     rf"(?P<value>\d+ \d+/\d+|(?:(?:{_INTEGER})(?:\.\d+)?|\.\d+){_EXPONENT}?(?: ?/ ?(?:\d+(?:\.\d+)?))?)"
-    rf"(?: (?P<scale>{'|'.join(_SCALES)})\b)?(?P<after> ?%|{_UNITS})?(?![\w^/]|[.,:']\d|\()",
+    rf"(?: (?P<scale>{'|'.join(_SCALES)})\b)?(?P<after> ?%|{_UNITS})?(?![\w^/\u2030]|[.,:']\d|\()",
     re.ASCII,
 )
 _ARITHMETIC = re.compile(r"[\d)%] ?[-+*/^] ?[$(]*[-.]?\d", re.ASCII)
@@ -62,6 +65,10 @@ _STATEMENT = re.compile(
 )
 _NEGATED = re.compile(r",?\s*\b(?:and |but )?not\s+[$\u20ac\u00a3]?[-+]?[\d.,]*\d\w*%?(?:,?\s+but\b)?", re.IGNORECASE)
 """`not 5 but` and `, not 5`: what an answer is not."""
+_TIMES = re.compile(r"(?<=\d) ?x ?(?=\d)")
+_MAKES = re.compile(r"\b(?:equals|is equal to|makes|gives|is)\b(?= *[$\u20ac\u00a3]?[-+]?[\d.])", re.IGNORECASE)
+"""Words for an equals sign, in front of a result."""
+_HEADING = re.compile(r"\d{1,2}[.)]\s+[A-Z]")
 _OPENS = re.compile(
     r"\W*(?:(?:so|not|between|either|the|my|our|final|answer|result|total|is|equals|about|approximately|around|exactly|to|be|a|an)\b\W*)*"
     r"(?:\d|[a-z] ?=)",
@@ -82,7 +89,8 @@ class Number(NamedTuple):
 
 def plain(text: str) -> str:
     """`text` with one spelling of minus signs, spaces and fractions, and without LaTeX and markdown around numbers."""
-    spelled = text.translate(_SPELLINGS)
+    spelled = _FRACTION.sub(lambda one: f"{' ' * bool(one[1])}{unicodedata.normalize('NFKC', one[2])}", text)
+    spelled = _RAISED.sub(lambda one: f"^{unicodedata.normalize('NFKC', one[0])}", spelled).translate(_SPELLINGS)
     for pattern, instead in _MARKUP:
         spelled = pattern.sub(instead, spelled)
     return spelled
@@ -142,7 +150,8 @@ def stated_answers(text: str) -> list[tuple[int, str]]:
 
 def segment_number(segment: str) -> str | None:
     """The one number of a short text that is an answer: `10 + 2 = 12` gives 12, `5 or 6` none."""
-    spelled = _NEGATED.sub(" ", plain(segment))
+    spelled = _TIMES.sub("*", _NEGATED.sub(" ", plain(segment)))
+    spelled = _MAKES.sub("=", spelled)
     sentence = _STOP.split(spelled, maxsplit=1)[0]
     spelled = sentence if re.search(r"\d", sentence) else spelled
     sides = [side for side in spelled.split("=") if re.search(r"\d", side)]
@@ -160,10 +169,12 @@ def segment_number(segment: str) -> str | None:
 
 def _marked(text: str) -> Iterator[tuple[int, str | None]]:
     """What each `####` gives, with its place; headings are passed over."""
-    for match in re.finditer(rf"{MARKER}(?!#)", text):
+    marks = list(re.finditer(rf"{MARKER}(?!#)", text))
+    for match in marks:
         tail = text[match.end() :].lstrip()
         line = plain(tail.partition("\n")[0].partition(MARKER)[0]).strip()
-        if _OPENS.match(line):
+        is_heading = _HEADING.match(line) is not None and match is not marks[-1]
+        if _OPENS.match(line) and not is_heading:
             yield match.start(), segment_number(line)
 
 
