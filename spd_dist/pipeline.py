@@ -23,13 +23,13 @@ from spd_dist.stages.calibrate import calibrate
 from spd_dist.stages.evaluate import evaluate_arm
 from spd_dist.stages.finetune import StudentSummary, finetune
 from spd_dist.stages.generate import CorpusSummary, generate
-from spd_dist.stages.project import drift, projection, subspace, summary
+from spd_dist.stages.project import drift, subspace, summary
 from spd_dist.stages.reduce import reduce
 from spd_dist.stages.sketch import ShardPlan, Unfinished, plan_sketches, sketch
 from spd_dist.storage.artifacts import write_json
 from spd_dist.storage.completions import CORPUS
 from spd_dist.storage.subspace_file import load_subspace, save_subspace
-from spd_dist.types import KVSite, Projection, SiteMoments, SupervisedExample
+from spd_dist.types import KVSite, SiteMoments, SupervisedExample
 
 
 def run_stages(run: Run) -> str:
@@ -45,6 +45,7 @@ def run_stages(run: Run) -> str:
     with run.opened():
         for arm in {stage_inputs.subspace_stage(run, arm): arm for arm in arms if arm.projects}.values():
             find_subspace(run, arm, wanted=first in STAGES[:4])
+        stage_inputs.expect_engines(run, arms if last in STAGES[4:] else [])
         for arm in writers if last in STAGES[4:] else []:
             write_completions(run, arm, wanted="generate" in stages)
         for arm in students if last in STAGES[5:] else []:
@@ -108,7 +109,7 @@ def write_completions(run: Run, arm: Arm, *, wanted: bool) -> None:
         total = len(prompts) * config.generate.num_samples
         with run.progress("generate", total // run.world.size, "completions", arm) as progress:
             context = run.context(folder, arm, progress)
-            return generate(policy, prompts, _projection(run, arm), config.generate, context)
+            return generate(policy, prompts, stage_inputs.projection_of(run, arm), config.generate, context)
 
     made_from = stage_inputs.of_completions(run, arm)
     run.run_stage(arm.stage("generate"), made_from, [CORPUS, "summary.json"], work, wanted=wanted)
@@ -119,6 +120,7 @@ def train_student(run: Run, arm: Arm, *, wanted: bool) -> None:
     config = run.config_of(arm)
 
     def work(folder: Path) -> StudentSummary:
+        run.engines.close()
         policy = run.policy()
         outcome = finetune(policy, run.corpus(arm, policy), config.finetune, run.context(folder, arm))
         if config.finetune.mode == "full":
@@ -140,7 +142,7 @@ def answer(run: Run, arm: Arm) -> None:
             with run.progress("evaluate", None, "answers", arm) as progress:
                 context = run.context(folder.parent, arm, progress)
                 policy = policy or run.policy_of(arm, max(tests, key=lambda one: one.longest))
-                held_to = None if arm.trains else _projection(run, arm)
+                held_to = None if arm.trains else stage_inputs.projection_of(run, arm)
                 summaries.append(evaluate_arm(policy, test, config, context, arm=arm.name, projection=held_to))
         return summaries[0]
 
@@ -148,11 +150,3 @@ def answer(run: Run, arm: Arm) -> None:
     tasks = [run.task, *(run.other_test(word)[0] for word in others)]
     answers = [f"{task.name}.jsonl" for task in tasks]
     run.run_stage(f"evaluate/{arm.name}", stage_inputs.of_answers(run, arm), answers, work)
-
-
-def _projection(run: Run, arm: Arm) -> Projection | None:
-    if not arm.projects:
-        return None
-    path = run.folder.folder(stage_inputs.subspace_stage(run, arm)) / "subspace.safetensors"
-    with together("reading the subspace"):
-        return projection(load_subspace(path), run.config_of(arm).project, run.config.seed)

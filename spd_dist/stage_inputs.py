@@ -1,12 +1,23 @@
-"""What each stage's result depends on, as hashes: a stage is done once for all arms and runs that these agree for."""
+"""What each stage's result depends on, as hashes: a stage is done once for all arms and runs that these agree for.
+
+And an arm's projection, which two stages are given.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from spd_dist.arms import ARMS, Arm
+from spd_dist.distributed.collectives import together
+from spd_dist.inference.external.vllm_engine import site_settings
+from spd_dist.inference.open_engine import choose_engine
 from spd_dist.run import Run
+from spd_dist.stages.project import projection
 from spd_dist.storage.artifacts import content_hash
 from spd_dist.storage.completions import CORPUS
 from spd_dist.storage.settings import READ_BY
+from spd_dist.storage.subspace_file import load_subspace
+from spd_dist.types import Projection
 
 
 def of_subspace(run: Run, arm: Arm) -> dict[str, str]:
@@ -61,3 +72,24 @@ def of_answers(run: Run, arm: Arm) -> dict[str, str]:
     if arm.trains:
         return found | {"student": run.folder.output_hash(arm.stage("finetune"))}
     return found | of_projection(run, arm)
+
+
+def projection_of(run: Run, arm: Arm) -> Projection | None:
+    """What an arm's policy is held to while it generates, or answers; a collective."""
+    if not arm.projects:
+        return None
+    path = run.folder.folder(subspace_stage(run, arm)) / "subspace.safetensors"
+    with together("reading the subspace"):
+        return projection(load_subspace(path), run.config_of(arm).project, run.config.seed)
+
+
+def expect_engines(run: Run, arms: Iterable[Arm]) -> None:
+    """Let a vLLM engine that one arm starts serve the others, too: with every arm's sites and adapters."""
+    config, arms = run.config, list(arms)
+    if "vllm" not in (choose_engine(config.generate).name, config.evaluate.decoding(config.generate).engine):
+        return
+    tuned = [run.config_of(arm).finetune for arm in arms if arm.trains]
+    found = [one for arm in arms if (one := projection_of(run, arm)) is not None]
+    sites = {site_settings(site, one.insertion) for one in found for site in one.operators}
+    run.engines.sites = tuple(sorted(sites))
+    run.engines.lora_rank = max((one.lora_rank for one in tuned if one.mode == "lora"), default=0)

@@ -41,7 +41,7 @@ MAY_IMPORT = {  # besides itself
     "preflight": BELOW | {"data", "models", "process", "storage"},
     "python_api": BELOW | MODEL | FILES | {"arms", "data", "hub", "process", "runs", "stages", "overrides"},
     "run": BELOW | MODEL | FILES | {"stages", "data", "process", "arms", "overrides", "judging"},
-    "stage_inputs": {"arms", "run", "storage"},
+    "stage_inputs": BELOW | MODEL | {"arms", "run", "stages", "storage"},
     "reports": BELOW | FILES | {"data", "arms", "run"},
     "pipeline": BELOW | MODEL | FILES | {"data", "stages", "arms", "run", "stage_inputs", "reports"},
     "launch": {path.relative_to(PACKAGE).with_suffix("").parts[0] for path in MODULES},

@@ -37,8 +37,14 @@ def uniforms(seed: int, num_tokens: int) -> Tensor:
     return torch.rand(num_tokens, generator=generator, dtype=torch.float64)
 
 
+UNCERTAIN, NOT_FINITE = -1, -2
+"""In the place of a token: of a row whose nucleus is wider than the candidates, and of one without a finite logit."""
+
+
 def choose(logits_NV: Tensor, uniform_N: Tensor, sampling: Sampling, seen_NV: Tensor | None = None) -> Tensor:
-    """token_N: greedy, or by inverting each row's truncated distribution function at its uniform number.
+    """token_N, on the CPU: greedy, or by inverting each row's truncated distribution function at its uniform number.
+
+    The device is waited for once: for the tokens, in whose place stands what else must be known of a row.
 
     Penalty, temperature, top-k, top-p and min-p apply in this order, as in transformers; ties go to the lower token.
     The distribution function runs over token ids, not over ranks: rounding that swaps two nearly equal logits then
@@ -58,27 +64,32 @@ def choose(logits_NV: Tensor, uniform_N: Tensor, sampling: Sampling, seen_NV: Te
         penalty = sampling.repetition_penalty
         score_NV = torch.where(seen_NV, torch.where(score_NV < 0, score_NV * penalty, score_NV / penalty), score_NV)
     top_N1 = score_NV.amax(-1, keepdim=True)
-    if not top_N1.isfinite().all():
-        raise DataError("the logits are NaN or infinite; check the weights, and model.dtype (float16 overflows easily)")
     if sampling.temperature == 0:
-        return score_NV.argmax(-1)
-    score_NV = (score_NV - top_N1) / sampling.temperature
-    uniform_N = uniform_N.to(score_NV.device)  # drawn on the CPU, so that they are the same on every machine
+        token_N = score_NV.argmax(-1)
+    else:
+        score_NV = (score_NV - top_N1) / sampling.temperature
+        uniform_N = uniform_N.to(score_NV.device)  # drawn on the CPU, so that they are the same on every machine
+        token_N = _draw_once(score_NV, uniform_N, sampling)
+    tokens = token_N.where(top_N1[:, 0].isfinite(), NOT_FINITE).tolist()
+    if NOT_FINITE in tokens:
+        raise DataError("the logits are NaN or infinite; check the weights, and model.dtype (float16 overflows easily)")
+    if UNCERTAIN in tokens:
+        rest = [row for row, token in enumerate(tokens) if token == UNCERTAIN]
+        sorted_NV, order_NV = score_NV[rest].sort(dim=-1, descending=True, stable=True)
+        found = _draw(sorted_NV, order_NV, score_NV[rest], uniform_N[rest], sampling)[0].tolist()
+        for row, token in zip(rest, found, strict=True):
+            tokens[row] = token
+    return torch.tensor(tokens)
+
+
+def _draw_once(score_NV: Tensor, uniform_N: Tensor, sampling: Sampling) -> Tensor:
+    """The truncations keep a prefix of the ranking, so that a few candidates suffice if they outnumber what is kept."""
     if not sampling.truncates:
         return _inverse_distribution(score_NV.double().exp(), uniform_N)
-    return _choose_truncated(score_NV, uniform_N, sampling)
-
-
-def _choose_truncated(score_NV: Tensor, uniform_N: Tensor, sampling: Sampling) -> Tensor:
-    """The truncations keep a prefix of the ranking, so that a few candidates suffice if they outnumber what is kept."""
     num_candidates = min(score_NV.shape[-1], max(NUM_CANDIDATES, 2 * sampling.top_k))
     score_NK, token_NK = score_NV.topk(num_candidates, dim=-1)
     token_N, is_certain_N = _draw(*_ranked(score_NK, token_NK), score_NV, uniform_N, sampling)
-    if not is_certain_N.all():
-        rest = (~is_certain_N).nonzero()[:, 0]
-        sorted_NV, order_NV = score_NV[rest].sort(dim=-1, descending=True, stable=True)
-        token_N[rest] = _draw(sorted_NV, order_NV, score_NV[rest], uniform_N[rest], sampling)[0]
-    return token_N
+    return token_N.where(is_certain_N, UNCERTAIN)
 
 
 def _ranked(score_NK: Tensor, token_NK: Tensor) -> tuple[Tensor, Tensor]:

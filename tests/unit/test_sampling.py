@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -119,3 +120,25 @@ def test_a_gpu_draws_what_a_cpu_draws(truncation):
     logits_NV, uniform_N = torch.randn(64, 2048, generator=draw), torch.rand(64, generator=draw, dtype=torch.float64)
     sampling = Sampling(max_new_tokens=1, **({"top_p": 1.0} | truncation))
     assert choose(logits_NV.cuda(), uniform_N, sampling).tolist() == choose(logits_NV, uniform_N, sampling).tolist()
+
+
+class _Waits(TorchDispatchMode):
+    """Counts operators whose result the CPU must wait for: a number out of a tensor, a shape out of its values."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket.__name__ in ("_local_scalar_dense", "is_nonzero", "nonzero", "equal")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(0.0), Sampling(1.0, 1.0), Sampling(0.7, 0.9), Sampling(1.0, 0.9, top_k=5)]
+)
+def test_the_device_is_waited_for_once_a_token(sampling):
+    """By the one `tolist`, which is no operator."""
+    with _Waits() as waits:
+        choose(5 * torch.eye(4, 300), uniforms(3, 4), sampling)
+    assert waits.count == 0
+    with _Waits() as waits, pytest.raises(DataError, match="the logits are NaN or infinite"):
+        choose(torch.full((4, 300), torch.nan), uniforms(3, 4), sampling)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections import deque
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -130,7 +129,7 @@ def vllm_environment(config: Generate, world: World) -> dict[str, str]:
     if world.device.type == "cpu":
         # vLLM would bind each rank's engine to the same cores.
         kept.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        kept["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // ranks_here(world) // num_devices))
+        kept["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // num_devices))
     return kept
 
 
