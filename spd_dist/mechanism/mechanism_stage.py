@@ -26,8 +26,8 @@ from spd_dist.data.templates import Tokenizer
 from spd_dist.distributed.collectives import on_main, together
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError
-from spd_dist.mechanism.comparisons import layers_of, planned
-from spd_dist.mechanism.controls import Material, chosen_controls, needs_moments, strongest
+from spd_dist.mechanism.comparisons import Comparison, layers_of, own_subspace, planned
+from spd_dist.mechanism.controls import CONTROLS, Material, chosen_controls, control_subspace, needs_moments, strongest
 from spd_dist.mechanism.measure import HeldOut, measure
 from spd_dist.mechanism.measurement import PARTS
 from spd_dist.mechanism.moments import CalibrationMoments, gradient_moments
@@ -39,13 +39,15 @@ from spd_dist.process.stopping import watch
 from spd_dist.reports.mechanism_page import write_mechanism_page
 from spd_dist.run import Run
 from spd_dist.storage.artifacts import content_hash, read_json, replacing, sha256_of, write_json
-from spd_dist.storage.subspace_file import load_subspace
+from spd_dist.storage.subspace_file import load_subspace, save_subspace
 from spd_dist.tracking.metrics import MetricLogger
 from spd_dist.tracking.wandb_artifacts import MECHANISM_FILES
 from spd_dist.types import KVSite, SiteSubspace, Subspace, SupervisedExample
 
 STAGE = "mechanism"
 SUBSPACE = "subspace.safetensors"
+CANDIDATES = "candidates"
+"""In the stage's folder: a file each, that `launchers/export.py` takes as it takes the run's own subspace."""
 CHANGES_NOTHING = ("batch_size", "share_prefix", "in_run")
 """Keys of the section that change no result."""
 
@@ -77,9 +79,11 @@ def measure_mechanism(config: Config, world: World, signals: StopSignals) -> str
             with run.progress(STAGE, None, "rows") as progress:
                 context = dataclasses.replace(run.context(folder, progress=progress), facts={"task": run.task.name})
                 outcome = measure(policy, held_out, material, config, context)
-            on_main("writing the mechanism test", lambda: write(folder, outcome, run.metrics))
+            with together("cutting the candidates"):
+                candidates = found_candidates(comparisons[0], material)
+            on_main("writing the mechanism test", lambda: write(folder, outcome, candidates, run.metrics))
 
-        run.run_stage(STAGE, inputs_of(run, rows), MECHANISM_FILES, work)
+        run.run_stage(STAGE, inputs_of(run, rows), [*MECHANISM_FILES, CANDIDATES], work)
         folder = run.folder.folder(STAGE)
         text = on_main("reading the mechanism test", lambda: read_json(folder / "details.json")["sentence"])
     return f"{text}\n{folder / 'mechanism.html'}"
@@ -195,8 +199,21 @@ def with_sites(found: Subspace, sites: Sequence[KVSite], moments: CalibrationMom
     return Subspace(parts, found.metadata)
 
 
-def write(folder: Path, outcome: MechanismOutcome, metrics: MetricLogger) -> None:
+def found_candidates(primary: Comparison, material: Material) -> dict[str, Subspace]:
+    """The candidates at the sites of the primary comparison, by name; spectra stay those of the gradients."""
+    own, names = (
+        own_subspace(primary, material),
+        [one for one in material.controls if CONTROLS[one].kind == "candidate"],
+    )
+    made = {name: control_subspace(name, own, material) for name in names}
+    return {name: Subspace(one.sites, {**one.metadata, "candidate": name}) for name, one in made.items()}
+
+
+def write(folder: Path, outcome: MechanismOutcome, candidates: Mapping[str, Subspace], metrics: MetricLogger) -> None:
     """Files, page and metrics of a test."""
+    (folder / CANDIDATES).mkdir(exist_ok=True)
+    for name, subspace in candidates.items():
+        save_subspace(folder / CANDIDATES / f"{name}.safetensors", subspace)
     result, details = dataclasses.asdict(outcome.result), dataclasses.asdict(outcome.details)
     write_json(folder / "mechanism.json", result)
     write_json(folder / "details.json", details)

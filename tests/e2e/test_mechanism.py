@@ -11,6 +11,7 @@ from tiny import save_tiny_model
 from wandb_log import read_offline_run
 
 from spd_dist.storage.artifacts import read_json
+from spd_dist.storage.subspace_file import load_subspace
 
 LAUNCHER = "launchers/mechanism.py"
 WORDS = [
@@ -74,6 +75,9 @@ def test_the_files_hold_the_primary_comparison_and_every_row(undisturbed):
     assert all(one["is_matched"] for one in details["matches"])
     assert details["validity"]["num_rows"] == 2
     assert {one["name"] for one in details["validity"]["subspaces"]} >= {"spd", "activation_pca", "random_000"}
+    kept = {file.stem: load_subspace(file) for file in (undisturbed / "mechanism" / "candidates").iterdir()}
+    assert kept.keys() == {"gradient_x_activation", "generalised", "right_minus_wrong", "cleaned"}
+    assert {(site.kind, *part.basis_DR.shape) for site, part in kept["cleaned"].sites.items()} == {("key", 16, 8)}
     page = (undisturbed / "mechanism" / "mechanism.html").read_text()
     assert page.count("<svg") == 2
     assert "kinds=value@fraction=0.25" in page
