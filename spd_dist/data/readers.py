@@ -123,8 +123,9 @@ def _read_parquet(stream: IO[bytes], name: str) -> Numbered:
 
     try:
         rows = pyarrow.parquet.read_table(stream).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{name}: not readable as Parquet: {error}; write it again, or use .jsonl") from error
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        fault = " ".join(str(error).split())
+        raise DataError(f"{name}: not readable as Parquet: {fault}; write it again, or use .jsonl") from error
     for number, row in enumerate(rows, 1):
         yield number, f"row {number}", row
 
@@ -137,8 +138,9 @@ def _read_arrow(stream: IO[bytes], name: str) -> Numbered:
     opened = pyarrow.ipc.open_file if whole.startswith(b"ARROW1") else pyarrow.ipc.open_stream
     try:
         rows = opened(io.BytesIO(whole)).read_all().to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{name}: not readable as Arrow: {error}; write it again, or use .jsonl") from error
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        fault = " ".join(str(error).split())
+        raise DataError(f"{name}: not readable as Arrow: {fault}; write it again, or use .jsonl") from error
     for number, row in enumerate(rows, 1):
         yield number, f"row {number}", row
 

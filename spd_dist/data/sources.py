@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -230,10 +230,11 @@ def normalised_row(task: Task, item: Located, key: str) -> Row | None:
     for name, kind in task.fields.items():
         if name not in row:
             refuse(name, f"missing, the row has {', '.join(map(str, item.row))}")
-        if kind is str:
-            row = {**row, name: _as_text(row[name])}
+        row = {**row, name: _of_kind(row[name], kind)}
         if not isinstance(row[name], kind):
             refuse(name, f"{shown(row[name])} is not of type {kind.__name__}")
+        if kind is list and _is_mixed(row[name]):
+            refuse(name, f"{shown(row[name])} holds what is no text")
     return {**row, "id": str(_as_text(row["id"]))}
 
 
@@ -243,6 +244,17 @@ def _normalise(task: Task, raw: _Watched, subset: str) -> Row | None:
     except (AttributeError, TypeError):  # it met a number where text is
         raw.update({name: _as_text(value) for name, value in raw.items()})
         return task.normalise(raw, subset)
+
+
+def _of_kind(value: Any, kind: type) -> Any:
+    if kind is list and isinstance(value, (list, tuple)):
+        return [_as_text(item) for item in value]
+    return _as_text(value) if kind is str else value
+
+
+def _is_mixed(items: Sequence[Any]) -> bool:
+    """Whether null, or another value that is no text, stands among texts."""
+    return None in items or len({isinstance(item, str) for item in items}) > 1
 
 
 def _as_text(value: Any) -> Any:

@@ -122,6 +122,30 @@ def test_numbers_become_text_where_text_belongs(tmp_path):
     assert load_rows(GSM8K, "train", Data(train=str(path)))[0]["question"] == "Two. 3"
 
 
+def test_lists_hold_texts_and_nothing_else(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    mmlu = {"question": "Which?", "choices": [1, 2.0], "answer": "1"}
+    path.write_text(json.dumps(mmlu))
+    [row] = load_rows(find_task("mmlu"), "test", Data(test=str(path)))
+    assert (row["choices"], row["answer"]) == (["1", "2"], "B")
+    for choices in (["a", None], [None], ["a", {"b": 1}]):
+        path.write_text(json.dumps(mmlu | {"choices": choices}))
+        with pytest.raises(DataError, match=r"line 1, field 'choices': .* holds what is no text"):
+            load_rows(find_task("mmlu"), "test", Data(test=str(path)))
+    path.write_text(json.dumps({"task_id": 3, "text": "t", "code": "c", "test_list": "['assert f(1)'"}))
+    with pytest.raises(DataError, match=r"line 1: mbpp row 3: its test_list is one text; write it as a list"):
+        load_rows(find_task("mbpp"), "test", Data(test=str(path)))
+
+
+def test_a_folder_of_files_is_read_by_datasets(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "train.csv").write_text("question,solution,answer\nq,s,007\nr,s,2\n")
+    (tmp_path / "folder" / "test.csv").write_text("question,solution,answer\nq,s,1\n")
+    assert [row["answer"] for row in rows_of(f"{tmp_path}/folder")] == ["7", "2"], "types are guessed"
+    assert [row["answer"] for row in load_rows(GSM8K, "test", Data(test=f"{tmp_path}/folder"))] == ["1"]
+
+
 DEEP = "[" * 100_000 + "]" * 100_000
 FAULTS = {
     b'{"question": null, "solution": "", "answer": "1"}': r"line 1, field 'question': None is not of type str",

@@ -42,7 +42,11 @@ class Mbpp:
             return {"setup": "", **raw}
         imports = "\n".join(raw.get("test_imports") or ())
         prompt = raw["text"] if "text" in raw else raw["prompt"]
-        tests = list(raw["test_list"])
+        tests = raw["test_list"]
+        if isinstance(tests, str):
+            raise DataError(
+                f"{self.name} row {number!r}: its test_list is one text; write it as a list of texts, each an assert"
+            )
         if any("def check(" in test for test in tests):
             raise DataError(
                 f"{self.name} row {number!r}: its test_list defines check(candidate) and calls nothing, as "

@@ -30,9 +30,10 @@ class Mmlu:
     )
 
     def normalise(self, raw: Mapping[str, Any], subset: str) -> Row | None:
-        """The hub numbers the answers from 0."""
+        """The hub numbers the answers from 0; a CSV file, too, as text."""
         answer = raw["answer"]
-        return {**raw, "answer": string.ascii_uppercase[answer] if isinstance(answer, int) else answer}
+        is_number = isinstance(answer, int) or (isinstance(answer, str) and answer.isdigit())
+        return {**raw, "answer": string.ascii_uppercase[int(answer)] if is_number else answer}
 
     def problem(self, row: Row) -> str:
         """Question and choices."""
