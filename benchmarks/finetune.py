@@ -38,7 +38,8 @@ from spd_dist.distributed.world import join_world
 from spd_dist.models.lora import add_adapters, key_dropout
 from spd_dist.models.loss import Student
 from spd_dist.models.policy import load_policy
-from spd_dist.stages.finetune.batching import TrainingSequence, global_batches
+from spd_dist.stages.finetune.batching import global_batches
+from spd_dist.stages.finetune.sequences import TrainingSequence
 from spd_dist.stages.finetune.step import TrainStep
 
 GLOBAL_BATCH, MICRO_BATCH, ROW_TOKENS = 8, 4, 512

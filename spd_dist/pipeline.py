@@ -7,6 +7,7 @@ Arms differ in a few settings (`spd_dist.arms`); what two of them have in common
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,19 +16,20 @@ from spd_dist.analysis.answer_summary import AnswersSummary
 from spd_dist.arms import Arm, chosen
 from spd_dist.config import STAGES, Config
 from spd_dist.data.prompts import make_examples, make_prompts
-from spd_dist.distributed.collectives import on_main, together
+from spd_dist.distributed.collectives import together
+from spd_dist.distributed.uneven_work import on_main
 from spd_dist.models.kv_sites import discover_sites
 from spd_dist.reports.run_end import report
 from spd_dist.run import Run
 from spd_dist.stages.calibrate import calibrate
 from spd_dist.stages.evaluate import evaluate_arm
 from spd_dist.stages.finetune import StudentSummary, finetune
-from spd_dist.stages.generate import CorpusSummary, generate
+from spd_dist.stages.generate import CorpusSummary, generate, prompts_folder, rendered_together
 from spd_dist.stages.project import drift, subspace, summary
 from spd_dist.stages.reduce import reduce
 from spd_dist.stages.sketch import ShardPlan, Unfinished, plan_sketches, sketch
 from spd_dist.storage.artifacts import write_json
-from spd_dist.storage.completions import CORPUS
+from spd_dist.storage.completions import corpus_name
 from spd_dist.storage.subspace_file import load_subspace, save_subspace
 from spd_dist.types import KVSite, SiteMoments, SupervisedExample
 
@@ -103,16 +105,14 @@ def write_completions(run: Run, arm: Arm, *, wanted: bool) -> None:
     config, rows = run.config_of(arm), run.rows("train")
 
     def work(folder: Path) -> CorpusSummary:
-        policy = run.policy()
-        with together("rendering the training prompts"):
-            prompts = make_prompts(rows, run.task, policy.tokenizer, config.data)
-        total = len(prompts) * config.generate.num_samples
-        with run.progress("generate", total // run.world.size, "completions", arm) as progress:
-            context = run.context(folder, arm, progress)
-            return generate(policy, prompts, stage_inputs.projection_of(run, arm), config.generate, context)
+        policy, projected = run.policy(), stage_inputs.projection_of(run, arm)
+        render = functools.partial(make_prompts, task=run.task, tokenizer=policy.tokenizer, config=config.data)
+        rendered = rendered_together(rows, render, prompts_folder(folder, config.generate), run.world)
+        with rendered as prompts, run.progress("generate", total // run.world.size, "completions", arm) as progress:
+            return generate(policy, prompts, projected, config.generate, run.context(folder, arm, progress))
 
-    made_from = stage_inputs.of_completions(run, arm)
-    run.run_stage(arm.stage("generate"), made_from, [CORPUS, "summary.json"], work, wanted=wanted)
+    total, made_from = len(rows) * config.generate.num_samples, stage_inputs.of_completions(run, arm)
+    run.run_stage(arm.stage("generate"), made_from, [corpus_name(total), "summary.json"], work, wanted=wanted)
 
 
 def train_student(run: Run, arm: Arm, *, wanted: bool) -> None:

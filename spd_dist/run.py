@@ -17,9 +17,10 @@ from spd_dist.data.sources import load_rows
 from spd_dist.data.tasks import Task, find_task
 from spd_dist.data.tasks.protocol import Row, Split
 from spd_dist.data.thinking import as_sampled, learned_parts
-from spd_dist.distributed.collectives import max_over_ranks, on_main, together
+from spd_dist.distributed.collectives import max_over_ranks, together
 from spd_dist.distributed.heartbeat import Heartbeat, naming_lagging_ranks, telling_of_silence
 from spd_dist.distributed.memory import peak_bytes, reset_peak_memory
+from spd_dist.distributed.uneven_work import on_main
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError
 from spd_dist.inference.external.vllm_process import EnginePool
@@ -33,7 +34,7 @@ from spd_dist.redaction import settings_of
 from spd_dist.stages.context import StageContext
 from spd_dist.storage.artifacts import content_hash, read_json
 from spd_dist.storage.attempts import AttemptClock, stage_cost
-from spd_dist.storage.completions import CORPUS, read_completions
+from spd_dist.storage.completions import open_corpus
 from spd_dist.storage.manifests import MANIFEST
 from spd_dist.storage.restart import kept_status, status_path
 from spd_dist.storage.run_folder import RunFolder
@@ -104,7 +105,7 @@ class Run:
     def opened(self) -> Iterator[None]:
         """Run stages in here: a collective that fails or hangs says where ranks are."""
         telling = telling_of_silence(self.heartbeat, self.config.distributed.timeout_seconds)
-        with self.metrics, naming_lagging_ranks(self.heartbeat), telling, self.engines.closed_at_the_end():
+        with self.metrics, telling, naming_lagging_ranks(self.heartbeat), self.engines.closed_at_the_end():
             yield
 
     def kept_status(self) -> AbstractContextManager[None]:
@@ -139,18 +140,17 @@ class Run:
 
     def earlier(self, stage: str) -> list[tuple[int, Path]]:
         """The folders of a stage in the rounds before, by their numbers; of those that did it."""
-        folders = [(number, path / stage) for number, path in enumerate(self.rounds_before, 1)]
+        folders = enumerate((path / stage for path in self.rounds_before), 1)
         return [(number, folder) for number, folder in folders if (folder / MANIFEST).exists()]
 
-    def corpus(self, arm: Arm, policy: Policy) -> list[Completion]:
+    def corpus(self, arm: Arm, policy: Policy) -> Sequence[Completion]:
         """What an arm's student learns from: its own completions, or the reference answers of the calibration set."""
         config, rows = self.config_of(arm), self.rows("calibration" if arm.learns_from == "references" else "train")
         with together("reading what the student learns from"):
-            ends, num = policy.eos_token_ids, config.calibrate.num_examples
+            rest, ends = (self.task, policy.tokenizer, config.data), policy.eos_token_ids
             if arm.learns_from == "references":
-                return make_references(rows[:num], self.task, policy.tokenizer, config.data, eos_token_ids=ends)
-            own = read_completions(self.folder.folder(arm.stage("generate")) / CORPUS)
-            own = as_sampled(own, rows, self.task, policy.tokenizer, config.data)
+                return make_references(rows[: config.calibrate.num_examples], *rest, eos_token_ids=ends)
+            own = as_sampled(open_corpus(self.folder.folder(arm.stage("generate")) / "completions"), rows, *rest)
             if arm.learns_from == "itself, ended":
                 own = with_eos(own, policy.tokenizer.decode, eos_token_ids=ends)
             return learned_parts(own, policy.tokenizer, config)

@@ -14,7 +14,7 @@ from spd_dist.inference.open_engine import choose_engine
 from spd_dist.run import Run
 from spd_dist.stages.project import projection
 from spd_dist.storage.artifacts import content_hash
-from spd_dist.storage.completions import CORPUS
+from spd_dist.storage.completions import corpus_name
 from spd_dist.storage.settings import READ_BY
 from spd_dist.storage.subspace_file import load_subspace
 from spd_dist.types import Projection
@@ -52,7 +52,8 @@ def of_student(run: Run, arm: Arm) -> dict[str, str]:
     """Policy, training, and what the student learns from; and the arm, that its card names."""
     found = {"settings": run.settings(*READ_BY["finetune"], arm=arm), "arm": f"{arm.made_as}: {arm.learns_from}"}
     if arm.writes:
-        return found | {"completions": run.folder.output_hash(arm.stage("generate"), CORPUS)}
+        corpus = corpus_name(len(run.rows("train")) * run.config_of(arm).generate.num_samples)
+        return found | {"completions": run.folder.output_hash(arm.stage("generate"), corpus)}
     references = [run.settings("data", "calibrate.num_examples", arm=arm), run.rows("calibration")]
     return found | {"references": content_hash(references)}
 

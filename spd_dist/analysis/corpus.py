@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -9,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from spd_dist.errors import DataError
-from spd_dist.storage.completions import gathered, is_empty, is_repetitive, read_completions
+from spd_dist.storage.completions import finished_corpus, gathered, is_empty, is_repetitive, open_corpus
+from spd_dist.storage.tables import num_tokens_of
 from spd_dist.types import Completion
 
 NUM_BARS = 12
@@ -60,7 +64,7 @@ class CorpusDiff:
     right_stop_rate: float
 
 
-def load_corpus(path: str | Path) -> list[Completion]:
+def load_corpus(path: str | Path) -> Sequence[Completion]:
     """The completions under a run's, arm's, stage's or completions folder, or of a file.
 
     Raises:
@@ -68,36 +72,43 @@ def load_corpus(path: str | Path) -> list[Completion]:
     """
     path = Path(path)
     place = next((path / name for name in PLACES if (path / name).is_dir()), path)
-    if place.is_dir():
-        completions = list(gathered(place).values())
+    if place.is_dir() and finished_corpus(place) is None:
+        completions: Sequence[Completion] = list(gathered(place).values())
     else:
-        completions = read_completions(place) if place.exists() else []
-    if not completions:
+        completions = open_corpus(place) if place.exists() else []
+    if not len(completions):
         raise DataError(f"{path} holds no completions; give a run folder, RUN_DIR/arms/psr, or a .jsonl file")
     return completions
 
 
 def corpus_stats(completions: Sequence[Completion]) -> CorpusStats:
     """The numbers of a corpus."""
-    lengths = [len(one.tokens) for one in completions]
-    num = len(completions)
+    prompts, texts, num = set(), set(), len(completions)
+    num_stopped = num_empty = num_repetitive = 0
+    for one in completions:  # once: a table makes them anew each time
+        prompts.add(one.id)
+        texts.add(hashlib.blake2b(one.text.encode(), digest_size=12).digest())
+        num_stopped += one.finish_reason == "stop"
+        num_empty += is_empty(one)
+        num_repetitive += is_repetitive(one)
+    lengths = num_tokens_of(completions, "tokens")
     return CorpusStats(
         num_completions=num,
-        num_prompts=len({one.id for one in completions}),
-        num_tokens=sum(lengths),
-        mean_tokens=statistics.fmean(lengths),
-        median_tokens=statistics.median(lengths),
-        max_tokens=max(lengths),
-        stop_rate=sum(one.finish_reason == "stop" for one in completions) / num,
-        empty_rate=sum(map(is_empty, completions)) / num,
-        repetition_rate=sum(map(is_repetitive, completions)) / num,
-        distinct_rate=len({one.text for one in completions}) / num,
+        num_prompts=len(prompts),
+        num_tokens=int(lengths.sum()),
+        mean_tokens=float(lengths.mean()),
+        median_tokens=float(np.median(lengths)),
+        max_tokens=int(lengths.max()),
+        stop_rate=num_stopped / num,
+        empty_rate=num_empty / num,
+        repetition_rate=num_repetitive / num,
+        distinct_rate=len(texts) / num,
     )
 
 
 def length_histogram(completions: Sequence[Completion], num_bars: int = NUM_BARS) -> list[Bar]:
     """Counts of completions by length, in bars of one width from zero to the longest."""
-    lengths = [len(one.tokens) for one in completions]
+    lengths = num_tokens_of(completions, "tokens").tolist()
     width = max(1, -(-(max(lengths) + 1) // num_bars))
     counts = Counter(length // width for length in lengths)
     return [Bar(index * width, (index + 1) * width, counts[index]) for index in range(max(counts) + 1)]

@@ -9,6 +9,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from spd_dist.config import Config, Data
 from spd_dist.data.prompts import asked_of, judged_text, make_prompts
@@ -109,7 +110,7 @@ def as_sampled(
         DataError: the prompts are not those of the rows any more.
     """
     by_id = {row["id"]: row for row in rows}
-    looked_at = [one for one in completions if one.id in by_id][:NUM_ROUND_TRIPS]
+    looked_at = list(islice((one for one in completions if one.id in by_id), NUM_ROUND_TRIPS))
     changed = retokenised = 0
     prompts = make_prompts([by_id[one.id] for one in looked_at], task, tokenizer, config)
     for one, prompt in zip(looked_at, prompts, strict=True):
@@ -137,7 +138,7 @@ def as_sampled(
     return completions
 
 
-def learned_parts(completions: Sequence[Completion], tokenizer: Tokenizer, config: Config) -> list[Completion]:
+def learned_parts(completions: Sequence[Completion], tokenizer: Tokenizer, config: Config) -> Sequence[Completion]:
     """The completions as `data.thinking` and `finetune.loss_on` say; as they are, where these take all of them.
 
     A thought that is only read, and not learned, moves to the prompt. Completions of which nothing is left are left
@@ -147,6 +148,13 @@ def learned_parts(completions: Sequence[Completion], tokenizer: Tokenizer, confi
         DataError: more thoughts are unfinished than `generate.max_unfinished_rate` allows; nothing is left.
     """
     marks, how = config.data.thinking_marks, config.data.thinking
+    if how != "drop" and config.finetune.loss_on not in (
+        "after_thought",
+        "thought",
+    ):  # of a corpus on disk, one at a time
+        num_unfinished = sum(find_thought(one, tokenizer, marks).is_unfinished for one in completions)
+        check_unfinished(num_unfinished, len(completions), config)
+        return completions
     thoughts = [find_thought(one, tokenizer, marks) for one in completions]
     check_unfinished(sum(one.is_unfinished for one in thoughts), len(completions), config)
     pairs = list(zip(completions, thoughts, strict=True))
@@ -154,10 +162,8 @@ def learned_parts(completions: Sequence[Completion], tokenizer: Tokenizer, confi
         parts = [_cut(one, thought.num_tokens, into_prompt=False) for one, thought in pairs]
     elif config.finetune.loss_on == "after_thought":
         parts = [_cut(one, thought.num_tokens, into_prompt=True) for one, thought in pairs]
-    elif config.finetune.loss_on == "thought":
-        parts = [dataclasses.replace(one, tokens=one.tokens[: thought.num_tokens]) for one, thought in pairs]
     else:
-        return list(completions)
+        parts = [dataclasses.replace(one, tokens=one.tokens[: thought.num_tokens]) for one, thought in pairs]
     kept = [part for part in parts if part.tokens]
     if not kept:
         raise DataError(

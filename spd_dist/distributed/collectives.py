@@ -6,9 +6,9 @@ Every function here is a collective: all ranks call it, in the same order.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,8 +16,6 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from spd_dist.errors import UserError
-
-T = TypeVar("T")
 
 
 def collective_device() -> torch.device:
@@ -75,6 +73,14 @@ def broadcast_(tensors: Iterable[Tensor], source: int = 0) -> None:
         tensor.copy_(moved)
 
 
+def max_over_ranks_(flag_N: Tensor) -> None:
+    """Overwrite each entry by the largest of all ranks': flags that any rank may set. Without others it stays."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        on_device = flag_N.to(collective_device())
+        dist.all_reduce(on_device, dist.ReduceOp.MAX)
+        flag_N.copy_(on_device)
+
+
 def all_equal(text: str) -> bool:
     """Whether every rank holds the same `text`: the check after a broadcast."""
     return len(set(gather_objects(text))) == 1
@@ -107,20 +113,6 @@ class together:
             shared = error_type(f"{message} (on rank {rank}, while {self.doing})")
             shared.is_shared = True
             raise shared
-
-
-def on_main(doing: str, action: Callable[[], T]) -> T:
-    """Rank 0's result of `action`, or its error, on every rank: for what is read, decided or written once.
-
-    `action` holds no collective. Without a process group it is simply done.
-    """
-    if not dist.is_initialized():
-        return action()
-    result = None
-    with together(doing):
-        if dist.get_rank() == 0:
-            result = action()
-    return broadcast_object(result)
 
 
 def _report(error: BaseException) -> tuple[type[BaseException], str]:

@@ -8,6 +8,7 @@ import os
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,12 +18,16 @@ from spd_dist.distributed.world import World
 
 log = logging.getLogger(__name__)
 
-SECONDS_BETWEEN = 2.0
+SECONDS_BETWEEN = 10.0
 SECONDS_TO_DIE = 0.5
 """A killed process closes its connections a moment before it is gone."""
 SILENCE_FRACTION = 0.8
 """Of the collectives' timeout: NCCL ends a process in it, without an exception that could say where ranks are."""
 TITLE = "A rank that failed or lags is the likely cause. Last seen:"
+MOST_LINES = 7
+"""With the error, the title, and a line of what is left out, ten in all."""
+LINE_BYTES = 1024
+"""Every line is as long, so that it can be overwritten where it stands: no other operation on the folder is needed."""
 
 
 class Heartbeat:
@@ -33,39 +38,53 @@ class Heartbeat:
         self.place = "the start"
         self.beaten = time.monotonic()
         self._written = float("-inf")
+        self._file: int | None = None
+        self._claim = folder / f"told-{socket.gethostname()}"
 
     def beat(self, place: str, *, now: bool = False) -> None:
-        """Say where this rank is; it reaches the disk every few seconds, or `now`."""
+        """Say where this rank is: on disk at once if it is the first time, or `now`; else when the watcher writes."""
         self.place, self.beaten = place, time.monotonic()
-        if now or self.beaten - self._written >= SECONDS_BETWEEN:
+        if now or self._written < 0:
+            self.write()
+
+    def write_if_due(self) -> None:
+        """Write if it beat since it was written, but not more often than every few seconds."""
+        if self.beaten > self._written and time.monotonic() - self._written >= SECONDS_BETWEEN:
             self.write()
 
     def write(self) -> None:
         """Put on disk where this rank is; a disk that can't be written must not hide what else is wrong."""
         self._written = time.monotonic()
         line = {"place": self.place, "time": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
-        path = self.folder / f"rank_{self.world.rank:05d}.json"
+        text = json.dumps(line | {"place": self.place[: LINE_BYTES // 4]}).encode()
+        path = self._path(self.world.rank)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            beside = path.with_suffix(".partial")
-            beside.write_text(json.dumps(line), encoding="utf-8")
-            beside.replace(path)
+            if self._file is None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._claim.unlink(missing_ok=True)  # of an earlier attempt
+                self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+            os.pwrite(self._file, text.ljust(LINE_BYTES - 1) + b"\n", 0)
         except OSError as error:
             log.warning("%s cannot be written: %s", path, error)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
 
     def lines(self) -> list[str]:
         """One line a rank, those that are gone first, then by how long they have been silent."""
         seen = []
         for rank in range(self.world.size):
-            path = self.folder / f"rank_{rank:05d}.json"
             try:
-                line = json.loads(path.read_text(encoding="utf-8"))
+                line = json.loads(self._path(rank).read_text(encoding="utf-8"))
                 line = {name: kind(line[name]) for name, kind in _FIELDS.items()}
             except OSError:
                 seen.append((0, float("-inf"), f"rank {rank}: never seen"))
                 continue
             except (ValueError, KeyError, TypeError, RecursionError):
-                seen.append((0, float("-inf"), f"rank {rank}: what it wrote to {path} cannot be read"))
+                seen.append((0, float("-inf"), f"rank {rank}: what it wrote to {self._path(rank)} cannot be read"))
                 continue
             is_gone = line["host"] == socket.gethostname() and not _is_alive(line["pid"])
             state = "its process is gone" if is_gone else f"silent for {max(0, time.time() - line['time']):.0f} s"
@@ -73,8 +92,36 @@ class Heartbeat:
         return [text for *_, text in sorted(seen)]
 
     def table(self) -> str:
-        """The lines under a title."""
-        return "\n".join([TITLE, *self.lines()])
+        """The lines that matter under a title, from one rank of each host; of the others where to find them."""
+        if not self._is_first_here():
+            return (
+                f"rank {self.world.rank} was at {self.place}; another rank of this host says where all were last seen"
+            )
+        lines = self.lines()
+        more = [f"and {len(lines) - MOST_LINES} more in {self.folder}"] if len(lines) > MOST_LINES else []
+        return "\n".join([TITLE, *lines[:MOST_LINES], *more])
+
+    def keep_traceback(self, text: str) -> None:
+        """Write it beside the heartbeats: those of a thousand ranks in one log would hide the cause."""
+        path = self.folder / f"failed_{self.world.rank:05d}.txt"
+        try:
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            log.warning("%s cannot be written (%s):\n%s", path, error, text)
+
+    def _is_first_here(self) -> bool:
+        """Whether no other rank of this host has told since this one started; if in doubt, too many tell."""
+        try:
+            with open(self._claim, "x", encoding="utf-8") as file:
+                file.write(str(self.world.rank))
+        except FileExistsError:
+            return self._claim.read_text(encoding="utf-8") == str(self.world.rank)
+        except OSError:
+            return True
+        return True
+
+    def _path(self, rank: int) -> Path:
+        return self.folder / f"rank_{rank:05d}.json"
 
 
 _FIELDS: Mapping[str, Callable[[Any], Any]] = {"place": str, "time": float, "host": str, "pid": int}
@@ -89,6 +136,14 @@ def _is_alive(pid: int) -> bool:
     return status.rpartition(")")[2].split()[0] not in "ZX"
 
 
+def brief(error: BaseException) -> str | None:
+    """What a log needs of an error that `naming_lagging_ranks` has seen; None of any other."""
+    if not hasattr(error, "__notes__"):
+        return None
+    reason = (str(error).splitlines() or [""])[0]
+    return "\n".join([f"{type(error).__name__}: {reason} (tracebacks: RUN_DIR/heartbeat/failed_*)", *error.__notes__])
+
+
 @contextmanager
 def naming_lagging_ranks(heartbeat: Heartbeat) -> Iterator[None]:
     """Add to an error from a collective where each rank was last seen."""
@@ -99,6 +154,7 @@ def naming_lagging_ranks(heartbeat: Heartbeat) -> Iterator[None]:
             heartbeat.beat(f"{heartbeat.place}, failed", now=True)
             time.sleep(SECONDS_TO_DIE)
             error.add_note(heartbeat.table())
+            heartbeat.keep_traceback(traceback.format_exc())
         raise
 
 
@@ -112,7 +168,8 @@ def telling_of_silence(
     def watch() -> None:
         told = None
         limit = SILENCE_FRACTION * timeout_seconds
-        while not ended.wait(min(limit / 4, 30)):
+        while not ended.wait(min(limit / 4, SECONDS_BETWEEN)):
+            heartbeat.write_if_due()
             beaten = heartbeat.beaten
             if beaten != told and time.monotonic() - beaten >= limit:
                 told = beaten
@@ -125,3 +182,4 @@ def telling_of_silence(
     finally:
         ended.set()
         thread.join()
+        heartbeat.close()

@@ -23,8 +23,19 @@ def free_bytes(world: World) -> int:
     """Free memory of this rank's accelerator; on the CPU, its part of what the host has left."""
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
-        return int(accelerator.available_memory(world.device.index))
+        return _free_on(world.device.index)
     return int(accelerator.available_memory()) // ranks_here(world)
+
+
+def _free_on(index: int) -> int:
+    """What the driver calls free, and what this process's allocator holds and has not given out.
+
+    DeepSpeed's own count takes this cache for used where nvidia-ml-py is installed, and cannot read a
+    CUDA_VISIBLE_DEVICES of UUIDs or MIG names.
+    """
+    device = torch.get_device_module(get_accelerator().device_name())
+    free, _ = device.mem_get_info(index)
+    return int(free + device.memory_reserved(index) - device.memory_allocated(index))
 
 
 class Device(NamedTuple):
@@ -44,7 +55,7 @@ def describe_device(local_rank: int, local_size: int) -> Device:
         return Device("cpu", 0, int(accelerator.available_memory()) // local_size)
     index = local_rank if accelerator.device_count() > 1 else 0
     name = torch.get_device_module(accelerator.device_name()).get_device_name(index)
-    return Device(name, accelerator.device_count(), int(accelerator.available_memory(index)))
+    return Device(name, accelerator.device_count(), _free_on(index))
 
 
 def peak_bytes(world: World) -> int:

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import hashlib
 import io
+import logging
 import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,14 +18,17 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.checkpoint import ds_to_universal
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
 from spd_dist.config import Distributed
 from spd_dist.distributed.checkpoint_safety import data_alone
-from spd_dist.distributed.zero import merge_settings, whole_shape
+from spd_dist.distributed.zero import check_offload, merge_settings, whole_shape
 from spd_dist.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
 
 
 class BackgroundWriter(TorchCheckpointEngine):
@@ -106,6 +110,7 @@ def training_settings(config: Distributed, dtype: torch.dtype, *, max_grad_norm:
     Raises:
         ConfigError: a key of the user's that conflicts with ours.
     """
+    check_offload(config)
     users = _without_auto(config.deepspeed)
     for key, instead in OURS.items():
         if key in users:
@@ -123,6 +128,8 @@ def training_settings(config: Distributed, dtype: torch.dtype, *, max_grad_norm:
         "bf16": {"enabled": dtype == torch.bfloat16},
         "fp16": {"enabled": dtype == torch.float16},
     }
+    if dtype == torch.bfloat16 and config.zero_stage >= 2 and "data_types" not in users:
+        ours["data_types"] = {"grad_accum_dtype": "fp32"}  # else what many micro-batches add is rounded each time
     return _without_compilation(merge_settings(ours, users))
 
 
@@ -156,12 +163,10 @@ def training_engine(
         {"params": [p for p in trained if len(whole_shape(p)) <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    # torch's own AdamW: DeepSpeed would compile one for minutes.
-    given = (
-        {"model_parameters": groups}
-        if "optimizer" in settings
-        else {"optimizer": torch.optim.AdamW(groups, lr=learning_rate)}
-    )
+    on_host = settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device") == "cpu"
+    given: dict[str, Any] = {"model_parameters": groups}
+    if "optimizer" not in settings:
+        given = {"optimizer": _adamw(groups, learning_rate, on_host=on_host)}
     try:
         engine, *_ = deepspeed.initialize(model=module, config=dict(settings), **given)
     except (ValueError, AssertionError) as error:
@@ -174,6 +179,23 @@ def training_engine(
     for group in engine.optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return engine
+
+
+def _adamw(groups: list[dict[str, Any]], learning_rate: float, *, on_host: bool) -> torch.optim.Optimizer:
+    """AdamW: fused on an accelerator; DeepSpeed's for states in the hosts' memory, where it builds.
+
+    DeepSpeed compiles its own at first use. On a machine without accelerators that takes minutes and saves nothing.
+    """
+    if get_accelerator().device_name() == "cpu":
+        return torch.optim.AdamW(groups, lr=learning_rate)
+    if not on_host:
+        return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
+    try:
+        return DeepSpeedCPUAdam(groups, lr=learning_rate, adamw_mode=True)
+    except (RuntimeError, ImportError, OSError) as error:  # no compiler, or none that fits
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        log.warning("DeepSpeed's CPU Adam does not build here (%s); torch's is used, which is slower", reason)
+        return torch.optim.AdamW(groups, lr=learning_rate)
 
 
 def close_engine(engine: DeepSpeedEngine) -> None:

@@ -1,7 +1,8 @@
 """Work that keeps ranks for unlike times: one that is done waits for the others, however long they take.
 
 In a collective it would fail after `distributed.timeout_seconds`, though nobody is at fault. Here ranks wait in the
-store through which they met, where each gives signs of life; only one that gives none for that time is lost.
+store through which they met, where each gives signs of life; only one that gives none for that time is lost. Rank 0,
+which holds the store, reads all signs at once; the others look at the one key that says how it ended.
 """
 
 from __future__ import annotations
@@ -9,21 +10,41 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from spd_dist.distributed.collectives import together
+from spd_dist.distributed.collectives import broadcast_object, together
 from spd_dist.errors import StopRequested
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 SIGNS = 8
 """In the time after which a rank is lost; at least one in `LONGEST_SECONDS`."""
 LONGEST_SECONDS = 30.0
-FIRST_SECONDS, POLL_SECONDS = 0.005, 1.0
-"""Between two looks at how many ranks are done: soon at first, since most work ends at about the same time."""
+FIRST_SECONDS, LONGEST_POLL_SECONDS = 0.005, 10.0
+"""Between two looks at whether all are done. (A blocking `get` would print two warnings each time that it gives up.)"""
+DONE = b"done"
+
+
+def on_main(doing: str, action: Callable[[], T]) -> T:
+    """Rank 0's result of `action`, or its error, on every rank: for what is read, decided or written once.
+
+    A collective in which rank 0 may take any time. `action` holds no collective. Without a process group it is simply
+    done.
+    """
+    if not dist.is_initialized():
+        return action()
+    result = None
+    with wait_for_all_ranks(doing):
+        if dist.get_rank() == 0:
+            result = action()
+    return broadcast_object(result)
 
 
 class wait_for_all_ranks:
@@ -39,78 +60,136 @@ class wait_for_all_ranks:
         self.doing = doing
 
     def __enter__(self) -> None:
-        self.others = _Others() if dist.is_initialized() and dist.get_world_size() > 1 else None
+        self.others = None
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            self.others = StoreWait(_own_connection(), dist.get_rank(), dist.get_world_size())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.others is not None:
-            if error is not None and not isinstance(error, StopRequested):
-                log.warning("stopped while %s; the other ranks are waited for (%s)", self.doing, error)
-            self.others.wait(self.doing)
+            self.others.wait(self.doing, None if isinstance(error, StopRequested) else error)
         together(self.doing).__exit__(kind, error, trace)
 
 
-class _Others:
-    """What is known of the other ranks. Only the thread talks to the store: after a cut link a call may never end."""
+@dataclass
+class Connection:
+    """A connection to the store that no one else waits on: a call that hangs holds up nobody."""
 
-    def __init__(self) -> None:
-        store = _get_default_store()
-        self.limit_seconds = store.timeout.total_seconds()
-        self.store = store.clone()  # a connection of its own: a call that hangs holds up nobody else
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        use = self.store.add(f"pace/uses/{self.rank}", 1)  # every rank's n-th use is the same one
-        self.done_key, self.sign_keys = f"pace/{use}/done", [f"pace/{use}/{rank}" for rank in range(self.size)]
-        self.is_waiting, self.are_done, self.is_over = threading.Event(), threading.Event(), threading.Event()
+    given: dist.Store
+    """The one that it was made from."""
+    store: dist.Store
+    limit_seconds: float
+    """After which a rank without a sign is lost."""
+    num_uses: int = 0
+    """Every rank's n-th use is the same one."""
+
+
+_connections: list[Connection] = []
+"""One at most: of the process group that there is."""
+
+
+def _own_connection() -> Connection:
+    given = _get_default_store()
+    if not _connections or _connections[0].given is not given:
+        _connections[:] = [Connection(given, given.clone(), given.timeout.total_seconds())]
+    return _connections[0]
+
+
+class StoreWait:
+    """One use of the store by all ranks. Only its thread talks to it: after a cut link a call may never end."""
+
+    def __init__(self, connection: Connection, rank: int, size: int) -> None:
+        """From here on this rank gives signs of life."""
+        self.store, self.limit_seconds = connection.store, connection.limit_seconds
+        self.period_seconds = min(LONGEST_SECONDS, self.limit_seconds / SIGNS)
+        self.rank, self.size, self.use = rank, size, connection.num_uses
+        connection.num_uses += 1
+        self.is_waiting, self.has_ended = threading.Event(), threading.Event()
+        self.end = b""
         self.fault: RuntimeError | None = None
-        self.num_missing = self.size
-        self.signs = [0] * self.size
-        self.heard = [time.monotonic()] * self.size
-        self.thread = threading.Thread(target=self._watch, name="pace", daemon=True)
+        self.contact = time.monotonic()
+        self.num_missing = size
+        self.signs: list[bytes | None] = [None] * size
+        self.heard = [self.contact] * size
+        self.thread = threading.Thread(target=self._talk, name="meeting", daemon=True)
         self.thread.start()
 
-    def wait(self, doing: str) -> None:
-        """Until every rank is done."""
-        started = said = time.monotonic()
-        self.heard = [started] * self.size
+    def wait(self, doing: str, error: BaseException | None = None) -> None:
+        """Until every rank is done; `error` is this rank's, that the others hear of then.
+
+        Raises:
+            RuntimeError: a rank, or the store, gave no sign for too long.
+        """
+        started = said = self.contact = time.monotonic()
         self.is_waiting.set()
-        while not self.are_done.wait(min(POLL_SECONDS, self.limit_seconds / SIGNS)):
+        while not self.has_ended.wait(self.period_seconds):
             now = time.monotonic()
             if now - said >= LONGEST_SECONDS:
                 said = now
                 log.info("%s: waiting for %d of %d ranks, %.0f s", doing, self.num_missing, self.size, now - started)
-            lost = [rank for rank in range(self.size) if now - self.heard[rank] > self.limit_seconds]
-            if lost or self.fault is not None:
-                self.is_over.set()
-                names = f"no sign of life from rank {', '.join(map(str, lost))} for {self.limit_seconds:.0f} s"
-                raise RuntimeError(f"{names if lost else 'the store is gone'}, while {doing}") from self.fault
+                if error is not None:
+                    log.warning("stopped while %s; the other ranks are waited for (%s)", doing, error)
+                    error = None
+            if now - self.contact > self.limit_seconds:
+                raise RuntimeError(f"the store is gone, while {doing}")
+        if self.fault is not None:
+            raise RuntimeError(f"the store is gone, while {doing}") from self.fault
         self.thread.join()
+        if self.end != DONE:
+            lost = f"no sign of life from rank {self.end.decode()} for {self.limit_seconds:.0f} s"
+            raise RuntimeError(f"{lost}, while {doing}")
 
-    def _watch(self) -> None:
+    def _talk(self) -> None:
         try:
-            while not self.is_waiting.wait(self._exchange_signs()):
-                pass
-            self._watch_the_end()
+            while not self.is_waiting.wait(self.period_seconds):
+                self._give_sign()
+            if self.store.add(self._key("done"), 1) == self.size:
+                self.store.set(self._key("end"), DONE)
+                for name in ("done", "end") if self.use else ():  # all have left the meeting before this one
+                    self.store.delete_key(self._key(name, self.use - 1))
+            self._watch_for_the_end()
         except RuntimeError as error:
             self.fault = error
+        self.has_ended.set()
 
-    def _exchange_signs(self) -> float:
-        """Give one, and look at the others' if this rank has nothing else to do; gives the time until the next."""
-        self.store.add(self.sign_keys[self.rank], 1)
-        for rank, key in enumerate(self.sign_keys if self.is_waiting.is_set() else ()):
-            count = self.store.add(key, 0)
-            if count != self.signs[rank]:
-                self.signs[rank], self.heard[rank] = count, time.monotonic()
-        return min(LONGEST_SECONDS, self.limit_seconds / SIGNS)
+    def _watch_for_the_end(self) -> None:
+        """Look soon at first, since most work ends at about the same time; of many ranks each looks more seldom."""
+        growth = min(1.0, max(0.1, self.size / 1024))
+        started = time.monotonic()
+        next_sign = started + self.period_seconds
+        while not self.store.check([self._key("end")]):
+            now = time.monotonic()
+            time.sleep(max(FIRST_SECONDS, min(growth * (now - started), LONGEST_POLL_SECONDS, self.period_seconds)))
+            if now >= next_sign:
+                next_sign = now + self.period_seconds
+                self._give_sign()
+        self.end = self.store.get(self._key("end"))
 
-    def _watch_the_end(self) -> None:
-        self.store.add(self.done_key, 1)
-        pause, next_sign = FIRST_SECONDS, 0.0
-        while (num_done := self.store.add(self.done_key, 0)) < self.size:
-            self.num_missing = self.size - num_done
-            if self.is_over.wait(pause):
-                return
-            pause = min(2 * pause, POLL_SECONDS)
-            if time.monotonic() >= next_sign:
-                next_sign = time.monotonic() + self._exchange_signs()
-        self.are_done.set()
+    def _give_sign(self) -> None:
+        self.store.add(f"meeting/sign/{self.rank}", 1)
+        self.contact = time.monotonic()
+        if self.rank == 0:
+            self._look_for_lost_ranks()
+
+    def _look_for_lost_ranks(self) -> None:
+        """If any rank waits: two requests for all signs together, and one more while some rank never gave any."""
+        num_done = self.store.add(self._key("done"), 0)
+        self.num_missing = self.size - num_done
+        if num_done in (0, self.size):
+            return
+        keys = [f"meeting/sign/{rank}" for rank in range(self.size)]
+        there = [rank for rank, sign in enumerate(self.signs) if sign is not None]
+        if len(there) < self.size:
+            all_there = self.store.check(keys)
+            there = [rank for rank, key in enumerate(keys) if all_there or self.store.check([key])]
+        now = time.monotonic()
+        for rank, sign in zip(there, self.store.multi_get([keys[rank] for rank in there]), strict=True):
+            if sign != self.signs[rank]:
+                self.signs[rank], self.heard[rank] = sign, now
+        lost = [rank for rank in range(self.size) if now - self.heard[rank] > self.limit_seconds]
+        if lost:
+            self.store.set(self._key("end"), ", ".join(map(str, lost)).encode())
+
+    def _key(self, name: str, use: int | None = None) -> str:
+        return f"meeting/{self.use if use is None else use}/{name}"

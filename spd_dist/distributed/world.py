@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -62,10 +63,26 @@ def join_world(config: Distributed) -> World:
                 f"MASTER_PORT: {os.environ['MASTER_PORT']} is taken on {socket.gethostname()}, by another run perhaps; "
                 "give this one another: deepspeed --master_port PORT, or MASTER_PORT=PORT elsewhere"
             ) from error
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size())
-    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local_size))
+    cores = (socket.gethostname(), frozenset(os.sched_getaffinity(0)))
+    everyones: list[tuple[str, frozenset[int]]] = [cores] * dist.get_world_size()
+    dist.all_gather_object(everyones, cores)
+    torch.set_num_threads(config.threads or num_threads(cores, everyones))
     dist.barrier()  # a rank that is done must not close its sockets while another still connects
     return World(dist.get_rank(), dist.get_world_size(), _take_device(int(os.environ.get("LOCAL_RANK", "0"))))
+
+
+def num_threads(own: tuple[str, frozenset[int]], everyones: Sequence[tuple[str, frozenset[int]]]) -> int:
+    """Threads of a rank: its cores, divided among those ranks of its host that may run on them, too.
+
+    `deepspeed` and `torchrun` leave each rank all cores of the host; srun with `--cpus-per-task` binds it to its own.
+
+    Args:
+        own: This rank's host and cores.
+        everyones: The same of all ranks.
+    """
+    host, cores = own
+    num_sharing = sum(other_host == host and bool(other & cores) for other_host, other in everyones)
+    return max(1, len(cores) // max(1, num_sharing))
 
 
 def check_interface(wanted: str, present: Sequence[str]) -> None:
@@ -131,11 +148,9 @@ def _tasks_on_node(environment: Mapping[str, str]) -> int:
 
 
 def _first_host(nodelist: str) -> str:
-    """`node[3-5,9],other` -> `node3`."""
-    head, bracket, rest = nodelist.partition("[")
-    if not bracket or "," in head:
-        return nodelist.split(",")[0]
-    return head + rest.split("]")[0].replace(",", "-").split("-")[0]
+    """`node[3-5,9],other` -> `node3`, `rack[1-2]node[07-08]-ib` -> `rack1node07-ib`."""
+    first = re.split(r",(?![^\[]*\])", nodelist)[0]
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
 
 
 def _free_port() -> int:

@@ -53,8 +53,28 @@ def merge_settings(
     return merged
 
 
+def check_offload(config: Distributed) -> None:
+    """Refuse weights or optimizer states on NVMe: it needs a library of the system's, and no test shows it.
+
+    Raises:
+        ConfigError: `offload_param` or `offload_optimizer` names it.
+    """
+    for name in ("offload_param", "offload_optimizer"):
+        offload = config.deepspeed.get("zero_optimization", {}).get(name)
+        if isinstance(offload, Mapping) and offload.get("device") == "nvme":
+            raise ConfigError(
+                f"distributed.deepspeed.zero_optimization.{name}.device: nvme is not supported; set cpu, or take more "
+                "ranks"
+            )
+
+
 def sharding_settings(config: Distributed, dtype: torch.dtype) -> dict[str, Any]:
-    """DeepSpeed's configuration of a sharded module that is not trained."""
+    """DeepSpeed's configuration of a sharded module that is not trained.
+
+    Raises:
+        ConfigError: an offload that is not supported.
+    """
+    check_offload(config)
     ours = {
         "train_micro_batch_size_per_gpu": 1,
         "steps_per_print": 1 << 30,

@@ -15,7 +15,7 @@ from spd_dist.hub.cards import Published, corpus_card, student_card, subspace_ca
 from spd_dist.hub.repository import NAME, Patience, Repository, is_hub_name, upload
 from spd_dist.overrides import config_of_arm, load_config
 from spd_dist.storage.artifacts import read_json
-from spd_dist.storage.completions import CORPUS
+from spd_dist.storage.completions import CORPUS, TABLE, finished_corpus, open_corpus, to_text
 from spd_dist.storage.subspace_file import FILE_NAME
 
 Product = Literal["adapter", "merged", "full", "subspace", "corpus"]
@@ -69,8 +69,12 @@ def stage(publication: Publication, published: Published, place: Path) -> None:
         (place / FILE_NAME).symlink_to(file.resolve())
         card = subspace_card(published, file)
     elif product == "corpus":
-        file = _existing(run_dir / arm.stage("generate") / CORPUS, "generate")
-        (place / file.name).symlink_to(file.resolve())
+        text = run_dir / arm.stage("generate") / CORPUS
+        file = _existing(finished_corpus(text.parent) or text, "generate")
+        if file.name == TABLE:
+            to_text(open_corpus(file), place / text.name)
+        else:
+            (place / text.name).symlink_to(file.resolve())
         card = corpus_card(published, file.parent)
     else:
         folder = _existing(run_dir / arm.stage("finetune") / FOLDERS[product], "finetune")

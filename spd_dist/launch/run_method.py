@@ -150,6 +150,7 @@ def run(config: Config, arguments: argparse.Namespace, signals: StopSignals) -> 
 
 def on_every_rank(config: Config, work: Callable[[World], str]) -> int:
     """Join the other ranks and print what `work` gives; every failure ends all ranks, and none waits for ever."""
+    from spd_dist.distributed.heartbeat import brief
     from spd_dist.distributed.world import join_world, leave_world
     from spd_dist.tracking.console import set_up_logging
 
@@ -173,8 +174,8 @@ def on_every_rank(config: Config, work: Callable[[World], str]) -> int:
         if not error.is_shared:
             end_now(error.exit_code)  # the others are inside a collective: only a closed connection reaches them
         code = error.exit_code
-    except BaseException:  # noqa: BLE001 - printed, and no rank may be left waiting for this one
-        traceback.print_exc()
+    except BaseException as error:  # noqa: BLE001 - printed, and no rank may be left waiting for this one
+        print(brief(error) or traceback.format_exc(), file=sys.stderr, flush=True)
         time.sleep(SECONDS_FOR_THE_CAUSE if world.size > 1 else 0)
         end_now(1)
     else:

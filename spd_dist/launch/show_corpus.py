@@ -1,7 +1,8 @@
-"""Look at generated corpora: `python launchers/corpus.py stats|diff|show RUN_DIR [RUN_DIR/arms/psr]`.
+"""Look at generated corpora: `python launchers/corpus.py stats|diff|show|export RUN_DIR [RUN_DIR/arms/psr]`.
 
 stats: counts, rates and a histogram of lengths, for each corpus. diff: what two corpora share. show: completions, of
-two corpora side by side. A corpus is a run's folder, an arm's (RUN_DIR/arms/psr), or a .jsonl file.
+two corpora side by side. export: a corpus as JSON Lines, which a large one (`completions.arrow`) is not.
+A corpus is a run's folder, an arm's (RUN_DIR/arms/psr), or a .jsonl file.
 Exit codes: 0 done, 3 a corpus is missing or corrupt, 1 anything else.
 """
 
@@ -20,6 +21,7 @@ from rich.text import Text
 
 from spd_dist.analysis.corpus import corpus_diff, corpus_stats, length_histogram, load_corpus, pairs
 from spd_dist.errors import UserError
+from spd_dist.storage.completions import to_text
 from spd_dist.types import Completion
 
 BAR_WIDTH = 40
@@ -40,13 +42,15 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = parser.add_subparsers(required=True, metavar="stats|diff|show")
-    for name, shown, count in (("stats", stats, "+"), ("diff", diff, 2), ("show", show, "+")):
+    verbs = parser.add_subparsers(required=True, metavar="stats|diff|show|export")
+    for name, shown, count in (("stats", stats, "+"), ("diff", diff, 2), ("show", show, "+"), ("export", export, 1)):
         verb = verbs.add_parser(name, help=shown.__doc__)
         verb.add_argument(
             "corpora", nargs=count, type=Path, metavar="CORPUS", help="a run's or arm's folder, or a file"
         )
         verb.set_defaults(shown=shown)
+        if name == "export":
+            verb.add_argument("file", type=Path, metavar="FILE.jsonl", help="where to write it")
         if name == "show":
             verb.add_argument("--id", action="append", dest="ids", help="only this prompt; may be repeated")
             verb.add_argument("--num", type=int, default=5, help="at most so many completions")
@@ -94,6 +98,12 @@ def show(arguments: argparse.Namespace, corpora: Sequence[Sequence[Completion]])
     for row in islice(rows, arguments.num):
         table.add_row(f"{row[0].id}\nsample {row[0].sample}", *(cell(one) for one in row))
     return table
+
+
+def export(arguments: argparse.Namespace, corpora: Sequence[Sequence[Completion]]) -> str:
+    """A corpus as JSON Lines, a completion a line."""
+    to_text(corpora[0], arguments.file)
+    return f"{len(corpora[0])} completions are in {arguments.file}"
 
 
 def cell(completion: Completion) -> Text:

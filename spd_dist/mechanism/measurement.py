@@ -13,7 +13,8 @@ import torch
 
 from spd_dist.config import Config
 from spd_dist.data.held_out import HeldOutExample
-from spd_dist.distributed.collectives import gather_objects, on_main
+from spd_dist.distributed.collectives import gather_objects
+from spd_dist.distributed.uneven_work import on_main
 from spd_dist.inference.placement import choose_placement, placed
 from spd_dist.mechanism.prefix import SharedPrefix
 from spd_dist.mechanism.scoring import RowValues, ScoredBatch, log_probabilities, row_values, scored_logits

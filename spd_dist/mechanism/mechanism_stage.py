@@ -23,7 +23,8 @@ from spd_dist.data.held_out import held_out_rows, make_held_out, shuffled_exampl
 from spd_dist.data.prompts import make_examples, make_test_set
 from spd_dist.data.tasks.protocol import Row
 from spd_dist.data.templates import Tokenizer
-from spd_dist.distributed.collectives import on_main, together
+from spd_dist.distributed.collectives import together
+from spd_dist.distributed.uneven_work import on_main
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError
 from spd_dist.mechanism.comparisons import Comparison, layers_of, own_subspace, planned

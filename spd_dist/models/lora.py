@@ -166,7 +166,12 @@ def save_adapter(adapted: PeftModel, tensors: Mapping[str, Tensor], folder: Path
 def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
     """`model` with the frozen adapter of `folder`, in eval mode; `model` itself is changed."""
     with torch.random.fork_rng(devices=[]), _peft_gathers(model):
-        adapted = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False).eval()
+        adapted = PeftModel.from_pretrained(
+            model,
+            str(folder),
+            autocast_adapter_dtype=False,
+            torch_device="cpu",  # or every rank opens the first GPU
+        ).eval()
     _let_dora_read_base_weights(adapted)
     return adapted
 

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from spd_dist.models.gradient_capture import supervised_rows
 
-CHUNK_BYTES = 64 * 2**20
-"""Size of one chunk's logits in float32."""
+CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
+"""Size of one chunk's logits in float32. With weights that are trained, each chunk reads and writes a gradient of their
+size: few large ones on an accelerator, where memory is faster than it is scarce."""
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -45,7 +46,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None,
             torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias else None,
         )
-        size = max(1, CHUNK_BYTES // (4 * len(weight_VD)))
+        size = max(1, CHUNK_BYTES.get(hidden_ND.device.type, CHUNK_BYTES["cpu"]) // (4 * len(weight_VD)))
         for start in range(0, len(label_N), size):
             rows = slice(start, start + size)
             logit_CV = torch.nn.functional.linear(hidden_ND[rows], weight_VD, bias_V).float()

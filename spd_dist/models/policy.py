@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from huggingface_hub import snapshot_download
+import torch.distributed as dist
+from huggingface_hub import HfApi, snapshot_download
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,7 +23,7 @@ from transformers import (
 from transformers.integrations import HfDeepSpeedConfig
 
 from spd_dist.config import Distributed, Model
-from spd_dist.distributed.collectives import together
+from spd_dist.distributed.collectives import gather_objects, together
 from spd_dist.distributed.uneven_work import wait_for_all_ranks
 from spd_dist.distributed.world import World
 from spd_dist.distributed.zero import DeepSpeedEngine, frozen_engine, sharding_settings, weights_fingerprint
@@ -145,17 +148,54 @@ def load_policy(config: Model, distributed: Distributed, world: World) -> Policy
 
 
 def prepare_model(config: Model) -> str:
-    """What transformers loads for `model.name`: a GGUF file is converted if it never was. A collective.
+    """What transformers loads for `model.name`: a GGUF file is converted if it never was, a model of the hub fetched.
 
-    Nodes with caches of their own may take unlike times for it, and none waits in a collective meanwhile.
+    A collective. One rank a host asks the hub, and none of them if the host's cache has the model. Hosts may take
+    unlike times for it, and none waits in a collective meanwhile.
 
     Raises:
-        DataError: the GGUF file is missing or can't be converted, or the cache not be written.
+        DataError: the GGUF file is missing or can't be converted, or the cache not be written; the hub has no such
+            model, or can't be reached.
     """
-    if not is_gguf(config.name):
-        return config.name
-    with wait_for_all_ranks("converting the model"):
-        return _local_source(config)
+    if is_gguf(config.name):
+        with wait_for_all_ranks("converting the model"):
+            return _local_source(config)
+    if not Path(config.name).exists():
+        hosts = gather_objects(socket.gethostname())
+        is_first = not dist.is_initialized() or hosts.index(socket.gethostname()) == dist.get_rank()
+        with wait_for_all_ranks("fetching the model"):
+            if is_first and not _is_cached(config):
+                _fetch(config)
+        _fetched.add((config.name, config.revision))
+    return config.name
+
+
+_fetched: set[tuple[str, str | None]] = set()
+"""Models of the hub that this host has: read from its cache, with no question to the hub."""
+BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")
+
+
+def _is_cached(config: Model) -> bool:
+    """Whether the cache holds weights, all of those that their index names."""
+    folder = _in_cache(config)
+    if folder is None or not (folder / "config.json").exists():
+        return False
+    indices = [*folder.glob("*.index.json")]
+    named = {name for file in indices for name in json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()}
+    return all((folder / name).exists() for name in named) and any(next(folder.glob(kind), None) for kind in WEIGHTS)
+
+
+def _fetch(config: Model) -> None:
+    try:
+        names = HfApi().list_repo_files(config.name, revision=config.revision)
+        weights = WEIGHTS[:1] if any(name.endswith(".safetensors") for name in names) else WEIGHTS
+        snapshot_download(config.name, revision=config.revision, allow_patterns=[*weights, *BESIDE_WEIGHTS])
+    except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"model.name: {config.name} is no folder here, not whole in this host's cache and not to be had from the "
+            f"hub ({reason}); correct it, or download it where there is a network, with HF_HOME on a shared disk"
+        ) from error
 
 
 def load_replica(config: Model, distributed: Distributed, world: World, *, adapter: Path | None = None) -> Policy:
@@ -229,6 +269,8 @@ def _read(reader: type, source: str, model: Model, **settings: object) -> object
     options = {"trust_remote_code": model.trust_remote_code} | settings
     if model.revision is not None:
         options["revision"] = model.revision
+    if (source, model.revision) in _fetched:
+        options["local_files_only"] = True
     try:
         return reader.from_pretrained(source, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 from spd_dist.config import Distributed
 from spd_dist.distributed.collectives import any_rank, gather_objects
 from spd_dist.errors import StopRequested
-from spd_dist.process.signals import STOP_FILE, StopSignals, stop_file, touched
+from spd_dist.process.signals import STOP_FILE, StopSignals, seconds_between_looks, stop_file, touched
 
 
 def watch(signals: StopSignals, folder: Path, task_index: int | None = None) -> None:
@@ -19,6 +19,7 @@ def watch(signals: StopSignals, folder: Path, task_index: int | None = None) -> 
     """
     files = [folder / STOP_FILE, folder / stop_file(task_index)]
     seen = gather_objects([touched(file) for file in files])
+    signals.seconds_between = seconds_between_looks(len(seen))
     signals.watch({file: max(times) for file, times in zip(files, zip(*seen, strict=True), strict=True)})
 
 

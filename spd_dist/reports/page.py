@@ -16,8 +16,9 @@ from spd_dist.config import Config
 from spd_dist.reports import figures
 from spd_dist.storage.answers import answers_path, read_answers
 from spd_dist.storage.artifacts import read_json, write_text
-from spd_dist.storage.completions import CORPUS, read_completions
+from spd_dist.storage.completions import finished_corpus, open_corpus
 from spd_dist.storage.settings import settings_by_key
+from spd_dist.storage.tables import column_of, num_tokens_of
 from spd_dist.types import Answer
 
 
@@ -150,9 +151,11 @@ def drawn_comparisons(
 def _drawn_training(run_folder: Path, report: Mapping[str, Any]) -> list[dict[str, Any]]:
     corpora = {}
     for arm in report["arms"]:
-        file = run_folder / ("generate" if arm == "spd" else f"arms/{arm}/generate") / CORPUS
-        if file.exists():
-            corpora[arm] = [(len(one.tokens), one.finish_reason == "stop") for one in read_completions(file)]
+        file = finished_corpus(run_folder / ("generate" if arm == "spd" else f"arms/{arm}/generate") / "completions")
+        if file is not None:
+            corpus = open_corpus(file)
+            ends = (reason == "stop" for reason in column_of(corpus, "finish_reason"))
+            corpora[arm] = list(zip(num_tokens_of(corpus, "tokens").tolist(), ends, strict=True))
     found = []
     if corpora:
         sentence = "What each student learned from: a student ends as often as its corpus does."

@@ -9,7 +9,7 @@ from spd_dist.analysis.answer_summary import AnswersSummary, answers_summary
 from spd_dist.arms import Arm
 from spd_dist.data.sources import check_leaks, published_size
 from spd_dist.data.tasks.protocol import Task
-from spd_dist.distributed.collectives import on_main
+from spd_dist.distributed.uneven_work import on_main
 from spd_dist.reports.page import write_page
 from spd_dist.reports.report_text import report_text
 from spd_dist.reports.run_report import Asked, log_report, write_report

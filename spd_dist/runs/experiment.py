@@ -16,7 +16,8 @@ from spd_dist.arms import Scope
 from spd_dist.config import STAGES, Config, Experiment
 from spd_dist.data.sources import load_rows
 from spd_dist.data.tasks import find_task
-from spd_dist.distributed.collectives import on_main, together
+from spd_dist.distributed.collectives import together
+from spd_dist.distributed.uneven_work import on_main
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError
 from spd_dist.process.signals import StopSignals, task_name

@@ -17,7 +17,8 @@ import torch
 
 from spd_dist.arms import Arm, Scope, chosen
 from spd_dist.config import STAGES, Config
-from spd_dist.distributed.collectives import on_main, together
+from spd_dist.distributed.collectives import together
+from spd_dist.distributed.uneven_work import on_main
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError
 from spd_dist.models.lora import load_adapter, merged_tensors, remove_adapters

@@ -11,7 +11,8 @@ from typing import Any
 from spd_dist.arms import Scope
 from spd_dist.config import Config
 from spd_dist.data.sources import published_size
-from spd_dist.distributed.collectives import on_main, together
+from spd_dist.distributed.collectives import together
+from spd_dist.distributed.uneven_work import on_main
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError
 from spd_dist.inference.placement import load_to_answer

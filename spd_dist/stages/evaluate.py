@@ -19,7 +19,8 @@ from spd_dist.data.prompts import TestSet, choice_texts, judged_text
 from spd_dist.data.scoring.programs import canonical
 from spd_dist.data.tasks.protocol import Row
 from spd_dist.data.thinking import thought_budget
-from spd_dist.distributed.collectives import gather_objects, on_main, together
+from spd_dist.distributed.collectives import gather_objects, together
+from spd_dist.distributed.uneven_work import on_main
 from spd_dist.errors import DataError
 from spd_dist.inference.decode import check_context
 from spd_dist.inference.external.vllm_engine import share_of_work

@@ -3,23 +3,50 @@
 A line is a completion. Its key is (prompt id, sample); whichever worker of whichever attempt wrote it, its content is
 the same, so that a corpus is a set of lines and the merged file has one canonical order. Once that file is there, it
 alone is the corpus: a task that read what was left to do before may still append to a part.
+
+A large corpus is merged to a memory-mapped table (`storage.tables`) instead of text, and no step holds it in memory.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from spd_dist.errors import DataError
-from spd_dist.storage.artifacts import as_json, read_jsonl, write_text
+from spd_dist.storage.artifacts import as_json, read_jsonl, replacing
+from spd_dist.storage.tables import Table
 from spd_dist.types import Completion, record_of
 
-MERGED = "completions.jsonl"
+MERGED, TABLE = "completions.jsonl", "completions.arrow"
+"""The finished corpus, as text or as a table."""
 CORPUS = f"completions/{MERGED}"
-"""The finished corpus in a stage's folder."""
+"""The one as text, in a stage's folder."""
+MOST_AS_TEXT = 100_000
+"""Completions that are merged to text, which people read; more become a table."""
 Key = tuple[str, int]
+
+
+def corpus_name(num_completions: int) -> str:
+    """The finished corpus of so many completions, in its stage's folder."""
+    return f"completions/{MERGED if num_completions <= MOST_AS_TEXT else TABLE}"
+
+
+def finished_corpus(folder: Path) -> Path | None:
+    """The finished corpus in a folder of completions, if there is one."""
+    return next((path for path in (folder / MERGED, folder / TABLE) if path.exists()), None)
+
+
+def open_corpus(path: Path) -> Sequence[Completion]:
+    """The completions of a finished corpus: in memory if it is text, else a table on disk.
+
+    Raises:
+        DataError: it is missing or corrupt.
+    """
+    path = finished_corpus(path) or path / MERGED if path.is_dir() else path
+    return Table(Completion, [path]) if path.name == TABLE else read_completions(path)
 
 
 def part_name(worker: int, num_workers: int, *, task: int = 0, num_tasks: int = 1) -> str:
@@ -48,12 +75,11 @@ def gathered(folder: Path) -> dict[Key, Completion]:
     Raises:
         DataError: a line is not a completion, or two of one key differ.
     """
-    merged = folder / MERGED
-    if not merged.exists():
-        found = [one for part in parts(folder) for one in _read_if_there(part)]
-        if not merged.exists():
+    if finished_corpus(folder) is None:
+        found = [one for part in parts(folder) for one in read_if_there(part)]
+        if finished_corpus(folder) is None:
             return without_repeats(found)
-    return without_repeats(read_completions(merged))
+    return without_repeats(open_corpus(folder))
 
 
 def without_repeats(completions: Iterable[Completion]) -> dict[Key, Completion]:
@@ -66,45 +92,71 @@ def without_repeats(completions: Iterable[Completion]) -> dict[Key, Completion]:
     for completion in completions:
         key = (completion.id, completion.sample)
         if by_key.setdefault(key, completion) != completion:
-            raise DataError(
-                f"two completions of prompt {completion.id!r}, sample {completion.sample}, differ: these are parts of "
-                "two settings or kinds of machine; delete generate/ and start the same command again"
-            )
+            raise differing(*key)
     return by_key
 
 
-def write_merged(folder: Path, completions: Sequence[Completion]) -> Path:
-    """Write the corpus in the order given, unless it is there, then remove the parts."""
-    path = folder / MERGED
-    if not path.exists():
-        lines = (as_json(as_row(completion)) + "\n" for completion in completions)
-        write_text(path, "".join(lines))
-    for part in parts(folder):
-        part.unlink(missing_ok=True)
-    return path
+def differing(prompt: str, sample: int) -> DataError:
+    """The error for two completions of one key."""
+    return DataError(
+        f"two completions of prompt {prompt!r}, sample {sample}, differ: these are parts of two settings or kinds of "
+        "machine; delete generate/ and start the same command again"
+    )
 
 
 def as_row(completion: Completion) -> dict[str, Any]:
     """The line of a completion, as plain data."""
-    return dataclasses.asdict(completion)
+    return dict(vars(completion))
 
 
-def _completion(file: Path, number: int, row: Mapping[str, Any]) -> Completion:
-    names = {field.name for field in dataclasses.fields(Completion)}
-    if row.keys() != names:
-        wrong = ", ".join(sorted(row.keys() ^ names))
-        raise DataError(f"{file}, line {number}: not a completion ({wrong} missing or unknown); delete that file")
+def to_text(completions: Iterable[Completion], path: Path) -> None:
+    """Write completions as the text that the merge writes of small corpora."""
+    with replacing(path) as partial, open(partial, "w", encoding="utf-8") as file:
+        file.writelines(as_json(as_row(one)) + "\n" for one in completions)
+
+
+def parse_line(line: bytes) -> Completion:
+    """The completion of a line.
+
+    Raises:
+        ValueError: it is not JSON; as a `DataError`, not a completion.
+    """
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise DataError(f"{row!r} is not an object; write one {{...}} a line")
+    return _completion_of(row)
+
+
+NAMES = {field.name for field in dataclasses.fields(Completion)}
+
+
+def _completion_of(row: Mapping[str, Any]) -> Completion:
+    if row.keys() != NAMES:
+        wrong = ", ".join(sorted(row.keys() ^ NAMES))
+        raise DataError(f"not a completion ({wrong} missing or unknown); delete that file")
     tokens = {name: tuple(row[name]) for name in ("prompt_tokens", "tokens")}
     return record_of(Completion, {**row, **tokens})
 
 
-def _read_if_there(file: Path) -> list[Completion]:
+def _completion(file: Path, number: int, row: Mapping[str, Any]) -> Completion:
     try:
-        return read_completions(file)
+        return _completion_of(row)
+    except DataError as error:
+        raise DataError(f"{file}, line {number}: {error}") from error
+
+
+def read_if_there(file: Path) -> Sequence[Completion]:
+    """The completions of a part or a corpus, or none if another task has merged it since it was listed.
+
+    Raises:
+        DataError: it is there, and is not of completions.
+    """
+    try:
+        return open_corpus(file)
     except DataError:
         if file.exists():
             raise
-        return []  # merged by another task between the listing and here
+        return []
 
 
 def is_empty(completion: Completion) -> bool:
@@ -117,5 +169,7 @@ def is_repetitive(completion: Completion, *, size: int = 4, at_least_tokens: int
     tokens = completion.tokens
     if len(tokens) < at_least_tokens:
         return False
-    runs = [tokens[start : start + size] for start in range(len(tokens) - size + 1)]
-    return 2 * len(set(runs)) < len(runs)
+    num_runs = len(tokens) - size + 1
+    if 2 * len(set(tokens[:num_runs])) >= num_runs:  # runs that begin differently differ, and this is soon known
+        return False
+    return 2 * len(set(zip(*(tokens[start:] for start in range(size)), strict=False))) < num_runs

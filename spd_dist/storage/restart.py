@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from spd_dist.config import STAGES
-from spd_dist.distributed.collectives import on_main
+from spd_dist.distributed.uneven_work import on_main
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError, DataError, StopRequested
 from spd_dist.redaction import redacted_data

@@ -16,8 +16,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from spd_dist.distributed.collectives import any_rank, on_main
+from spd_dist.distributed.collectives import any_rank
 from spd_dist.distributed.lock import alone_in
+from spd_dist.distributed.uneven_work import on_main
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError, MissingError
 from spd_dist.process.environment import environment

@@ -127,9 +127,9 @@ class MetricLogger:
         self.finish(0 if error is None else 1)
 
 
-def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """All ranks' rows of a run's `metrics/`, in the order of their times."""
-    rows = [row for path in sorted(Path(folder).glob("*.jsonl")) for row in read_jsonl(path)]
+def read_metrics(folder: str | Path, files: str = "*.jsonl") -> list[dict[str, Any]]:
+    """All ranks' rows of a run's `metrics/`, in the order of their times; or those of some files."""
+    rows = [row for path in sorted(Path(folder).glob(files)) for row in read_jsonl(path)]
     return sorted(rows, key=lambda row: row["time"])
 
 
@@ -145,9 +145,9 @@ Losses = Mapping[str, Mapping[str, Sequence[float]]]
 
 
 def training_losses(run_folder: Path) -> Losses:
-    """Those of a run; of a step that was done again after a kill, the last."""
+    """Those of a run, which all ranks have alike: rank 0's. Of a step that was done again after a kill, the last."""
     found: dict[str, dict[int, float]] = {}
-    for row in read_metrics(run_folder / "metrics"):
+    for row in read_metrics(run_folder / "metrics", "*rank_00000.jsonl"):
         for key, value in row.items():
             name = key.removeprefix("finetune/")
             is_loss = name == "loss" or (

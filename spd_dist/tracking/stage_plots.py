@@ -10,7 +10,8 @@ from typing import Any
 
 from spd_dist.analysis.corpus import corpus_stats
 from spd_dist.storage.artifacts import read_json
-from spd_dist.storage.completions import CORPUS, read_completions
+from spd_dist.storage.completions import open_corpus
+from spd_dist.storage.tables import num_tokens_of
 from spd_dist.tracking.metrics import MetricLogger
 
 NUM_SAMPLES = 32
@@ -54,12 +55,12 @@ def show_subspace(metrics: MetricLogger, sites: Mapping[str, Mapping[str, Any]])
 
 def show_corpus(metrics: MetricLogger, folder: Path) -> None:
     """Rates, lengths, and the first completions."""
-    completions = read_completions(folder / CORPUS)
+    completions = open_corpus(folder / "completions")
     stats = corpus_stats(completions)
     rates = {name: value for name, value in vars(stats).items() if name.endswith("_rate")}
     rates |= {"mean_tokens": stats.mean_tokens, "median_tokens": stats.median_tokens, "max_tokens": stats.max_tokens}
     metrics.log("generate", rates, stats.num_completions)
-    metrics.histogram("generate", "length_tokens", [len(one.tokens) for one in completions])
+    metrics.histogram("generate", "length_tokens", num_tokens_of(completions, "tokens").tolist())
     samples = [[one.id, one.sample, one.text, one.finish_reason, len(one.tokens)] for one in completions[:NUM_SAMPLES]]
     metrics.table("generate", "samples", ["id", "sample", "text", "finish_reason", "num_tokens"], samples)
 

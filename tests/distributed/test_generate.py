@@ -22,8 +22,8 @@ from spd_dist.distributed.zero import weights_fingerprint
 from spd_dist.errors import ConfigError, DataError
 from spd_dist.models.policy import Policy
 from spd_dist.stages.context import StageContext
-from spd_dist.stages.generate import generate
-from spd_dist.types import Projection
+from spd_dist.stages.generate import corpus_requests, generate
+from spd_dist.types import Projection, Prompt
 
 PLACEMENTS = ("replica", "layerwise")
 
@@ -57,6 +57,7 @@ def on_two_ranks(model: Path, folder: Path, expected: bytes) -> None:
     untouched = hooks_of(policy)
     both_placements_and_forms_give_the_corpus_of_one_rank(policy, folder, expected)
     a_rank_without_prompts_keeps_the_others_company(policy, folder)
+    each_prompt_is_rendered_by_one_rank(folder)
     the_projection_of_rank_0_is_used(policy, folder, expected)
     an_error_of_one_rank_is_raised_on_all_and_leaves_nothing_behind(policy, folder, expected, untouched)
     an_error_while_merging_is_raised_on_all(policy, folder)
@@ -90,6 +91,26 @@ def both_placements_and_forms_give_the_corpus_of_one_rank(policy: Policy, folder
             assert summary.leakage < 1e-5
             assert json.loads((target / "summary.json").read_text()) == dataclasses.asdict(summary)
     assert run(policy, folder / "auto").placement == "replica"
+
+
+def each_prompt_is_rendered_by_one_rank(folder: Path) -> None:
+    """In memory, and with more of them in a file a rank that all map."""
+    rendered = []
+
+    def render(rows: list[dict]) -> list[Prompt]:
+        rendered.extend(rows)
+        return [prompts()[row["number"]] for row in rows]
+
+    rows = [{"number": number} for number in range(9)]
+    for most in (100_000, 5):
+        corpus_requests.MOST_AS_TEXT = most
+        with corpus_requests.rendered_together(rows, render, folder / "prompts", this_world()) as together:
+            assert list(together) == prompts()
+            assert (folder / "prompts").exists() == (most == 5)
+            assert sorted(row["number"] for part in gather_objects(rendered) for row in part) == list(range(9))
+        rendered.clear()
+    assert not (folder / "prompts").exists()
+    corpus_requests.MOST_AS_TEXT = 100_000
 
 
 def a_rank_without_prompts_keeps_the_others_company(policy: Policy, folder: Path) -> None:

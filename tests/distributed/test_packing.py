@@ -11,7 +11,7 @@ from spd_dist.config import Finetune
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError
 from spd_dist.models.loss import Student
-from spd_dist.stages.finetune.batching import TrainingSequence
+from spd_dist.stages.finetune.sequences import TrainingSequence
 from spd_dist.stages.finetune.step import check_student
 
 MIX = {

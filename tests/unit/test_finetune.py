@@ -13,16 +13,11 @@ from transformers import get_cosine_schedule_with_warmup
 from spd_dist.config import Finetune
 from spd_dist.errors import ConfigError, DataError
 from spd_dist.overrides import load_config
-from spd_dist.stages.finetune.batching import (
-    TrainingSequence,
-    collate,
-    global_batches,
-    held_out,
-    micro_batches,
-    training_sequences,
-)
+from spd_dist.stages.finetune.batching import collate, global_batches, micro_batches
 from spd_dist.stages.finetune.checkpoints import State
+from spd_dist.stages.finetune.sequences import TrainingSequence, held_out, lengths_of, training_sequences
 from spd_dist.stages.finetune.training import learning_rate_fraction
+from spd_dist.storage.tables import Table, write_table
 from spd_dist.types import Completion
 
 EOS = tiny_tokenizer().eos_token_id
@@ -80,18 +75,36 @@ def test_what_is_cut_before_its_first_target_is_left_out():
     rows = [Completion(name, 0, 0, (5,) * num, (8, EOS), "", "stop") for name, num in (("a", 9), ("b", 2), ("c", 4))]
     config = Finetune(loss_on="completion", max_tokens=5)
     sequences = training_sequences(rows, config, pad_token_id=0)
-    assert sequences == training_sequences(rows[1:], config, pad_token_id=0)
+    assert list(sequences) == list(training_sequences(rows[1:], config, pad_token_id=0))
     assert [(one.id, labels_of(one)) for one in sequences] == [("b/0", [8, EOS]), ("c/0", [8])]
     assert collate([[0, 1]], sequences, lambda _: 0, pad_token_id=0).label_N.tolist() == [8, EOS, 8]
 
 
 def test_the_held_out_part_is_drawn_once_and_never_everything():
-    sequences = [TrainingSequence(str(index), (1, 2), 1, 2) for index in range(10)]
+    ten = [Completion(str(index), 0, 0, (1, 2), (3,), "", "stop") for index in range(10)]
+    sequences = training_sequences(ten, Finetune(), pad_token_id=0)
     train, validation = held_out(sequences, 0.3, torch.Generator().manual_seed(0))
     assert len(validation) == 3
-    assert sorted(train + validation, key=lambda one: int(one.id)) == sequences
-    assert held_out(sequences, 0.0, torch.Generator())[1] == []
-    assert held_out(sequences[:1], 0.5, torch.Generator()) == (sequences[:1], [])
+    assert sorted([*train, *validation], key=lambda one: one.id) == list(sequences)
+    assert len(held_out(sequences, 0.0, torch.Generator())[1]) == 0
+    one = training_sequences(ten[:1], Finetune(), pad_token_id=0)
+    assert [list(part) for part in held_out(one, 0.5, torch.Generator())] == [list(one), []]
+
+
+@pytest.mark.parametrize("loss_on", ["prompt_and_completion", "completion"])
+@pytest.mark.parametrize("pads_in_loss", [False, True])
+def test_a_table_on_disk_is_trained_on_as_a_list_is(tmp_path, loss_on, pads_in_loss):
+    corpus = [*completions(), Completion("empty", 0, 0, (), (), "", "length")]
+    write_table(tmp_path / "completions.arrow", Completion, corpus, digest="a hash")
+    config = Finetune(loss_on=loss_on, pads_in_loss=pads_in_loss, max_tokens=12)
+    [listed, mapped] = [
+        training_sequences(rows, config, pad_token_id=0)
+        for rows in (corpus, Table(Completion, [tmp_path / "completions.arrow"]))
+    ]
+    assert list(mapped) == list(listed)
+    for sequences in (listed, mapped):
+        assert lengths_of(sequences) == lengths_of(list(sequences))
+        assert sequences.num_targets_N.tolist() == [one.num_targets for one in sequences]
 
 
 corpora = st.lists(st.integers(2, 40), min_size=1, max_size=60)

@@ -27,10 +27,12 @@ from spd_dist.stages.context import StageContext
 from spd_dist.stages.generate import CorpusSummary, generate
 from spd_dist.stages.generate.merge_corpus import Attempt, check_leakage
 from spd_dist.storage.artifacts import read_json
-from spd_dist.storage.completions import CORPUS, part_name, read_completions
+from spd_dist.storage.completions import corpus_name, open_corpus, part_name, read_completions, to_text
 from spd_dist.storage.manifests import MANIFEST, why_not_complete
 from spd_dist.storage.run_folder import RunFolder
 from spd_dist.types import Prompt, record_of
+
+CORPUS = corpus_name(1)
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +93,19 @@ def test_a_run_that_fails_goes_on_where_it_was(policy, expected, tmp_path):
     summary = run(policy, tmp_path)
     assert merged(tmp_path, summary) == expected
     assert 0 < summary.num_new_tokens < summary.num_tokens
+
+
+def test_a_large_corpus_is_a_table_however_often_it_was_stopped(policy, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr("spd_dist.storage.completions.MOST_AS_TEXT", 17)
+    with pytest.raises(DataError, match="the disk is full"):
+        run(policy, tmp_path, progress=StoppingAfter(5))
+    first = run(policy, tmp_path)
+    assert [path.name for path in (tmp_path / "completions").iterdir()] == ["completions.arrow"]
+    assert run(policy, tmp_path) == first
+    (tmp_path / "summary.json").unlink()
+    assert run(policy, tmp_path).num_tokens == first.num_tokens
+    to_text(open_corpus(tmp_path / "completions"), tmp_path / "exported.jsonl")
+    assert (tmp_path / "exported.jsonl").read_bytes() == expected
 
 
 def test_a_complete_corpus_and_its_summary_stay_as_they_are(policy, expected, tmp_path):

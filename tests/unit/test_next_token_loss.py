@@ -13,7 +13,7 @@ from spd_dist.models.loss import LinearCrossEntropy, Student, check_tail_
 @pytest.mark.parametrize(("cap", "scale"), [(0.0, 1.0), (0.0, 0.25), (3.0, 1.0), (3.0, 2.0)])
 @pytest.mark.parametrize("chunk_rows", [1, 5, 1000])
 def test_loss_and_gradients_are_those_of_cross_entropy(monkeypatch, cap, scale, chunk_rows):
-    monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * 23 * chunk_rows)
+    monkeypatch.setattr(loss, "CHUNK_BYTES", {"cpu": 4 * 23 * chunk_rows})
     draw = torch.Generator().manual_seed(0)
     hidden, weight, bias = (
         torch.randn(shape, generator=draw, requires_grad=True) for shape in [(12, 7), (23, 7), (23,)]

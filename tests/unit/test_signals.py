@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from spd_dist.process.signals import STOP_FILE, StopSignals, seconds_allowed, stop_file, touched
+from spd_dist.process.signals import STOP_FILE, StopSignals, seconds_allowed, seconds_between_looks, stop_file, touched
 
 
 @pytest.fixture
@@ -42,6 +42,36 @@ def test_a_file_that_lay_there_is_no_request_until_it_is_touched_again(signals, 
     signals.watch({file: touched(file)})
     assert signals.reason() is None
     os.utime(file, ns=(0, touched(file) + 1))
+    assert signals.reason() == f"the file {file}"
+
+
+def test_many_ranks_look_at_the_stop_files_seldom_and_a_signal_is_seen_at_once(signals, tmp_path):
+    assert [seconds_between_looks(size) for size in (1, 8, 16, 64, 1024)] == [0.0, 0.0, pytest.approx(4.8), 19.2, 20.0]
+    file = tmp_path / STOP_FILE
+    signals.watch({file: touched(file)})
+    signals.seconds_between = 20.0
+    assert signals.reason() is None
+    file.touch()
+    assert signals.reason() is None
+    signals.install()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert signals.reason() == "SIGTERM"
+    signals.received.clear()
+    signals.seconds_between = 0.0
+    assert signals.reason() == f"the file {file}"
+
+
+def test_a_file_system_that_fails_for_a_moment_holds_no_request(signals, tmp_path, monkeypatch):
+    file = tmp_path / STOP_FILE
+    signals.watch({file: 0})
+    file.touch()
+
+    def fail(_):
+        raise OSError(116, "Stale file handle")
+
+    with monkeypatch.context() as failing:
+        failing.setattr("pathlib.Path.stat", fail)
+        assert signals.reason() is None
     assert signals.reason() == f"the file {file}"
 
 

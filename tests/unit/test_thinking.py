@@ -17,7 +17,7 @@ from spd_dist.errors import ConfigError, DataError
 from spd_dist.inference.requests import Request, draw, new_row
 from spd_dist.inference.sampling import Sampling
 from spd_dist.overrides import load_config
-from spd_dist.stages.finetune.batching import training_sequences
+from spd_dist.stages.finetune.sequences import training_sequences
 from spd_dist.types import Completion, ThoughtBudget
 
 NO_THOUGHT = "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"

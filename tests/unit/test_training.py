@@ -9,6 +9,7 @@ from spd_dist.config import Distributed
 from spd_dist.distributed.heartbeat import Heartbeat, naming_lagging_ranks
 from spd_dist.distributed.training_engine import BackgroundWriter, training_settings
 from spd_dist.distributed.world import World
+from spd_dist.distributed.zero import sharding_settings
 from spd_dist.errors import ConfigError, DataError
 
 
@@ -82,7 +83,7 @@ def test_the_silent_rank_is_named_first(tmp_path):
     beats[0].beat("step 4")
     time.sleep(0.01)
     beats[1].beat("step 5")
-    beats[1].beat("step 6, too soon to be written")
+    beats[1].beat("step 6, not due yet")
     with pytest.raises(RuntimeError) as caught, naming_lagging_ranks(beats[1]):
         raise RuntimeError("connection closed")
     assert [line.partition(" on ")[0] for line in caught.value.__notes__[0].splitlines()[1:]] == [
@@ -90,4 +91,14 @@ def test_the_silent_rank_is_named_first(tmp_path):
         "rank 0",
         "rank 1",
     ]
-    assert caught.value.__notes__[0].endswith("last at step 6, too soon to be written, failed")
+    assert caught.value.__notes__[0].endswith("last at step 6, not due yet, failed")
+
+
+@pytest.mark.parametrize("name", ["offload_param", "offload_optimizer"])
+def test_offload_to_nvme_is_refused_in_every_stage(name):
+    config = Distributed(deepspeed={"zero_optimization": {name: {"device": "nvme", "nvme_path": "/tmp"}}})
+    match = rf"distributed.deepspeed.zero_optimization.{name}.device: nvme is not supported; set cpu"
+    with pytest.raises(ConfigError, match=match):
+        training_settings(config, torch.bfloat16, max_grad_norm=1.0)
+    with pytest.raises(ConfigError, match=match):
+        sharding_settings(config, torch.bfloat16)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from spd_dist.distributed.world import check_interface, rendezvous
+from spd_dist.distributed.world import check_interface, num_threads, rendezvous
 from spd_dist.errors import ConfigError
 
 DEEPSPEED = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
@@ -25,7 +25,16 @@ def test_srun_ranks_meet_on_the_first_node_of_the_step_and_a_port_of_the_job():
 
 
 @pytest.mark.parametrize(
-    ("nodelist", "first"), [("node0", "node0"), ("n1,n2", "n1"), ("n[2,4]", "n2"), ("a,b[1-2]", "a")]
+    ("nodelist", "first"),
+    [
+        ("node0", "node0"),
+        ("n1,n2", "n1"),
+        ("n[2,4]", "n2"),
+        ("a,b[1-2]", "a"),
+        ("r[1-2]n[3-4]", "r1n3"),
+        ("node[1-3]-ib", "node1-ib"),
+        ("rack[01,03]-n[007-009,12].x,other[1-2]", "rack01-n007.x"),
+    ],
 )
 def test_the_first_host_of_a_node_list(nodelist, first):
     assert rendezvous(SRUN | {"SLURM_STEP_NODELIST": nodelist})["MASTER_ADDR"] == first
@@ -50,3 +59,11 @@ def test_an_interface_that_a_host_lacks_is_refused_with_those_it_has():
     match = r"distributed.interface: 'ib1' is no network interface of .*, which has lo, ib0; name one that all hosts"
     with pytest.raises(ConfigError, match=match):
         check_interface("ib0,ib1", ["lo", "ib0"])
+
+
+def test_threads_are_divided_only_among_ranks_that_share_cores():
+    all_cores, bound = frozenset(range(16)), [frozenset(range(8 * k, 8 * k + 8)) for k in range(2)]
+    assert num_threads(("a", all_cores), [("a", all_cores)] * 4 + [("b", all_cores)] * 4) == 4
+    assert num_threads(("a", bound[0]), [(host, cores) for host in "ab" for cores in bound]) == 8
+    assert num_threads(("a", bound[0]), [("a", bound[0])]) == 8
+    assert num_threads(("a", frozenset({3})), [("a", frozenset({3}))] * 2) == 1

@@ -1,6 +1,7 @@
 """Fine-tune the untouched policy on its own completions, next-token loss (paper, Eq. 14), on a DeepSpeed engine.
 
-batching        completions -> token sequences -> steps -> micro-batches of each rank, as tensors
+sequences       completions -> token sequences
+batching        sequences -> steps -> micro-batches of each rank, as tensors
 step            a step; the loss over a held-out part
 training        all epochs: schedule, checkpoints, stopping
 checkpoints     whole or absent, at any world size

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from spd_dist.distributed.checkpoint_safety import refuse_code
-from spd_dist.distributed.collectives import any_rank, gather_objects, on_main, together
+from spd_dist.distributed.collectives import any_rank, gather_objects, together
 from spd_dist.distributed.training_engine import DeepSpeedEngine, convert_to_universal, load_engine, save_engine
+from spd_dist.distributed.uneven_work import on_main, wait_for_all_ranks
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError, writing
 from spd_dist.storage.artifacts import clear_folder, read_json, sha256_of, write_json
@@ -143,12 +144,8 @@ class Checkpoints:
         Raises:
             DataError: it belongs to other settings or other data.
         """
-
-        def look() -> Found | None:
-            folders = sorted(self.folder.glob("step_*[0-9]"), reverse=True)
-            return next(filter(None, map(self._checked, folders)), None)
-
-        return on_main("looking for checkpoints", look)
+        folders = on_main("looking for checkpoints", lambda: sorted(self.folder.glob("step_*[0-9]"), reverse=True))
+        return next(filter(None, map(self._checked, folders)), None)
 
     def at(self, step: int) -> Found:
         """The checkpoint of `step`.
@@ -156,14 +153,11 @@ class Checkpoints:
         Raises:
             DataError: it is missing or broken.
         """
-
-        def look() -> Found:
-            found = self._checked(self.folder / _name(step))
+        found = self._checked(self.folder / _name(step))
+        with together("reading a checkpoint"):
             if found is None:
                 raise DataError(f"{self.folder / _name(step)} is not whole; delete {self.folder} and start again")
-            return found
-
-        return on_main("reading a checkpoint", look)
+        return found
 
     def loadable(self, found: Found) -> Path:
         """The folder to load at this world size and stage: the checkpoint, or its universal form, made now if need be.
@@ -211,21 +205,32 @@ class Checkpoints:
         self._prune(pending.best_step)
 
     def _checked(self, folder: Path) -> Found | None:
-        """What `folder` holds, or None, with the reason in the log, if it is not whole."""
-        try:
-            marker = _read_marker(folder / MARKER)
-            files = {path.name for path in folder.iterdir()} - {MARKER}
-            broken = [name for name in sorted(files | marker["sha256"].keys()) if not _is_whole(folder, name, marker)]
-        except DataError as error:
-            log.warning("%s is passed over: %s", folder, error)
+        """What `folder` holds, or None, with the reason in the log, if it is not whole; each rank hashes some files."""
+
+        def read() -> tuple[dict[str, Any], list[str]] | str:
+            try:
+                marker = _read_marker(folder / MARKER)
+            except DataError as error:
+                return str(error)
+            return marker, sorted({path.name for path in folder.iterdir()} - {MARKER} | marker["sha256"].keys())
+
+        found = on_main("reading a checkpoint's marker", read)
+        if isinstance(found, str):
+            log.warning("%s is passed over: %s", folder, found)
             return None
+        marker, names = found
+        with wait_for_all_ranks(f"checking {folder}"):
+            own = names[self.world.rank :: self.world.size]
+            broken = [name for name in own if not _is_whole(folder, name, marker)]
+        broken = sorted(name for part in gather_objects(broken) for name in part)
         if broken:
             log.warning("%s is passed over: %s changed since it was written", folder, ", ".join(broken))
             return None
-        if marker["identity"] != self.identity:
-            raise DataError(
-                f"{folder} was made with other settings, weights or completions; delete {self.folder} to train anew"
-            )
+        with together("comparing a checkpoint's settings"):
+            if marker["identity"] != self.identity:
+                raise DataError(
+                    f"{folder} was made with other settings, weights or completions; delete {self.folder} to train anew"
+                )
         return Found(folder, marker["step"], marker["world_size"], marker["zero_stage"], marker["state"])
 
     def _prune(self, best_step: int | None) -> None:

@@ -22,7 +22,8 @@ from spd_dist.errors import ConfigError, DataError
 from spd_dist.models.lora import TokenKeys, token_key
 from spd_dist.models.loss import Student, check_tail_
 from spd_dist.seeding import seed_of
-from spd_dist.stages.finetune.batching import Batch, TrainingSequence, collate, global_batches, micro_batches
+from spd_dist.stages.finetune.batching import Batch, collate, global_batches, micro_batches
+from spd_dist.stages.finetune.sequences import TrainingSequence, TrainingSequences, lengths_of
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class TrainStep:
     @functools.cached_property
     def lengths(self) -> list[int]:
         """Tokens of each sequence."""
-        return [len(sequence.tokens) for sequence in self.sequences]
+        return lengths_of(self.sequences)
 
     def step(self, batch: Sequence[int], step: int, learning_rate_fraction: float) -> StepResult:
         """One optimizer step on the sequences of `batch`, at zero-based `step`.
@@ -87,7 +88,7 @@ class TrainStep:
         return StepResult(loss, norm, learning_rate, num_targets, num_tokens, time.perf_counter() - started)
 
     @torch.no_grad()
-    def mean_loss(self, sequences: Sequence[TrainingSequence]) -> float:
+    def mean_loss(self, sequences: TrainingSequences) -> float:
         """The mean loss of other `sequences` over their supervised tokens, without dropout."""
         self.engine.eval()
         held_out = dataclasses.replace(self, sequences=sequences)
@@ -97,7 +98,7 @@ class TrainStep:
                 _, loss_N = held_out._forward(micro_batch)
                 losses += [(micro_batch.owner_N, loss_N)] if weight else []
         self.engine.train()
-        return sum_over_ranks(_sum(losses)) / max(1, sum(sequence.num_targets for sequence in sequences))
+        return sum_over_ranks(_sum(losses)) / max(1, int(sequences.num_targets_N.sum()))
 
     def _rounds(self, batch: Sequence[int], purpose: str) -> list[tuple[Batch, float]]:
         """This rank's micro-batches and weights; a stand-in of weight 0, where it has none, joins the collectives."""

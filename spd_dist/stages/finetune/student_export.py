@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spd_dist.distributed.collectives import on_main, together
+from spd_dist.config import Model
+from spd_dist.distributed.collectives import together
+from spd_dist.distributed.uneven_work import on_main
 from spd_dist.distributed.zero import frozen_engine, is_sharded
 from spd_dist.errors import DataError, writing
 from spd_dist.models.lora import (
@@ -23,7 +25,7 @@ from spd_dist.models.lora import (
     save_adapter,
 )
 from spd_dist.models.model_card import Card, write_card
-from spd_dist.models.policy import Policy
+from spd_dist.models.policy import Policy, load_policy
 from spd_dist.models.save_weights import load_saved_model, probe_logits, save_model, stored_parameters, whole_tensors
 from spd_dist.stages.context import StageContext
 
@@ -95,18 +97,24 @@ class Export:
     def _write_model(self, tensors: Iterable[tuple[str, Tensor]]) -> Path:
         partial = self._start("model")
         save_model(self.policy.model, tensors, partial, world=self.context.world)
+        self._on_main(partial, lambda: self.policy.tokenizer.save_pretrained(partial))
         return partial
 
     def _read_back(self, partial: Path) -> float:
         """How far the logits of the saved model are from the trained one's; it then gets its final name."""
-
-        def read_back() -> float:
-            loaded = load_saved_model(partial, self.policy.model.dtype).to(self.context.world.device)
-            return self._difference(probe_logits(loaded, self.probe, self.context.world.device))
-
-        difference = on_main("reading the saved model back", read_back)
+        if is_sharded(self.policy.model):  # too large for one rank, perhaps
+            name = Model(name=str(partial), dtype=str(self.policy.model.dtype).removeprefix("torch."))
+            saved = load_policy(name, self.context.distributed, self.context.world)
+            difference = self._difference(probe_logits(saved.model, self.probe, self.context.world.device))
+            saved.release()
+        else:
+            difference = on_main("reading the saved model back", lambda: self._read_on_main(partial))
         self._finish(partial, difference)
         return difference
+
+    def _read_on_main(self, partial: Path) -> float:
+        loaded = load_saved_model(partial, self.policy.model.dtype).to(self.context.world.device)
+        return self._difference(probe_logits(loaded, self.probe, self.context.world.device))
 
     def _start(self, name: str) -> Path:
         partial = self.context.folder / f"{name}.partial"
@@ -114,10 +122,11 @@ class Export:
         return partial
 
     def _on_main(self, path: Path, action: Callable[[], None]) -> None:
-        with together(f"saving {path}"):
-            if self.context.world.is_main:
-                with writing(path):
-                    action()
+        def act() -> None:
+            with writing(path):
+                action()
+
+        on_main(f"saving {path}", act)
 
     def _difference(self, logits: Tensor) -> float:
         return ((logits - self.trained_logits).abs().max() / self.trained_logits.abs().max()).item()

@@ -18,10 +18,11 @@ from spd_dist.models.model_card import Card
 from spd_dist.models.policy import Policy
 from spd_dist.seeding import generator
 from spd_dist.stages.context import StageContext
-from spd_dist.stages.finetune.batching import held_out, training_sequences
+from spd_dist.stages.finetune.sequences import held_out, training_sequences
 from spd_dist.stages.finetune.student_export import Export, SavedAdapter, SavedModel
 from spd_dist.stages.finetune.training import Corpus, Trainer, TrainingResult
 from spd_dist.storage.artifacts import content_hash
+from spd_dist.storage.tables import Table, num_tokens_of
 from spd_dist.types import Completion
 
 log = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ def finetune(
     return StudentSummary(
         num_sequences=len(corpus.train),
         num_validation_sequences=len(corpus.validation),
-        num_targets=sum(sequence.num_targets for sequence in corpus.train),
+        num_targets=int(corpus.train.num_targets_N.sum()),
         num_cut=_num_cut(completions, config),
         num_dropped=len(completions) - len(corpus.train) - len(corpus.validation),
         num_steps=outcome.state.step,
@@ -100,6 +101,11 @@ def finetune(
         model=saved_model,
         seconds=time.perf_counter() - started,
     )
+
+
+def _num_cut(completions: Sequence[Completion], config: Finetune) -> int:
+    num_tokens = num_tokens_of(completions, "prompt_tokens") + num_tokens_of(completions, "tokens")
+    return int((num_tokens > config.max_tokens).sum())
 
 
 def _check_untouched(policy: Policy) -> None:
@@ -122,12 +128,11 @@ def _corpus(policy: Policy, completions: Sequence[Completion], config: Finetune,
         )  # fmt: skip
     train, validation = held_out(sequences, config.validation_fraction, generator(context.seed, "finetune", "held out"))
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_OF_RESULTS}
-    data = [dataclasses.astuple(sequence) for sequence in sequences]
+    if isinstance(completions, Table):  # of which the digest stands in its file: no rank reads all of it
+        data: object = completions.digest
+    else:
+        data = [dataclasses.astuple(sequence) for sequence in sequences]
     return Corpus(train, validation, content_hash([policy.fingerprint, settings, context.seed, data]))
-
-
-def _num_cut(completions: Sequence[Completion], config: Finetune) -> int:
-    return sum(len(one.prompt_tokens) + len(one.tokens) > config.max_tokens for one in completions)
 
 
 def _save(

@@ -24,8 +24,9 @@ from spd_dist.models.policy import Policy
 from spd_dist.models.save_weights import probe_logits
 from spd_dist.seeding import generator
 from spd_dist.stages.context import StageContext
-from spd_dist.stages.finetune.batching import TrainingSequence, global_batches
+from spd_dist.stages.finetune.batching import global_batches
 from spd_dist.stages.finetune.checkpoints import Checkpoints, Found, State
+from spd_dist.stages.finetune.sequences import TrainingSequences, lengths_of
 from spd_dist.stages.finetune.step import StepResult, TrainStep, check_student, global_generator_kept
 from spd_dist.tracking.progress import Progress, ProgressReports
 from spd_dist.types import record_of
@@ -64,8 +65,8 @@ class Speedometer:
 class Corpus:
     """What one fine-tuning learns from."""
 
-    train: list[TrainingSequence]
-    validation: list[TrainingSequence]
+    train: TrainingSequences
+    validation: TrainingSequences
     identity: str
     """The hash of all that the trained weights depend on."""
 
@@ -207,10 +208,8 @@ class Trainer:
         """The sequences of the next step: a function of the seed and the step alone."""
         epoch, index = divmod(self.state.step, self.steps_per_epoch)
         if index == 0 or not self.batches:
-            lengths = [len(sequence.tokens) for sequence in self.corpus.train]
-            self.batches = global_batches(
-                lengths, self.config, generator(self.context.seed, "finetune", "order", epoch)
-            )
+            order = generator(self.context.seed, "finetune", "order", epoch)
+            self.batches = global_batches(lengths_of(self.corpus.train), self.config, order)
         return self.batches[index]
 
     def _learning_rate_fraction(self) -> float:

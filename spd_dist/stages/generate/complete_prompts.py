@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import torch
 
 from spd_dist.config import Generate
 from spd_dist.data.thinking import thought_budget
-from spd_dist.distributed.collectives import all_equal, broadcast_object, gather_objects, on_main
+from spd_dist.distributed.collectives import all_equal, broadcast_object, gather_objects, max_over_ranks_, together
+from spd_dist.distributed.uneven_work import on_main, wait_for_all_ranks
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError, DataError
-from spd_dist.inference.decode import longest_first
 from spd_dist.inference.external.vllm_engine import share_of_work
 from spd_dist.inference.open_engine import EngineWork, choose_engine, open_engine
 from spd_dist.inference.requests import Decoded, Request
 from spd_dist.inference.sampling import Sampling
 from spd_dist.models.policy import Policy
 from spd_dist.projection.operators import projection_hash
-from spd_dist.seeding import row_seed
 from spd_dist.stages.context import StageContext
+from spd_dist.stages.generate.corpus_requests import Requests, share_of
 from spd_dist.stages.generate.merge_corpus import Attempt, CorpusSummary, check_leakage, merge
 from spd_dist.storage.artifacts import JsonlWriter
-from spd_dist.storage.completions import MERGED, Key, as_row, gathered, part_name
-from spd_dist.types import Completion, Projection, Prompt, ThoughtBudget
+from spd_dist.storage.completions import MERGED, TABLE, as_row, finished_corpus, part_name, parts, read_if_there
+from spd_dist.types import Completion, Projection, Prompt
 
 log = logging.getLogger(__name__)
 
@@ -41,33 +45,6 @@ def sampling_of(config: Generate) -> Sampling:
     )
 
 
-def requests_for(
-    prompts: Sequence[Prompt], num_samples: int, seed: int, budget: ThoughtBudget | None = None
-) -> list[Request]:
-    """Every completion of the corpus, in its order: prompts as they come, then samples.
-
-    Raises:
-        DataError: two prompts of one id, or a prompt without tokens.
-    """
-    seen: set[str] = set()
-    for prompt in prompts:
-        if prompt.id in seen:
-            raise DataError(f"two prompts have the id {prompt.id!r}; ids name completions, so each needs its own")
-        if not prompt.tokens:
-            raise DataError(f"prompt {prompt.id!r} has no tokens; drop it, or use data.template=chat")
-        seen.add(prompt.id)
-    return [
-        Request(prompt.id, sample, prompt.tokens, row_seed(seed, prompt.id, sample), budget)
-        for prompt in prompts
-        for sample in range(num_samples)
-    ]
-
-
-def share_of(requests: Iterable[Request], index: int, count: int) -> list[Request]:
-    """Every `count`-th request, of all sorted by length: shares are alike in work, and no two overlap."""
-    return longest_first(requests)[index::count]
-
-
 def check_tasks(config: Generate) -> None:
     """Refuse a task that is not one of the array.
 
@@ -81,23 +58,6 @@ def check_tasks(config: Generate) -> None:
         )
 
 
-def remaining(requests: Sequence[Request], done: Mapping[Key, Completion]) -> list[Request]:
-    """The requests that no line answers yet.
-
-    Raises:
-        DataError: a line that answers no request, or one whose seed or prompt is another.
-    """
-    wanted = {(request.id, request.sample): request for request in requests}
-    for key, completion in done.items():
-        request = wanted.get(key)
-        if request is None or (request.seed, request.tokens) != (completion.seed, completion.prompt_tokens):
-            raise DataError(
-                f"generate/completions holds prompt {completion.id!r}, sample {completion.sample}, of another seed, "
-                "prompt or data set; delete generate/, or give this run a run_dir of its own"
-            )
-    return [request for key, request in wanted.items() if key not in done]
-
-
 def generate(
     policy: Policy,
     prompts: Sequence[Prompt],
@@ -105,7 +65,7 @@ def generate(
     config: Generate,
     context: StageContext,
 ) -> CorpusSummary:
-    """Write `completions/completions.jsonl` and `summary.json` in the stage's folder; the summary is on every rank.
+    """Write the corpus and `summary.json` in the stage's folder; the summary is on every rank.
 
     A collective. Every rank is given all prompts; rank 0's projection is used on all. Lines that an earlier attempt
     left are kept, whatever its world size. As one task of an array (`num_tasks` > 1) it makes its share, and the task
@@ -128,13 +88,14 @@ def generate(
     folder, world = context.folder, context.world
     projection = same_on_all_ranks(projection, world)
     budget = thought_budget(policy.tokenizer, config.max_thought_tokens, (), "generate.max_thought_tokens")
-    requests = requests_for(prompts, config.num_samples, context.seed, budget)
+    requests = Requests(prompts, config.num_samples, context.seed, budget)
     if not requests:
         raise DataError("generate: there is no prompt; set data.train, or raise data.num_train")
-    own = _own_work(requests, config, context)
+    places_N = requests.longest_first()
+    own = _own_work(requests, places_N, config, context)
     work = EngineWork(
         own or (requests[:1] if world.is_main else []),
-        longest_first(requests)[0],
+        requests[int(places_N[0])],
         folder / f"engine-{config.task_index:05d}-of-{config.num_tasks:05d}",
         arm=context.arm,
         pool=context.engines,
@@ -165,31 +126,54 @@ def same_on_all_ranks(projection: Projection | None, world: World) -> Projection
     return projection
 
 
-def _own_work(requests: Sequence[Request], config: Generate, context: StageContext) -> list[Request]:
+def _own_work(requests: Requests, places_N: np.ndarray, config: Generate, context: StageContext) -> list[Request]:
     """This rank's part of what the array's task has not done yet: the same division on all ranks."""
-    completions, world = context.folder / "completions", context.world
-
-    def open_keys() -> set[tuple[str, int]]:
-        completions.mkdir(parents=True, exist_ok=True)
-        todo = {(request.id, request.sample) for request in remaining(requests, gathered(completions))}
-        if todo and (completions / MERGED).exists():
-            raise DataError(
-                f"{completions / MERGED} lacks {len(todo)} of {len(requests)} completions; delete {completions.parent} "
-                "and start the same command again"
-            )
-        return todo
-
-    todo = on_main("reading what was generated before", open_keys)
-    share = share_of(requests, config.task_index, config.num_tasks)
-    left = [request for request in share if (request.id, request.sample) in todo]
-    num_done = len(share) - len(left)
+    world = context.world
+    is_done_N = _done_before(requests, context.folder / "completions", world)
+    share_N = share_of(places_N, config.task_index, config.num_tasks)
+    left_N = share_N[~is_done_N[share_N]]
+    num_done = len(share_N) - len(left_N)
     if num_done and world.is_main:
-        log.info("generate: %d of %d completions were made before", num_done, len(share))
+        log.info("generate: %d of %d completions were made before", num_done, len(share_N))
     number, count = share_of_work(config, choose_engine(config).name, world)
-    own = [] if number is None else share_of(left, number, count)
+    own = [] if number is None else [requests[place] for place in share_of(left_N, number, count).tolist()]
     skipped = num_done // count
     context.begin(len(own) + skipped, skipped)
     return own
+
+
+def _done_before(requests: Requests, completions: Path, world: World) -> np.ndarray:
+    """Which places earlier attempts have filled: each rank reads some of the parts; a finished corpus rank 0 alone.
+
+    Raises:
+        DataError: a line of another corpus, or a finished one that lacks some.
+    """
+
+    def look() -> list[Path]:
+        completions.mkdir(parents=True, exist_ok=True)
+        merged = finished_corpus(completions)
+        return parts(completions) if merged is None else [merged]
+
+    files = on_main("looking for what was generated before", look)
+    is_done_N = torch.zeros(len(requests), dtype=torch.uint8)
+    with wait_for_all_ranks("reading what was generated before"):
+        for file in files[world.rank :: world.size]:
+            for completion in read_if_there(file):
+                number = requests.number_of(completion.id, completion.sample)
+                requests.check(completion, number)
+                is_done_N[number] = 1
+    max_over_ranks_(is_done_N)
+    is_merged = bool(files) and files[0].name in (MERGED, TABLE)
+    if not is_merged and on_main("looking for a finished corpus", lambda: finished_corpus(completions) is not None):
+        return _done_before(requests, completions, world)  # another task merged the parts meanwhile
+    num_missing = len(requests) - int(is_done_N.sum())
+    with together("reading the finished corpus"):
+        if is_merged and num_missing:
+            raise DataError(
+                f"{files[0]} lacks {num_missing} of {len(requests)} completions; delete {completions.parent} "
+                "and start the same command again"
+            )
+    return is_done_N.numpy().astype(bool)
 
 
 def _write(decoded: Iterable[Decoded], policy: Policy, config: Generate, context: StageContext) -> int:
@@ -198,7 +182,7 @@ def _write(decoded: Iterable[Decoded], policy: Policy, config: Generate, context
     Nothing, if other tasks have finished the corpus while this one loaded its model: two arrays may overlap.
     """
     completions, world = context.folder / "completions", context.world
-    if (completions / MERGED).exists():
+    if finished_corpus(completions) is not None:
         log.info("generate: other tasks have made the rest meanwhile")
         return 0
     name = part_name(world.rank, world.size, task=config.task_index, num_tasks=config.num_tasks)

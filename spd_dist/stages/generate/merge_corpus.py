@@ -4,40 +4,27 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from spd_dist.config import Generate
 from spd_dist.distributed.lock import alone_in
 from spd_dist.errors import DataError
 from spd_dist.inference.open_engine import Opened
-from spd_dist.inference.requests import Request
+from spd_dist.stages.generate.corpus_requests import Requests
 from spd_dist.storage.artifacts import read_json, write_json
-from spd_dist.storage.completions import MERGED, Key, gathered, is_empty, is_repetitive, write_merged
+from spd_dist.storage.completions import corpus_name, finished_corpus, is_empty, is_repetitive, open_corpus, parts
+from spd_dist.storage.corpus_merge import LocatedLines, remove_parts, write_merged
 from spd_dist.types import Completion, record_of
 
 log = logging.getLogger(__name__)
 
 MANY_CUT = 0.5
 """Share of completions without an end that is worth a warning."""
-
-
-def canonical(requests: Sequence[Request], by_key: Mapping[Key, Completion]) -> list[Completion]:
-    """All completions in the corpus's order.
-
-    Raises:
-        DataError: some are missing.
-    """
-    missing = [request for request in requests if (request.id, request.sample) not in by_key]
-    if missing:
-        first = ", ".join(f"{request.id!r} sample {request.sample}" for request in missing[:3])
-        raise DataError(
-            f"{len(missing)} of {len(requests)} completions are missing ({first}, ...); start the same command again"
-        )
-    return [by_key[request.id, request.sample] for request in requests]
 
 
 @dataclass(frozen=True)
@@ -81,20 +68,35 @@ class CorpusSummary:
     length_rate: float = 0.0
 
 
-def corpus_counts(completions: Sequence[Completion]) -> CorpusCounts:
-    """Of a corpus that may be empty."""
-    num = len(completions)
-    num_tokens = [len(completion.tokens) for completion in completions]
-    return CorpusCounts(
-        num_prompts=len({completion.id for completion in completions}),
-        num_completions=num,
-        num_tokens=sum(num_tokens),
-        mean_tokens=sum(num_tokens) / num if num else 0.0,
-        finish_reasons=dict(sorted(Counter(completion.finish_reason for completion in completions).items())),
-        empty_rate=sum(map(is_empty, completions)) / num if num else 0.0,
-        repetition_rate=sum(map(is_repetitive, completions)) / num if num else 0.0,
-        length_rate=sum(one.finish_reason == "length" for one in completions) / num if num else 0.0,
-    )
+class Counting:
+    """Adds up a corpus, completion by completion."""
+
+    def __init__(self) -> None:
+        self.prompts: set[str] = set()
+        self.reasons: Counter[str] = Counter()
+        self.num_tokens = self.num_empty = self.num_repetitive = 0
+
+    def add(self, completion: Completion) -> None:
+        """Count one more."""
+        self.prompts.add(completion.id)
+        self.reasons[completion.finish_reason] += 1
+        self.num_tokens += len(completion.tokens)
+        self.num_empty += is_empty(completion)
+        self.num_repetitive += is_repetitive(completion)
+
+    def counts(self) -> CorpusCounts:
+        """Of a corpus that may be empty."""
+        num = self.reasons.total()
+        return CorpusCounts(
+            num_prompts=len(self.prompts),
+            num_completions=num,
+            num_tokens=self.num_tokens,
+            mean_tokens=self.num_tokens / max(1, num),
+            finish_reasons=dict(sorted(self.reasons.items())),
+            empty_rate=self.num_empty / max(1, num),
+            repetition_rate=self.num_repetitive / max(1, num),
+            length_rate=self.reasons["length"] / max(1, num),
+        )
 
 
 def check_rates(counts: CorpusCounts, config: Generate) -> None:
@@ -168,7 +170,7 @@ def check_leakage(attempt: Attempt, dtype: torch.dtype) -> None:
         )
 
 
-def merge(requests: Sequence[Request], config: Generate, folder: Path, attempts: Sequence[Attempt]) -> CorpusSummary:
+def merge(requests: Requests, config: Generate, folder: Path, attempts: Sequence[Attempt]) -> CorpusSummary:
     """Write the corpus and its summary, if it is complete; only an array's task may find that it is not.
 
     What another task has merged stays as it is, and so does its summary.
@@ -176,22 +178,56 @@ def merge(requests: Sequence[Request], config: Generate, folder: Path, attempts:
     Raises:
         DataError: completions are missing, differ, or fail a check.
     """
+    completions, described = folder / "completions", _described(attempts)
     with alone_in(folder):
-        by_key = gathered(folder / "completions")
-        described = _described(attempts)
-        if config.num_tasks > 1 and len(by_key) < len(requests):
-            log.info("generate: %d of %d completions are there; other tasks make the rest", len(by_key), len(requests))
-            return record_of(CorpusSummary, described | {"is_complete": False, "num_completions": len(by_key)})
-        completions = canonical(requests, by_key)
-        counts = corpus_counts(completions)
-        check_rates(counts, config)
-        is_merged = (folder / "completions" / MERGED).exists() and (folder / "summary.json").exists()
-        write_merged(folder / "completions", completions)
-        if is_merged:
+        merged = finished_corpus(completions)
+        if merged is not None and (folder / "summary.json").exists():
+            remove_parts(completions)
             return record_of(CorpusSummary, read_json(folder / "summary.json"))
+        if merged is None:
+            with LocatedLines(parts(completions), requests.number_of, len(requests)) as lines:
+                if config.num_tasks > 1 and lines.num_found < len(requests):
+                    return _unfinished(lines.num_found, len(requests), described)
+                counts = _write(requests, lines, config, folder)
+        else:  # killed before the summary
+            counting = Counting()
+            for completion in open_corpus(merged):
+                counting.add(completion)
+            counts = counting.counts()
+            check_rates(counts, config)
+        remove_parts(completions)
         summary = record_of(CorpusSummary, {"is_complete": True, **asdict(counts), **described})
         write_json(folder / "summary.json", asdict(summary))
         return summary
+
+
+def _unfinished(num_found: int, total: int, described: dict[str, object]) -> CorpusSummary:
+    log.info("generate: %d of %d completions are there; other tasks make the rest", num_found, total)
+    return record_of(CorpusSummary, described | {"is_complete": False, "num_completions": num_found})
+
+
+def _write(requests: Requests, lines: LocatedLines, config: Generate, folder: Path) -> CorpusCounts:
+    """Write the corpus in one pass, checked before it gets its name.
+
+    Raises:
+        DataError: completions are missing, or fail a check.
+    """
+    missing_M = np.flatnonzero(lines.file_N < 0)
+    if len(missing_M):
+        some = [requests[int(number)] for number in missing_M[:3]]
+        first = ", ".join(f"{request.id!r} sample {request.sample}" for request in some)
+        raise DataError(
+            f"{len(missing_M)} of {len(requests)} completions are missing ({first}, ...); start the same command again"
+        )
+    counting = Counting()
+
+    def see(number: int, completion: Completion) -> None:
+        requests.check(completion, number)
+        counting.add(completion)
+
+    path = folder / corpus_name(len(requests))
+    write_merged(lines, path, see=see, check=lambda: check_rates(counting.counts(), config))
+    return counting.counts()
 
 
 def _described(attempts: Sequence[Attempt]) -> dict[str, object]:

@@ -12,7 +12,8 @@ from types import TracebackType
 import torch
 
 from spd_dist.config import Sketch
-from spd_dist.distributed.collectives import gather_objects, on_main, together
+from spd_dist.distributed.collectives import gather_objects, together
+from spd_dist.distributed.uneven_work import on_main
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError, StopRequested
 from spd_dist.stages.sketch.frequent_directions import SketchPlan, plan_sketches
