@@ -149,7 +149,8 @@ def open_engine(
     placement = choose_placement(policy, config, world, max_length, section=work.section)
     with together("checking the engine's settings"):
         _check(policy, projection, config, world, work, placement)
-    candidates = {request.id: dataclasses.replace(request, sample=-1) for request in work.requests}.values()
+    probes = [dataclasses.replace(request, sample=-1, budget=None) for request in work.requests]
+    candidates = {request.id: request for request in probes}.values()
     with ExitStack() as stack:
         expected = References([], Sampling(), None)
         if name != "hf" or work.section == "generate":

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from launching import launch
+from launching import SMALL, launch
 from memorised import save_memorised
+from tiny import CHAT_TEMPLATE, save_tiny_model, tiny_tokenizer
 
 from spd_dist.data.tasks import find_task
 from spd_dist.storage.artifacts import read_json, read_jsonl
@@ -63,3 +64,20 @@ def test_a_thought_that_is_cut_is_an_error_where_too_many_are(words, tmp_path: P
     before = kept.stat().st_mtime_ns
     launch(2, [*short, "generate.max_unfinished_rate=1"], tmp_path / "again.log")
     assert kept.stat().st_mtime_ns == before
+
+
+def test_every_thought_ends_at_its_budget_on_both_ranks(tmp_path: Path):
+    model = save_tiny_model(tmp_path / "model", vocab_size=320)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<think>", "</think>"]})
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
+    tokenizer.save_pretrained(model)
+    words = [f"model.name={model}", *SMALL, "evaluate.arms=[base,spd]", "generate.max_thought_tokens=4",
+             "evaluate.max_thought_tokens=2"]  # fmt: skip
+    launch(2, [*words, f"run_dir={tmp_path / 'run'}"], tmp_path / "log")
+    closing = tokenizer.convert_tokens_to_ids("</think>")
+    completions = read_jsonl(tmp_path / "run/generate/completions/completions.jsonl")
+    assert len(completions) == 10
+    assert all(closing in one["tokens"][:5] for one in completions if len(one["tokens"]) > 4)
+    answers = [one for arm in ("base", "spd") for one in read_jsonl(tmp_path / f"run/evaluate/{arm}/arithmetic.jsonl")]
+    assert {one["reason"] for one in answers if one["num_tokens"] > 2} <= {"no answer", "other value", "right"}
