@@ -11,26 +11,32 @@ from spd_dist.data.scoring.thoughts import settled
 _NEGATED = re.compile(
     r"\b(?i:not|isn't|neither|nor|never|rather than|instead of|rule out|eliminate)\s+(?:option |choice |answer )?"
     r"\(?[A-Z]\)?(?=[\s.,;:)]|$)(?:,?\s+but\b)?"
+    r"|(?<!\w)\(?[A-Z]\)?\s*[:=]\s*(?:no|wrong|incorrect|false)\b"
     r"|(?<!\w)\(?[A-Z]\)?(?:[.:]?[ \t]+(?![A-Z]\b)[\w']+){0,4}?[ \t]+(?:is|are|was|seems)\s+"
     r"(?:not|wrong|incorrect|false|out)\b"
 )
 """What an answer is not: `not A but`, `A is wrong`."""
 _ANSWER = (
-    r"\b(?:[Aa](?:nswer|NSWER)\b(?: to [^.\n:]{1,60}?)?|(?:correct|right|best) (?:option|choice|letter|one))"
+    r"\b(?:[Aa](?:nswer|NSWER)\b(?: to [^.\n:]{1,60}?)?|[Aa]ns\.?(?=[\s:=])"
+    r"|(?:(?:correct|right|best) )?(?:[Oo]ption|[Cc]hoice|[Ll]etter|one)(?=\s*(?:is|was|:|=)))"
     r"\s*(?:is|was|would be|must be|should be|:|=|-|\u2014)(?:\s+but\b)?\W*?"
     r"(?:(?:the |an? )?(?:correct |right |best )?(?:option|choice|letter|answer)\b[\s:]*(?:is\b)?\W*)?"
 )
 _AFTER_OPENING = (
-    r"(?=[).:,;\]\"*/]|\s*[-\u2014]\s|\s*\n|\s*$|\s+(?:or|and|&|/)\s"
+    r"(?=[).:,;\]\"*/]|\s*[=(]|\s*[-\u2014]\s|\s*\n|\s*$|\s+(?:or|and|&|/)\s"
     r"|\s+(?:is|because|since|as|seems|would)\b)"
 )
 _CHOSEN = (
     r"\b(?:(?:I|we)(?:'d| would|'ll| will)? (?:choose|chose|pick|select|go with|say)"
-    r"|choose|chose|pick|select|go with|so|therefore,?|thus,?|hence,?)"
+    r"|choose|chose|pick|select|go with)"
     r"\s+(?:the )?(?:option |choice |letter |answer )?"
 )
 _IT_IS = r"\b(?:[Ii]t|[Tt]hat|[Tt]his)(?:'s| is| must be| should be| has to be)\s+"
-_TAKEN_BACK = r"\b[Nn]o[,:]\s+"
+_CONCLUDED = (
+    r"\b(?i:so|therefore|thus|hence|clearly|definitely|certainly|obviously|of course),?"
+    r"\s+(?:the )?(?:option |choice |letter )?"
+)
+_TAKEN_BACK = r"\b(?i:no|wait|actually|sorry|rather)[,:]\s+"
 _END = r"(?=\s*(?:[.,;:!)*\"]|$|\n)|\s+(?:because|since|as)\b)"
 
 
@@ -61,7 +67,7 @@ def _spelled(text: str) -> str:
 
 def _given(text: str, letters: str) -> Iterator[tuple[int, str | None]]:
     both = f"{letters}{letters.lower()}"
-    alone = re.fullmatch(rf"[^\w?]*_*([{both}])_*[^\w?]*", text)
+    alone = re.fullmatch(rf"[^\w?]*(?:\d+[.)]\s*)?_*([{both}])_*[^\w?]*", text)
     if alone:
         yield 0, alone[1].upper()
         return
@@ -72,16 +78,15 @@ def _given(text: str, letters: str) -> Iterator[tuple[int, str | None]]:
     for pattern, taken, end in (
         (_ANSWER, both, ""),
         (_CHOSEN, letters, ""),
-        (_IT_IS, letters, _END),
-        (_TAKEN_BACK, letters, _END),
+        *((one, letters, _END) for one in (_IT_IS, _CONCLUDED, _TAKEN_BACK)),
     ):
         for match in re.finditer(rf"{pattern}[\s*\"'\[(]*([{taken}])(?![\w'?]){end}", text):
             rest = text[match.end() :]
             if not _is_word(match[1], rest):
                 yield match.start(1), _alone(match[1], rest, letters)
     for match in re.finditer(
-        rf"\b(?:[Oo]ption|[Cc]hoice)?\s*\(?([{letters}])\)? (?:is|must be|seems) (?:the )?"
-        r"(?:correct|right|best|true)\b",
+        rf"(?<!\w)\(?([{letters}])\)?(?:(?:[.):]?[ \t]+[\w']+){{0,4}}? (?:is|must be|seems) (?:the )?"
+        r"(?:correct|right|best|true)|\s*[:=]\s*(?:yes|correct|right|true))\b",
         text,
     ):
         yield match.start(), _alone(match[1], "", letters)
@@ -90,7 +95,8 @@ def _given(text: str, letters: str) -> Iterator[tuple[int, str | None]]:
 def _lists(text: str, letters: str, first: str) -> bool:
     """Whether the text opens with the choices once more: `A. one`, line by line, or `A. B. C.`."""
     lines = set(re.findall(rf"^[\s*]*\(?([{letters}])[).:]", text, re.MULTILINE)) - {first.upper()}
-    return bool(lines) or re.match(rf"\W*[{letters}][.)]\s+\(?[{letters}][.)]", text) is not None
+    only = set(re.findall(rf"^\W*([{letters}])\W*$", text, re.MULTILINE))
+    return bool(lines) or len(only) > 1 or re.match(rf"\W*[{letters}][.)]\s+\(?[{letters}][.)]", text) is not None
 
 
 def _is_word(letter: str, rest: str) -> bool:
@@ -110,6 +116,7 @@ def _alone(letter: str, rest: str, letters: str) -> str | None:
 def _by_text(text: str, letters: str, choices: Sequence[str]) -> str | None:
     """The letter of the choice whose text is the whole answer."""
     said = {_bare(text), _bare(text.strip().partition("\n")[0])}
+    said |= {re.sub(r"^(?:it|that|this)(?: is|'s) ", "", one) for one in said}
     said |= {_bare(match[1]) for match in re.finditer(rf"{_ANSWER}([^\n]*)", text)}
     named = (
         (letter, {_bare(str(choice)), _bare(f"{letter} {choice}")})
@@ -124,7 +131,10 @@ def _in_brackets(text: str, letters: str) -> str | None:
     spelled = _NEGATED.sub(" ", plain(text))
     if re.match(r"\W*[A-Za-z]\W*$", spelled):
         return None
-    found = re.finditer(rf"(?<!\w)\(([{letters}])\)|\b[Oo]ption ([{letters}{letters.lower()}])\b", spelled)
+    found = re.finditer(
+        rf"(?<!\w)\(([{letters}])\)|\b(?:[Oo]ption|[Cc]hoice|[Ll]etter|[Aa]nswer) ([{letters}{letters.lower()}])\b",
+        spelled,
+    )
     given = [(match.start(), (match[1] or match[2]).upper()) for match in found]
     return None if _unsure(spelled) else settled(given, spelled, str.__eq__)
 

@@ -35,6 +35,7 @@ _MARKUP = (
     (re.compile(r"\\([$%#])"), r"\1"),
     (re.compile(r"\\[,;:! ]"), ""),
     (re.compile(r"\\[()\[\]]"), " "),
+    (re.compile(r"</?(?:b|strong|i|em|u|p|span|div|code|answer|final)>", re.IGNORECASE), " "),
     (re.compile(r"\*\*|__|`"), ""),
     (re.compile(r"(?<![\w$])\$(?=[^$\n]*\$(?!\d))([^$\n]*)\$"), r" \1 "),  # $...$ of LaTeX
     (re.compile(r"(?<!\S)[*_]+(?=[-+\w$])|(?<=\w)[*_]+(?=[\s.,;:!?]|$)"), ""),

@@ -20,6 +20,13 @@ _TURNED = re.compile(
 )
 
 
+_END_MARK = re.compile(
+    r"<\|(?:im_end|eot_id|eom_id|endoftext|end_of_text|end|return)\|>|</s>|<eos>|<end_of_turn>|<\uff5cend\u2581of\u2581sentence\uff5c>"
+)
+"""Marks of an end that stand in the text itself: what follows was not meant to be read."""
+_NEXT_QUESTION = re.compile(r"\n\s*(?:Question|Q|Problem|Human|User)\s*\d*\s*:")
+
+
 class Spoken(NamedTuple):
     """What a model said after it had thought."""
 
@@ -60,7 +67,15 @@ def without_thoughts(output: str) -> Spoken:
             text = text[closed[-1].end() :]
         if opening.search(text):
             return Spoken("", is_unfinished=True)
-    return Spoken(text, is_unfinished=False)
+    ended = _END_MARK.search(text)
+    return Spoken(text[: ended.start()] if ended else text, is_unfinished=False)
+
+
+def until_next_question(text: str) -> str:
+    """What stands before a next question that the model went on to ask itself (lm-evaluation-harness stops there)."""
+    begun = re.search(r"\S", text)
+    following = _NEXT_QUESTION.search(text, begun.end()) if begun else None
+    return text[: following.start()] if following else text
 
 
 def closings(text: str) -> list[tuple[int, int]]:

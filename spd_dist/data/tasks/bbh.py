@@ -11,7 +11,7 @@ from typing import Any
 from spd_dist.data import spans
 from spd_dist.data.scoring.choices import committed_letter, stated_letter
 from spd_dist.data.scoring.numbers import number_answers, plain, same_number, segment_number, stated_answers
-from spd_dist.data.scoring.thoughts import settled, without_thoughts
+from spd_dist.data.scoring.thoughts import settled, until_next_question, without_thoughts
 from spd_dist.data.spans import Span
 from spd_dist.data.tasks.protocol import Metric, Row, Score, Split, scored
 
@@ -28,6 +28,7 @@ SUBTASKS = (
 )  # fmt: skip
 WORDS = ("true", "false", "yes", "no", "valid", "invalid")
 """Answers that are one of two words."""
+_ONLY_A_WORD = re.compile(rf"^\W*({'|'.join(WORDS)})\W*$", re.IGNORECASE | re.MULTILINE)
 _SLANG = {"yeah": "yes", "yep": "yes", "yup": "yes", "nope": "no"}
 
 
@@ -66,7 +67,7 @@ class Bbh:
     def score(self, row: Row, output: str) -> Score:
         """Strict: the first line, or what is said to be the answer. Lenient: whatever has the target's form."""
         gold, spoken = row["target"], without_thoughts(output)
-        strict, lenient = _read(gold, spoken.text)
+        strict, lenient = _read(gold, until_next_question(spoken.text))
         return scored(gold, strict, lenient, same=same_answer, is_unfinished=spoken.is_unfinished)
 
 
@@ -83,7 +84,9 @@ def same_text(left: str, right: str) -> bool:
 def _plain(text: str) -> str:
     if listed := re.fullmatch(r"\s*\[((?:\s*(?:'[^']*'|\"[^\"]*\")\s*,?)+)\]\s*\.?", text):  # Python's
         text = re.sub(r"['\"]", "", listed[1])
-    bare = re.sub(r"[\s,]+", " ", text.casefold()).strip(" .*\"'`")
+    if re.fullmatch(r"\s*1[.)] .*", text, re.DOTALL):
+        text = re.sub(r"(?:^|(?<=\s))\d+[.)]\s+", " ", text)
+    bare = re.sub(r"[\s,;\"`]+", " ", text.casefold()).strip(" .*'")
     return bare if re.search(r"\w", bare) else bare.replace(" ", "")
 
 
@@ -93,6 +96,8 @@ def _read(gold: str, text: str) -> tuple[str | None, str | None]:
         strict, lenient = stated_letter(text, string.ascii_uppercase), committed_letter(text, string.ascii_uppercase)
         return strict and f"({strict})", lenient and f"({lenient})"
     said = _said(text)
+    if gold.casefold() in WORDS and len({line.casefold() for line in _ONLY_A_WORD.findall(text)}) > 1:
+        return None, None
     if gold.casefold() in WORDS:
         return _word(said), _word(said) or _concluded(text) or _lone_word(text)
     if re.fullmatch(r"-?\d+", gold):
@@ -124,6 +129,7 @@ def _concluded(text: str) -> str | None:
 
 def _lone_word(text: str) -> str | None:
     """The word of the answer's form that stands anywhere, if it is the only one and not negated."""
+    text = re.sub(rf",\s*(?:and )?not ({'|'.join(WORDS)})\b", "", text, flags=re.IGNORECASE)
     found = {word.casefold() for word in re.findall(rf"\b({'|'.join(WORDS)})\b", text, re.IGNORECASE)}
     is_negated = re.search(rf"\b(?:not|neither)\s+(?:{'|'.join(WORDS)})\b", text, re.IGNORECASE)
     return found.pop() if len(found) == 1 and not is_negated else None

@@ -9,7 +9,7 @@ from typing import Any
 
 from spd_dist.data import spans
 from spd_dist.data.scoring.choices import committed_letter, stated_letter
-from spd_dist.data.scoring.thoughts import without_thoughts
+from spd_dist.data.scoring.thoughts import until_next_question, without_thoughts
 from spd_dist.data.spans import Span
 from spd_dist.data.tasks.protocol import Metric, Row, Score, Split, scored
 
@@ -59,8 +59,9 @@ class Mmlu:
     def score(self, row: Row, output: str) -> Score:
         """Strict: the output opens with a letter, or says what the answer is. Lenient: or is a choice's text alone."""
         letters, spoken = _letters(row), without_thoughts(output)
-        lenient = committed_letter(spoken.text, letters, row["choices"])
-        strict = stated_letter(spoken.text, letters)
+        text = until_next_question(spoken.text)
+        lenient = committed_letter(text, letters, row["choices"])
+        strict = stated_letter(text, letters)
         return scored(row["answer"], strict, lenient, same=str.__eq__, is_unfinished=spoken.is_unfinished)
 
 
