@@ -16,7 +16,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.pytorch_utils import Conv1D
 
 from spd_dist.config import Finetune
-from spd_dist.distributed.zero import gather_as_one, gathered, is_sharded
+from spd_dist.distributed.zero import gather_as_one, gathered, is_sharded, whole_shape
 from spd_dist.errors import ConfigError, DataError
 from spd_dist.models.save_weights import save_tensors, stored_parameters
 
@@ -100,13 +100,19 @@ def use_keyed_dropout(modules: Iterable[tuple[nn.ModuleDict, str]]) -> TokenKeys
 ADAPTER = "default"
 
 
+def _fused_experts(model: nn.Module) -> set[str]:
+    """First words of the weights that hold all experts of a layer in one tensor: `gate`, `up`, `down`."""
+    names = {name.rpartition(".")[2] for name, weight in model.named_parameters() if len(whole_shape(weight)) == 3}
+    return {word for name in names for word in name.split("_") if word in ("gate", "up", "down")}
+
+
 def add_adapters(model: nn.Module, config: Finetune, *, generator: torch.Generator) -> PeftModel:
     """`model` with trainable adapters at `config.lora_targets`, everything else frozen; `model` itself is changed.
 
     The weights come from `generator`, so every rank makes the same; peft reads the true shapes of sharded modules.
 
     Raises:
-        ConfigError: no module of the model has one of the names.
+        ConfigError: no module of the model has one of the names, or experts that are one tensor have it.
     """
     linear = (nn.Linear, Conv1D)
     names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, linear)}
@@ -114,6 +120,13 @@ def add_adapters(model: nn.Module, config: Finetune, *, generator: torch.Generat
     if missing or not config.lora_targets:
         raise ConfigError(
             f"finetune.lora_targets: {missing} are no linear modules of this model, which has {sorted(names)}"
+        )
+    passed_by = [target for target in config.lora_targets for fused in _fused_experts(model) if fused in target]
+    if passed_by:
+        raise ConfigError(
+            f"finetune.lora_targets: {sorted(set(passed_by))} would get no adapter in the experts of this model, whose "
+            "weights are one tensor for all of them; name modules outside of the experts, as q_proj, or set "
+            "finetune.mode=full"
         )
     lora = LoraConfig(
         r=config.lora_rank,

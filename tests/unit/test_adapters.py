@@ -1,10 +1,12 @@
 """Adapters come, are saved as peft reads them, and go without a trace."""
 
+import copy
 import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
+from families import family_model
 from peft import PeftModel
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM
@@ -98,6 +100,21 @@ def test_dropout_is_keyed_in_every_adapter():
 def test_a_target_that_the_model_has_not_is_an_error():
     with pytest.raises(ConfigError, match=r"finetune\.lora_targets: \['c_attn'\] are no linear modules .*'k_proj'"):
         adapted_model(lora_targets=("q_proj", "c_attn"))
+
+
+def test_experts_in_one_tensor_get_no_adapter_in_silence():
+    """Neither where no module has the name, nor where one outside of the experts has it."""
+    config = dataclasses.replace(Finetune(), lora_targets=("q_proj", "gate_proj"))
+    draw = torch.Generator().manual_seed(0)
+    with pytest.raises(ConfigError, match=r"lora_targets: \['gate_proj'\] are no linear modules"):
+        add_adapters(family_model("qwen3_moe"), config, generator=draw)
+    mixed = family_model("qwen3_moe")
+    mixed.model.layers[0].mlp = copy.deepcopy(family_model("qwen3").model.layers[0].mlp)
+    with pytest.raises(ConfigError, match=r"\['gate_proj'\] would get no adapter in the experts .* finetune.mode=full"):
+        add_adapters(mixed, config, generator=draw)
+    attention = dataclasses.replace(Finetune(), lora_targets=("q_proj",))
+    assert adapter_parameters(add_adapters(mixed, attention, generator=draw))
+    assert adapter_parameters(add_adapters(family_model("llama"), config, generator=draw))
 
 
 def test_a_whole_model_is_stored_once_a_tied_weight(tmp_path):

@@ -15,7 +15,7 @@ import torch
 from emulated import wait_for
 from families import family_model
 from generating import ALONE, CONFIG, PROGRAM, SEED, corpus, merged, policy_of, prompts, some_projection
-from tiny import save_tiny_model
+from tiny import save_tiny_model, tiny_tokenizer
 
 from spd_dist.config import Generate
 from spd_dist.errors import ConfigError, DataError
@@ -74,6 +74,19 @@ def external(policy: Policy, folder: Path, text: str) -> ExternalEngine:
 
 def test_continuous_batching_gives_the_same_greedy_corpus(policy, expected, tmp_path):
     assert run(policy, tmp_path, engine="hf_cb") == expected
+
+
+def test_continuous_batching_gives_the_same_bytes_beyond_a_sliding_window(tmp_path):
+    """96 greedy tokens through a window of 4."""
+    model, tokenizer = family_model("mistral"), tiny_tokenizer()
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    policy = policy_of(tmp_path / "model")
+    policy.eos_token_ids = (2,)
+    made = [run(policy, tmp_path / engine, engine=engine, max_new_tokens=96) for engine in ("hf", "hf_cb")]
+    assert made[0] == made[1]
+    assert max(len(json.loads(line)["tokens"]) for line in made[0].splitlines()) == 96
 
 
 def test_continuous_batching_halves_its_batch_when_memory_runs_out(policy, caplog):
