@@ -6,6 +6,7 @@
 # make vllm-env      an environment of its own for vLLM, which pins another torch: generate.vllm_python=.venv-vllm/bin/python
 # make docs          builds docs/ with the API reference as a site, build/site; a broken link is an error
 # make release       checks version, changelog and tree, builds and tries what is released, into dist/
+# make test-faults   kills, stops and starves runs of a tiny model, and compares what they end in; test-faults-large does 240
 # make test-cluster  passes those on two emulated hosts with a real SLURM: needs root, installs SLURM and pdsh by apt-get;
 #                    make test-cluster-slow those of them that take minutes
 PYTHON ?= python3
@@ -27,7 +28,7 @@ endif
 IN_VENV := PATH="$$(cd "$(VENV)" && pwd)/bin:$$PATH" TOKENIZERS_PARALLELISM=false
 PYTEST := $(IN_VENV) DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 python -m pytest
 
-.PHONY: install doctor quickstart test test-fast test-slow test-vllm qwen vllm-env docs release test-cluster test-cluster-slow lint
+.PHONY: install doctor quickstart test test-fast test-slow test-vllm qwen vllm-env docs release test-cluster test-cluster-slow test-faults test-faults-large lint
 
 install:
 	@$(PYTHON) launchers/install.py --venv "$(VENV)"
@@ -78,6 +79,20 @@ test-cluster test-cluster-slow: install
 	tests/cluster/install.sh
 	$(IN_VENV) DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 timeout --signal=INT --kill-after=60 $(CLUSTER_SECONDS) \
 	  python -m pytest -m "$(CASES)" --durations=20 --durations-min=5 tests/cluster
+
+# SEED, KILLS, OTHERS: of the large form, which goes on from STATE where it was interrupted.
+SEED := 1
+KILLS := 200
+OTHERS := 40
+STATE := runs/faults.jsonl
+FAULTS := $(IN_VENV) DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 PYTHONPATH=tests:. python tests/faults.py
+
+test-faults: install
+	@$(FAULTS) --kills 2 --others 4 --seed $(SEED)
+
+test-faults-large: install
+	@mkdir -p $(dir $(STATE))
+	@$(FAULTS) --kills $(KILLS) --others $(OTHERS) --seed $(SEED) --state $(STATE) --out docs/reliability.md
 
 lint: install
 	$(IN_VENV) ruff check .
