@@ -93,7 +93,9 @@ def test_a_student_comes_back_from_the_hub_as_it_was_and_its_card_says_how_it_ca
 def test_all_parameters_of_a_student_go_under_their_own_name(hub, run, tmp_path):
     full = Path(shutil.copytree(run, tmp_path / "full"))
     config = (full / "config.yaml").read_text()
-    (full / "config.yaml").write_text(config.replace("  mode: lora", "  mode: full"))
+    (full / "config.yaml").write_text(
+        config.replace("  mode: lora", "  mode: full").replace("merge: true", "merge: false")
+    )
     with pytest.raises(ConfigError, match=r"product merged: .* none, as its finetune.mode is full; push full"):
         pushed(full, "merged")
     pushed(full, "full", base_model="org/base")
