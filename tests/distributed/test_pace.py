@@ -10,7 +10,7 @@ import torch.distributed as dist
 from ranks import ends_of_ranks
 
 from spd_dist.distributed.collectives import max_over_ranks, together
-from spd_dist.distributed.uneven_work import wait_for_all_ranks
+from spd_dist.distributed.uneven_work import on_main, wait_for_all_ranks
 from spd_dist.errors import DataError
 
 LIMIT_SECONDS = 2.0
@@ -27,6 +27,24 @@ def wait_patiently() -> None:
         take_longer_than_a_collective_may()
     assert max_over_ranks(dist.get_rank()) == dist.get_world_size() - 1  # all are in step
     fail_on_the_last_rank()
+    wait_for_rank_0()
+
+
+def wait_for_rank_0() -> None:
+    """Its result, or its error, reaches the others however long it takes."""
+
+    def work() -> int:
+        time.sleep(1.5 * LIMIT_SECONDS)
+        return 7
+
+    assert on_main("merging", work) == 7
+    with pytest.raises(DataError, match="the disk is full") as failure:
+        on_main("merging", refuse)
+    assert failure.value.is_shared
+
+
+def refuse() -> None:
+    raise DataError("the disk is full")
 
 
 def raise_on_the_last_rank() -> None:

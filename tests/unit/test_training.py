@@ -102,3 +102,13 @@ def test_offload_to_nvme_is_refused_in_every_stage(name):
         training_settings(config, torch.bfloat16, max_grad_norm=1.0)
     with pytest.raises(ConfigError, match=match):
         sharding_settings(config, torch.bfloat16)
+
+
+def test_gradients_in_bfloat16_are_added_in_float32_unless_the_user_says_otherwise():
+    def added(zero_stage, dtype, **deepspeed):
+        settings = training_settings(Distributed(zero_stage=zero_stage, deepspeed=deepspeed), dtype, max_grad_norm=1.0)
+        return settings.get("data_types", {}).get("grad_accum_dtype")
+
+    assert [added(stage, torch.bfloat16) for stage in (2, 3)] == ["fp32", "fp32"]
+    assert added(3, torch.float32) is None
+    assert added(3, torch.bfloat16, data_types={"grad_accum_dtype": "bf16"}) == "bf16"
