@@ -57,7 +57,7 @@ def tree_faults(wanted: str) -> list[str]:
 def build(root: Path, out: Path) -> tuple[Path, Path]:
     """The source archive of `root`, and a wheel that is built from nothing but that archive."""
     with tempfile.TemporaryDirectory() as place:
-        _build("build_sdist", shutil.copytree(root, Path(place) / "tree", symlinks=True, ignore=_LEFT_OUT), out)
+        _build("build_sdist", shutil.copytree(root, Path(place) / "tree", symlinks=True, ignore=_left_out), out)
         (archive,) = out.glob("*.tar.gz")
         with tarfile.open(archive) as file:
             file.extractall(place, filter="data")
@@ -66,7 +66,10 @@ def build(root: Path, out: Path) -> tuple[Path, Path]:
     return archive, wheel
 
 
-_LEFT_OUT = shutil.ignore_patterns(".venv*", ".git", "runs", "build", "dist", "*.egg-info", "__pycache__")
+def _left_out(folder: str, names: list[str]) -> set[str]:
+    """What a copy of the clone does without; a package may have a room of the same name."""
+    at_the_top = ("runs", "build", "dist", ".git") if (Path(folder) / "pyproject.toml").is_file() else ()
+    return {*shutil.ignore_patterns(".venv*", "*.egg-info", "__pycache__", *at_the_top)(folder, names)}
 
 
 def _build(what: str, tree: Path, out: Path) -> None:
