@@ -29,13 +29,13 @@ from tiny import save_tiny_model
 
 STAGES = ("start", "calibrate", "generate", "finetune", "evaluate")
 KILLS = ("SIGKILL of one rank", "SIGKILL of all ranks")
-OTHERS = ("SIGTERM to one rank", "SIGSTOP of one rank", "disk full", "read-only remount")
+OTHERS = ("SIGTERM to one rank", "SIGSTOP of one rank", "disk full")
 BOUND_SECONDS = 150.0
 """By then all ranks have ended, or the case counts as a hang; a collective may take `TIMEOUT_SECONDS` of it."""
 TIMEOUT_SECONDS = 60
 RELATIVE = 1e-5
 """Of losses and of what follows from them, where the number of ranks changed."""
-DOCUMENTED = {"SIGTERM to one rank": {75}, "disk full": {3}, "read-only remount": {3}}
+DOCUMENTED = {"SIGTERM to one rank": {75}, "disk full": {3}}
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Series:
         hit = chance.randrange(before)
         place = self.folder / f"case-{index}"
         place.mkdir()
-        on_disk = fault in ("disk full", "read-only remount")
+        on_disk = fault == "disk full"
         if on_disk:
             mount("-t", "tmpfs", "-o", "size=64m", "tmpfs", place)
         try:
@@ -185,9 +185,6 @@ def inject(fault: str, run: Launch, hit: int, place: Path) -> Callable[[], None]
         os.kill(process.pid, signal.SIGTERM)
     elif fault == "SIGSTOP of one rank":
         os.kill(process.pid, signal.SIGSTOP)
-    elif fault == "read-only remount":
-        subprocess.run(["mount", "-o", "remount,ro", str(place)], check=False)
-        return lambda: mount("-o", "remount,rw", place)
     else:
         filler = place / "filler"
         with open(filler, "wb") as file:
@@ -256,7 +253,7 @@ def table(cases: Sequence[Case]) -> str:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
     lines = [
         f"{datetime.now(UTC):%Y-%m-%d}, commit {commit.strip() or 'unknown'}, {len(tried)} cases; "
-        f"`python {' '.join(sys.argv)}`",
+        f"the driver with {' '.join(sys.argv[1:])}",
         "",
         "| fault | " + " | ".join(STAGES) + " | all same | s until all had ended, median and most |",
         "|---|" + "--:|" * (len(STAGES) + 2),
