@@ -110,7 +110,7 @@ def in_child(sender: Any, work: Callable[[Path, int, int], None], folder: Path, 
         while not is_over.wait(0.02):
             peak[0] = max(peak[0], own_bytes())
 
-    watching = threading.Thread(target=watch)
+    watching = threading.Thread(target=watch, daemon=True)
     watching.start()
     cpu, wall = time.process_time(), time.perf_counter()
     work(folder, size, index)
@@ -156,7 +156,7 @@ def merge_all(folder: Path, size: int, _: int) -> None:
     """As rank 0 does it at the end of generation."""
     corpora.MOST_AS_TEXT = 0
     prompts = Table(Prompt, [folder / f"prompts-{worker}.arrow" for worker in range(NUM_WORKERS)])
-    attempts = [Attempt("hf", "replica", 0, 1.0, {}, None)] * NUM_WORKERS
+    attempts = [Attempt("hf", "replica", 0, 1.0, {}, None, 0)] * NUM_WORKERS
     summary = merge(Requests(prompts, 1, SEED), Generate(max_length_rate=1.0), folder, attempts)
     assert (summary.num_completions, summary.num_tokens) == (size, size * NEW_TOKENS)
 
