@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -187,6 +187,7 @@ def _is_cached(config: Model) -> bool:
 
 def _fetch(config: Model) -> None:
     try:
+        hf_hub_download(config.name, "config.json", revision=config.revision)  # fails at once where there is no network
         names = HfApi().list_repo_files(config.name, revision=config.revision)
         weights = WEIGHTS[:1] if any(name.endswith(".safetensors") for name in names) else WEIGHTS
         snapshot_download(config.name, revision=config.revision, allow_patterns=[*weights, *BESIDE_WEIGHTS])

@@ -205,7 +205,7 @@ def keep_the_best_epoch(model: Path, folder: Path) -> None:
 
 def validation_loss(model: Path, run: Path) -> float:
     from spd_dist.seeding import generator
-    from spd_dist.stages.finetune.batching import held_out, training_sequences
+    from spd_dist.stages.finetune.sequences import held_out, training_sequences
 
     sequences = training_sequences(completions(), TINY, pad_token_id=0)
     _, validation = held_out(sequences, 0.2, generator(3, "finetune", "held out"))

@@ -51,7 +51,7 @@ def test_a_wrong_config_ends_with_2(model, tmp_path, word, message):
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("model.name=nowhere/model", "model.name: nowhere/model can't be loaded by AutoConfig"),
+        ("model.name=nowhere/model", "model.name: nowhere/model is no folder here, not whole in this host's cache"),
         ("data.train=nowhere/rows.jsonl", "nowhere/rows.jsonl"),
         (
             "calibrate.mask=regex:no such text",
