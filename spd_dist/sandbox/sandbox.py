@@ -134,7 +134,9 @@ class Sandbox:
                 raise SandboxError(f"a sandbox did not start: {_last_words(judge, candidate)}")
             Channel(host).send({"program": program, "tests": list(tests), "setup": setup})
             limit, spent, waited = self.limits.wall_seconds, 0.0, 0.0
-            while not select.select([host], [], [], left := limit + waited - spent)[0]:
+            answer = select.poll()  # `select` refuses descriptors from 1024 on, and a rank may hold many
+            answer.register(host, select.POLLIN)
+            while not answer.poll(1000 * (left := limit + waited - spent)):
                 spent += left
                 waited = waited_seconds(candidate.pid, judge.pid, otherwise=spent)
                 if waited - (spent - limit) <= STARVED_FRACTION * limit:  # it had its time

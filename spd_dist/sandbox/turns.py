@@ -29,7 +29,7 @@ def waited_seconds(*processes: int, otherwise: float) -> float:
     found = []
     for process in processes:
         for thread in _threads(process):
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            with contextlib.suppress(OSError, ValueError):  # it has ended, or ends while it is read
                 _, waited, _ = Path(f"/proc/{thread}/schedstat").read_text().split()
                 found.append(int(waited) / NANOSECONDS)
     return max(found, default=otherwise)
@@ -84,8 +84,12 @@ def _folder() -> Path:
 
 def _threads(process: int) -> Iterator[str]:
     """`PID/task/TID` of every thread of a process and of all that come of it."""
-    for task in Path(f"/proc/{process}/task").glob("*"):
-        yield f"{process}/task/{task.name}"
+    try:
+        tasks = os.listdir(f"/proc/{process}/task")
+    except OSError:  # it has ended
+        return
+    for task in tasks:
+        yield f"{process}/task/{task}"
         with contextlib.suppress(OSError):
-            for child in (task / "children").read_text().split():
+            for child in Path(f"/proc/{process}/task/{task}/children").read_text().split():
                 yield from _threads(int(child))

@@ -10,7 +10,7 @@ from answering_samples import answer
 from spd_dist.analysis.decode_control import decode_controls
 from spd_dist.analysis.sample_measures import majority_share, paired_measures, sample_measures
 from spd_dist.arms import chosen, swept
-from spd_dist.data.scoring.programs import canonical
+from spd_dist.data.scoring.programs import canonical, program_in
 from spd_dist.overrides import config_of_arm, load_config
 
 
@@ -53,6 +53,13 @@ def test_measures_of_one_arm_and_their_paired_differences():
 )
 def test_answers_that_say_the_same_have_one_vote(left, right, is_same):
     assert (canonical(left) == canonical(right)) is is_same
+
+
+def test_a_program_that_is_too_deep_for_its_tree_has_a_vote_as_text():
+    deep = f"def f(x):\n    return {' + '.join(['x'] * 900)}"
+    assert canonical(deep) == canonical(deep.replace(" + ", "  +  "))
+    used = f"{deep}\ny = 1"
+    assert program_in([used, "def g(x):\n    return y * x"], {"g"}) == "def g(x):\n    return y * x\n"
 
 
 def test_a_sweep_adds_arms_of_base_and_students_that_share_their_student():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import re
 import textwrap
 import warnings
@@ -45,7 +46,10 @@ def program_in(candidates: Sequence[str], called: Set[str]) -> str | None:
     taken = defining[-1]
     missing = _used(taken) - _defined(taken)
     before = [block for block in programs[: programs.index(taken)] if missing & _defined(block)]
-    return "\n".join([*map(_definitions, before), taken])
+    try:
+        return "\n".join([*map(_definitions, before), taken])
+    except RecursionError:  # an earlier block is too deep to be written anew
+        return taken
 
 
 def with_imports(program: str) -> str:
@@ -146,7 +150,8 @@ def canonical(answer: str) -> str:
     if number is not None:
         return str(number)
     if re.search(r"^\s*(?:def|class|import|from) ", answer, re.MULTILINE) and parses(answer):
-        return _tree(answer)
+        with contextlib.suppress(RecursionError):  # a sum of a thousand terms
+            return _tree(answer)
     return re.sub(r"\s+", " ", answer).strip().casefold()
 
 
