@@ -334,7 +334,7 @@ REAL = {
 @pytest.mark.parametrize("name", REAL)
 def test_every_real_row_has_its_span_and_accepts_its_reference(name):
     file, count = REAL[name]
-    task = with_execution(find_task(name), lambda code, tests, setup: True)
+    task = with_execution(find_task(name), lambda code, tests, setup: ran(True))
     rows = load_rows(task, "test", Data(task=name, test=f"{REAL_ROWS}/{file}.jsonl"))
     assert len(rows) == count
     assert task.test_size == (None if name == "codealpaca" else count)
