@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,7 +195,7 @@ def projected(
     overrides: Sequence[str] = (),
     *,
     apply_as: Literal["hook", "fold"] = "hook",
-) -> Iterator[PreTrainedModel]:
+) -> Generator[PreTrainedModel]:
     """`model` with its keys and values held to `subspace`; as it was before, bit by bit, after the `with` block.
 
     Args:
@@ -229,7 +229,7 @@ def overlap(first: Subspace, second: Subspace) -> dict[str, float]:
 
 
 @contextmanager
-def _frozen(model: PreTrainedModel) -> Iterator[None]:
+def _frozen(model: PreTrainedModel) -> Generator[None]:
     """Eval mode and no gradients of weights."""
     was_training = model.training
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

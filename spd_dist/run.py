@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -102,7 +102,7 @@ class Run:
         self.estimate = RunEstimate()
 
     @contextmanager
-    def opened(self) -> Iterator[None]:
+    def opened(self) -> Generator[None]:
         """Run stages in here: a collective that fails or hangs says where ranks are."""
         telling = telling_of_silence(self.heartbeat, self.config.distributed.timeout_seconds)
         with self.metrics, telling, naming_lagging_ranks(self.heartbeat), self.engines.closed_at_the_end():

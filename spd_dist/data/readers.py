@@ -14,7 +14,7 @@ import lzma
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +105,7 @@ def located(path: str, place: str, row: Mapping[str, Any], names: tuple[str, str
 
 
 @contextmanager
-def _opened(path: Path, packing: str) -> Iterator[IO[bytes]]:
+def _opened(path: Path, packing: str) -> Generator[IO[bytes]]:
     openers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, "": open}
     if packing in openers:
         with openers[packing](path, "rb") as stream:

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,7 @@ def brief(error: BaseException) -> str | None:
 
 
 @contextmanager
-def naming_lagging_ranks(heartbeat: Heartbeat) -> Iterator[None]:
+def naming_lagging_ranks(heartbeat: Heartbeat) -> Generator[None]:
     """Add to an error from a collective where each rank was last seen."""
     try:
         yield
@@ -161,7 +161,7 @@ def naming_lagging_ranks(heartbeat: Heartbeat) -> Iterator[None]:
 @contextmanager
 def telling_of_silence(
     heartbeat: Heartbeat, timeout_seconds: float, tell: Callable[[str], None] = log.warning
-) -> Iterator[None]:
+) -> Generator[None]:
     """Within it a rank that makes no unit for most of `timeout_seconds` says where all ranks are, once a silence."""
     ended = threading.Event()
 

@@ -6,7 +6,7 @@ A module is sharded if its parameters carry DeepSpeed's `ds_tensor`: the flat sl
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -102,7 +102,7 @@ def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
 
 
 @contextmanager
-def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def gathered(parameters: Iterable[nn.Parameter]) -> Generator[None]:
     """Whole parameters on every rank within this context, to be read, not written; a no-op unless they are sharded."""
     sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_tensor")]
     with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
@@ -119,7 +119,7 @@ def gather_as_one(module: nn.Module, kind: type[nn.Module]) -> None:
 
 
 @contextmanager
-def linear_of_zero3() -> Iterator[None]:
+def linear_of_zero3() -> Generator[None]:
     """`torch.nn.functional.linear` as it is once a model was sharded: it keeps its input, also for frozen weights."""
     whole = torch.nn.functional.linear
     torch.nn.functional.linear = zero3_linear_wrap
@@ -130,7 +130,7 @@ def linear_of_zero3() -> Iterator[None]:
 
 
 @contextmanager
-def full_replica(engine: DeepSpeedEngine | None, module: nn.Module) -> Iterator[nn.Module]:
+def full_replica(engine: DeepSpeedEngine | None, module: nn.Module) -> Generator[nn.Module]:
     """`module` with whole weights and without ZeRO's hooks: each rank calls it as often as it likes, alone.
 
     The gather and the return to shards are collectives. The hooks come back also when the body fails: DeepSpeed's own
@@ -193,7 +193,7 @@ def _mixed_sum(words: Tensor, start: int) -> Tensor:
 
 
 @contextmanager
-def unsharded_for_write(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def unsharded_for_write(parameters: Iterable[nn.Parameter]) -> Generator[None]:
     """Whole parameters, to be overwritten alike on every rank.
 
     A collective if they are sharded: shards take rank 0's values at exit. Parameters that an outer context holds whole
@@ -205,7 +205,7 @@ def unsharded_for_write(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 @contextmanager
-def restored_on_exit(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def restored_on_exit(parameters: Iterable[nn.Parameter]) -> Generator[None]:
     """Parameters that have the same bits after this context as before it.
 
     Entering is a collective if they are sharded. Leaving is not: each rank puts its own slice back, so that a rank

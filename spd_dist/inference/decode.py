@@ -86,7 +86,7 @@ class Drawing(LogitsProcessor):
 
 
 @contextmanager
-def pinned(model: PreTrainedModel, stopping: DecodeSettings) -> Iterator[GenerationConfig]:
+def pinned(model: PreTrainedModel, stopping: DecodeSettings) -> Generator[GenerationConfig]:
     """Greedy settings in full: within this context nothing is inherited from the model's own generation config."""
     settings = GenerationConfig(
         do_sample=False,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -41,7 +41,7 @@ class HFEngine:
 
 
 @contextmanager
-def held_to(policy: Policy, projection: Projection | None, apply_as: str) -> Iterator[ProjectionMonitor | None]:
+def held_to(policy: Policy, projection: Projection | None, apply_as: str) -> Generator[ProjectionMonitor | None]:
     """The policy under `projection`, as the config has it applied; undone on every way out."""
     with nullcontext() if projection is None else projected(policy.model, projection, apply_as) as monitor:
         yield monitor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -123,7 +123,7 @@ def open_engine(
     config: Generate,
     world: World,
     work: EngineWork,
-) -> Iterator[Opened]:
+) -> Generator[Opened]:
     """The engine of `config`, once it has answered some requests as the projected policy does. A collective.
 
     The body holds no collective; its exceptions are raised on every rank.
@@ -207,7 +207,7 @@ def _opened_outside(
     world: World,
     work: EngineWork,
     monitor: ProjectionMonitor | None,
-) -> Iterator[Opened]:
+) -> Generator[Opened]:
     """An engine with a process of its own, not verified yet; `monitor` is of the reference."""
     label = f"{work.section}.engine={config.engine}"
     held = projection if config.engine == "vllm" and config.apply_as == "hook" and policy.origin is not None else None
@@ -237,7 +237,7 @@ def _opened_outside(
 
 
 @contextmanager
-def _removed_at_the_end(folder: Path, world: World) -> Iterator[None]:
+def _removed_at_the_end(folder: Path, world: World) -> Generator[None]:
     """Remove the files of an engine; after a failure they stay, with its log."""
     yield
     if world.is_main:
@@ -251,7 +251,7 @@ def _verify(engine: Engine, expected: References, policy: Policy, section: str) 
 
 
 @contextmanager
-def exported(policy: Policy, projection: Projection | None, folder: Path, world: World) -> Iterator[Path]:
+def exported(policy: Policy, projection: Projection | None, folder: Path, world: World) -> Generator[Path]:
     """The projected policy as a model folder that any engine loads, removed at the end. A collective."""
     with together("making room for the exported policy"):
         if world.is_main:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -161,7 +161,7 @@ def _needed_bytes(model: PreTrainedModel, config: Generate, max_length: int) -> 
 
 
 @contextmanager
-def placed(policy: Policy, placement: Placement, world: World, doing: str) -> Iterator[None]:
+def placed(policy: Policy, placement: Placement, world: World, doing: str) -> Generator[None]:
     """The policy's model ready to be called by each rank as often as it likes.
 
     An exception of one rank is raised on all; shards and hooks are back on every way out. The body holds no collective.

@@ -6,7 +6,7 @@ Shapes: N token rows, D width of a site, H logical shards.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -113,7 +113,7 @@ class _Activations:
 
 
 @contextmanager
-def _recorded(model: nn.Module, sites: Sequence[KVSite]) -> Iterator[_Activations]:
+def _recorded(model: nn.Module, sites: Sequence[KVSite]) -> Generator[_Activations]:
     found = _Activations()
     with ExitStack() as undo:
         undo.callback(model.register_forward_pre_hook(found.note_mask, with_kwargs=True).remove)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -32,7 +32,7 @@ class SharedPrefix:
         self.gives_tuples = False
 
     @contextmanager
-    def recording(self, firsts: Iterable[int]) -> Iterator[None]:
+    def recording(self, firsts: Iterable[int]) -> Generator[None]:
         """Within it, note what enters the layers `firsts` of the latest pass."""
         self.inputs.clear()
         with ExitStack() as undo:
@@ -44,7 +44,7 @@ class SharedPrefix:
             yield
 
     @contextmanager
-    def replaying(self, first: int) -> Iterator[None]:
+    def replaying(self, first: int) -> Generator[None]:
         """Within it, the model begins at layer `first`, with what `recording` noted; all of it runs if that is 0."""
         if first == 0:
             yield

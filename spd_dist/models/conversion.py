@@ -13,7 +13,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 
 import torch
@@ -79,7 +79,7 @@ def read_gguf(
 
 
 @contextlib.contextmanager
-def _reading(gguf: Path, header: GGUFHeader) -> Iterator[None]:
+def _reading(gguf: Path, header: GGUFHeader) -> Generator[None]:
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # the bars of libraries; what they log has its own way
             yield

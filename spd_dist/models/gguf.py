@@ -12,7 +12,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -128,7 +128,7 @@ def converted(gguf: Path, cache_dir: str | None) -> Path:
 
 
 @contextmanager
-def _kept_in(cache: Path, num_bytes: int) -> Iterator[None]:
+def _kept_in(cache: Path, num_bytes: int) -> Generator[None]:
     """Name the setting that moves the cache if it cannot be written; nothing is read in the body."""
     try:
         yield
@@ -142,7 +142,7 @@ def _kept_in(cache: Path, num_bytes: int) -> Iterator[None]:
 
 
 @contextmanager
-def _said(doing: str) -> Iterator[None]:
+def _said(doing: str) -> Generator[None]:
     """Say at the start and now and then what is waited for, whichever process does it."""
     started, is_over = time.monotonic(), threading.Event()
 
@@ -162,7 +162,7 @@ def _said(doing: str) -> Iterator[None]:
 
 
 @contextmanager
-def _unfinished(folder: Path) -> Iterator[Path]:
+def _unfinished(folder: Path) -> Generator[Path]:
     """A place of this process beside `folder`, which is not there yet, and not there any more at the end."""
     partial = folder.with_name(f".{folder.name}.{socket.gethostname()}-{os.getpid()}{PARTIAL}")
     shutil.rmtree(partial, ignore_errors=True)  # of a killed process of the same number

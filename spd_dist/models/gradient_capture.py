@@ -7,7 +7,7 @@ Shapes: B examples, T tokens, N rows, F features that a linear module puts out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -70,7 +70,7 @@ def _columns(rows_NF: Tensor, site: KVSite) -> Tensor:
 
 
 @contextmanager
-def capture(model: PreTrainedModel, sites: Sequence[KVSite], *, checkpointing: bool = False) -> Iterator[Capture]:
+def capture(model: PreTrainedModel, sites: Sequence[KVSite], *, checkpointing: bool = False) -> Generator[Capture]:
     """Freeze `model` in eval mode and watch its `sites`; everything is put back on leaving.
 
     Args:
@@ -94,7 +94,7 @@ def _record(caught: Capture, name: str, _module: nn.Module, _inputs: Any, output
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def _frozen(model: nn.Module) -> Generator[None]:
     """Eval mode, so that nothing is dropped at random, and no parameter that needs a gradient."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     training = [module for module in model.modules() if module.training]
@@ -118,7 +118,7 @@ def _layers_from(model: nn.Module, site: KVSite) -> list[nn.Module]:
 
 
 @contextmanager
-def _checkpointed(layers: Sequence[nn.Module]) -> Iterator[None]:
+def _checkpointed(layers: Sequence[nn.Module]) -> Generator[None]:
     """Recompute these layers. The switch of transformers would need train mode, and gradients of the embeddings."""
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
@@ -130,7 +130,7 @@ def _checkpointed(layers: Sequence[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def supervised_rows(model: PreTrainedModel, mask_BT: Tensor) -> Iterator[None]:
+def supervised_rows(model: PreTrainedModel, mask_BT: Tensor) -> Generator[None]:
     """Logits only at the positions of `mask_BT`, as rows in row-major order: most of them are never looked at.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -249,7 +249,7 @@ def _merged_weight(layer: LoraLayer) -> Tensor:
 
 
 @contextmanager
-def _peft_gathers(model: nn.Module) -> Iterator[None]:
+def _peft_gathers(model: nn.Module) -> Generator[None]:
     """Let peft gather the shards of a base weight that it must read (DoRA): it does so while such an object lives."""
     sharding = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}}) if is_sharded(model) else None
     try:

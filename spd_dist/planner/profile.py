@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -124,7 +124,7 @@ def _extrapolated(
 
 
 @contextmanager
-def _without_packing() -> Iterator[None]:
+def _without_packing() -> Generator[None]:
     """Transformers makes masks for packed sequences if their positions say so; those of fake tensors say nothing."""
     found = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = lambda _: None

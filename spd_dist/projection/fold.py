@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ class Output(NamedTuple):
 
 
 @contextmanager
-def folded(model: nn.Module, found: list[Target], insertion: str) -> Iterator[None]:
+def folded(model: nn.Module, found: list[Target], insertion: str) -> Generator[None]:
     """`model` with `found` folded into its weights; the saved weights come back at exit, bit by bit.
 
     Raises:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -124,7 +124,7 @@ def stored_dtype(rewrites: list[Rewrite]) -> torch.dtype:
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: Path) -> Generator[Path]:
     """A folder beside `out` that takes its name when the body is done, and is removed if it fails.
 
     Raises:

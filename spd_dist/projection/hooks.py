@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
@@ -79,7 +79,7 @@ ROTATION = "apply_rotary_pos_emb"
 
 
 @contextmanager
-def rotary_keys(model: nn.Module, found: list[Target], monitor: ProjectionMonitor) -> Iterator[None]:
+def rotary_keys(model: nn.Module, found: list[Target], monitor: ProjectionMonitor) -> Generator[None]:
     """Within this context the attention modules of the key sites project what their rotation returns.
 
     The wrapped rotation is global to the model's Python module; it acts only while one of these attention modules runs.
@@ -151,7 +151,7 @@ def _projecting(rotate: Callable[..., Any], running: list[SitePart], monitor: Pr
 @contextmanager
 def projected(
     model: nn.Module, projection: Projection, mode: Literal["hook", "fold"] = "hook", *, observe: int = 4
-) -> Iterator[ProjectionMonitor]:
+) -> Generator[ProjectionMonitor]:
     """`model` with its keys and values held to `projection`; as it was before, bit by bit, on every way out.
 
     `hook` acts on the outputs, at the cost of one or two small products a site and call; the model may be whole,

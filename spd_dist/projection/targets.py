@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
@@ -64,7 +64,7 @@ def _target(model: nn.Module, name: str, parts: list[SitePart]) -> Target:
 
 
 @contextmanager
-def claimed(found: Iterable[Target]) -> Iterator[None]:
+def claimed(found: Iterable[Target]) -> Generator[None]:
     """Mark modules as projected, so that a second projection is refused instead of composed with the first.
 
     Raises:

@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,7 +171,7 @@ class Sandbox:
             return found
 
     @contextlib.contextmanager
-    def _started(self, name: str, sockets: Sequence[socket.socket], **more: Any) -> Iterator[subprocess.Popen[bytes]]:
+    def _started(self, name: str, sockets: Sequence[socket.socket], **more: Any) -> Generator[subprocess.Popen[bytes]]:
         """One sandbox at work; it and all that is in it are dead at the end."""
         user = self._next_user() if _may_become_others() else None
         part = {

@@ -11,7 +11,7 @@ import fcntl
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from spd_dist.errors import ConfigError
@@ -36,7 +36,7 @@ def waited_seconds(*processes: int, otherwise: float) -> float:
 
 
 @contextlib.contextmanager
-def among_others() -> Iterator[None]:
+def among_others() -> Generator[None]:
     """A turn that others may have at the same time, on this machine and by this user."""
     with _opened("turn") as turn:
         with _opened("gate") as gate:  # who wants to be alone holds it, so that nobody new comes in
@@ -46,7 +46,7 @@ def among_others() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def alone() -> Iterator[None]:
+def alone() -> Generator[None]:
     """A turn that nobody else has."""
     with _opened("gate") as gate, _opened("turn") as turn:
         fcntl.flock(gate, fcntl.LOCK_EX)
@@ -55,7 +55,7 @@ def alone() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _opened(name: str) -> Iterator[int]:
+def _opened(name: str) -> Generator[int]:
     """The user's lock file of that name; it is let go with its descriptor."""
     descriptor = os.open(_folder() / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:

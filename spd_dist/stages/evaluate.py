@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -106,7 +106,7 @@ class _Answering:
         return max(self.test_set.prompts, key=lambda prompt: len(prompt.tokens))
 
     @contextmanager
-    def read_in_process(self) -> Iterator[None]:
+    def read_in_process(self) -> Generator[None]:
         """The policy's own model, placed, to read reference answers: the body holds no collective."""
         settings, world = self.decoding, self.context.world
         with together("looking at the longest prompt"):

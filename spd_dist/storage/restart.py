@@ -7,7 +7,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def status_path(folder: Path, part: str = "") -> Path:
 
 
 @contextmanager
-def kept_status(path: Path, world: World, last: str) -> Iterator[None]:
+def kept_status(path: Path, world: World, last: str) -> Generator[None]:
     """Rank 0 writes `running`, and in the end `complete`, `stopped` or `failed`; a killed run stays `running`.
 
     A collective: no rank begins if the first state can't be written.

@@ -10,7 +10,7 @@ import netrc
 import os
 import re
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ class WandbMirror:
 
 
 @contextmanager
-def _service_files() -> Iterator[None]:
+def _service_files() -> Generator[None]:
     """Where W&B's own files were moved, its service logs there as well, and not beside the user's caches."""
     moved = os.environ.get("WANDB_DATA_DIR")
     if moved is None or "XDG_CACHE_HOME" in os.environ:

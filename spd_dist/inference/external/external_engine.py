@@ -33,7 +33,7 @@ GRACE_SECONDS = 10.0
 @contextmanager
 def running(
     command: Sequence[str], environment: Mapping[str, str], log: BinaryIO, *, is_piped: bool = False
-) -> Iterator[subprocess.Popen[bytes]]:
+) -> Generator[subprocess.Popen[bytes]]:
     """`command` at work, in a process group that is gone at the end: asked by SIGTERM first, if it still runs.
 
     With `is_piped` its input and output are pipes, else nothing and the log.
@@ -117,7 +117,7 @@ class ExternalEngine:
         }
 
     @contextmanager
-    def _running(self, command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    def _running(self, command: Sequence[str], log: Path) -> Generator[subprocess.Popen[bytes]]:
         try:
             with open(log, "wb") as file, ExitStack() as stack:
                 try:

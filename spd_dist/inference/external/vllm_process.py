@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -176,7 +176,7 @@ class EnginePool:
         return self.process
 
     @contextmanager
-    def closed_at_the_end(self) -> Iterator[EnginePool]:
+    def closed_at_the_end(self) -> Generator[EnginePool]:
         """The pool, without an engine after the body; the log of one that failed stays."""
         try:
             yield self

@@ -8,7 +8,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -143,7 +143,7 @@ def _owners_of_broken(losses: Sequence[tuple[Tensor, Tensor]]) -> set[int]:
 
 
 @contextlib.contextmanager
-def global_generator_kept(world: World) -> Iterator[None]:
+def global_generator_kept(world: World) -> Generator[None]:
     """Give the global generators back as they were: a model's own dropout can use no other."""
     with torch.random.fork_rng(
         [] if world.device.type == "cpu" else [world.device.index], device_type=_fork_type(world)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import overload
@@ -29,7 +29,7 @@ ROWS_A_CALL = 4096
 @contextmanager
 def rendered_together(
     rows: Sequence[Row], render: Callable[[Sequence[Row]], list[Prompt]], folder: Path, world: World
-) -> Iterator[Sequence[Prompt]]:
+) -> Generator[Sequence[Prompt]]:
     """The prompts of all rows, each rendered and tokenised by one rank. A collective.
 
     Up to `MOST_AS_TEXT` every rank holds them; more are written to `folder`, which all ranks map and which is removed
