@@ -21,6 +21,7 @@ FEATURES = {
     "two rounds, bfloat16": ("rounds=2", "model.dtype=bfloat16"),
     "sharded decoding": ("generate.placement=layerwise", "evaluate.placement=layerwise"),
     "batch-invariant samples": ("generate.batch_invariant=true",),
+    "batch-invariant answers": ("evaluate.batch_invariant=true",),
     "several samples a prompt": ("generate.num_samples=4",),
     "a corpus by an array of jobs": ("generate.num_tasks=4",),
     "projection folded into weights": ("generate.apply_as=fold",),

@@ -86,6 +86,13 @@ def _budget_elsewhere(section: str) -> Callable[[Config], bool]:
     return breaks
 
 
+def _invariant_elsewhere(section: str) -> Callable[[Config], bool]:
+    def breaks(config: Config) -> bool:
+        return value_of(config, f"{section}.batch_invariant") and value_of(config, f"{section}.engine") != "hf"
+
+    return breaks
+
+
 def _lacks(section: str, engine: str, key: str) -> Callable[[Config], bool]:
     return lambda config: value_of(config, f"{section}.engine") == engine and value_of(config, key) is None
 
@@ -177,11 +184,13 @@ COMBINATIONS = (
         "which serves plain adapters alone", ("finetune.lora_variant=rslora", "evaluate.engine=hf"),
         ("finetune.lora_variant=dora", "generate.vllm_python=PYTHON"),
     ),
-    Combination(
-        ("generate.batch_invariant", "generate.engine"),
-        _is(generate__batch_invariant=True, generate__engine=("hf_cb", "vllm", "server", "command")),
-        "whose batches are its own", ("generate.engine=hf", "generate.batch_invariant=false"),
-        ("generate.batch_invariant=true", "generate.engine=hf_cb"),
+    *(
+        Combination(
+            (f"{section}.batch_invariant", f"{section}.engine"), _invariant_elsewhere(section),
+            "whose batches are its own", (f"{section}.engine=hf", f"{section}.batch_invariant=false"),
+            (f"{section}.batch_invariant=true", f"{section}.engine=hf_cb"),
+        )
+        for section in ("generate", "evaluate")
     ),
     *(
         Combination(

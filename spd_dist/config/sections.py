@@ -214,12 +214,13 @@ class Evaluate:
     num_samples: int = setting(1, "answers an example; of several, the mean counts, and pass@k is shown", at_least=1)
     engine: Engine = setting("auto", "auto: vllm if generate.vllm_python is set, else hf; set up by generate's keys")
     batch_size: int = setting(32, "answers decoded together", at_least=1)
+    batch_invariant: bool = setting(False, "engine hf: bf16 answers depend on no rank, kill or placement; costs speed")
     placement: Literal["auto", "replica", "layerwise"] = setting("auto", "as generate.placement")
     allow_code_execution: bool = setting(False, "run model-written code, in the sandbox")
 
     def decoding(self, generate: Generate | None = None) -> Generate:
         """The settings of an engine that answers; `generate` says how one with a process of its own is set up."""
-        shared = dataclasses.replace(generate or Generate(), apply_as="hook", batch_invariant=False)
+        shared = dataclasses.replace(generate or Generate(), apply_as="hook", batch_invariant=self.batch_invariant)
         shared = dataclasses.replace(shared, engine=engine_of(self.engine, shared.vllm_python, None))
         shared = dataclasses.replace(shared, placement=self.placement, batch_size=self.batch_size)
         return dataclasses.replace(shared, max_new_tokens=self.max_new_tokens)

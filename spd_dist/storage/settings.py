@@ -73,7 +73,8 @@ def result_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         flat["generate.engine"] = engine_of(*map(flat.get, ENGINE_KEYS))
     if "evaluate.engine" in flat:
         flat["evaluate.engine"] = engine_of(flat["evaluate.engine"], flat.get("generate.vllm_python"), None)
-    shapes = ("generate.batch_size",) if flat.get("generate.batch_invariant") else ()
+    sections = [name for name in ("generate", "evaluate") if flat.get(f"{name}.batch_invariant")]
+    shapes = [f"{name}.batch_size" for name in sections]
     return {key: value for key, value in flat.items() if key in shapes or not is_of(key, MAY_CHANGE)}
 
 

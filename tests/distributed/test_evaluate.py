@@ -21,15 +21,17 @@ from spd_dist.data.tasks import find_task
 from spd_dist.data.tasks.protocol import Row, Score
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError, DataError
-from spd_dist.models.policy import Policy, load_policy, load_replica
+from spd_dist.models.policy import Policy, load_adapted, load_policy, load_replica
 from spd_dist.stages.context import StageContext
 from spd_dist.stages.evaluate import evaluate_arm
 from spd_dist.storage.answers import answers_path, part_path, parts, read_answers
 from spd_dist.types import KVSite, Projection, SiteOperator
 
+SMALL_SHARDS = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 CONFIG = Evaluate(max_new_tokens=12, batch_size=3)
 SAMPLED = dataclasses.replace(CONFIG, temperature=1.0, num_samples=3)
 TASK = find_task("arithmetic")
+ARMS = ("base", "projected", "sampled")
 
 
 def rows(count: int = 11) -> list[Row]:
@@ -62,7 +64,13 @@ def projection() -> Projection:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
+    """The tiny model, with an adapter beside its folder."""
+    folder = save_tiny_model(tmp_path_factory.mktemp("policy") / "model")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        get_peft_model(tiny_model(), lora).save_pretrained(folder.parent / "adapter")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +81,21 @@ def expected(model, tmp_path_factory) -> dict[str, bytes]:
     for arm, held_to in (("base", None), ("projected", projection())):
         evaluate_arm(policy, test_set, CONFIG, context_in(folder), arm=arm, projection=held_to)
     evaluate_arm(policy, test_set, SAMPLED, context_in(folder), arm="sampled")
-    return {arm: answers_path(folder, arm, TASK.name).read_bytes() for arm in ("base", "projected", "sampled")}
+    student_answers(model, folder, Distributed(zero_stage=0), "student")
+    return {arm: answers_path(folder, arm, TASK.name).read_bytes() for arm in (*ARMS, "student")}
+
+
+def student_answers(model: Path, folder: Path, distributed: Distributed, arm: str, **changes: object) -> bytes:
+    """What a student in bfloat16 answers in passes of a fixed shape: with a kill, if an earlier part is there."""
+    load = load_replica if distributed.zero_stage == 0 else load_adapted
+    student = load(
+        Model(str(model), dtype="bfloat16"), distributed, world_of_this_process(), adapter=model.parent / "adapter"
+    )
+    base, test_set = set_up(model)
+    student.eos_token_ids = base.eos_token_ids
+    config = dataclasses.replace(CONFIG, **{"batch_invariant": True, "max_new_tokens": 24} | changes)
+    evaluate_arm(student, test_set, config, context_in(folder), arm=arm)
+    return answers_path(folder, arm, TASK.name).read_bytes()
 
 
 def context_in(folder: Path, progress: object = None) -> StageContext:
@@ -131,6 +153,7 @@ def answers_are_those_of_one_rank(model: Path, folder: Path, expected: dict[str,
     resume_from_what_another_world_left(policy, test_set, folder / "resumed", expected["base"])
     samples_are_those_of_one_rank(policy, test_set, folder / "sampled", expected["sampled"])
     likelihoods_are_those_of_one_rank(policy, test_set, folder / "likely")
+    bfloat16_students_answer_as_on_one_rank(model, folder / "bfloat16", expected["student"])
     failing = TestSet(FailingTask(), test_set.rows, test_set.prompts)
     with pytest.raises(DataError, match="r3 cannot be judged"):  # judged by one rank, raised by all
         evaluate_arm(policy, failing, CONFIG, context_in(folder / "failing"), arm="base")
@@ -149,6 +172,20 @@ def samples_are_those_of_one_rank(policy: Policy, test_set: TestSet, folder: Pat
     assert merged.read_bytes() == expected
     assert progress.done < 33, "two answers were there"
     assert (summary.num_examples, summary.num_samples, list(summary.pass_at_k)) == (11, 3, ["1", "2", "3"])
+
+
+def bfloat16_students_answer_as_on_one_rank(model: Path, folder: Path, expected: bytes) -> None:
+    """To the byte, also where another attempt had begun: passes of one shape round alike."""
+    whole, shards = Distributed(zero_stage=0), Distributed(deepspeed=SMALL_SHARDS)
+    for arm, distributed, placement in (
+        ("whole", whole, "auto"), ("replica", shards, "replica"), ("layerwise", shards, "layerwise")
+    ):  # fmt: skip
+        merged = answers_path(folder, arm, TASK.name)
+        if world_of_this_process().is_main and arm != "whole":
+            merged.parent.mkdir(parents=True)
+            part_path(merged, 0, 3).write_bytes(b"".join(expected.splitlines(keepends=True)[4:6]))
+        dist.barrier()
+        assert student_answers(model, folder, distributed, arm, placement=placement) == expected, arm
 
 
 def likelihoods_are_those_of_one_rank(policy: Policy, test_set: TestSet, folder: Path) -> None:

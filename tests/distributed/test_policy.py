@@ -17,6 +17,7 @@ from spd_dist.distributed.world import join_world
 from spd_dist.distributed.zero import full_replica, gathered, is_sharded, weights_fingerprint
 from spd_dist.errors import DataError
 from spd_dist.inference.decode import decode
+from spd_dist.inference.hf_cb import ContinuousBatchingEngine
 from spd_dist.inference.placement import load_to_answer, placed, will_be_whole
 from spd_dist.inference.requests import Decoded, DecodeSettings, Request
 from spd_dist.inference.sampling import Sampling
@@ -92,7 +93,10 @@ def check_adapter_is_beside(folder: Path) -> None:
 
 @torch.no_grad()
 def check_bfloat16_students(folder: Path, adapter: Path) -> None:
-    """An update that bfloat16 weights would round away is there, whole or sharded, as plain peft has it."""
+    """An update that bfloat16 weights would round away is there, in every placement and engine, as plain peft has it.
+
+    How far a logit may be from plain peft's where the order of sums differs: as far as plain peft is from float32.
+    """
     world, model = join_world(Distributed()), Model(name=str(folder), dtype="bfloat16")
     shards = Distributed(deepspeed=SMALL_SHARDS)
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
@@ -105,6 +109,21 @@ def check_bfloat16_students(folder: Path, adapter: Path) -> None:
         found = load(model, distributed, world, adapter=adapter).model(TOKENS).logits
         assert torch.equal(found, plain), load
     assert (plain.float() - wanted).norm() < 2 * rounding, "no farther from float32 than the base model is"
+    whole = load_replica(model, Distributed(), world, adapter=adapter)
+    paged = logits_of_continuous_batching(whole)
+    assert (paged.float() - wanted[0, -1]).norm() < 2 * (plain.float() - wanted)[0, -1].norm()
+    assert (paged - plain[0, -1]).norm() < (wanted - without)[0, -1].norm(), "a base without the update is farther off"
+
+
+def logits_of_continuous_batching(policy: Policy) -> torch.Tensor:
+    """Of the token after `TOKENS`, as `hf_cb` computes it."""
+    seen: list[torch.Tensor] = []
+    hook = policy.model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output[0, -1]))
+    request = Request("p", 0, tuple(TOKENS[0].tolist()), 0)
+    engine = ContinuousBatchingEngine(policy, batch_size=1, monitor=None)
+    list(engine.complete([request], Sampling(temperature=0.0, max_new_tokens=1)))
+    hook.remove()
+    return seen[0]
 
 
 def test_a_bfloat16_student_is_the_same_in_every_placement_and_keeps_its_update(tmp_path):

@@ -35,6 +35,7 @@ FAULTS = {
     "evaluate.num_samples=2": r"evaluate\.num_samples: 2 is not valid with evaluate\.temperature=0, since all",
     "generate={batch_invariant: true, engine: hf_cb}": r"generate\.batch_invariant: true is not valid with .*=hf_cb",
     "generate={batch_invariant: true, command: x}": r"with generate\.engine=command, .* set generate\.engine=hf or",
+    "evaluate={batch_invariant: true, engine: hf_cb}": r"evaluate\.batch_invariant: true is not valid with .*=hf_cb",
     "generate={batch_invariant: true, vllm_python: x}": r"generate\.batch_invariant: true is not valid with .*=vllm",
     "run_dir=${nowhere}": r"run_dir: an interpolation does not resolve: .*'nowhere' not found$",
     "run_dir=${oc.env:NOT_SET_HERE}": r"run_dir: an interpolation does not resolve: .*'NOT_SET_HERE' not found\"$",

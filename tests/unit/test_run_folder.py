@@ -88,11 +88,12 @@ def test_keys_that_do_not_change_results_may_change(tmp_path):
     assert "wandb: offline" in (tmp_path / "config.yaml").read_text()
 
 
-def test_a_batch_that_is_a_fixed_shape_is_a_part_of_the_result(tmp_path):
-    fixed, other = ({"generate__batch_invariant": True, "generate__batch_size": size} for size in (32, 16))
-    assert settings_hash(plain(**fixed), "generate") != settings_hash(plain(**other), "generate")
+@pytest.mark.parametrize("section", ["generate", "evaluate"])
+def test_a_batch_that_is_a_fixed_shape_is_a_part_of_the_result(tmp_path, section):
+    fixed, other = ({f"{section}__batch_invariant": True, f"{section}__batch_size": size} for size in (32, 16))
+    assert settings_hash(plain(**fixed), section) != settings_hash(plain(**other), section)
     finished(opened(tmp_path, **fixed))
-    with pytest.raises(ConfigError, match=r"another config \(generate.batch_size is 32 there and 16 now\)"):
+    with pytest.raises(ConfigError, match=rf"another config \({section}.batch_size is 32 there and 16 now\)"):
         opened(tmp_path, **other)
 
 
