@@ -25,7 +25,8 @@ ifeq ($(HAS_GPU),0)
 else
   VLLM := vllm
 endif
-IN_VENV := PATH="$$(cd "$(VENV)" && pwd)/bin:$$PATH" TOKENIZERS_PARALLELISM=false
+# Compiled modules are kept in the environment, whatever the shell says: a process that compiles all of torch starts 10 s later.
+IN_VENV := PATH="$$(cd "$(VENV)" && pwd)/bin:$$PATH" TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBYTECODE=
 PYTEST := $(IN_VENV) DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 python -m pytest
 
 .PHONY: install doctor quickstart test test-fast test-slow test-vllm qwen vllm-env docs release test-cluster test-cluster-slow test-faults test-faults-large lint

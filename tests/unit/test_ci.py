@@ -1,7 +1,10 @@
 """What CI checks before it believes the pages: commands that are shown, and the table of the first run."""
 
 import importlib.util
+import os
+import re
 import shlex
+import subprocess
 from pathlib import Path
 from types import ModuleType
 
@@ -121,3 +124,24 @@ def test_a_command_that_would_not_start_is_a_fault(command, capfd):
 def test_a_command_that_starts_is_parsed_and_its_config_loaded():
     documented.parse(shlex.split("deepspeed --num_accelerators 2 launchers/spd.py --config configs/quickstart.yaml"))
     documented.parse(shlex.split("srun --nodes=2 python launchers/doctor.py --config configs/quickstart.yaml"))
+
+
+def test_every_part_of_ci_has_a_function_and_a_share_of_45_minutes():
+    text = Path(".ci/run").read_text()
+    shares = {name: int(seconds) for name, seconds in re.findall(r"^  \[(\w+)\]=(\d+)", text, re.MULTILINE)}
+    order = re.search(r"^ORDER=\((.*)\)", text, re.MULTILINE)[1].split()
+    exported = re.search(r"^export -f (.*)", text, re.MULTILINE)[1].split()
+    defined = re.findall(r"^(\w+)\(\) \{", text, re.MULTILINE)
+    assert set(order) == set(exported) == shares.keys() == set(defined) - {"report"}
+    assert sum(shares.values()) <= 45 * 60
+    assert order[0] == "quickstart", "the others use its environment and its run"
+
+
+@pytest.mark.parametrize("target", ["quickstart", "test", "test-cluster", "test-faults", "doctor"])
+def test_a_shell_that_keeps_no_compiled_modules_makes_no_start_slower(target):
+    shell = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    shown = subprocess.run(["make", "--dry-run", target], env=shell, capture_output=True, text=True, check=True).stdout
+    starts = [line for line in shown.splitlines() if "TOKENIZERS_PARALLELISM" in line]
+    assert starts
+    assert all(" PYTHONDONTWRITEBYTECODE= " in line for line in starts)
+    assert re.search(r"^unset .*\bPYTHONDONTWRITEBYTECODE\b", Path(".ci/run").read_text(), re.MULTILINE)
