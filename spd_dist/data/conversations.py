@@ -16,6 +16,7 @@ from spd_dist.data.text_files import shown
 from spd_dist.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from spd_dist.data.tasks.protocol import Example, Row
     from spd_dist.data.templates import Tokenizer
 
 SWITCH = "enable_thinking"
@@ -92,12 +93,17 @@ class Conversing(Protocol):
     @property
     def mask(self) -> str:
         """The mask that `calibrate.mask=task` means: of a turn, behind all that stands before it."""
+        ...
 
-    def conversation(self, row: Mapping[str, Any]) -> Conversation | None:
+    def conversation(self, row: Row) -> Conversation | None:
         """The row's messages; None if it is a prompt and its answer."""
 
+    def answer(self, row: Row) -> str:
+        """As `Task.answer`."""
+        ...
 
-def conversation_of(row: Mapping[str, Any], task: Any) -> Conversation | None:
+
+def conversation_of(row: Row, task: Example) -> Conversation | None:
     """The messages of a row, with its reference answer as their last turn if they have none; None if it has none."""
     found = task.conversation(row) if isinstance(task, Conversing) else None
     if found is None or found.messages[-1]["role"] == ASSISTANT or not task.answer(row):
@@ -116,25 +122,28 @@ def read_conversation(messages: Any, tools: Any = None) -> Conversation:
     read = tuple(_read_message(message, number) for number, message in enumerate(messages))
     if isinstance(tools, str):
         tools = _parsed(tools)
-    if not isinstance(tools or [], (list, tuple)) or not all(isinstance(tool, Mapping) for tool in tools or []):
+    tools = tools or []
+    if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in tools):
         raise DataError(f"field 'tools': {shown(tools)} must be a list of objects, as JSON schemas of functions")
-    return Conversation(read, tuple(_without_none(tool) for tool in tools or []))
+    return Conversation(read, tuple(_without_none(tool) for tool in tools))
 
 
 def _read_message(message: Any, number: int) -> Message:
     where = f"field 'messages', message {number}"
     if not isinstance(message, Mapping):
         raise DataError(f"{where}: {shown(message)} must be an object with role and content")
-    read = _without_none(message)
+    read: dict[str, Any] = _without_none(message)
     if "role" not in read and "from" in read:
         read = {"role": _SHARE_GPT.get(str(read["from"]), read["from"]), "content": read.get("value")}
     if not isinstance(read.get("role"), str):
         raise DataError(f"{where}: its role {shown(read.get('role'))} must be text, as system, user, assistant or tool")
     if read.get("tool_calls"):
         read["tool_calls"] = [_read_call(call, where) for call in read["tool_calls"]]
-    content = read.get("content")
-    is_text = isinstance(content, list) and all(isinstance(part, Mapping) and "text" in part for part in content)
-    text = "".join(str(part["text"]) for part in content) if is_text else text_of(content)
+    content: Any = read.get("content")
+    if isinstance(content, list) and all(isinstance(part, Mapping) and "text" in part for part in content):
+        text = "".join(str(part["text"]) for part in content)
+    else:
+        text = text_of(content)
     if text is None and read.get("tool_calls"):
         text = ""
     if text is None:

@@ -13,7 +13,7 @@ import torch
 from spd_dist.config import Calibrate, Data
 from spd_dist.data.masking import MaskedText, mask_row
 from spd_dist.data.spans import Span, tokens_in_spans
-from spd_dist.data.tasks.protocol import Row, Task
+from spd_dist.data.tasks.protocol import Example, Row, Task
 from spd_dist.data.templates import Tokenizer, adds_special_tokens
 from spd_dist.errors import DataError
 from spd_dist.seeding import generator
@@ -110,7 +110,7 @@ def make_held_out(
     return [_held_out(row, asked, tokenizer, data, kl_positions) for row in rows]
 
 
-def _held_out(row: Row, task: Task, tokenizer: Tokenizer, data: Data, kl_positions: int) -> HeldOutExample:
+def _held_out(row: Row, task: Example, tokenizer: Tokenizer, data: Data, kl_positions: int) -> HeldOutExample:
     mask = Calibrate(allow_empty=True)
     whole = mask_row(row, task, tokenizer, data, dataclasses.replace(mask, mask="answer"))
     gold = mask_row(row, task, tokenizer, data, mask)
@@ -166,10 +166,10 @@ def wrong_texts(gold: MaskedText, row: Mapping[str, object]) -> list[WrongText]:
 def wrong_values(value: str, row: Mapping[str, object]) -> list[str]:
     """Wrong answers of the form of `value`."""
     choices = row.get("choices")
-    if LETTER.fullmatch(value) and isinstance(choices, (list, tuple)):
-        (right,) = LETTER.fullmatch(value).groups()
+    lettered = LETTER.fullmatch(value)
+    if lettered and isinstance(choices, (list, tuple)):
         letters = [chr(ord("A") + index) for index in range(len(choices))]
-        return [value.replace(right, letter) for letter in letters if letter != right]
+        return [value.replace(lettered[1], letter) for letter in letters if letter != lettered[1]]
     if not NUMBER.fullmatch(value):
         return []
     places = [index for index, character in enumerate(value) if character.isdigit()]

@@ -9,9 +9,9 @@ from itertools import pairwise
 from rich.text import Text
 
 from spd_dist.config import Calibrate, Data
-from spd_dist.data.conversations import Conversation, conversation_of
+from spd_dist.data.conversations import Conversation, Conversing, conversation_of
 from spd_dist.data.spans import Span, find_mask, merged, tokens_in_spans
-from spd_dist.data.tasks.protocol import Row, Task
+from spd_dist.data.tasks.protocol import Example, Row, Task
 from spd_dist.data.templates import Tokenizer, adds_special_tokens, render_example, render_turns
 from spd_dist.errors import DataError
 
@@ -75,7 +75,7 @@ class MaskAudit:
     shown: tuple[ShownExample, ...]
 
 
-def mask_row(row: Row, task: Task, tokenizer: Tokenizer, data: Data, calibrate: Calibrate) -> MaskedText:
+def mask_row(row: Row, task: Example, tokenizer: Tokenizer, data: Data, calibrate: Calibrate) -> MaskedText:
     """The example of a row, rendered and tokenised, with the tokens that `calibrate.mask` supervises.
 
     Raises:
@@ -92,10 +92,12 @@ def mask_row(row: Row, task: Task, tokenizer: Tokenizer, data: Data, calibrate: 
     return MaskedText(row["id"], text, tuple(encoding["input_ids"]), offsets, tuple(targets), tuple(found))
 
 
-def _found(row: Row, task: Task, tokenizer: Tokenizer, data: Data, calibrate: Calibrate) -> tuple[str, Sequence[Span]]:
+def _found(
+    row: Row, task: Example, tokenizer: Tokenizer, data: Data, calibrate: Calibrate
+) -> tuple[str, Sequence[Span]]:
     """The text of a row's example, and the mask's spans in it."""
     conversation = conversation_of(row, task)
-    if conversation is not None:
+    if conversation is not None and isinstance(task, Conversing):
         return _found_in_turns(row, conversation, task.mask, tokenizer, data, calibrate)
     prompt, answer = task.prompt(row), task.answer(row)
     spans = task.target_spans(row) if calibrate.mask == "task" else find_mask(calibrate.mask)(prompt, answer, row)

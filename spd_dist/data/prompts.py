@@ -12,7 +12,7 @@ from spd_dist.config import Calibrate, Config, Data
 from spd_dist.data.conversations import Conversation, conversation_of
 from spd_dist.data.masking import RULE, MaskAudit, MaskedText, ShownExample, mask_row
 from spd_dist.data.scoring.thoughts import is_thinking_mark, with_known_marks
-from spd_dist.data.tasks.protocol import Row, Task
+from spd_dist.data.tasks.protocol import Row, ScoredByChoices, Task
 from spd_dist.data.templates import (
     Tokenizer,
     adds_special_tokens,
@@ -213,15 +213,14 @@ def _choices(
         ConfigError: the task has no choices.
         DataError: a choice is cut off at `calibrate.max_tokens`.
     """
-    alternatives = getattr(task, "alternatives", None)
-    if alternatives is None:
+    if not isinstance(task, ScoredByChoices):
         raise ConfigError(
             f"choices.scoring: likelihood is not valid with the task {task.name!r}, whose answers are no choices; set "
             "choices.scoring=generated, or take mmlu or a described task with metric: choice"
         )
-    found = {}
+    found: dict[str, list[SupervisedExample]] = {}
     for row in rows:
-        others = [one for one in alternatives(row) if task.answer(one) != task.answer(row)]
+        others = [one for one in task.alternatives(row) if task.answer(one) != task.answer(row)]
         each = [{**one, "id": f"{row['id']}#{number}"} for number, one in enumerate([row, *others])]
         whole = dataclasses.replace(config.calibrate, num_examples=len(each), mask="answer", allow_empty=False)
         found[str(row["id"])] = make_examples(each, task, tokenizer, config.data, whole)[0]
@@ -231,7 +230,8 @@ def _choices(
 def choice_texts(task: Task, row: Row) -> list[str]:
     """The choices of a row as text, in the order of `TestSet.choices`: the right one first."""
     right = task.answer(row).strip()
-    return [right, *(text for one in task.alternatives(row) if (text := task.answer(one).strip()) != right)]
+    rows = task.alternatives(row) if isinstance(task, ScoredByChoices) else []
+    return [right, *(text for one in rows if (text := task.answer(one).strip()) != right)]
 
 
 def judged_text(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int], marks: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from spd_dist.data.text_files import Numbered, read_csv, read_json, read_jsonl, read_tsv
 from spd_dist.errors import DataError
@@ -109,7 +109,7 @@ def _opened(path: Path, packing: str) -> Generator[IO[bytes]]:
     openers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, "": open}
     if packing in openers:
         with openers[packing](path, "rb") as stream:
-            yield stream
+            yield cast("IO[bytes]", stream)  # all of them read bytes
         return
     import pyarrow
 
@@ -158,6 +158,7 @@ def read_saved(name: str, split: str) -> Iterator[Located]:
         DataError: it can't be read, or has no such split.
     """
     import datasets  # seconds to import, and most runs read files
+    import datasets.exceptions
 
     folder = Path(name).expanduser()
     try:
@@ -167,11 +168,12 @@ def read_saved(name: str, split: str) -> Iterator[Located]:
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
             raise DataError(
-                f"{name}: has no split {split!r}, of {', '.join(saved)}; name one: {name}::{next(iter(saved))}"
+                f"{name}: has no split {split!r}, of {', '.join(map(str, saved))}; name one: "
+                f"{name}::{next(iter(saved))}"
             )
         saved = saved[split]
     for number, row in enumerate(saved, 1):
-        yield located(name, f"row {number}", row, (folder.name, str(folder), number))
+        yield located(name, f"row {number}", dict(row), (folder.name, str(folder), number))
 
 
 def is_folder(name: str) -> bool:

@@ -72,10 +72,12 @@ def _kept_apart(task: Task, split: Split, config: Data) -> list[Split]:
 
 def check_leaks(task: Task, config: Data, *, num_calibration: int) -> list[LeakReport]:
     """What calibration, training and test rows of a run share; a split without a source is skipped."""
-    used: dict[str, list[Row]] = {}
-    for split, limit in (("calibration", num_calibration), ("train", None), ("test", None)):
-        if sources_of(task, split, config):
-            used[split] = load_rows(task, split, config)[:limit]
+    limits: dict[Split, int | None] = {"calibration": num_calibration, "train": None, "test": None}
+    used = {
+        split: load_rows(task, split, config)[:limit]
+        for split, limit in limits.items()
+        if sources_of(task, split, config)
+    }
     return find_leaks(used, task, similarity=config.leak_similarity)
 
 
@@ -157,6 +159,7 @@ def _read(source: Source, seed: int) -> list[Located]:
 
 def _read_hub(source: Source) -> Iterator[Located]:
     import datasets  # seconds to import, and most runs read local files
+    import datasets.exceptions
 
     where = ":".join(filter(None, (source.name, source.subset, source.split)))
     pinned = f"@{source.revision}" if source.revision else ""
@@ -170,7 +173,7 @@ def _read_hub(source: Source) -> Iterator[Located]:
             "network and HF_HUB_OFFLINE, or give a local path: data.train=rows.jsonl"
         ) from error
     for index, row in enumerate(rows):
-        yield located(where, f"row {index}", row, (where, where, index), source.subset)
+        yield located(where, f"row {index}", dict(row), (where, where, index), source.subset)
 
 
 def _normalised(task: Task, read: Iterable[Located], key: str) -> Iterator[Row]:

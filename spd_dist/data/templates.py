@@ -27,15 +27,35 @@ class Tokenizer(Protocol):
     """The part of a transformers fast tokenizer that this package uses."""
 
     chat_template: Any
-    is_fast: bool
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether it can say where in the text its tokens stand."""
+        ...
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        """Marks that are no text."""
+        ...
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """Their ids, in the same order."""
+        ...
 
     def __call__(
         self, text: Any, *, add_special_tokens: bool, return_offsets_mapping: bool = False
     ) -> Mapping[str, Any]:
         """`input_ids`, and `offset_mapping` if asked for."""
+        ...
 
-    def apply_chat_template(self, conversation: Sequence[Mapping[str, Any]], **options: Any) -> Any:
+    def decode(self, token_ids: Any, skip_special_tokens: bool = False) -> Any:
+        """The text of one list of tokens: a string."""
+        ...
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
         """The conversation as text."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -92,8 +92,8 @@ def read_csv(stream: IO[bytes], name: str, delimiter: str = ",") -> Numbered:
     """Every cell is text, but for one that holds a list of texts or of objects: choices, tests, messages."""
     lines = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
     limit = csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
-        reader = csv.reader(lines, delimiter=delimiter, strict=True)
         header = next(reader, [])
         twice = sorted({column for column in header if header.count(column) > 1})
         if twice:

@@ -18,6 +18,7 @@ import spd_dist
 from spd_dist.config import Config, Model
 from spd_dist.data.sources import load_rows
 from spd_dist.data.tasks import find_task
+from spd_dist.data.tasks.protocol import SPLITS
 from spd_dist.distributed.memory import describe_device
 from spd_dist.errors import UserError
 from spd_dist.models.gguf import PACKAGE
@@ -67,9 +68,6 @@ def faults_of_places(model: Model, environment: Mapping[str, str], *, has_gpu: b
 def _free_gib(folder: Path) -> float:
     existing = next(one for one in (folder, *folder.parents) if one.exists())
     return shutil.disk_usage(existing).free / 2**30
-
-
-SPLITS = ("train", "calibration", "test")
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from sandboxes import usable_sandbox
+from tiny import tiny_tokenizer
 
+from spd_dist.config import Calibrate, Data
+from spd_dist.data.masking import mask_row
 from spd_dist.data.readers import Located
 from spd_dist.data.sources import normalised_row
+from spd_dist.data.spans import merged
 from spd_dist.data.tasks import Row, Task, find_task, with_execution
 from spd_dist.errors import DataError
 from spd_dist.sandbox import Limits
@@ -98,6 +102,10 @@ def test_the_reference_passes_and_its_prompt_shows_the_problem(name, execute):
     assert task.score(row, task.answer(row)).correct
     text = task.prompt(row) + task.answer(row)
     assert [text[start:stop] for start, stop in task.target_spans(row)]
+    masked = mask_row(row, task, tiny_tokenizer(), Data(template="plain"), Calibrate())
+    assert [masked.text[start:stop] for start, stop in masked.spans] == [
+        text[start:stop] for start, stop in merged(task.target_spans(row))
+    ]
 
 
 def test_more_inputs_decide_than_are_shown(execute):

@@ -77,8 +77,8 @@ def same_expression(answer: str, gold: str) -> bool:
 
     A comma parts thousands only between groups of three digits: `1,2,3` is a list and not 123.
     """
-    sides = (_NAMED.match(answer), _NAMED.match(gold))
-    is_other_name = all(sides) and _spelling(sides[0][1]) != _spelling(sides[1][1])
+    left, right = _NAMED.match(answer), _NAMED.match(gold)
+    is_other_name = left is not None and right is not None and _spelling(left[1]) != _spelling(right[1])
     if not is_other_name and _spelling(answer) == _spelling(gold):
         return True
     if _is_words(answer) or _is_words(gold):
@@ -143,8 +143,11 @@ def _verified(answer: str, gold: str) -> bool:
 
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
     try:
-        found = [parse(rf"\boxed{{{text}}}", parsing_timeout=None, raise_on_error=False) for text in (gold, answer)]
-        return all(found) and verify(*found, timeout_seconds=None, raise_on_error=False)
+        right, given = (
+            parse(rf"\boxed{{{text}}}", parsing_timeout=None, raise_on_error=False)  # pyright: ignore[reportArgumentType]  # None is no limit, as its text says
+            for text in (gold, answer)
+        )
+        return bool(right and given) and verify(right, given, timeout_seconds=None, raise_on_error=False)
     except (ArithmeticError, AttributeError, MemoryError, NotImplementedError, RecursionError, TypeError, ValueError):
         return False  # what sympy raises on what it can't do
     finally:

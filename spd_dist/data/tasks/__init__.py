@@ -52,4 +52,6 @@ def find_task(name: str) -> Task:
 
 def with_execution(task: Task, execute: Execute) -> Task:
     """The task, able to run the programs that it is scored by; other tasks as they are."""
-    return dataclasses.replace(task, execute=execute) if runs_code(task) else task
+    if runs_code(task) and dataclasses.is_dataclass(task) and not isinstance(task, type):
+        return dataclasses.replace(task, execute=execute)
+    return task

@@ -28,7 +28,7 @@ from spd_dist.data.tasks.description import (
     value_at,
 )  # fmt: skip
 from spd_dist.data.tasks.execution import Execute, allowed, judged_by_tests
-from spd_dist.data.tasks.protocol import Metric, Row, Score, Split, scored
+from spd_dist.data.tasks.protocol import SPLITS, Metric, Row, Score, Split, scored
 from spd_dist.data.text_files import shown
 from spd_dist.errors import ConfigError, DataError
 
@@ -69,7 +69,7 @@ class DescribedTask:
     @property
     def sources(self) -> Mapping[Split, str]:
         """The file's `sources`."""
-        return self.description.sources
+        return {split: self.description.sources[split] for split in SPLITS if split in self.description.sources}
 
     @property
     def test_size(self) -> int | None:

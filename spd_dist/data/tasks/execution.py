@@ -17,10 +17,12 @@ class Ran(Protocol):
     @property
     def passed(self) -> bool:
         """Whether it passed all tests."""
+        ...
 
     @property
     def kind(self) -> str:
         """Why not, in a word: `failed`, or the limit that it exceeded: `time`, `memory`, `processes`."""
+        ...
 
 
 Execute = Callable[[str, Sequence[str], str], Ran]
