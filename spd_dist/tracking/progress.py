@@ -162,7 +162,7 @@ class Progress:
             if now - self._drawn >= BAR_SECONDS:
                 self._drawn = now
                 self._draw()
-        elif now - self._said >= self._reports.every_seconds:
+        elif now - self._said >= self._reports.every_seconds and self.done != self.total:  # else "done" comes at once
             self._said = now
             log.info("%s: %s", self.stage, ", ".join([self._counted(), *self._speed(), *self._time_left()]))
         if self._reports.beat is not None:

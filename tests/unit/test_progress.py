@@ -33,6 +33,15 @@ def test_a_line_every_few_seconds_with_units_speed_and_time_left(lines):
     ]
 
 
+def test_the_last_unit_is_said_once(lines):
+    clock = Clock()
+    with Progress("finetune", 4, "steps", ProgressReports(every_seconds=1), clock=clock) as progress:
+        for _ in range(4):
+            clock.seconds += 2
+            progress.advance()
+    assert lines()[-2:] == ["finetune: 3/4 steps, 0.50 steps/s", "finetune: done, 4/4 steps, 8.0 s"]
+
+
 def test_the_time_of_the_whole_run_is_told_once_its_later_stages_have_a_pace(lines):
     clock, run = Clock(), RunEstimate()
     run.expect([RunPart("generate", "generate", 10), RunPart("evaluate/spd", "evaluate", 20, "generate"),
