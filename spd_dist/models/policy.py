@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -48,8 +49,7 @@ def locate_model(config: Model) -> Reachable:
     """The policy of `config`, as this host sees it.
 
     Raises:
-        DataError: it has no weights here and none on the hub, or its configuration can't be read, or it is a GGUF file
-            that is not whole.
+        DataError: no weights here and none on the hub, a configuration that can't be read, or a cut GGUF file.
     """
     gguf = find_gguf(config.name)
     if gguf is not None:
@@ -68,22 +68,30 @@ def locate_model(config: Model) -> Reachable:
 
 def _in_cache(config: Model) -> Path | None:
     try:
-        files = [*WEIGHTS, "*.json"]
-        return Path(
-            snapshot_download(config.name, local_files_only=True, revision=config.revision, allow_patterns=files)
-        )
+        kinds = [*WEIGHTS, "*.json"]
+        found = snapshot_download(config.name, local_files_only=True, revision=config.revision, allow_patterns=kinds)
+        return Path(found)
     except (OSError, ValueError):  # not there, or not even a name of the hub
         return None
 
 
+def _ask_hub(config: Model) -> None:
+    """See that the hub has the model; without a network its own library asks six times, for 23 s."""
+    try:
+        get_hf_file_metadata(hf_hub_url(config.name, "config.json", revision=config.revision))
+    except HTTPError as error:
+        if not isinstance(error, HfHubHTTPError) or error.response.status_code in (401, 403, 404):
+            raise OSError(f"{config.name}: {error}") from error  # the hub's other answers are worth asking again
+
+
 def _architecture(source: str, config: Model) -> str:
     try:
-        found = AutoConfig.from_pretrained(source, revision=config.revision, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+        found = _read(AutoConfig, source, config)
+    except DataError as error:
         raise DataError(
             f"model.name: {source} is no folder here, not in this host's cache and not to be had from the hub "
-            f"({str(error).splitlines()[0]}); download it where there is a network, with HF_HOME on a shared disk"
-        ) from error
+            f"({str(error.__cause__).splitlines()[0]}); download it where a network is, with HF_HOME on a shared disk"
+        ) from error.__cause__
     return (found.architectures or [type(found).__name__])[0]
 
 
@@ -154,8 +162,7 @@ def prepare_model(config: Model) -> str:
     unlike times for it, and none waits in a collective meanwhile.
 
     Raises:
-        DataError: the GGUF file is missing or can't be converted, or the cache not be written; the hub has no such
-            model, or can't be reached.
+        DataError: a GGUF file that can't be converted, or a cache not written; the hub has no such model, or is silent.
     """
     if is_gguf(config.name):
         with wait_for_all_ranks("converting the model"):
@@ -187,7 +194,7 @@ def _is_cached(config: Model) -> bool:
 
 def _fetch(config: Model) -> None:
     try:
-        hf_hub_download(config.name, "config.json", revision=config.revision)  # fails at once where there is no network
+        _ask_hub(config)
         names = HfApi().list_repo_files(config.name, revision=config.revision)
         weights = WEIGHTS[:1] if any(name.endswith(".safetensors") for name in names) else WEIGHTS
         snapshot_download(config.name, revision=config.revision, allow_patterns=[*weights, *BESIDE_WEIGHTS])
@@ -273,6 +280,8 @@ def _read(reader: type, source: str, model: Model, **settings: object) -> object
     if (source, model.revision) in _fetched:
         options["local_files_only"] = True
     try:
+        if "local_files_only" not in options and not Path(source).exists() and _in_cache(model) is None:
+            _ask_hub(model)
         return reader.from_pretrained(source, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise DataError(f"model.name: {model.name} can't be loaded by {reader.__name__}: {error}") from error

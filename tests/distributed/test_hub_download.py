@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from tiny import save_tiny_model
 from spd_dist.config import Distributed, Model
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError
-from spd_dist.models.policy import load_policy
+from spd_dist.models.policy import load_policy, load_settings, locate_model
 
 
 def on_two_hosts(url: str, folder: Path) -> None:
@@ -49,3 +50,26 @@ def test_each_file_is_asked_for_once_a_host_and_never_again(tmp_path: Path):
         hub.asked.clear()
         run_on_ranks(4, tmp_path / "store-2", on_two_hosts, hub.url, tmp_path)
         assert not [name for name in hub.asked if name.startswith("GET me/tiny/")]
+
+
+@pytest.mark.parametrize("read", [load_settings, locate_model])
+def test_a_hub_that_does_not_answer_is_asked_once(read, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def hang_up() -> None:
+            while True:
+                try:
+                    server.accept()[0].close()
+                except OSError:
+                    return  # the server is closed
+                asked.append(read)
+
+        threading.Thread(target=hang_up, daemon=True).start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+        with pytest.raises(DataError, match=r"model\.name: nowhere/model .*nowhere/model: "):
+            read(Model("nowhere/model"))
+        server.shutdown(socket.SHUT_RDWR)
+    assert asked == [read]
