@@ -54,9 +54,9 @@ def some_projection(layer: int = 2, *, keep: float = 0.0) -> Projection:
     return Projection(operators)
 
 
-def policy_of(folder: Path, world: World = ALONE, zero_stage: int = 0) -> Policy:
+def policy_of(folder: Path, world: World = ALONE, zero_stage: int = 0, dtype: str = "auto") -> Policy:
     """The tiny policy, with more tokens that end a sequence: a random model seldom says one."""
-    policy = load_policy(Model(str(folder)), Distributed(zero_stage=zero_stage), world)
+    policy = load_policy(Model(str(folder), dtype=dtype), Distributed(zero_stage=zero_stage), world)
     policy.eos_token_ids = tuple(range(2, 259, 17))
     return policy
 
@@ -68,9 +68,10 @@ def merged(folder: Path, summary: CorpusSummary) -> bytes:
     return (folder / "completions" / "completions.jsonl").read_bytes()
 
 
-def corpus(model: Path, folder: Path, config: Generate = CONFIG) -> bytes | None:
+def corpus(model: Path, folder: Path, config: Generate = CONFIG, dtype: str = "auto") -> bytes | None:
     """The corpus as one process makes it; None if it is not complete yet."""
-    summary = generate(policy_of(model), prompts(), some_projection(), config, StageContext(folder, SEED, ALONE))
+    context = StageContext(folder, SEED, ALONE)
+    summary = generate(policy_of(model, dtype=dtype), prompts(), some_projection(), config, context)
     return merged(folder, summary) if summary.is_complete else None
 
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from spd_dist.distributed.collectives import broadcast_object, together
+from spd_dist.distributed.lost_ranks import lost_ranks
 from spd_dist.errors import StopRequested
 
 log = logging.getLogger(__name__)
@@ -123,8 +124,10 @@ class StoreWait:
         """
         started = said = self.contact = time.monotonic()
         self.is_waiting.set()
-        while not self.has_ended.wait(self.period_seconds):
+        while not self.has_ended.wait(min(1.0, self.period_seconds)):
             now = time.monotonic()
+            if gone := lost_ranks():
+                raise RuntimeError(f"{gone[0]}, while {doing}")
             if now - said >= LONGEST_SECONDS:
                 said = now
                 log.info("%s: waiting for %d of %d ranks, %.0f s", doing, self.num_missing, self.size, now - started)

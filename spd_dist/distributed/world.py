@@ -15,6 +15,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from spd_dist.config import Distributed
+from spd_dist.distributed.lost_ranks import leave_ranks, watch_ranks
 from spd_dist.errors import ConfigError
 
 
@@ -44,7 +45,8 @@ def join_world(config: Distributed) -> World:
     if config.interface is not None:
         check_interface(config.interface, [name for _, name in socket.if_nameindex()])
         os.environ |= {"NCCL_SOCKET_IFNAME": config.interface, "GLOO_SOCKET_IFNAME": config.interface}
-    if not dist.is_initialized():
+    is_started = not dist.is_initialized()
+    if is_started:
         os.environ |= rendezvous(os.environ)
         # On CPU DeepSpeed would compile this op for minutes, and a killed build hangs every later run on its lock.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -67,6 +69,8 @@ def join_world(config: Distributed) -> World:
     everyones: list[tuple[str, frozenset[int]]] = [cores] * dist.get_world_size()
     dist.all_gather_object(everyones, cores)
     torch.set_num_threads(config.threads or num_threads(cores, everyones))
+    if is_started:
+        watch_ranks()
     dist.barrier()  # a rank that is done must not close its sockets while another still connects
     return World(dist.get_rank(), dist.get_world_size(), _take_device(int(os.environ.get("LOCAL_RANK", "0"))))
 
@@ -103,6 +107,7 @@ def leave_world() -> None:
     """Wait for every rank, then close the process group."""
     if dist.is_initialized():
         dist.barrier()
+        leave_ranks()
         dist.destroy_process_group()
 
 

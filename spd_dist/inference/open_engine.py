@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 from spd_dist.config import Generate, Model, engine_of
 from spd_dist.distributed.collectives import together
-from spd_dist.distributed.uneven_work import wait_for_all_ranks
+from spd_dist.distributed.uneven_work import on_main, wait_for_all_ranks
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError
 from spd_dist.inference.decode import check_context
@@ -253,18 +253,14 @@ def _verify(engine: Engine, expected: References, policy: Policy, section: str) 
 @contextmanager
 def exported(policy: Policy, projection: Projection | None, folder: Path, world: World) -> Generator[Path]:
     """The projected policy as a model folder that any engine loads, removed at the end. A collective."""
-    with together("making room for the exported policy"):
-        if world.is_main:
-            shutil.rmtree(folder.parent, ignore_errors=True)
+    on_main("making room for the exported policy", lambda: shutil.rmtree(folder.parent, ignore_errors=True))
     tensors = whole_tensors(stored_parameters(policy.model))
     if projection is None:
         save_model(policy.model, tensors, folder, world=world)
     else:
         with projected(policy.model, projection, "fold"):
             save_model(policy.model, tensors, folder, world=world)
-    with together("saving the tokenizer"):
-        if world.is_main:
-            policy.tokenizer.save_pretrained(folder)
+    on_main("saving the tokenizer", lambda: policy.tokenizer.save_pretrained(folder))
     try:
         yield folder
     finally:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from spd_dist.distributed.collectives import together
+from spd_dist.distributed.uneven_work import on_main
 from spd_dist.distributed.world import World
 from spd_dist.distributed.zero import gathered
 from spd_dist.errors import DataError
@@ -48,16 +48,18 @@ def save_model(
     Raises:
         DataError: the disk is full or may not be written.
     """
-    writer = ShardWriter(folder, shard_bytes)
+    writer = ShardWriter(folder, shard_bytes, holds=world.is_main)
     for name, tensor in tensors:  # each gathered by all ranks, and kept by one
-        if world.is_main:
-            writer.add(name, tensor)
-    with together("saving the model"):
-        if world.is_main:
-            writer.finish()
-            model.config.save_pretrained(folder)
-            if model.generation_config is not None:
-                model.generation_config.save_pretrained(folder)
+        writer.add(name, tensor)
+
+    def finish() -> None:
+        writer.finish()
+        model.config.save_pretrained(folder)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(folder)
+
+    writer.flush()
+    on_main("saving the model", finish)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -74,33 +76,38 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 class ShardWriter:
-    """Collects tensors up to `shard_bytes`, then writes them. The first failure is kept for `finish`.
+    """Collects tensors up to `shard_bytes`, which rank 0 then writes: all ranks know when, and wait for it."""
 
-    It must not be raised before: the other ranks are waiting for this one to take part in the next gather.
-    """
-
-    def __init__(self, folder: Path, shard_bytes: int) -> None:
-        self.folder, self.shard_bytes = folder, shard_bytes
+    def __init__(self, folder: Path, shard_bytes: int, *, holds: bool) -> None:
+        """`holds` on the rank that writes; the others count."""
+        self.folder, self.shard_bytes, self.holds = folder, shard_bytes, holds
         self.held: dict[str, Tensor] = {}
+        self.num_held_bytes = 0
         self.shards: list[list[str]] = []
         self.total_bytes = 0
-        self.failure: DataError | None = None
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take one tensor."""
-        if self.held and sum(map(_num_bytes, self.held.values())) + _num_bytes(tensor) > self.shard_bytes:
-            self._write()
-        self.held[name] = tensor
-
-    def finish(self) -> None:
-        """Write what is held and the index.
+        """Take one tensor. A collective, in which a shard may be written.
 
         Raises:
-            DataError: a shard could not be written.
+            DataError: on all ranks, the disk is full or may not be written.
         """
-        self._write()
-        if self.failure is not None:
-            raise self.failure
+        if self.num_held_bytes and self.num_held_bytes + _num_bytes(tensor) > self.shard_bytes:
+            self.flush()
+        self.num_held_bytes += _num_bytes(tensor)
+        if self.holds:
+            self.held[name] = tensor
+
+    def flush(self) -> None:
+        """Write what is held as a shard. A collective, with the errors of `add`."""
+        number = len(self.shards) + 1
+        on_main("saving weights", lambda: save_tensors(self.held, self._part(number)))
+        self.shards.append(list(self.held))
+        self.total_bytes += self.num_held_bytes
+        self.held, self.num_held_bytes = {}, 0
+
+    def finish(self) -> None:
+        """Name the shards as transformers does, and write their index."""
         count = len(self.shards)
         weight_map = {}
         for number, names in enumerate(self.shards, 1):
@@ -110,16 +117,6 @@ class ShardWriter:
         if count > 1:
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
             (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-    def _write(self) -> None:
-        if self.failure is None and self.held:
-            self.shards.append(list(self.held))
-            self.total_bytes += sum(map(_num_bytes, self.held.values()))
-            try:
-                save_tensors(self.held, self._part(len(self.shards)))
-            except DataError as error:
-                self.failure = error
-        self.held = {}
 
     def _part(self, number: int) -> Path:
         return self.folder / f"part-{number:05d}.safetensors"

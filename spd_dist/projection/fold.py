@@ -12,11 +12,14 @@ from transformers.pytorch_utils import Conv1D
 
 from spd_dist.distributed.zero import restored_on_exit, unsharded_for_write
 from spd_dist.errors import ConfigError
+from spd_dist.models.lora import LEAST_KEPT
 from spd_dist.projection.operators import SitePart
 from spd_dist.projection.targets import Target
 
 FOLDABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 REMEDY = "set generate.engine=hf and generate.apply_as=hook"
+FINE = 1e-5
+"""Of a weight's norm: rounding that is smaller matters to nobody, as that of float32."""
 
 
 class Output(NamedTuple):
@@ -53,6 +56,9 @@ def _write_(found: list[Target], outputs: list[list[Output]]) -> None:
     with unsharded_for_write([output.parameter for group in outputs for output in group]):
         for target, group in zip(found, outputs, strict=True):
             for output in group:
+                check_fold_kept(output.parameter.data, output.dim, target.parts)
+        for target, group in zip(found, outputs, strict=True):
+            for output in group:
                 fold_(output.parameter.data, output.dim, target.parts)
 
 
@@ -63,6 +69,25 @@ def fold_(weight: Tensor, dim: int, parts: list[SitePart]) -> None:
     for part in parts:
         z_D = part.columns.read(rows_O).double()
         part.columns.write_(rows_O, part.apply(z_D).to(weight.dtype))
+
+
+@torch.no_grad()
+def check_fold_kept(weight: Tensor, dim: int, parts: list[SitePart]) -> None:
+    """See that the weight's dtype can hold what the operators change: a mild one in 16 bits may be rounded away.
+
+    Raises:
+        ConfigError: less than `LEAST_KEPT` of the change would be left.
+    """
+    for part in parts:
+        z_D = part.columns.read(weight.movedim(dim, -1)).double()
+        exact_D = part.apply(z_D)
+        lost, change = ((one_D - exact_D).norm().item() for one_D in (exact_D.to(weight.dtype).double(), z_D))
+        if lost > (1 - LEAST_KEPT) * change and lost > FINE * exact_D.norm().item():
+            raise ConfigError(
+                f"project.mode: folded into {str(weight.dtype).removeprefix('torch.')} weights, {part.site} keeps "
+                f"{max(0.0, 1 - lost / change):.0%} of what the projection changes, less than {LEAST_KEPT:.0%}; "
+                f"{REMEDY}, or model.dtype=float32"
+            )
 
 
 def fold_plan(model: nn.Module, found: list[Target], insertion: str) -> list[list[Output]]:

@@ -27,7 +27,7 @@ from spd_dist.models.checkpoint_files import (
     copy_checkpoint,
     open_checkpoint,
 )
-from spd_dist.projection.fold import fold_, fold_plan
+from spd_dist.projection.fold import check_fold_kept, fold_, fold_plan
 from spd_dist.projection.operators import check_projection, parts_by_module, projection_hash
 from spd_dist.projection.parity import Parity, check_parity, load_float32
 from spd_dist.projection.targets import Target, targets
@@ -72,6 +72,7 @@ def export_folded(base: Path, projection: Projection, out: Path, *, check: bool 
         copy_checkpoint(checkpoint, folder, {rewrite.tensor.file for rewrite in rewrites})
         for rewrite in rewrites:
             weight = rewrite.tensor.read(base)
+            check_fold_kept(weight, rewrite.dim, rewrite.target.parts)
             fold_(weight, rewrite.dim, rewrite.target.parts)
             rewrite.tensor.write_(folder, weight)
         parity = (

@@ -149,11 +149,12 @@ def write_merged(policy: Policy, adapter: Path, folder: Path, world: World) -> N
     partial = folder.with_name(f"{folder.name}.partial")
     with together("loading the adapter"):
         adapted = load_adapter(policy.model, adapter)
-        if world.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
+    on_main("making room for the merged student", lambda: shutil.rmtree(partial, ignore_errors=True))
     save_model(policy.model, merged_tensors(adapted), partial, world=world)
     remove_adapters(adapted)
-    with together(f"saving {folder}"):
-        if world.is_main:
-            policy.tokenizer.save_pretrained(partial)
-            partial.rename(folder)
+
+    def publish() -> None:
+        policy.tokenizer.save_pretrained(partial)
+        partial.rename(folder)
+
+    on_main(f"saving {folder}", publish)

@@ -85,6 +85,7 @@ def check_sharded_against_whole():
         expected.append(rows_by_shard(whole, examples, sites, config, ALONE))
         assert_same(on_all_ranks(whole, examples, sites, config), expected[-1])
 
+    check_bfloat16(cases[0], expected[0])
     engine = frozen_engine(model, SHARDED, torch.float32)
     sharding = HfDeepSpeedConfig(sharding_settings(SHARDED, torch.float32))  # transformers would shard any new model
     assert discover_sites(engine.module) == sites
@@ -97,6 +98,27 @@ def check_sharded_against_whole():
     assert weights_fingerprint(engine.module) == before
     assert all(parameter.numel() == 0 for parameter in engine.module.parameters())  # none is left gathered
     engine.destroy()
+
+
+def check_bfloat16(case, exact):
+    """Sharded ranks are as far from the rows in float32 as one whole model is in either of two orders of its sums."""
+    examples, settings = case
+    one, other = (Calibrate(**settings, batch_size=size) for size in (2, 1))
+    model = tiny_model().bfloat16()
+    whole = SimpleNamespace(model=model, engine=None, pad_token_id=0)
+    sites = discover_sites(model)
+    noise = max(distance(rows_by_shard(whole, examples, sites, config, ALONE), exact) for config in (one, other))
+    engine = frozen_engine(model, SHARDED, torch.bfloat16)
+    found = on_all_ranks(SimpleNamespace(model=model, engine=engine, pad_token_id=0), examples, sites, one)
+    engine.destroy()
+    assert 0 < distance(found, exact) <= 2 * noise
+
+
+def distance(found, exact):
+    """The largest |found - exact| / |exact| of a shard's rows at a site."""
+    (rows, counts), (exact_rows, exact_counts) = found, exact
+    assert counts == exact_counts
+    return max(((rows[key].float() - row_ND).norm() / row_ND.norm()).item() for key, row_ND in exact_rows.items())
 
 
 def check_families():

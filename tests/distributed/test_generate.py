@@ -26,6 +26,7 @@ from spd_dist.stages.generate import corpus_requests, generate
 from spd_dist.types import Projection, Prompt
 
 PLACEMENTS = ("replica", "layerwise")
+INVARIANT = dataclasses.replace(CONFIG, batch_invariant=True)
 
 
 def this_world() -> World:
@@ -52,7 +53,14 @@ def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return generating.corpus(model, tmp_path_factory.mktemp("one"))
 
 
-def on_two_ranks(model: Path, folder: Path, expected: bytes) -> None:
+@pytest.fixture(scope="module")
+def expected_bfloat16(model: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The same in bfloat16, in passes of a fixed shape."""
+    return generating.corpus(model, tmp_path_factory.mktemp("bfloat16"), INVARIANT, "bfloat16")
+
+
+def on_two_ranks(model: Path, folder: Path, expected: bytes, expected_bfloat16: bytes) -> None:
+    in_bfloat16_two_ranks_make_the_corpus_of_one_in_passes_of_a_fixed_shape(model, folder, expected_bfloat16)
     policy = policy_of(model, this_world(), zero_stage=3)
     untouched = hooks_of(policy)
     both_placements_and_forms_give_the_corpus_of_one_rank(policy, folder, expected)
@@ -111,6 +119,19 @@ def each_prompt_is_rendered_by_one_rank(folder: Path) -> None:
         rendered.clear()
     assert not (folder / "prompts").exists()
     corpus_requests.MOST_AS_TEXT = 100_000
+
+
+def in_bfloat16_two_ranks_make_the_corpus_of_one_in_passes_of_a_fixed_shape(
+    model: Path, folder: Path, expected: bytes
+) -> None:
+    """To the byte, also after a kill: no order of summation differs."""
+    policy = policy_of(model, this_world(), zero_stage=3, dtype="bfloat16")
+    for placement in PLACEMENTS:
+        target, config = folder / f"bfloat16-{placement}", dataclasses.replace(INVARIANT, placement=placement)
+        with pytest.raises(DataError, match="the disk is full"):
+            run(policy, target, config, progress=StoppingAfter(3) if this_world().rank == 1 else None)
+        assert merged(target, run(policy, target, config)) == expected, placement
+    policy.release()
 
 
 def a_rank_without_prompts_keeps_the_others_company(policy: Policy, folder: Path) -> None:
@@ -190,8 +211,8 @@ def hooks_of(policy: Policy) -> list:
     return counts
 
 
-def test_two_ranks_make_the_corpus_of_one(model: Path, expected: bytes, tmp_path: Path):
-    run_on_ranks(2, tmp_path / "store", on_two_ranks, model, tmp_path, expected)
+def test_two_ranks_make_the_corpus_of_one(model: Path, expected: bytes, expected_bfloat16: bytes, tmp_path: Path):
+    run_on_ranks(2, tmp_path / "store", on_two_ranks, model, tmp_path, expected, expected_bfloat16)
 
 
 def test_four_ranks_make_the_corpus_of_one(model: Path, expected: bytes, tmp_path: Path):

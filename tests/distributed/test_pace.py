@@ -6,9 +6,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from ranks import ends_of_ranks
 
+from spd_dist.distributed import lost_ranks
 from spd_dist.distributed.collectives import max_over_ranks, together
 from spd_dist.distributed.uneven_work import on_main, wait_for_all_ranks
 from spd_dist.errors import DataError
@@ -80,3 +82,41 @@ def test_a_rank_that_is_done_waits_longer_than_a_collective_may_take(tmp_path: P
 def test_a_rank_that_is_gone_is_missed_and_named(tmp_path: Path):
     *alive, _ = ends_of_ranks(3, tmp_path / "store", lose_the_last_rank, timeout_seconds=LIMIT_SECONDS)
     assert alive == ["RuntimeError: no sign of life from rank 2 for 2 s, while working"] * 2
+
+
+def wait_for_each_other_after_one_is_gone(folder: Path) -> None:
+    lost_ranks.GRACE_SECONDS = 2.0
+    lost_ranks.watch_ranks()
+    rank = dist.get_rank()
+    try:
+        lose_the_last_rank()
+    except RuntimeError as error:
+        (folder / f"heard-{rank}").write_text(str(error))
+    dist.recv(torch.zeros(1), 1 - rank)  # neither waits for the rank that is gone
+
+
+def test_who_waits_for_one_that_is_gone_ends_long_before_a_collective_would(tmp_path: Path):
+    """In the store by an error; in a collective of two ranks that are alive, which times out else, by its process."""
+    assert ends_of_ranks(3, tmp_path / "store", wait_for_each_other_after_one_is_gone, tmp_path) == [""] * 3
+    heard = [(tmp_path / f"heard-{rank}").read_text() for rank in range(2)]
+    assert all(text.startswith("rank 2 on ") for text in heard)
+    assert all(text.endswith(": its process is gone, while working") for text in heard)
+
+
+def leave_before_the_others(folder: Path) -> None:
+    lost_ranks.GRACE_SECONDS = 0.1
+    lost_ranks.watch_ranks()
+    rank = dist.get_rank()
+    dist.barrier()
+    if rank == 2:
+        lost_ranks.leave_ranks()
+        os._exit(0)
+    time.sleep(1.0)
+    assert lost_ranks.lost_ranks() == []
+    (folder / f"alive-{rank}").write_text("")
+    lost_ranks.leave_ranks()
+
+
+def test_a_rank_that_ends_in_order_is_not_missed(tmp_path: Path):
+    assert ends_of_ranks(3, tmp_path / "store", leave_before_the_others, tmp_path) == [""] * 3
+    assert sorted(path.name for path in tmp_path.glob("alive-*")) == ["alive-0", "alive-1"]

@@ -126,7 +126,7 @@ def test_a_whole_model_is_stored_once_a_tied_weight(tmp_path):
     assert weights_fingerprint(AutoModelForCausalLM.from_pretrained(tmp_path)) == weights_fingerprint(model)
 
 
-def test_a_folder_that_cannot_be_written_is_an_error_after_all_tensors_were_gathered(tmp_path):
+def test_a_folder_that_cannot_be_written_is_an_error_at_the_first_shard(tmp_path):
     model = tiny_model()
     gathered: list[str] = []
 
@@ -138,4 +138,4 @@ def test_a_folder_that_cannot_be_written_is_an_error_after_all_tensors_were_gath
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"file/model/part-00001\.safetensors cannot be written: .*make room"):
         save_model(model, tensors(), Path(tmp_path / "file/model"), world=ALONE, shard_bytes=10_000)
-    assert len(gathered) == len(stored_parameters(model))
+    assert len(gathered) < len(stored_parameters(model))

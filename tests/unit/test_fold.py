@@ -191,6 +191,20 @@ def test_bf16_is_rounded_once():
             assert torch.equal(parameter, exact.get_parameter(name).bfloat16())
 
 
+def test_a_mild_projection_that_bfloat16_weights_would_round_away_is_refused_and_nothing_was_changed():
+    mild = Projection({site(): operator(keep=0.995, weight=0.005)})
+    with projected(tiny_model(), mild, "fold"):
+        pass
+    model = tiny_model().bfloat16()
+    before = bits(model)
+    with (
+        pytest.raises(ConfigError, match=r"into bfloat16 weights, layers\.2\.key keeps \d+% of .*apply_as=hook, or"),
+        projected(model, mild, "fold"),
+    ):
+        pass
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
 def test_keys_after_rope_are_refused_and_values_are_not():
     with (
         pytest.raises(ConfigError, match="turn with the position"),

@@ -1,0 +1,205 @@
+"""A rank that dies is known to all others within seconds: each holds a connection to rank 0, which the kernel closes.
+
+A collective notices a dead peer only if it is the peer that this rank waits for; two ranks that wait for each other
+would do so until `distributed.timeout_seconds`, and a wait in the store has no peer at all. A host that loses power
+closes nothing, and is still found by these two.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import secrets
+import selectors
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NamedTuple
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+log = logging.getLogger(__name__)
+
+GRACE_SECONDS = 15.0
+"""For the survivors' own errors, which say more; who still waits after it is ended."""
+CONNECT_SECONDS = 20.0
+KEY = "lost_ranks/address"
+BYE = "bye"
+
+
+class Lost(NamedTuple):
+    """A rank whose process ended without a word."""
+
+    rank: int
+    host: str
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.host}: its process is gone"
+
+
+class RankWatch:
+    """This process's ends of the connections: all ranks' at rank 0, its own elsewhere."""
+
+    def __init__(self, rank: int, end: Callable[[Lost], None]) -> None:
+        self.rank, self.end = rank, end
+        self.lost: list[Lost] = []
+        self.has_left = False
+        self.lock = threading.Lock()
+        self.peers: dict[socket.socket, _Peer] = {}
+
+    def serve(self, server: socket.socket, token: str) -> None:
+        """On rank 0: hear who is gone, and tell the others."""
+        self._start(lambda: self._listen(server, token))
+
+    def join(self, connection: socket.socket, token: str) -> None:
+        """On the others: say who this is, and hear from rank 0 who is gone; without it, that is rank 0."""
+        connection.sendall(f"{token} {self.rank} {socket.gethostname()}\n".encode())
+        self.peers[connection] = _Peer(0, str(connection.getpeername()[0]))
+        self._start(lambda: self._hear(connection))
+
+    def leave(self) -> None:
+        """Say that this process ends in order."""
+        with self.lock:
+            self.has_left = True
+            for connection in self.peers:
+                _send(connection, BYE)
+
+    def _start(self, talk: Callable[[], None]) -> None:
+        threading.Thread(target=talk, name="lost ranks", daemon=True).start()
+
+    def _listen(self, server: socket.socket, token: str) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(server, selectors.EVENT_READ)
+            while True:
+                for key, _ in selector.select():
+                    if key.fileobj is server:
+                        connection, _ = server.accept()
+                        selector.register(connection, selectors.EVENT_READ, bytearray())
+                    elif not self._read(key.fileobj, key.data, token):
+                        selector.unregister(key.fileobj)
+                        key.fileobj.close()
+
+    def _read(self, connection: socket.socket, text: bytearray, token: str) -> bool:
+        """Take in what a rank says; False at its end, or of one that is none of ours."""
+        said = _received(connection)
+        text += said
+        with self.lock:
+            peer = self.peers.get(connection)
+            if peer is None and b"\n" in text:
+                words = text.decode(errors="replace").splitlines()[0].split()
+                if len(words) != 3 or words[0] != token:
+                    return False
+                peer = self.peers[connection] = _Peer(int(words[1]), words[2])
+                for gone in self.lost:
+                    _send(connection, f"{gone.rank} {gone.host}")
+            if said:
+                return peer is not None or len(text) < 1024
+            self.peers.pop(connection, None)
+            has_left = text.decode(errors="replace").splitlines()[-1:] == [BYE]
+            if peer is None or has_left:
+                return False
+            for other in self.peers:
+                _send(other, f"{peer.rank} {peer.host}")
+        self._note(Lost(peer.rank, peer.host))
+        return False
+
+    def _hear(self, connection: socket.socket) -> None:
+        with suppress(OSError), connection.makefile("r", encoding="utf-8") as lines:  # as at its end: rank 0 is gone
+            for line in lines:
+                words = line.split()
+                if words == [BYE]:
+                    return
+                self._note(Lost(int(words[0]), words[1]))
+        self._note(Lost(*self.peers[connection]))
+
+    def _note(self, gone: Lost) -> None:
+        with self.lock:
+            if self.has_left:
+                return
+            self.lost.append(gone)
+            is_first = len(self.lost) == 1
+        if is_first:
+            threading.Thread(target=self._end_later, args=(gone,), name="lost ranks: the end", daemon=True).start()
+
+    def _end_later(self, gone: Lost) -> None:
+        time.sleep(GRACE_SECONDS)
+        if not self.has_left:
+            self.end(gone)
+
+
+class _Peer(NamedTuple):
+    rank: int
+    host: str
+
+
+_watches: list[RankWatch] = []
+"""One at most: of the process group that there is."""
+
+
+def watch_ranks() -> None:
+    """From now on `lost_ranks` knows who died, and a process that still waits for one a while later ends. A collective.
+
+    Where rank 0 cannot be reached, this rank's log says so, and its death is found by collectives alone.
+    """
+    if dist.get_world_size() == 1:
+        return
+    store, rank = _get_default_store(), dist.get_rank()
+    watch = RankWatch(rank, _end)
+    if rank == 0:
+        server, token = _server(), secrets.token_hex(16)
+        store.set(KEY, f"{server.getsockname()[1]} {token}")
+        watch.serve(server, token)
+    else:
+        port, token = store.get(KEY).decode().split()
+        try:
+            connection = socket.create_connection((os.environ["MASTER_ADDR"], int(port)), CONNECT_SECONDS)
+        except OSError as error:
+            log.warning("no connection to rank 0 at port %s (%s): should it die, collectives find out", port, error)
+            return
+        connection.settimeout(None)
+        watch.join(connection, token)
+    _watches[:] = [watch]
+    atexit.register(leave_ranks)  # `end_now` and a kill pass it by
+
+
+def lost_ranks() -> list[Lost]:
+    """Ranks that died since `watch_ranks`, as far as this process knows."""
+    return [*_watches[0].lost] if _watches else []
+
+
+def leave_ranks() -> None:
+    """Before a process ends in order: it is not missed, and misses nobody any more."""
+    for watch in _watches:
+        watch.leave()
+    _watches.clear()
+
+
+def _server() -> socket.socket:
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
+    return socket.create_server(("", 0), backlog=1024)
+
+
+def _received(connection: socket.socket) -> bytes:
+    try:
+        return connection.recv(4096)
+    except OSError:
+        return b""
+
+
+def _send(connection: socket.socket, line: str) -> None:
+    with suppress(OSError):  # it is gone itself, which is heard elsewhere
+        connection.sendall(f"{line}\n".encode())
+
+
+def _end(gone: Lost) -> None:
+    try:
+        sys.stderr.write(f"rank {os.environ.get('RANK', '?')} still waited {GRACE_SECONDS:.0f} s after it: {gone}\n")
+        sys.stderr.flush()
+    finally:  # the launcher may have read this pipe
+        os._exit(1)
