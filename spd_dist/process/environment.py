@@ -12,13 +12,12 @@ import tempfile
 from collections.abc import Mapping, MutableMapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from spd_dist.distributed.collectives import gather_objects
-from spd_dist.distributed.world import World
 from spd_dist.redaction import redacted_words
+
+if TYPE_CHECKING:
+    from spd_dist.distributed.world import World
 
 PACKAGES = (
     "torch", "deepspeed", "transformers", "peft", "datasets", "wandb", "safetensors", "omegaconf", "flash-attn", "gguf",
@@ -27,6 +26,10 @@ PACKAGES = (
 
 def environment(world: World) -> dict[str, Any]:
     """Versions, code, machine and ranks, as plain data; collective if there is more than one rank."""
+    import torch  # here: `make_room` comes before every library, and a wrong word of a command line before torch
+
+    from spd_dist.distributed.collectives import gather_objects
+
     hosts = gather_objects(socket.gethostname()) if world.size > 1 else [socket.gethostname()]
     return {
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -156,7 +156,7 @@ def check_faults():
     engine.destroy()
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_sharded_ranks_find_the_gradients_of_one_whole_model(world_size, tmp_path):
     run_on_ranks(world_size, tmp_path / "store", check_sharded_against_whole)
 

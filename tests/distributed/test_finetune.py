@@ -59,7 +59,7 @@ def reference(model, tmp_path_factory) -> Path:
 @pytest.mark.parametrize(("world_size", "zero_stage", "changes"), [
     (1, 3, {"micro_batch_size": 3}),
     (2, 3, {"micro_batch_size": 2}),  # 2 ranks x 2 sequences x 2 accumulated
-    (4, 3, {"micro_batch_size": 2, "checkpointing": True}),
+    pytest.param(4, 3, {"micro_batch_size": 2, "checkpointing": True}, marks=pytest.mark.slow),
     (2, 2, {"micro_batch_size": 4, "packing": True}),
     (4, 3, {"micro_batch_size": 1, "packing": True, "checkpointing": True}),
 ])  # fmt: skip

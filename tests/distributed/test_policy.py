@@ -67,7 +67,7 @@ def check_a_missing_model_fails_on_every_rank(folder: Path) -> None:
     assert not any_rank(False)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_a_sharded_policy_equals_a_whole_one(world_size, tmp_path):
     save_tiny_model(tmp_path / "model")
     run_on_ranks(world_size, tmp_path / "store", check_sharded_equals_whole, tmp_path / "model")

@@ -56,7 +56,7 @@ def compare_with_one_rank(folder: Path) -> None:
             assert fingerprint(shared) == fingerprint(alone), (method, name)
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 3, 4])
 def test_subspace_has_the_same_bits_at_every_world_size(world_size, tmp_path):
     alone = World(0, 1, torch.device("cpu"))
     for method in METHODS:

@@ -40,3 +40,12 @@ def test_a_name_that_is_none_is_refused_with_those_that_are(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["plan", "--help"])
     assert ended.value.code == 0
+
+
+@pytest.mark.parametrize(
+    "module", ["run_method", "run_experiment", "evaluate_model", "measure_subspace", "submit", "sweep"]
+)
+def test_a_wrong_word_is_said_before_torch_is_imported(module):
+    heavy = "{'torch', 'deepspeed', 'transformers'}"
+    code = f"import sys, spd_dist.launch.{module}; print(sorted({heavy} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
