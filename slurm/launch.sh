@@ -33,8 +33,25 @@ prepare() {  # what every rank needs, from the words of the config
 
 step() {  # TASKS_PER_NODE command...: on all nodes. A launcher knows no USR1 and would die of it; ranks take it back
   local tasks=$1 cpus=$((${SLURM_CPUS_PER_TASK:-1} * RANKS_PER_NODE / $1)); shift
-  exec srun --nodes="$NODES" --ntasks=$((NODES * tasks)) --ntasks-per-node="$tasks" --cpus-per-task="$cpus" \
+  exec srun ${SERVERS:+--overlap} --nodes="$NODES" --ntasks=$((NODES * tasks)) --ntasks-per-node="$tasks" --cpus-per-task="$cpus" \
     --kill-on-bad-exit=1 bash -c 'trap "" USR1; exec "$@"' rank "$@"
+}
+
+serve() {  # command port seconds: one on each node, until all are healthy; they end with the job. Sets SERVER_URLS
+  local host deadline=$((SECONDS + $3))
+  SERVER_URLS=
+  srun --overlap --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 bash -c "$1" &
+  SERVERS=$!
+  for host in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+    until python -c 'import sys, urllib.request as r; r.urlopen(sys.argv[1], timeout=5)' "http://$host:$2/health" 2>/dev/null; do
+      kill -0 "$SERVERS" 2>/dev/null || { echo "error: a server ended before it was healthy: $1" >&2; exit 3; }
+      [ "$SECONDS" -lt "$deadline" ] || {
+        echo "error: the server on $host was not healthy after $3 s (SPD_SERVER_SECONDS): $1" >&2; kill "$SERVERS"; exit 3; }
+      sleep 2
+    done
+    SERVER_URLS+=${SERVER_URLS:+,}http://$host:$2/v1
+  done
+  echo "$(date +%T) job $JOB: healthy servers at $SERVER_URLS"
 }
 
 start() {  # the words of the program: all ranks
@@ -79,6 +96,7 @@ launch() {  # [stage words] [config words]: run to the end, and leave with the c
     wait "$STEP"; local again=$?; [ "$again" = 127 ] || code=$again
   fi
   trap '' USR1 TERM
+  [ -z "${SERVERS:-}" ] || { kill "$SERVERS"; wait "$SERVERS"; } 2>/dev/null
   finish "$code"
 }
 

@@ -1,15 +1,21 @@
-"""A server on loopback that speaks OpenAI's completions protocol for a tiny policy, and can be told to fail."""
+"""A server that speaks OpenAI's completions protocol for a tiny policy, and can be told to fail.
+
+On loopback inside a test, or as a program of its own: `python tests/serving.py MODEL PORT`.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import torch
+from generating import policy_of
 
 from spd_dist.models.policy import Policy
 
@@ -62,16 +68,27 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(text)
 
+    def do_GET(self) -> None:
+        """Healthy."""
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
     def log_message(self, *_: object) -> None:
         """Nothing."""
+
+
+def _server(found: Serving, address: str, port: int) -> ThreadingHTTPServer:
+    server = ThreadingHTTPServer((address, port), _Handler)
+    server.daemon_threads, server.serving = True, found
+    return server
 
 
 @contextmanager
 def serving(policy: Policy) -> Iterator[Serving]:
     """The policy served on loopback."""
     found = Serving(policy)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    server.daemon_threads, server.serving = True, found
+    server = _server(found, "127.0.0.1", 0)
     found.url = f"http://127.0.0.1:{server.server_port}/v1"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -81,3 +98,7 @@ def serving(policy: Policy) -> Iterator[Serving]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+if __name__ == "__main__":
+    _server(Serving(policy_of(Path(sys.argv[1]))), "0.0.0.0", int(sys.argv[2])).serve_forever()

@@ -3,7 +3,7 @@
 Importing this package imports no torch.
 """
 
-from spd_dist.config.engines import Server, engine_of
+from spd_dist.config.engines import Server, engine_of, planned_rows
 from spd_dist.config.sections import (
     STAGES,
     Calibrate,
@@ -41,4 +41,5 @@ __all__ = [
     "Server",
     "Sketch",
     "engine_of",
+    "planned_rows",
 ]

@@ -93,6 +93,13 @@ def _invariant_elsewhere(section: str) -> Callable[[Config], bool]:
     return breaks
 
 
+def _invariant_with_any_batch(section: str) -> Callable[[Config], bool]:
+    def breaks(config: Config) -> bool:
+        return value_of(config, f"{section}.batch_invariant") and value_of(config, f"{section}.batch_size") == "auto"
+
+    return breaks
+
+
 def _lacks(section: str, engine: str, key: str) -> Callable[[Config], bool]:
     return lambda config: value_of(config, f"{section}.engine") == engine and value_of(config, key) is None
 
@@ -189,6 +196,15 @@ COMBINATIONS = (
             (f"{section}.batch_invariant", f"{section}.engine"), _invariant_elsewhere(section),
             "whose batches are its own", (f"{section}.engine=hf", f"{section}.batch_invariant=false"),
             (f"{section}.batch_invariant=true", f"{section}.engine=hf_cb"),
+        )
+        for section in ("generate", "evaluate")
+    ),
+    *(
+        Combination(
+            (f"{section}.batch_invariant", f"{section}.batch_size"),
+            _invariant_with_any_batch(section), "since the batch is then a part of the result",
+            (f"{section}.batch_size=32", f"{section}.batch_invariant=false"),
+            (f"{section}.batch_invariant=true", f"{section}.batch_size=auto"),
         )
         for section in ("generate", "evaluate")
     ),

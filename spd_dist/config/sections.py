@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from spd_dist.config.engines import Engine, Server, engine_of
+from spd_dist.config.engines import BatchSize, Engine, Server, engine_of
 from spd_dist.config.setting import setting
 
 STAGES = ("calibrate", "sketch", "reduce", "project", "generate", "finetune", "evaluate")
@@ -127,7 +127,9 @@ class Generate:
     max_thought_tokens: int | None = setting(
         None, "engine hf: a thought is closed there; none if not given", at_least=1
     )
-    batch_size: int = setting(32, "rows decoded together; samples do not depend on it", at_least=1)
+    batch_size: BatchSize = setting(
+        32, "rows decoded together; samples do not depend on it; auto: as many as fit in memory", at_least=1
+    )
     batch_invariant: bool = setting(False, "engine hf: bf16 samples depend on no rank or kill either; costs speed")
     num_tasks: int = setting(1, "jobs that share one corpus, as a SLURM array", at_least=1)
     task_index: int = setting(0, "which of them this one is", at_least=0)
@@ -213,7 +215,7 @@ class Evaluate:
     min_p: float = setting(0.0, "0 is off", at_least=0, at_most=1)
     num_samples: int = setting(1, "answers an example; of several, the mean counts, and pass@k is shown", at_least=1)
     engine: Engine = setting("auto", "auto: vllm if generate.vllm_python is set, else hf; set up by generate's keys")
-    batch_size: int = setting(32, "answers decoded together", at_least=1)
+    batch_size: BatchSize = setting(32, "answers decoded together; auto: as many as fit in memory", at_least=1)
     batch_invariant: bool = setting(False, "engine hf: bf16 answers depend on no rank, kill or placement; costs speed")
     placement: Literal["auto", "replica", "layerwise"] = setting("auto", "as generate.placement")
     allow_code_execution: bool = setting(False, "run model-written code, in the sandbox")

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from spd_dist.config import Generate, Model, engine_of
+from spd_dist.config import Generate, Model, engine_of, planned_rows
 from spd_dist.distributed.collectives import together
 from spd_dist.distributed.uneven_work import on_main, wait_for_all_ranks
 from spd_dist.distributed.world import World
@@ -23,7 +23,7 @@ from spd_dist.inference.external.vllm_engine import VLLMEngine, check_vllm, vllm
 from spd_dist.inference.external.vllm_process import EnginePool
 from spd_dist.inference.hf_cb import ContinuousBatchingEngine
 from spd_dist.inference.hf_engine import HFEngine, held_to
-from spd_dist.inference.placement import choose_placement, placed
+from spd_dist.inference.placement import choose_placement, placed, rows_of_a_pass
 from spd_dist.inference.requests import Decoded, Request
 from spd_dist.inference.sampling import Sampling
 from spd_dist.models.policy import Policy
@@ -78,6 +78,8 @@ class Opened(NamedTuple):
     """Calls and leakage of the projection: in the engine itself, or in the reference that it agreed with."""
     num_starts: int = 0
     """Processes that were started for it on this rank."""
+    batch_size: int = 0
+    """Rows that are decoded together at most; 0 of an engine that decides by itself."""
 
     def projection_seen(self) -> tuple[dict[str, int], float | None]:
         """How often each site was projected (in vLLM: tokens), and the largest leakage; nothing without a projection.
@@ -149,6 +151,10 @@ def open_engine(
     placement = choose_placement(policy, config, world, max_length, section=work.section)
     with together("checking the engine's settings"):
         _check(policy, projection, config, world, work, placement)
+    num_rows = rows_of_a_pass(policy, config, world, max_length, placement)
+    if world.is_main and config.batch_size == "auto" and name in ("hf", "hf_cb"):
+        log.info("%s: %d rows a pass, the most that fit in memory", work.section, num_rows)
+    config = dataclasses.replace(config, batch_size=num_rows)
     probes = [dataclasses.replace(request, sample=-1, budget=None) for request in work.requests]
     candidates = {request.id: request for request in probes}.values()
     with ExitStack() as stack:
@@ -159,7 +165,8 @@ def open_engine(
         if name in ("hf", "hf_cb"):
             monitor = stack.enter_context(held_to(policy, projection, config.apply_as))
             stack.enter_context(placed(policy, placement, world, "generating completions"))
-            opened = Opened(_in_process(policy, config, monitor, placement, work, max_length), placement, monitor)
+            engine = _in_process(policy, config, monitor, placement, work, max_length)
+            opened = Opened(engine, placement, monitor, batch_size=num_rows)
         else:
             opened = stack.enter_context(_opened_outside(policy, projection, config, world, work, expected.monitor))
         if isinstance(opened.engine, ServerEngine):
@@ -194,9 +201,9 @@ def _in_process(
     max_length: int,
 ) -> Engine:
     if config.engine == "hf_cb":
-        return ContinuousBatchingEngine(policy, config.batch_size, monitor, work.section)
+        return ContinuousBatchingEngine(policy, planned_rows(config.batch_size), monitor, work.section)
     fixed_columns = max_length if config.batch_invariant else None
-    return HFEngine(policy, config.batch_size, fixed_columns, monitor, placement, work.section)
+    return HFEngine(policy, planned_rows(config.batch_size), fixed_columns, monitor, placement, work.section)
 
 
 @contextmanager

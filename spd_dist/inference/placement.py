@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from spd_dist.config import Config, Distributed, Generate, Model
+from spd_dist.config import Config, Distributed, Generate, Model, planned_rows
 from spd_dist.distributed.collectives import all_ranks, max_over_ranks, together
 from spd_dist.distributed.memory import free_bytes
 from spd_dist.distributed.uneven_work import wait_for_all_ranks
@@ -93,6 +93,9 @@ class _PeerFailedError(RuntimeError):
 
 
 HEADROOM = 0.85
+MOST_ROWS = 256
+MOST_ROWS_ON_CPU = 64
+"""Of `auto`: beyond them a pass takes longer by as much as it does more."""
 Placement = Literal["replica", "layerwise"]
 
 
@@ -149,15 +152,53 @@ def needed_bytes(policy: Policy, config: Generate, max_length: int) -> int:
     return _needed_bytes(policy.model, config, max_length)
 
 
+def rows_of_a_pass(policy: Policy, config: Generate, world: World, max_length: int, placement: Placement) -> int:
+    """`batch_size`; of `auto` the largest power of two whose cache and logits fit beside the weights on this rank.
+
+    Args:
+        policy: Not placed yet.
+        config: The section.
+        world: This process among all.
+        max_length: Tokens of the longest prompt and its completion.
+        placement: The one that was chosen.
+    """
+    if config.batch_size != "auto":
+        return config.batch_size
+    outline = outline_of(policy.model)
+
+    def needed(num_rows: int) -> int:
+        one = _decode_bytes(policy.model, config, max_length, num_rows)
+        if policy.engine is None:  # its weights are there already
+            return one.cache + one.working
+        gathered = one.weights if placement == "replica" else 2 * one.weights // outline.num_layers
+        return gathered + one.cache + one.working
+
+    most = MOST_ROWS_ON_CPU if world.device.type == "cpu" else MOST_ROWS
+    return largest_batch(needed, HEADROOM * free_bytes(world), most)
+
+
+def largest_batch(needed: Callable[[int], int], free: float, most: int) -> int:
+    """Of `most`, half of it, a quarter, ... the first number of rows that needs no more bytes than are free; or 1.
+
+    That 1 fits is not said: where it does not, the first pass fails and names what to change.
+    """
+    while most > 1 and needed(most) > free:
+        most //= 2
+    return most
+
+
 def _needed_bytes(model: PreTrainedModel, config: Generate, max_length: int) -> int:
-    needed = decode_bytes(
+    return sum(_decode_bytes(model, config, max_length, planned_rows(config.batch_size)))
+
+
+def _decode_bytes(model: PreTrainedModel, config: Generate, max_length: int, num_rows: int) -> DecodeBytes:
+    return decode_bytes(
         outline_of(model),
-        batch_size=config.batch_size,
+        batch_size=num_rows,
         prompt_tokens=max(1, max_length - config.max_new_tokens),
         new_tokens=config.max_new_tokens,
         element_bytes=model.dtype.itemsize,
     )
-    return sum(needed)
 
 
 @contextmanager

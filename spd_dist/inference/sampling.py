@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from spd_dist.errors import DataError
 
@@ -29,6 +30,16 @@ class Sampling:
     def truncates(self) -> bool:
         """Whether some tokens are never drawn."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+
+SUGGESTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+def suggested_decoding(model: PreTrainedModel) -> dict[str, float]:
+    """What the model's `generation_config.json` asks for, by its own names; nothing here takes it."""
+    own = model.generation_config
+    values = {name: vars(own).get(name) for name in SUGGESTED if own is not None}
+    return {name: float(value) for name, value in values.items() if value is not None}
 
 
 def uniforms(seed: int, num_tokens: int) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from spd_dist.arms import chosen
-from spd_dist.config import Config
+from spd_dist.config import Config, planned_rows
 from spd_dist.inference.continuous import MAX_PREFILL_TOKENS
 from spd_dist.models.model_stats import Outline
 from spd_dist.planner.cluster import Cluster, Workload, Zero
@@ -141,7 +141,7 @@ def _calibrate(job: _Job) -> list[Phase]:
 def _generate(job: _Job) -> list[Phase]:
     generate, workload = job.config.generate, job.workload
     num_rows = workload.num_train * generate.num_samples
-    phases = _decode(job, num_rows, generate.batch_size, workload.completion_tokens)
+    phases = _decode(job, num_rows, planned_rows(generate.batch_size), workload.completion_tokens)
     if job.placement == "replica" and job.zero.stage == 3:
         network, host = job.gathers(job.profile.policy.num_parameters)
         phases.append(Phase(network_bytes=network, host_bytes=host))
@@ -151,7 +151,8 @@ def _generate(job: _Job) -> list[Phase]:
 def _evaluate(job: _Job) -> list[Phase]:
     evaluate, arms = job.config.evaluate, chosen(job.config.evaluate.arms)
     tokens = min(evaluate.max_new_tokens, job.workload.completion_tokens)
-    phases = _decode(job, job.workload.num_test * evaluate.num_samples, evaluate.batch_size, tokens) * len(arms)
+    num_rows = job.workload.num_test * evaluate.num_samples
+    phases = _decode(job, num_rows, planned_rows(evaluate.batch_size), tokens) * len(arms)
     return phases + [Phase(disk_bytes=job.profile.weight_bytes)] * (1 + job.num_students)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from spd_dist.config import Config
+from spd_dist.config import Config, planned_rows
 from spd_dist.inference.placement import decode_bytes
 from spd_dist.models.model_stats import Outline
 from spd_dist.planner.cluster import Cluster, Zero
@@ -101,13 +101,14 @@ def _generate(placement: Placement, profile: Profile, config: Config, cluster: C
     if placement == "replica" and zero.stage == 3:
         shards = profile.element_bytes * zero.shards(profile.policy.frozen, cluster.num_ranks)
         weights = Need({"shards": shards, **weights.device})
-    return _decoding(weights, profile, config, generate.batch_size, generate.max_new_tokens)
+    return _decoding(weights, profile, config, planned_rows(generate.batch_size), generate.max_new_tokens)
 
 
 def _evaluate(placement: Placement, profile: Profile, config: Config, cluster: Cluster) -> Need:
     """The student's adapters are merged where it is whole on each rank."""
     weights = _weights(profile.policy, placement, profile, cluster, Zero.of(config.distributed))
-    return _decoding(weights, profile, config, config.evaluate.batch_size, config.evaluate.max_new_tokens)
+    rows = planned_rows(config.evaluate.batch_size)
+    return _decoding(weights, profile, config, rows, config.evaluate.max_new_tokens)
 
 
 def _decoding(weights: Need, profile: Profile, config: Config, batch_size: int, new_tokens: int) -> Need:

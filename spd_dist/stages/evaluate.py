@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from spd_dist.analysis.answer_summary import AnswersSummary, answers_summary
-from spd_dist.config import Evaluate, Generate
+from spd_dist.config import Evaluate, Generate, planned_rows
 from spd_dist.data.batches import Division, micro_batches, pad
 from spd_dist.data.prompts import TestSet, choice_texts, judged_text
 from spd_dist.data.scoring.programs import canonical
@@ -152,7 +152,7 @@ def _likelihoods(answering: _Answering, examples: Sequence[SupervisedExample]) -
         return {}
     policy, world, found = answering.policy, answering.context.world, {}
     device = next(policy.model.parameters()).device
-    whole = micro_batches(examples, Division(1, answering.config.batch_size))
+    whole = micro_batches(examples, Division(1, planned_rows(answering.config.batch_size)))
     with answering.read_in_process():
         for micro_batch in list(whole)[world.rank :: world.size]:
             batch = pad(micro_batch.examples, policy.pad_token_id, device)

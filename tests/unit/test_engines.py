@@ -24,7 +24,7 @@ from spd_dist.inference.external.external_engine import ExternalEngine, command_
 from spd_dist.inference.external.vllm_process import INSIDE
 from spd_dist.inference.hf_cb import ContinuousBatchingEngine
 from spd_dist.inference.open_engine import choose_engine
-from spd_dist.inference.placement import needed_bytes
+from spd_dist.inference.placement import HEADROOM, MOST_ROWS_ON_CPU, largest_batch, needed_bytes, rows_of_a_pass
 from spd_dist.inference.requests import Decoded, Request
 from spd_dist.inference.sampling import Sampling
 from spd_dist.models.policy import Policy
@@ -305,7 +305,7 @@ def test_a_program_that_ignores_sigterm_is_ended_with_what_it_started(policy, tm
     monkeypatch.setattr("spd_dist.inference.external.external_engine.GRACE_SECONDS", 0.5)
     with pytest.raises(DataError, match="wrote a line that answers no open request"):
         list(external(policy, tmp_path, STUBBORN).complete(REQUESTS, Sampling()))
-    wait_for(lambda: not running_in(tmp_path), 60)
+    wait_for(lambda: not running_in(tmp_path), 300)
 
 
 ORPHANED = """
@@ -325,11 +325,11 @@ def test_a_program_does_not_outlive_the_rank(tmp_path):
     sleeper = "import os, sys, time; os.fork() or open(sys.argv[1], 'w').write('up'); time.sleep(600)"
     words = [sys.executable, "-c", sleeper, str(tmp_path / "up")]
     rank = subprocess.Popen([sys.executable, "-c", ORPHANED, str(tmp_path / "scratch"), *words])
-    wait_for((tmp_path / "up").exists, 60)
+    wait_for((tmp_path / "up").exists, 300)
     assert len(running_in(tmp_path)) == 3
     rank.kill()
     rank.wait()
-    wait_for(lambda: not running_in(tmp_path), 60)
+    wait_for(lambda: not running_in(tmp_path), 300)
 
 
 def running_in(folder: Path) -> list[int]:
@@ -409,6 +409,24 @@ def test_prompts_and_sampling_reach_the_program(policy, tmp_path):
     row = json.loads((tmp_path / "seen.jsonl").read_text().splitlines()[1])
     assert (row["id"], row["seed"], row["prompt_tokens"]) == ("p1", 1, [5, 6, 8])
     assert (row["top_k"], row["max_new_tokens"], row["temperature"]) == (9, 33, 0.7)
+
+
+def test_auto_takes_the_most_rows_that_fit():
+    assert largest_batch(lambda rows: 10 + rows, 74.0, 256) == 64
+    assert largest_batch(lambda rows: 10 + rows, 73.9, 256) == 32
+    assert largest_batch(lambda rows: 10 + rows, 5.0, 256) == 1
+
+
+def test_auto_looks_at_the_memory_that_is_free(policy, monkeypatch):
+    config, free = dataclasses.replace(CONFIG, batch_size="auto"), 1 << 40
+    monkeypatch.setattr("spd_dist.inference.placement.free_bytes", lambda world: free)
+    assert rows_of_a_pass(policy, config, ALONE, 100, "replica") == MOST_ROWS_ON_CPU
+    for rows in (8, 2):
+        weights = sum(parameter.numel() for parameter in policy.model.parameters()) * 4
+        needed = needed_bytes(policy, dataclasses.replace(config, batch_size=rows), 100) - weights
+        free = needed / HEADROOM + 1
+        assert rows_of_a_pass(policy, config, ALONE, 100, "replica") == rows
+        assert rows_of_a_pass(policy, dataclasses.replace(config, batch_size=5), ALONE, 100, "replica") == 5
 
 
 def test_the_need_for_memory_counts_weights_and_what_decoding_holds(policy):

@@ -21,6 +21,7 @@ from spd_dist.distributed.lock import alone_in
 from spd_dist.distributed.zero import weights_fingerprint
 from spd_dist.errors import ConfigError, DataError
 from spd_dist.inference.decode import decode
+from spd_dist.inference.placement import MOST_ROWS_ON_CPU
 from spd_dist.models.policy import Policy
 from spd_dist.seeding import row_seed
 from spd_dist.stages.context import StageContext
@@ -314,6 +315,16 @@ def test_missing_completions_are_counted(policy, tmp_path, monkeypatch):
     monkeypatch.setattr("spd_dist.inference.hf_engine.decode", only_probes)
     with pytest.raises(DataError, match=r"18 of 18 completions are missing \('p00' sample 0, "):
         run(policy, tmp_path)
+
+
+def test_the_summary_shows_rows_a_pass_and_what_the_model_suggests_but_does_not_get(policy, tmp_path):
+    greedy, suggested = dataclasses.replace(CONFIG, temperature=0.0, num_samples=1, batch_size="auto"), policy.model
+    plain = run(policy, tmp_path / "plain", greedy)
+    assert (plain.batch_size, plain.suggested_decoding) == (MOST_ROWS_ON_CPU, {})
+    suggested.generation_config.temperature, suggested.generation_config.top_k = 0.6, 20
+    found = run(policy, tmp_path / "suggested", greedy)
+    assert found.suggested_decoding == {"temperature": 0.6, "top_k": 20.0}
+    assert merged(tmp_path / "suggested", found) == merged(tmp_path / "plain", plain)
 
 
 def test_leakage_beyond_rounding_is_an_error():

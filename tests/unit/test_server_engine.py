@@ -12,6 +12,7 @@ from tiny import save_tiny_model
 
 from spd_dist.config import Generate, Server
 from spd_dist.errors import ConfigError, DataError
+from spd_dist.inference.engine_probes import NUM_PROBES
 from spd_dist.projection.hooks import projected
 from spd_dist.stages.context import StageContext
 from spd_dist.stages.generate import generate
@@ -60,6 +61,25 @@ def test_a_server_gives_the_same_greedy_corpus_through_its_faults(policy, model,
     assert {"seed", "repetition_penalty", "presence_penalty", "frequency_penalty", "stop"} <= server.bodies[-1].keys()
 
 
+def test_servers_share_the_work_and_one_that_is_gone_leaves_it_to_the_others(policy, model, server, tmp_path):
+    served = policy_of(model)
+    with projected(served.model, some_projection(), "fold", observe=0), serving(served) as second:
+        both = dataclasses.replace(asking(server).server, url=f"{server.url}, {second.url}")
+        config = dataclasses.replace(asking(server), server=both)
+        # The probes of the second are answered; then it closes every request.
+        second.faults.extend([lambda answer: answer] * NUM_PROBES + ["close"] * 100)
+        summary = made(policy, tmp_path / "run", config)
+        assert len(second.bodies) > NUM_PROBES, "it was asked, too"
+    assert merged(tmp_path / "run", summary) == corpus(model, tmp_path / "hf", GREEDY)
+
+
+def test_each_of_several_servers_must_serve_the_policy(policy, model, server, tmp_path):
+    with serving(policy_of(model)) as plain:
+        both = dataclasses.replace(asking(server).server, url=f"{server.url},{plain.url}")
+        with pytest.raises(DataError, match=f"'folded' of {plain.url} gives the log-probability"):
+            made(policy, tmp_path / "run", dataclasses.replace(asking(server), server=both))
+
+
 def test_a_server_that_stays_busy_ends_in_a_sentence_and_the_same_command_goes_on(policy, model, server, tmp_path):
     server.faults.extend([lambda answer: answer] * 8 + [429] * 20)
     with pytest.raises(DataError, match=r"failed 3 times \(generate.server.retries\), the last with 429: .*is kept"):
@@ -74,7 +94,9 @@ def test_a_server_that_stays_busy_ends_in_a_sentence_and_the_same_command_goes_o
 
 
 def test_another_policy_or_precision_is_refused_by_its_log_probabilities(policy, server, tmp_path):
-    with pytest.raises(DataError, match=r"generate.engine=server: to token 0 .* 'folded' gives the log-probability"):
+    with pytest.raises(
+        DataError, match=r"generate.engine=server: to token 0 .* 'folded' of http://.* gives the log-probability"
+    ):
         made(policy, tmp_path / "a", asking(server), some_projection(1))
     assert not list((tmp_path / "a").rglob("*.jsonl"))
 

@@ -6,6 +6,7 @@ any work. vLLM (0.10.2 or later) and servers like it give token ids (`return_tok
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -41,11 +42,12 @@ def check_server(server: Server, arm: str, projection: Projection | None) -> Non
     Raises:
         ConfigError: naming the key.
     """
-    address = urlsplit(server.url or "")
-    if address.scheme not in ("http", "https") or not address.hostname:
-        raise ConfigError(
-            f"generate.server.url: {server.url!r} is not valid with engine=server; set it to http://HOST:PORT/v1"
-        )
+    for url in urls_of(server):
+        address = urlsplit(url)
+        if address.scheme not in ("http", "https") or not address.hostname:
+            raise ConfigError(
+                f"generate.server.url: {server.url!r} is not valid with engine=server; set it to http://HOST:PORT/v1"
+            )
     if arm not in server.models:
         known = ", ".join(server.models) or "none"
         raise ConfigError(
@@ -57,6 +59,11 @@ def check_server(server: Server, arm: str, projection: Projection | None) -> Non
         refuse_inexact(parts, projection.insertion)
 
 
+def urls_of(server: Server) -> tuple[str, ...]:
+    """The addresses of servers that share the work."""
+    return tuple(url.strip() for url in (server.url or "").split(","))
+
+
 @dataclass(frozen=True)
 class _Completed:
     """What the server said to one request."""
@@ -66,13 +73,14 @@ class _Completed:
 
 
 class ServerEngine:
-    """Requests under way at once, each tried again while the server is busy."""
+    """Requests under way at once, each tried again, and with the next server if there is one, while one is busy."""
 
     name = "server"
 
     def __init__(self, policy: Policy, config: Generate, arm: str, world: World, label: str) -> None:
         self.policy, self.server, self.label = policy, config.server, label
         self.model = str(config.server.models[arm])
+        self.urls, self.rank = urls_of(config.server), world.rank
         self.num_threads = max(1, config.server.concurrency // world.size)
         self.timeout_seconds = config.engine_timeout_seconds
 
@@ -88,20 +96,22 @@ class ServerEngine:
             waiting.put(request)
         is_over = threading.Event()
 
-        def work() -> None:
+        def work(number: int) -> None:
+            first = (self.rank + number) % len(self.urls)
+            urls = self.urls[first:] + self.urls[:first]
             while not is_over.is_set():
                 try:
                     request = waiting.get_nowait()
                 except queue.Empty:
                     return
                 try:
-                    answers.put((request, self._ask(request, sampling, is_over)))
+                    answers.put((request, self._ask(request, sampling, is_over, urls)))
                 except (DataError, ConfigError) as error:
                     answers.put((request, error))
                     return
 
-        for _ in range(min(self.num_threads, len(requests))):
-            threading.Thread(target=work, name="server", daemon=True).start()
+        for number in range(min(self.num_threads, len(requests))):
+            threading.Thread(target=work, args=(number,), name="server", daemon=True).start()
         try:
             for _ in requests:
                 request, found = answers.get()
@@ -112,14 +122,14 @@ class ServerEngine:
             is_over.set()
 
     def verify(self, expected: References) -> None:
-        """Compare the server's log-probabilities of its greedy tokens with the policy's own.
+        """Compare each server's log-probabilities of its greedy tokens with the policy's own.
 
         Raises:
             DataError: it gives none, or those of another policy or precision.
         """
         limit = CLOSE_LOGITS[self.policy.model.dtype]
-        for reference in expected.answers:
-            found = self._ask(reference.request, expected.sampling, threading.Event(), logprobs=1)
+        for url, reference in itertools.product(self.urls, expected.answers):
+            found = self._ask(reference.request, expected.sampling, threading.Event(), (url,), logprobs=1)
             logprob_TV = reference.logits_TV.double().log_softmax(-1)
             pairs = zip(found.tokens, found.logprobs, reference.tokens, strict=False)
             for index, (token, logprob, own) in enumerate(pairs):
@@ -127,7 +137,7 @@ class ServerEngine:
                 if not abs(logprob - expected_logprob) <= limit:
                     raise DataError(
                         f"{self.label}: to token {index} of its greedy answer to prompt {reference.request.id!r}, "
-                        f"{self.model!r} gives the log-probability {logprob:.4f}, and this policy gives it "
+                        f"{self.model!r} of {url} gives the log-probability {logprob:.4f}, and this policy gives it "
                         f"{expected_logprob:.4f}: the server runs another policy, or another precision than "
                         f"{str(self.policy.model.dtype).removeprefix('torch.')}; serve this arm's weights "
                         "(launchers/export.py writes folded ones), or set engine=hf"
@@ -138,27 +148,34 @@ class ServerEngine:
                 raise DataError(f"{self.label}: the server gives no log-probabilities: its policy can't be known")
 
     def _ask(
-        self, request: Request, sampling: Sampling, is_over: threading.Event, logprobs: int | None = None
+        self,
+        request: Request,
+        sampling: Sampling,
+        is_over: threading.Event,
+        urls: Sequence[str],
+        logprobs: int | None = None,
     ) -> _Completed:
+        """One answer, of the first of `urls` that gives it."""
         body = json.dumps(self._body(request, sampling, logprobs)).encode()
         pause, said = FIRST_PAUSE_SECONDS, ""
         for attempt in range(self.server.retries + 1):
-            if attempt and is_over.wait(pause):
+            url, is_first = urls[attempt % len(urls)], attempt % len(urls) == 0
+            if attempt and is_over.wait(pause if is_first else 0):
                 break
             try:
-                status, retry_after, text = self._post(body)
+                status, retry_after, text = self._post(url, body)
             except (OSError, HTTPException) as error:
                 said = f"no answer ({type(error).__name__}: {error})"
             else:
                 if status == 200:
-                    return self._completed(request, text)
+                    return self._completed(url, request, text)
                 said = f"{status}: {text[:300].decode(errors='replace')}"
                 if status not in BUSY:
-                    raise DataError(f"{self.label}: {self.server.url} refuses prompt {request.id!r} with {said}")
+                    raise DataError(f"{self.label}: {url} refuses prompt {request.id!r} with {said}")
                 pause = max(pause, float(retry_after) if retry_after.isdigit() else 0.0)
-            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS) if is_first else pause
         raise DataError(
-            f"{self.label}: {self.server.url} failed {self.server.retries + 1} times (generate.server.retries), the "
+            f"{self.label}: {', '.join(urls)} failed {self.server.retries + 1} times (generate.server.retries), the "
             f"last with {said}; {KEPT}"
         )
 
@@ -173,9 +190,9 @@ class ServerEngine:
             "return_token_ids": True, "skip_special_tokens": False, "stream": False,
         }  # fmt: skip
 
-    def _post(self, body: bytes) -> tuple[int, str, bytes]:
+    def _post(self, url: str, body: bytes) -> tuple[int, str, bytes]:
         """Status, Retry-After, and text."""
-        address = urlsplit(self.server.url)
+        address = urlsplit(url)
         kind = HTTPSConnection if address.scheme == "https" else HTTPConnection
         headers = {"Content-Type": "application/json", "Connection": "close"}
         if key := os.environ.get(self.server.key_variable):
@@ -185,18 +202,18 @@ class ServerEngine:
             answer = connection.getresponse()
             return answer.status, answer.getheader("Retry-After", ""), answer.read()
 
-    def _completed(self, request: Request, text: bytes) -> _Completed:
+    def _completed(self, url: str, request: Request, text: bytes) -> _Completed:
         try:
             (choice,) = json.loads(text)["choices"]
             tokens = integers(choice["token_ids"])
             logprobs = [float(value) for value in ((choice.get("logprobs") or {}).get("token_logprobs") or [])]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"{self.label}: {self.server.url} answered prompt {request.id!r} with {text[:200]!r}, which has no "
+                f"{self.label}: {url} answered prompt {request.id!r} with {text[:200]!r}, which has no "
                 f"choices[0].token_ids ({error!r}); take a server that gives token ids, as vLLM, or engine=command"
             ) from error
         if any(math.isnan(value) for value in logprobs):
-            raise DataError(f"{self.label}: {self.server.url} gives log-probabilities that are NaN: check its weights")
+            raise DataError(f"{self.label}: {url} gives log-probabilities that are NaN: check its weights")
         ends = self.policy.eos_token_ids
         if choice.get("finish_reason") == "stop" and (not tokens or tokens[-1] not in ends):
             reason = choice.get("stop_reason")  # a server may keep the token that ends to itself

@@ -106,7 +106,7 @@ def generate(
     ):
         started = time.monotonic()
         num_tokens = _write(decoded, policy, config, context) if own else 0
-        attempt = Attempt.of(opened, num_tokens=num_tokens, seconds=time.monotonic() - started)
+        attempt = Attempt.of(opened, policy, num_tokens=num_tokens, seconds=time.monotonic() - started)
         check_leakage(attempt, policy.model.dtype)
     attempts = [attempt] if world.size == 1 else gather_objects(attempt)
     return on_main("merging the completions", lambda: merge(requests, config, folder, attempts))

@@ -15,6 +15,8 @@ from spd_dist.config import Generate
 from spd_dist.distributed.lock import alone_in
 from spd_dist.errors import DataError
 from spd_dist.inference.open_engine import Opened
+from spd_dist.inference.sampling import suggested_decoding
+from spd_dist.models.policy import Policy
 from spd_dist.stages.generate.corpus_requests import Requests
 from spd_dist.storage.artifacts import read_json, write_json
 from spd_dist.storage.completions import corpus_name, finished_corpus, is_empty, is_repetitive, open_corpus, parts
@@ -57,8 +59,12 @@ class CorpusSummary:
     leakage: float | None
     engine_starts: int = 0
     """Processes of an engine of its own that were started, over all ranks."""
+    batch_size: int = 0
+    """Rows that rank 0 decoded together at most; 0 of an engine that decides by itself."""
     samples: str = ""
     """Which of the engine's samples a second run repeats."""
+    suggested_decoding: dict[str, float] = field(default_factory=dict)
+    """What the model's generation_config asks for; never taken: the sampling is the section's."""
     num_prompts: int = 0
     num_tokens: int = 0
     mean_tokens: float = 0.0
@@ -148,12 +154,24 @@ class Attempt:
     hook_calls: dict[str, int]
     leakage: float | None
     engine_starts: int
+    batch_size: int = 0
+    suggested_decoding: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, opened: Opened, *, num_tokens: int, seconds: float) -> Attempt:
+    def of(cls, opened: Opened, policy: Policy, *, num_tokens: int, seconds: float) -> Attempt:
         """As the engine and its projection report it."""
         calls, leakage = opened.projection_seen()
-        return cls(opened.engine.name, opened.placement, num_tokens, seconds, calls, leakage, opened.num_starts)
+        return cls(
+            engine=opened.engine.name,
+            placement=opened.placement,
+            num_tokens=num_tokens,
+            seconds=seconds,
+            hook_calls=calls,
+            leakage=leakage,
+            engine_starts=opened.num_starts,
+            batch_size=opened.batch_size,
+            suggested_decoding=suggested_decoding(policy.model),
+        )
 
 
 def check_leakage(attempt: Attempt, dtype: torch.dtype) -> None:
@@ -244,5 +262,7 @@ def _described(attempts: Sequence[Attempt]) -> dict[str, object]:
         "hook_calls": {site: sum(one.hook_calls[site] for one in attempts) for site in attempts[0].hook_calls},
         "leakage": max(leakages, default=None),
         "engine_starts": sum(attempt.engine_starts for attempt in attempts),
+        "batch_size": attempts[0].batch_size,
+        "suggested_decoding": attempts[0].suggested_decoding,
         "samples": REPEATED.get(attempts[0].engine, "as the program draws them"),
     }
