@@ -10,19 +10,21 @@ from emulated import described, ended, run_on
 from spd_dist.storage.completions import read_completions
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
-GREEDY = ("generate.temperature=0", "generate.max_new_tokens=8", "generate.max_repetition_rate=1.0")
+SERVED = (
+    "generate.engine=server", "generate.server.models.spd=folded", "generate.temperature=0",
+    "generate.max_new_tokens=8", "generate.max_repetition_rate=1.0",
+)  # fmt: skip
 
 
 def test_a_job_starts_its_servers_waits_for_them_and_ends_them(run, words):
-    ended(run.submit("--nodes=1", more=["--until", "project", *GREEDY]), "COMPLETED", run)
+    ended(run.submit("--nodes=1", more=["--until", "project", *SERVED]), "COMPLETED", run)
     model = next(word.partition("=")[2] for word in words if word.startswith("model.name="))
     folded = run.folder.parent / "folded"
     run_on("node0", sys.executable, "launchers/export.py", run.folder, "--base", model, "--out", folded)
     serve = f"python tests/serving.py {folded} 8123"
     job = run.submit(
-        "--nodes=2", script="slurm/serve_generate.sbatch", more=[*GREEDY, "generate.server.models.spd=folded"],
-        SPD_SERVE=serve, SPD_SERVER_PORT="8123",
-    )  # fmt: skip
+        "--nodes=2", script="slurm/serve_generate.sbatch", more=SERVED, SPD_SERVE=serve, SPD_SERVER_PORT="8123"
+    )
     ended(job, "COMPLETED", run)
     assert "healthy servers at http://node0:8123/v1,http://node1:8123/v1" in run.log()
     assert len(read_completions(run.folder / "generate/completions/completions.jsonl")) == 10
