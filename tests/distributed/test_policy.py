@@ -113,6 +113,25 @@ def check_bfloat16_students(folder: Path, adapter: Path) -> None:
     paged = logits_of_continuous_batching(whole)
     assert (paged.float() - wanted[0, -1]).norm() < 2 * (plain.float() - wanted)[0, -1].norm()
     assert (paged - plain[0, -1]).norm() < (wanted - without)[0, -1].norm(), "a base without the update is farther off"
+    both_engines_choose_what_float32_would_up_to_rounding(whole, exact)
+
+
+def both_engines_choose_what_float32_would_up_to_rounding(policy: Policy, exact: torch.nn.Module) -> None:
+    """Each greedy token's logit in float32 is the largest, up to twice what bfloat16 rounds of a logit there."""
+    requests = [Request(f"p{start}", 0, tuple(range(start, start + 9)), 0) for start in range(3, 30, 5)]
+    greedy = Sampling(temperature=0.0, max_new_tokens=12)
+    settings = DecodeSettings(greedy, frozenset(policy.eos_token_ids), policy.pad_token_id)
+    engines = {
+        "hf": decode(policy.model, requests, settings, batch_size=4),
+        "hf_cb": ContinuousBatchingEngine(policy, batch_size=4, monitor=None).complete(requests, greedy),
+    }
+    for name, found in engines.items():
+        for one in list(found):
+            tokens = torch.tensor([[*one.request.tokens, *one.tokens]])
+            behind = slice(len(one.request.tokens) - 1, -1)
+            rounded_TV, exact_TV = (model(tokens).logits[0, behind].float() for model in (policy.model, exact))
+            gap_T = exact_TV.amax(-1) - exact_TV.gather(1, torch.tensor(one.tokens)[:, None])[:, 0]
+            assert gap_T.max() <= 2 * (rounded_TV - exact_TV).abs().max(), name
 
 
 def logits_of_continuous_batching(policy: Policy) -> torch.Tensor:
