@@ -14,8 +14,15 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from spd_dist.config import Distributed, Model
+from spd_dist.distributed.training_engine import (
+    accumulate,
+    close_engine,
+    optimizer_step,
+    training_engine,
+    training_settings,
+)
 from spd_dist.distributed.world import join_world
-from spd_dist.distributed.zero import is_sharded, weights_fingerprint
+from spd_dist.distributed.zero import gathered, is_sharded, weights_fingerprint
 from spd_dist.errors import ConfigError, DataError
 from spd_dist.models.policy import load_replica
 from spd_dist.stages.context import StageContext
@@ -71,6 +78,44 @@ def test_losses_and_adapter_are_those_of_one_unsharded_rank(
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
     assert found[-1] < found[0] - 0.3, "it learns"
     torch.testing.assert_close(plain_logits(model, tmp_path / "run"), plain_logits(model, reference), atol=1e-4, rtol=0)
+
+
+def train_in_bfloat16(model: Path, folder: Path, micro_batch_sizes: Sequence[int]) -> None:
+    """Train on these ranks in several orders of summation; rank 0 writes the losses down."""
+    for size in micro_batch_sizes:
+        trained = train(model, folder / str(size), dtype="bfloat16", micro_batch_size=size)
+        if dist.get_rank() == 0:
+            torch.save(trained.losses, folder / f"losses-{size}.pt")
+    if dist.get_world_size() == 1:
+        steps_are_kept_that_bfloat16_weights_would_round_away()
+
+
+def steps_are_kept_that_bfloat16_weights_would_round_away() -> None:
+    """Below 1/128 bfloat16 has steps of 3.1e-5: without float32 masters no number of steps of 1e-5 would move it."""
+    for zero_stage in range(4):
+        layer = torch.nn.Linear(8, 8, bias=False, dtype=torch.bfloat16)
+        torch.nn.init.constant_(layer.weight, 1 / 128)
+        settings = training_settings(Distributed(zero_stage=zero_stage), torch.bfloat16, max_grad_norm=1.0)
+        engine = training_engine(layer, settings, learning_rate=1e-5, weight_decay=0.0)
+        for _ in range(8):
+            accumulate(engine, engine(torch.ones(1, 8, dtype=torch.bfloat16)).sum().float(), is_last=True)
+            optimizer_step(engine)
+        with gathered(layer.parameters()):
+            assert (layer.weight < 1 / 128).all(), zero_stage
+        close_engine(engine)
+
+
+def test_in_bfloat16_two_ranks_are_no_farther_from_float32_than_one_rank_is(model, reference, tmp_path):
+    """How far one rank is, in two orders of its sums, is what rounding makes of this training."""
+    for world_size, sizes in ((1, (8, 3)), (2, (2,))):
+        folder = tmp_path / str(world_size)
+        run_on_ranks(world_size, tmp_path / f"store-{world_size}", train_in_bfloat16, model, folder, sizes)
+    exact = torch.load(reference / "losses.pt")
+    away = {
+        (world_size, size): (torch.load(tmp_path / str(world_size) / f"losses-{size}.pt") - exact).abs().max().item()
+        for world_size, size in ((1, 8), (1, 3), (2, 2))
+    }
+    assert 0 < away[2, 2] <= 2 * max(away[1, 8], away[1, 3]), away
 
 
 def losses_of_a_plain_loop(model: Path) -> torch.Tensor:

@@ -272,3 +272,25 @@ def check_dashboard(run: Path) -> None:
     made = {artifact.name.removeprefix("run-"): artifact for artifact in mirrored.artifacts}
     assert {"subspace", "corpus", "adapter", "psr-corpus", "psr-adapter", "report"} <= made.keys()
     assert {"subspace", "projection", "settings", "train"} == made["corpus"].metadata["inputs"].keys()
+
+
+@pytest.mark.slow
+def test_in_bfloat16_fixed_shapes_make_corpora_and_answers_independent_of_ranks_and_kills(words, tmp_path):
+    """The students are trained in another order of summation on two ranks: there only what nothing trained is equal."""
+    words = [*words, "model.dtype=bfloat16", "generate.batch_invariant=true", "evaluate.batch_invariant=true"]
+    for name, num_ranks in (("one", 1), ("two", 2)):
+        started = Launch(num_ranks, [*words, f"run_dir={tmp_path / name}"], tmp_path / f"{name}.log")
+        assert started.wait(600) == [0] * num_ranks, started.output()
+    killed = [*words, f"run_dir={tmp_path / 'killed'}"]
+    for place in ("generate/completions/part-*", "evaluate/base/*.part-*.jsonl"):
+        started = Launch(2, killed, tmp_path / "killed.log")
+        started.kill_when(
+            lambda place=place: any(file.stat().st_size for file in (tmp_path / "killed").glob(place)), 300
+        )
+    started = Launch(2, killed, tmp_path / "again.log")
+    assert started.wait(600) == [0, 0], started.output()
+    found = {name: results(tmp_path / name) for name in ("one", "two", "killed")}
+    assert differences(found["killed"], found["two"]) == []
+    same = [key for key in found["one"] if key.endswith("completions.jsonl") or "/base/" in key or "/projected/" in key]
+    assert len(same) >= 4
+    assert [key for key in same if found["two"][key] != found["one"][key]] == []
