@@ -37,12 +37,14 @@ def main():
     chosen = parser.parse_args()
     venv = Path(os.path.abspath(chosen.venv))
     wrong = faults(venv)
+    stamp = venv / ".installed"
+    if chosen.check and not wrong and not stamp.is_file():
+        wrong = missing_torch(sys.executable)
     for sentence in wrong:
         print(f"error: {sentence}", file=sys.stderr)
     if wrong or chosen.check:
         print("" if wrong else f"python {sys.version.split()[0]} and {venv.parent} are right", flush=True)
         return int(bool(wrong))
-    stamp = venv / ".installed"
     is_whole = stamp.is_file() and (venv / "bin" / "python").exists()
     if is_whole and stamp.read_text(encoding="utf-8") == wanted():
         return 0
@@ -54,6 +56,8 @@ def main():
         mend_scripts(venv)
     except subprocess.CalledProcessError as error:
         print(f"error: {' '.join(map(str, error.cmd))} failed (above is why); `make doctor` looks for the cause")
+        for sentence in missing_torch(venv / "bin" / "python") if "torch" in error.cmd else ():
+            print(f"error: {sentence}", file=sys.stderr)
         return 1
     stamp.write_text(wanted(), encoding="utf-8")
     print(f"set up in {time.monotonic() - started:.0f} s: {', '.join(times)}", flush=True)
@@ -78,6 +82,28 @@ def faults(venv):
         free = shutil.disk_usage(str(place)).free / 2**30
         found.append(f"{place} has {free:.1f} GiB free, {NEEDED_BYTES / 2**30:g} are needed: make room, or VENV=FOLDER")
     return found
+
+
+def missing_torch(python):
+    """What to do if the packages that pip sees have no torch of our version for this Python; empty if they have."""
+    pins = PINS.read_text(encoding="utf-8").splitlines()
+    (version,) = [line.partition("==")[2].strip() for line in pins if line.startswith("torch==")]
+    ask = [python, "-m", "pip", "index", "versions", "torch", "--retries", "0", "--disable-pip-version-check"]
+    answer = subprocess.run(ask, capture_output=True, check=False)
+    lines = answer.stdout.decode(errors="replace").splitlines()
+    found = [one for line in lines if line.startswith("Available versions:") for one in line.replace(",", " ").split()]
+    if "No module named pip" in answer.stderr.decode(errors="replace") or version in {
+        one.split("+")[0] for one in found
+    }:
+        return []
+    others = [name for name in ("python3.11", "python3.12", "python3.13") if shutil.which(name)]
+    remedy = "".join(
+        f"make PYTHON={name}, or " for name in others if name != "python{}.{}".format(*sys.version_info[:2])
+    )
+    return [
+        f"pip finds no torch {version} for Python {sys.version_info[0]}.{sys.version_info[1]}: {remedy}name a package "
+        "index that has it by PIP_INDEX_URL, or a folder with its wheel by PIP_FIND_LINKS"
+    ]
 
 
 def wanted():

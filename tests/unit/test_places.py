@@ -51,9 +51,12 @@ def test_libraries_get_folders_where_the_home_cannot_be_written(tmp_path, monkey
 INSTALL = "launchers/install.py"
 
 
-def checked(*words: str, program: str = "") -> subprocess.CompletedProcess:
+def checked(*words: str, program: str = "", **variables: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", program, *words] if program else [sys.executable, INSTALL, *words]
-    return subprocess.run([*command, "--check"], capture_output=True, text=True, check=False, timeout=60)
+    environment = os.environ | variables
+    return subprocess.run(
+        [*command, "--check"], capture_output=True, text=True, check=False, timeout=60, env=environment
+    )
 
 
 FAKE = """
@@ -78,10 +81,24 @@ def test_what_would_stop_the_set_up_is_said_before_anything_is_made(change, mess
     assert not (tmp_path / "venv").exists()
 
 
-def test_a_machine_that_is_right_is_said_to_be(tmp_path):
-    done = checked("--venv", str(tmp_path / "venv"))
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "are right" in done.stdout
+@pytest.mark.parametrize(("wheel", "is_there"), [
+    ("torch-{version}+cpu-py3-none-any.whl", True),
+    ("torch-{version}+cpu-cp36-cp36m-manylinux_2_28_x86_64.whl", False),  # of another Python
+    ("torch-1.0-py3-none-any.whl", False),
+])  # fmt: skip
+def test_a_machine_is_right_if_there_is_a_torch_for_its_python(wheel, is_there, tmp_path):
+    (pin,) = [line for line in Path("constraints.txt").read_text().splitlines() if line.startswith("torch==")]
+    (tmp_path / wheel.format(version=pin.partition("==")[2])).touch()
+    done = checked("--venv", str(tmp_path / "venv"), PIP_NO_INDEX="1", PIP_FIND_LINKS=str(tmp_path))
+    version = "{}.{}".format(*sys.version_info[:2])
+    if is_there:
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "are right" in done.stdout
+    else:
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"error: pip finds no torch {pin.partition('==')[2]} for Python {version}: ")
+        assert "PIP_FIND_LINKS" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
 
 
 def test_the_set_up_script_is_python_that_old_pythons_read():
