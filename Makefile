@@ -2,6 +2,7 @@
 # make doctor        says what is wrong with this machine
 # make test          sets up, then passes the tests; make test-fast those without ranks, make test-slow those of minutes
 # make test-vllm     passes those of the engines that serve, against a real vLLM; makes its environment if it is not there
+# make lint          looks at style and format; make types at the types of spd_dist/, strictly
 # make qwen          fetches a second real model (0.5 GB), for the tests that are marked data
 # make vllm-env      an environment of its own for vLLM, which pins another torch: generate.vllm_python=.venv-vllm/bin/python
 # make docs          builds docs/ with the API reference as a site, build/site; a broken link is an error
@@ -29,7 +30,7 @@ endif
 IN_VENV := PATH="$$(cd "$(VENV)" && pwd)/bin:$$PATH" TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBYTECODE=
 PYTEST := $(IN_VENV) DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 python -m pytest
 
-.PHONY: install doctor quickstart test test-fast test-slow test-vllm qwen vllm-env docs release test-cluster test-cluster-slow test-faults test-faults-large lint
+.PHONY: install doctor quickstart test test-fast test-slow test-vllm qwen vllm-env docs release test-cluster test-cluster-slow test-faults test-faults-large lint types
 
 install:
 	@$(PYTHON) launchers/install.py --venv "$(VENV)"
@@ -94,6 +95,10 @@ test-faults: install
 test-faults-large: install
 	@mkdir -p $(dir $(STATE))
 	@$(FAULTS) --kills $(KILLS) --others $(OTHERS) --seed $(SEED) --state $(STATE) --out docs/reliability.md
+
+# What is strict and what is left out stands in pyproject.toml.
+types: install
+	@$(IN_VENV) basedpyright --pythonpath "$(VENV)/bin/python"
 
 lint: install
 	$(IN_VENV) ruff check .

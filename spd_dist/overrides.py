@@ -78,7 +78,7 @@ def split_words(words: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 def _merged(paths: Iterable[str | Path], overrides: Iterable[str]) -> dict[str, Any]:
-    merged = OmegaConf.create()
+    merged: Any = OmegaConf.create()
     for source, values in [*map(_read_file, paths), *map(_read_override, overrides)]:
         try:
             merged = OmegaConf.merge(merged, values)
@@ -86,9 +86,11 @@ def _merged(paths: Iterable[str | Path], overrides: Iterable[str]) -> dict[str, 
             raise ConfigError(f"{source} does not merge with what stands before it: {_first_line(error)}") from error
     for section in (merged, merged.get("run")):
         if OmegaConf.is_dict(section) and OmegaConf.is_dict(section.get("generate")):
-            keep_secret(str(OmegaConf.to_container(section.generate).get("command")))
+            generate: Any = OmegaConf.to_container(section.generate)
+            keep_secret(str(generate.get("command")))
     try:
-        return OmegaConf.to_container(merged, resolve=True)
+        resolved: Any = OmegaConf.to_container(merged, resolve=True)
+        return resolved
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: an interpolation does not resolve: {_first_line(error)}") from error
 
@@ -183,7 +185,7 @@ def _build(section: type, values: Any, prefix: str) -> Any:
     built = {}
     for name, value in values.items():
         hint, key = hints[name], f"{prefix}{name}"
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             built[name] = _build(hint, value, f"{key}.")
         else:
             built[name] = _convert(value, hint, key)
@@ -230,7 +232,8 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         fits = isinstance(value, dict)
     else:
         fits = origin is None and type(value) is hint
-    if fits and hint is str and key.removeprefix("run.") not in OF_SEVERAL_LINES and _CONTROL.search(value):
+    is_line = hint is str and key.removeprefix("run.") not in OF_SEVERAL_LINES
+    if fits and is_line and isinstance(value, str) and _CONTROL.search(value):
         raise ConfigError(f"{key}: {value!r} is not valid; it must be text of one line, without control characters")
     if fits:
         return value
@@ -251,12 +254,18 @@ def _convert_to_one_of(value: Any, choices: tuple[Any, ...], hint: Any, key: str
 def _describe(hint: Any) -> str:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
-        return "one of " + ", ".join(map(str, arguments)) if len(arguments) > 1 else str(arguments[0])
+        return ("one of " if len(arguments) > 1 else "") + ", ".join(map(str, arguments))
     if origin in (types.UnionType, Union):
         return " or ".join(map(_describe, arguments))
     if origin is tuple:
         return f"a list, each {_describe(arguments[0])}"
-    names = {int: "an integer", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
+    names: dict[Any, str] = {
+        int: "an integer",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        types.NoneType: "null",
+    }
     return names.get(hint, "a mapping")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from spd_dist.analysis.subspace_algebra import overlap as overlap_of_sites
 from spd_dist.analysis.subspace_algebra import shared_sites
@@ -141,7 +141,7 @@ def run_pipeline(config: Config) -> dict[str, Any]:
 
 def find_subspace(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerFast,
     rows: Sequence[Mapping[str, Any]],
     overrides: Sequence[str] = (),
 ) -> CapabilitySubspace:
@@ -171,8 +171,9 @@ def find_subspace(
                 )
     world = World(rank=0, size=1, device=next(model.parameters()).device)
     eos = eos_token_ids(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
-    policy = Policy(model, tokenizer, None, model.name_or_path, eos, pad, weights_fingerprint(model))
+    declared: Any = tokenizer.pad_token_id
+    pad = declared if declared is not None else eos[0]
+    policy = Policy(model, tokenizer, None, model.name_or_path or "", eos, pad, weights_fingerprint(model))
     examples, _ = make_examples(numbered, _TASK, tokenizer, config.data, config.calibrate)
     with _frozen(model):
         sites = discover_sites(model, config.calibrate.layers, whole_keys=config.project.insertion == "rope")

@@ -152,7 +152,7 @@ class Run:
                 return make_references(rows[: config.calibrate.num_examples], *rest, eos_token_ids=ends)
             own = as_sampled(open_corpus(self.folder.folder(arm.stage("generate")) / "completions"), rows, *rest)
             if arm.learns_from == "itself, ended":
-                own = with_eos(own, policy.tokenizer.decode, eos_token_ids=ends)
+                own = with_eos(own, lambda tokens: str(policy.tokenizer.decode(tokens)), eos_token_ids=ends)
             return learned_parts(own, policy.tokenizer, config)
 
     def questions(self) -> dict[str, str]:

@@ -109,10 +109,14 @@ def samples_of(answers: Sequence[Answer]) -> int:
 
 def values_by_id(answers: Sequence[Answer], metric: str) -> dict[str, float]:
     """What the metric is the mean of, example by example: of several samples, their mean."""
-    return {
-        key: fmean(answer.nll if metric == "nll" else float(answer.correct) for answer in samples)
-        for key, samples in samples_by_id(answers).items()
-    }
+    return {key: fmean(_value(answer, metric) for answer in samples) for key, samples in samples_by_id(answers).items()}
+
+
+def _value(answer: Answer, metric: str) -> float:
+    if metric != "nll":
+        return float(answer.correct)
+    assert answer.nll is not None  # what such a task is measured by
+    return answer.nll
 
 
 def manner(temperature: float, num_samples: int) -> str:

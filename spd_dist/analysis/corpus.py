@@ -44,7 +44,7 @@ class Bar(NamedTuple):
 
     start: int
     stop: int
-    count: int
+    num_completions: int
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from scipy.optimize import brentq
@@ -82,7 +82,7 @@ def wilson_interval(num_correct: int, num_examples: int, confidence: float = 0.9
     return _wilson(num_correct / num_examples, num_examples, norm.ppf(0.5 + confidence / 2))
 
 
-def _wilson(share: float, num_examples: float, quantile: float) -> Interval:
+def _wilson(share: float, num_examples: float, quantile: Any) -> Interval:
     spread = quantile * quantile / num_examples
     middle = share + spread / 2
     half = quantile * math.sqrt(share * (1 - share) / num_examples + spread / (4 * num_examples))
@@ -228,13 +228,13 @@ def detectable_difference(
         raise ValueError(
             f"discordant: {discordant} must be above 0 and at most 1: two arms that never differ show nothing"
         )
-    z_level, z_power = norm.ppf(1 - significance / 2), norm.ppf(power)
+    z_level, z_power = map(float, norm.ppf([1 - significance / 2, power]))
 
     def missing(difference: float) -> float:
         noise = z_level * math.sqrt(discordant) + z_power * math.sqrt(max(0.0, discordant - difference**2))
         return difference * math.sqrt(num_examples) - noise
 
-    return float(brentq(missing, 0.0, discordant)) if missing(discordant) > 0 else 1.0
+    return float(cast("Any", brentq(missing, 0.0, discordant))) if missing(discordant) > 0 else 1.0
 
 
 def between_seeds(values: Sequence[float], confidence: float = 0.95) -> Spread:
@@ -293,7 +293,8 @@ def crossed_share(by_seed: Sequence[Mapping[str, float]], confidence: float = 0.
         DataError: as of `crossed`.
     """
     found = crossed(by_seed, confidence)
-    half, quantile, num_examples = found.interval.high - found.mean, norm.ppf(0.5 + confidence / 2), len(by_seed[0])
+    half, quantile = found.interval.high - found.mean, float(norm.ppf(0.5 + confidence / 2))
+    num_examples: float = len(by_seed[0])
     if half > 0:
         num_examples = found.mean * (1 - found.mean) * (quantile / half) ** 2
     return found._replace(interval=_wilson(found.mean, num_examples, quantile))

@@ -1,6 +1,6 @@
 """What ranks say to each other beside DeepSpeed's own traffic: small decisions, and failures that are shared.
 
-Every function here is a collective: all ranks call it, in the same order.
+Every function from `any_rank` on is a collective: all ranks call it, in the same order.
 """
 
 from __future__ import annotations
@@ -18,9 +18,14 @@ from torch import Tensor
 from spd_dist.errors import UserError
 
 
+def accelerator() -> Any:
+    """What DeepSpeed computes on: the CPU, too. The types of its abstract class are those of no accelerator."""
+    return get_accelerator()
+
+
 def collective_device() -> torch.device:
     """Where tensors must lie for the process group: the accelerator under NCCL, else the CPU."""
-    return torch.device("cpu" if dist.get_backend() == "gloo" else get_accelerator().current_device_name())
+    return torch.device("cpu" if dist.get_backend() == "gloo" else accelerator().current_device_name())
 
 
 def any_rank(flag: bool) -> bool:

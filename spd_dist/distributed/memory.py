@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from deepspeed.accelerator import get_accelerator
 
+from spd_dist.distributed.collectives import accelerator
 from spd_dist.distributed.world import World
 
 
@@ -21,10 +21,10 @@ def ranks_here(world: World) -> int:
 
 def free_bytes(world: World) -> int:
     """Free memory of this rank's accelerator; on the CPU, its part of what the host has left."""
-    accelerator = get_accelerator()
-    if accelerator.device_name() != "cpu":
+    chosen = accelerator()
+    if chosen.device_name() != "cpu":
         return _free_on(world.device.index)
-    return int(accelerator.available_memory()) // ranks_here(world)
+    return int(chosen.available_memory()) // ranks_here(world)
 
 
 def _free_on(index: int) -> int:
@@ -33,7 +33,7 @@ def _free_on(index: int) -> int:
     DeepSpeed's own count takes this cache for used where nvidia-ml-py is installed, and cannot read a
     CUDA_VISIBLE_DEVICES of UUIDs or MIG names.
     """
-    device = torch.get_device_module(get_accelerator().device_name())
+    device = torch.get_device_module(accelerator().device_name())
     free, _ = device.mem_get_info(index)
     return int(free + device.memory_reserved(index) - device.memory_allocated(index))
 
@@ -50,27 +50,27 @@ class Device(NamedTuple):
 
 def describe_device(local_rank: int, local_size: int) -> Device:
     """The device of a rank that has not joined the others yet."""
-    accelerator = get_accelerator()
-    if accelerator.device_name() == "cpu":
-        return Device("cpu", 0, int(accelerator.available_memory()) // local_size)
-    index = local_rank if accelerator.device_count() > 1 else 0
-    name = torch.get_device_module(accelerator.device_name()).get_device_name(index)
-    return Device(name, accelerator.device_count(), _free_on(index))
+    chosen = accelerator()
+    if chosen.device_name() == "cpu":
+        return Device("cpu", 0, int(chosen.available_memory()) // local_size)
+    index = local_rank if chosen.device_count() > 1 else 0
+    name = torch.get_device_module(chosen.device_name()).get_device_name(index)
+    return Device(name, chosen.device_count(), _free_on(index))
 
 
 def peak_bytes(world: World) -> int:
     """The most memory that this rank has held so far: of its accelerator, or on the CPU its resident set."""
-    accelerator = get_accelerator()
-    if accelerator.device_name() != "cpu":
-        return int(accelerator.max_memory_allocated(world.device.index))
+    chosen = accelerator()
+    if chosen.device_name() != "cpu":
+        return int(chosen.max_memory_allocated(world.device.index))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def reset_peak_memory(world: World) -> None:
     """Let `peak_bytes` count from now on."""
-    accelerator = get_accelerator()
-    if accelerator.device_name() != "cpu":
-        accelerator.reset_peak_memory_stats(world.device.index)
+    chosen = accelerator()
+    if chosen.device_name() != "cpu":
+        chosen.reset_peak_memory_stats(world.device.index)
         return
     with contextlib.suppress(OSError):  # a kernel that keeps this to itself only makes the peak that of the process
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

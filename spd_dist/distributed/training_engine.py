@@ -12,11 +12,10 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import torch
-from deepspeed.accelerator import get_accelerator
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
@@ -25,6 +24,7 @@ from torch import nn
 
 from spd_dist.config import Distributed
 from spd_dist.distributed.checkpoint_safety import data_alone
+from spd_dist.distributed.collectives import accelerator
 from spd_dist.distributed.zero import check_offload, merge_settings, whole_shape
 from spd_dist.errors import ConfigError, DataError
 
@@ -115,7 +115,7 @@ def training_settings(config: Distributed, dtype: torch.dtype, *, max_grad_norm:
     for key, instead in OURS.items():
         if key in users:
             raise ConfigError(f"distributed.deepspeed.{key}: {users[key]!r} is not DeepSpeed's to set; set {instead}")
-    ours = {
+    ours: dict[str, Any] = {
         # Micro-batches vary in size and number, so the loop itself scales the loss and marks the boundary.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -135,10 +135,11 @@ def training_settings(config: Distributed, dtype: torch.dtype, *, max_grad_norm:
 
 def _without_compilation(settings: dict[str, Any]) -> dict[str, Any]:
     """On a CPU, Adam is torch's own: DeepSpeed's is compiled at first use, for minutes, and needs a compiler."""
-    optimizer = settings.get("optimizer", {})
-    if str(optimizer.get("type", "")).lower() not in COMPILED or get_accelerator().device_name() != "cpu":
+    optimizer: dict[str, Any] = settings.get("optimizer", {})
+    if str(optimizer.get("type", "")).lower() not in COMPILED or accelerator().device_name() != "cpu":
         return settings
-    return merge_settings(settings, {"optimizer": {"params": {"torch_adam": True} | optimizer.get("params", {})}})
+    own: dict[str, Any] = {"params": {"torch_adam": True} | optimizer.get("params", {})}
+    return merge_settings(settings, {"optimizer": own})
 
 
 def _without_auto(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,8 +176,8 @@ def training_engine(
         ) from error
     engine.checkpoint_engine = BackgroundWriter()
     # It puts scripts beside the checkpoints, on rank 0 alone, where a full disk would part it from the other ranks.
-    engine._copy_recovery_script = lambda _: None
-    for group in engine.optimizer.param_groups:
+    vars(engine)["_copy_recovery_script"] = lambda _: None
+    for group in _groups(engine):
         group["initial_lr"] = group["lr"]
     return engine
 
@@ -186,7 +187,7 @@ def _adamw(groups: list[dict[str, Any]], learning_rate: float, *, on_host: bool)
 
     DeepSpeed compiles its own at first use. On a machine without accelerators that takes minutes and saves nothing.
     """
-    if get_accelerator().device_name() == "cpu":
+    if accelerator().device_name() == "cpu":
         return torch.optim.AdamW(groups, lr=learning_rate)
     if not on_host:
         return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
@@ -198,10 +199,25 @@ def _adamw(groups: list[dict[str, Any]], learning_rate: float, *, on_host: bool)
         return torch.optim.AdamW(groups, lr=learning_rate)
 
 
+def writer_of(engine: DeepSpeedEngine) -> BackgroundWriter:
+    """What writes the engine's checkpoints."""
+    assert isinstance(engine.checkpoint_engine, BackgroundWriter)  # `training_engine` put it there
+    return engine.checkpoint_engine
+
+
 def close_engine(engine: DeepSpeedEngine) -> None:
     """Take the engine off its module, for the next one."""
-    engine.checkpoint_engine.close()
+    writer_of(engine).close()
     engine.destroy()
+
+
+def _groups(engine: DeepSpeedEngine) -> list[dict[str, Any]]:
+    optimizer: Any = engine.optimizer  # one of its wrappers, or a plain one
+    return optimizer.param_groups
+
+
+def _module(engine: DeepSpeedEngine) -> nn.Module:
+    return cast("nn.Module", engine.module)
 
 
 def accumulate(engine: DeepSpeedEngine, loss: torch.Tensor, *, is_last: bool) -> None:
@@ -212,9 +228,10 @@ def accumulate(engine: DeepSpeedEngine, loss: torch.Tensor, *, is_last: bool) ->
 
 def set_learning_rate(engine: DeepSpeedEngine, fraction: float) -> float:
     """Set every group's learning rate to `fraction` of what it was made with; returns the first one."""
-    for group in engine.optimizer.param_groups:
+    groups = _groups(engine)
+    for group in groups:
         group["lr"] = group["initial_lr"] * fraction
-    return engine.optimizer.param_groups[0]["lr"]
+    return groups[0]["lr"]
 
 
 def optimizer_step(engine: DeepSpeedEngine) -> float:
@@ -223,9 +240,10 @@ def optimizer_step(engine: DeepSpeedEngine) -> float:
     if not (
         engine.zero_optimization() or engine.bfloat16_enabled() or engine.fp16_enabled()
     ):  # these know it only after
-        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in _module(engine).parameters() if p.grad is not None])
     engine.step()
-    return float(engine.get_global_grad_norm() if norm is None else norm)
+    last: Any = engine.get_global_grad_norm()
+    return float(last if norm is None else norm)
 
 
 def save_engine(engine: DeepSpeedEngine, folder: Path, tag: str) -> None:
@@ -238,13 +256,13 @@ def save_engine(engine: DeepSpeedEngine, folder: Path, tag: str) -> None:
 
 def load_engine(engine: DeepSpeedEngine, folder: Path, tag: str) -> None:
     """Restore what `save_engine` wrote, at the same world size unless it was converted."""
-    groups = engine.optimizer.param_groups
+    groups = _groups(engine)
     settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
     with data_alone():
         engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False, load_lr_scheduler_states=False)
     # From a universal checkpoint, DeepSpeed gives every group the settings of the first, and one step counter to all of
     # them, which then counts as many steps at once as there are groups.
-    for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
+    for group, own in zip(_groups(engine), settings, strict=True):
         group.update(own)
     for state in _base_optimizer(engine).state.values():
         if torch.is_tensor(state.get("step")):
@@ -253,7 +271,7 @@ def load_engine(engine: DeepSpeedEngine, folder: Path, tag: str) -> None:
 
 def _base_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
     """The optimizer inside ZeRO's or the mixed precision's wrapper."""
-    outer = engine.optimizer
+    outer: Any = engine.optimizer
     return outer if isinstance(outer, torch.optim.Optimizer) else outer.optimizer
 
 

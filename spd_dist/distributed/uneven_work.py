@@ -13,10 +13,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.distributed_c10d import (
+    _get_default_store,  # pyright: ignore[reportPrivateUsage]  # the one that all ranks met by: there is no other way
+)
 
 from spd_dist.distributed.collectives import broadcast_object, together
 from spd_dist.distributed.lost_ranks import lost_ranks
@@ -77,9 +79,9 @@ class wait_for_all_ranks:
 class Connection:
     """A connection to the store that no one else waits on: a call that hangs holds up nobody."""
 
-    given: dist.Store
-    """The one that it was made from."""
-    store: dist.Store
+    given: Any
+    """The one that it was made from: a torch.distributed.Store, of which torch types but a part."""
+    store: Any
     limit_seconds: float
     """After which a rank without a sign is lost."""
     num_uses: int = 0
@@ -91,7 +93,7 @@ _connections: list[Connection] = []
 
 
 def _own_connection() -> Connection:
-    given = _get_default_store()
+    given: Any = _get_default_store()
     if not _connections or _connections[0].given is not given:
         _connections[:] = [Connection(given, given.clone(), given.timeout.total_seconds())]
     return _connections[0]

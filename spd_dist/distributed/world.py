@@ -12,9 +12,9 @@ from datetime import timedelta
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 
 from spd_dist.config import Distributed
+from spd_dist.distributed.collectives import accelerator
 from spd_dist.distributed.lost_ranks import leave_ranks, watch_ranks
 from spd_dist.errors import ConfigError
 
@@ -51,7 +51,7 @@ def join_world(config: Distributed) -> World:
         # On CPU DeepSpeed would compile this op for minutes, and a killed build hangs every later run on its lock.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         device = _take_device(int(os.environ["LOCAL_RANK"]))
-        if device.index is not None:
+        if device.index is not None:  # pyright: ignore[reportUnnecessaryComparison]  # the CPU has none
             os.environ["LOCAL_RANK"] = str(device.index)  # by which DeepSpeed takes its device, too
         timeout = timedelta(seconds=config.timeout_seconds)
         try:
@@ -165,9 +165,9 @@ def _free_port() -> int:
 
 
 def _take_device(local_rank: int) -> torch.device:
-    accelerator = get_accelerator()
-    if accelerator.device_name() == "cpu":
+    chosen = accelerator()
+    if chosen.device_name() == "cpu":
         return torch.device("cpu")
-    index = local_rank if accelerator.device_count() > 1 else 0  # srun may show each task its own device only
-    accelerator.set_device(index)
-    return torch.device(accelerator.device_name(index))
+    index = local_rank if chosen.device_count() > 1 else 0  # srun may show each task its own device only
+    chosen.set_device(index)
+    return torch.device(chosen.device_name(index))

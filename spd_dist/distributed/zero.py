@@ -98,18 +98,19 @@ def frozen_engine(module: nn.Module, config: Distributed, dtype: torch.dtype) ->
 
 def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """The shape of a parameter that may be sharded."""
-    return tuple(parameter.ds_shape) if hasattr(parameter, "ds_shape") else tuple(parameter.shape)
+    fields = vars(parameter)  # where DeepSpeed puts what it knows of a shard
+    return tuple(fields["ds_shape"]) if "ds_shape" in fields else tuple(parameter.shape)
 
 
 @contextmanager
-def gathered(parameters: Iterable[nn.Parameter]) -> Generator[None]:
+def gathered(parameters: Iterable[Tensor]) -> Generator[None]:
     """Whole parameters on every rank within this context, to be read, not written; a no-op unless they are sharded."""
     sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_tensor")]
     with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
         yield
 
 
-def gather_as_one(module: nn.Module, kind: type[nn.Module]) -> None:
+def gather_as_one(module: nn.Module, kind: type) -> None:
     """Let ZeRO-3 gather all parameters inside each `kind` when it is called: for modules that read their parts'.
 
     To be called before the engine is made.
@@ -122,11 +123,12 @@ def gather_as_one(module: nn.Module, kind: type[nn.Module]) -> None:
 def linear_of_zero3() -> Generator[None]:
     """`torch.nn.functional.linear` as it is once a model was sharded: it keeps its input, also for frozen weights."""
     whole = torch.nn.functional.linear
-    torch.nn.functional.linear = zero3_linear_wrap
+    functional: Any = torch.nn.functional  # whose type says `linear` takes positions only
+    functional.linear = zero3_linear_wrap
     try:
         yield
     finally:
-        torch.nn.functional.linear = whole
+        functional.linear = whole
 
 
 @contextmanager
@@ -139,7 +141,8 @@ def full_replica(engine: DeepSpeedEngine | None, module: nn.Module) -> Generator
     if engine is None:
         yield module
         return
-    offload = engine.optimizer if hasattr(engine.optimizer, "forward_hooks") else engine.optimizer.parameter_offload
+    optimizer: Any = engine.optimizer
+    offload = optimizer if hasattr(optimizer, "forward_hooks") else optimizer.parameter_offload
     with deepspeed.zero.GatheredParameters(list(module.parameters())):
         # The last one compares the recorded order of modules with the other ranks': a rank that calls alone would wait.
         for hook in [*offload.forward_hooks, *offload.backward_hooks, offload.fwd_pre_hook]:
@@ -176,8 +179,9 @@ def _held_words(parameter: nn.Parameter) -> tuple[Tensor, int]:
     """The words of `parameter` that this rank holds, as integers, and the position of the first."""
     flat, start = parameter.detach().reshape(-1), 0
     if hasattr(parameter, "ds_tensor"):
-        flat, start = parameter.ds_tensor.detach().reshape(-1), dist.get_rank() * parameter.ds_tensor.numel()
-        flat = flat[: max(0, parameter.ds_numel - start)]  # the last shards are padded
+        held = _slice(parameter)
+        flat, start = held.detach().reshape(-1), dist.get_rank() * held.numel()
+        flat = flat[: max(0, vars(parameter)["ds_numel"] - start)]  # the last shards are padded
     words = {2: torch.int16, 4: torch.int32, 8: torch.int64, 1: torch.int8}[flat.element_size()]
     return flat.view(words), start
 
@@ -214,16 +218,21 @@ def restored_on_exit(parameters: Iterable[nn.Parameter]) -> Generator[None]:
     parameters = list(parameters)
     with unsharded_for_write(parameters):
         whole = [parameter.data.clone() for parameter in parameters]
-    slices = [parameter.ds_tensor.data.clone() if _is_shard(parameter) else None for parameter in parameters]
+    slices = [_slice(parameter).data.clone() if _is_shard(parameter) else None for parameter in parameters]
     try:
         yield
     finally:
         with torch.no_grad():
             for parameter, data, held in zip(parameters, whole, slices, strict=True):
                 if held is not None:
-                    parameter.ds_tensor.data.copy_(held)
+                    _slice(parameter).data.copy_(held)
                 if parameter.data.shape == data.shape:  # ZeRO-3 keeps small parameters whole beside their slices
                     parameter.data.copy_(data)
+
+
+def _slice(parameter: nn.Parameter) -> Tensor:
+    """The flat slice of a sharded parameter that this rank holds."""
+    return vars(parameter)["ds_tensor"]
 
 
 def _is_shard(parameter: nn.Parameter) -> bool:

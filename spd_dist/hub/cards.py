@@ -53,7 +53,7 @@ def student_card(published: Published, own_card: Path, report: Mapping[str, Any]
         report: The run's `report.json`, if it has been written.
         relation: As the hub calls it: adapter, or finetune.
     """
-    card = ModelCard(own_card.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    card: Any = ModelCard(own_card.read_text(encoding="utf-8"), ignore_metadata_errors=True)
     text = card.text.replace(f'"{THIS_FOLDER}"', f'"{published.address}"')
     text = text.replace(published.config.model.name, published.base_model)
     if report is not None and published.arm.name in report["arms"]:
@@ -125,13 +125,14 @@ def corpus_card(published: Published, folder: Path) -> str:
     """The card of a corpus: who wrote it, how it was sampled, its numbers, what a row holds."""
     stats = corpus_stats(load_corpus(folder))
     num = stats.num_completions
-    data = DatasetCardData(
+    data: Any = DatasetCardData(
         task_categories=["text-generation"],
         size_categories=[next((word for bound, word in SIZES if num < bound), "n>1M")],
         tags=[*TAGS, "synthetic"],
         configs=[{"config_name": "default", "data_files": "completions.jsonl"}],
-        **({"base_model": published.base_model} if published.is_base_on_hub else {}),
     )
+    if published.is_base_on_hub:
+        data.base_model = published.base_model  # a field of the hub's, of which its class knows nothing
     summary = read_json(folder.parent / "summary.json")
     return _rendered("corpus_card.md.j2", data.to_yaml(), published=published, stats=stats, engine=summary["engine"])
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from json import JSONDecodeError
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 """Statuses after which the same request may succeed."""
-TRANSPORT_ERROR = HfHubHTTPError.__bases__[0]
+TRANSPORT_ERROR: Any = HfHubHTTPError.__bases__[0]
 """Of whichever client library huggingface_hub speaks through: no answer at all."""
 LONGEST_WAIT_SECONDS = 60.0
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -163,5 +163,5 @@ def _refusal(error: HfHubHTTPError) -> str:
     return f"the hub answers {status} ({_first_line(error)}); {remedies.get(status, 'correct what it names')}"
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,7 @@ class StaticLoop:
         return list(self.waiting)
 
     def _decode(self, batch: Sequence[Request]) -> list[Decoded]:
+        model: Any = self.model  # transformers types no `generate` of a PreTrainedModel
         device = next(self.model.parameters()).device
         width = max(len(request.tokens) for request in batch)
         pad = self.stopping.pad_token_id
@@ -54,14 +56,19 @@ class StaticLoop:
         mask_NS = (torch.arange(width, device=device) >= pads_N[:, None]).long()
         processor = Drawing(batch, self.stopping)
         with pinned(self.model, self.stopping) as settings:
-            self.model.generate(
+            model.generate(
                 input_NS,
                 attention_mask=mask_NS,
                 generation_config=settings,
                 logits_processor=[processor],
                 synced_gpus=False,  # transformers would decide by itself that ranks wait for each other
             )
-        return [row.finished(self.stopping) for row in processor.rows]
+        return [_whole(row.finished(self.stopping)) for row in processor.rows]
+
+
+def _whole(decoded: Decoded | None) -> Decoded:
+    assert decoded is not None  # `generate` ends where every row has
+    return decoded
 
 
 class Drawing(LogitsProcessor):

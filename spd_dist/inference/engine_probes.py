@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,10 +82,11 @@ def references(
 
 def _answer(policy: Policy, request: Request, sampling: Sampling) -> Reference:
     stopping = DecodeSettings(sampling, frozenset(policy.eos_token_ids), policy.pad_token_id)
+    model: Any = policy.model  # transformers types no `generate` of a PreTrainedModel
     input_1S = torch.tensor([request.tokens], device=next(policy.model.parameters()).device)
     with pinned(policy.model, stopping) as settings:
         settings.output_logits, settings.return_dict_in_generate = True, True
-        output = policy.model.generate(
+        output = model.generate(
             input_1S, attention_mask=torch.ones_like(input_1S), generation_config=settings, synced_gpus=False
         )
     tokens = tuple(output.sequences[0, len(request.tokens) :].tolist())
@@ -108,9 +109,9 @@ def check_probes(
     tokens_of = {(one.request.id, one.request.sample): one.tokens for one in found}
     for reference in expected:
         tokens = tokens_of.get((reference.request.id, reference.request.sample), ())
-        if agrees(reference, tokens, dtype):
-            continue
         index = _first_difference(reference.tokens, tokens)
+        if index is None or agrees(reference, tokens, dtype):
+            continue
         raise DataError(
             f"{section}.engine={engine}: the greedy answer to prompt {reference.request.id!r} differs from the "
             f"projected policy's at token {index} ({tokens[index : index + 1]} instead of "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -50,7 +51,8 @@ class ContinuousBatchingEngine:
 
     def _call(self, requests: Sequence[Request], sampling: Sampling) -> list[GenerationOutput | None]:
         """An answer a request, None where memory ran out."""
-        attention = self.policy.model.config._attn_implementation
+        model: Any = self.policy.model  # transformers types no `generate_batch` of a PreTrainedModel
+        attention = model.config._attn_implementation
         longest = max(len(request.tokens) for request in requests) + sampling.max_new_tokens
         blocks_a_row = -(-longest // PAGE_SIZE)
         batching = ContinuousBatchingConfig(
@@ -61,7 +63,7 @@ class ContinuousBatchingEngine:
         )
         with torch.random.fork_rng(), torch.no_grad():
             try:
-                found = self.policy.model.generate_batch(
+                found = model.generate_batch(
                     [list(request.tokens) for request in requests], pinned(sampling, self.policy), batching
                 )
             except (ValueError, NotImplementedError) as error:
@@ -69,7 +71,7 @@ class ContinuousBatchingEngine:
             except RuntimeError as error:
                 if not is_out_of_memory(str(error)):
                     raise
-                self.policy.model.set_attn_implementation(attention)  # a call changes it, and this one left it so
+                model.set_attn_implementation(attention)  # a call changes it, and this one left it so
                 return [None] * len(requests)
         if len(found) != len(requests):
             raise self._cannot(f"{len(requests) - len(found)} of {len(requests)} requests got no answer, see the log")

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Literal
 
 from spd_dist.inference.decode import decode
 from spd_dist.inference.placement import Placement
@@ -41,7 +42,9 @@ class HFEngine:
 
 
 @contextmanager
-def held_to(policy: Policy, projection: Projection | None, apply_as: str) -> Generator[ProjectionMonitor | None]:
+def held_to(
+    policy: Policy, projection: Projection | None, apply_as: Literal["hook", "fold"]
+) -> Generator[ProjectionMonitor | None]:
     """The policy under `projection`, as the config has it applied; undone on every way out."""
     with nullcontext() if projection is None else projected(policy.model, projection, apply_as) as monitor:
         yield monitor

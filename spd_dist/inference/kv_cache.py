@@ -30,6 +30,8 @@ class SlotLayer(CacheLayerMixin):
     """One layer's keys and values, with room for every slot."""
 
     is_sliding = False
+    keys: Any  # tensors, once there is room
+    values: Any
 
     def __init__(self, window: Window) -> None:
         super().__init__()
@@ -65,13 +67,15 @@ class SlotCache(Cache):
     def __init__(self, num_layers: int, num_slots: int) -> None:
         self.window = Window()
         self.num_slots = num_slots
-        super().__init__(layers=[SlotLayer(self.window) for _ in range(num_layers)])
+        self.slots = [SlotLayer(self.window) for _ in range(num_layers)]
+        super().__init__(layers=list(self.slots))
 
     def reserve(self, num_columns: int, like: Cache | None = None) -> None:
         """Make room for `num_columns`, layer by layer; `like` gives heads and widths the first time."""
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.slots):
             if not layer.is_initialized:
-                source = like.layers[index]
+                assert like is not None
+                source: Any = like.layers[index]
                 layer.keys, layer.values = (self._room(tensor, num_columns) for tensor in (source.keys, source.values))
                 layer.is_initialized = True
             elif layer.keys.shape[2] < num_columns:
@@ -89,14 +93,14 @@ class SlotCache(Cache):
     def admit(self, prefilled: Cache, row: int, slot: int, *, prefix: int, num_columns: int) -> None:
         """Copy a prefilled row to a slot: its first `prefix` columns, and the last ones; padding is in between."""
         self.reserve(num_columns, like=prefilled)
-        for layer, source in zip(self.layers, prefilled.layers, strict=True):
+        for layer, source in zip(self.slots, plain_layers(prefilled), strict=True):
             for kept, made in ((layer.keys, source.keys), (layer.values, source.values)):
                 kept[slot, :, :prefix] = made[row, :, :prefix]
                 kept[slot, :, prefix:num_columns] = made[row, :, made.shape[2] - (num_columns - prefix) :]
 
     def move(self, source: int, target: int, num_columns: int) -> None:
         """Copy slot `source` over slot `target`."""
-        for layer in self.layers:
+        for layer in self.slots:
             layer.keys[target, :, :num_columns] = layer.keys[source, :, :num_columns]
             layer.values[target, :, :num_columns] = layer.values[source, :, :num_columns]
 
@@ -111,9 +115,14 @@ def prefill_cache(num_layers: int, prefix: Cache | None = None, num_rows: int = 
     """A cache that keeps every column, also in layers that attend to a window; it begins with the prefix's, if any."""
     layers = [DynamicLayer() for _ in range(num_layers)]
     if prefix is not None:
-        for layer, source in zip(layers, prefix.layers, strict=True):
+        for layer, source in zip(layers, plain_layers(prefix), strict=True):
             layer.update(source.keys.expand(num_rows, -1, -1, -1), source.values.expand(num_rows, -1, -1, -1))
-    return Cache(layers=layers)
+    return Cache(layers=list(layers))
+
+
+def plain_layers(cache: Cache) -> list[Any]:
+    """The layers of a cache that holds keys and values alone; their class says of neither that it is there."""
+    return list(cache.layers)
 
 
 def num_slot_layers(config: PretrainedConfig, max_length: int) -> int:

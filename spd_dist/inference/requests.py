@@ -133,7 +133,8 @@ def new_row(request: Request, sampling: Sampling, *, vocabulary_size: int, devic
 def draw(rows: Sequence[Row], logits_NV: Tensor, sampling: Sampling) -> None:
     """Append a token to every row."""
     uniform_N = torch.stack([row.uniform_T[len(row.tokens)] for row in rows])
-    seen_NV = None if rows[0].seen_V is None else torch.stack([row.seen_V for row in rows])
+    seen = [row.seen_V for row in rows if row.seen_V is not None]  # of all rows or of none
+    seen_NV = torch.stack(seen) if seen else None
     for row, drawn in zip(rows, choose(logits_NV, uniform_N, sampling, seen_NV).tolist(), strict=True):
         token = row.within_budget(drawn)
         row.tokens.append(token)

@@ -171,7 +171,8 @@ def table(summary: Mapping[str, Any], folder: str) -> str:
     from spd_dist.reports.report_text import pass_table
 
     named = summary["model"] if summary["adapter"] is None else f"{summary['model']} with {summary['adapter']}"
-    console = Console(file=io.StringIO(), width=100, color_system=None, highlight=False)
+    text = io.StringIO()
+    console = Console(file=text, width=100, color_system=None, highlight=False)
     num_samples = max(one["num_samples"] for one in summary["tasks"].values())
     console.print(f"{named}: {manner(summary['temperature'], num_samples)}", soft_wrap=True)
     found = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -191,7 +192,7 @@ def table(summary: Mapping[str, Any], folder: str) -> str:
     if num_samples > 1:
         console.print(pass_table(summary["tasks"]))
     console.print(f"Files: {folder}/summary.json, and every answer in {folder}/TASK/evaluate/model/", soft_wrap=True)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 def number_of(one: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from spd_dist.config import STAGES, Config
 from spd_dist.errors import ConfigError, DataError, UserError
@@ -186,7 +186,7 @@ def on_every_rank(config: Config, work: Callable[[World], str]) -> int:
     return code
 
 
-def end_now(code: int) -> None:
+def end_now(code: int) -> NoReturn:
     """Leave without a word to the other ranks: closing the process group could wait for them."""
     sys.stdout.flush()
     sys.stderr.flush()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -71,11 +71,11 @@ def stats(arguments: argparse.Namespace, corpora: Sequence[Sequence[Completion]]
 def histogram(name: str, corpus: Sequence[Completion]) -> Table:
     """Bars of lengths."""
     bars = length_histogram(corpus)
-    largest = max(bar.count for bar in bars)
+    largest = max(bar.num_completions for bar in bars)
     table = Table("tokens", "completions", "", title=f"lengths of {name}", title_justify="left")
     for bar in bars:
-        drawn = "#" * round(BAR_WIDTH * bar.count / largest)
-        table.add_row(f"{bar.start} to {bar.stop - 1}", str(bar.count), drawn)
+        drawn = "#" * round(BAR_WIDTH * bar.num_completions / largest)
+        table.add_row(f"{bar.start} to {bar.stop - 1}", str(bar.num_completions), drawn)
     return table
 
 
@@ -90,11 +90,11 @@ def diff(arguments: argparse.Namespace, corpora: Sequence[Sequence[Completion]])
 def show(arguments: argparse.Namespace, corpora: Sequence[Sequence[Completion]]) -> Table:
     """Completions, of two corpora side by side."""
     table = Table("prompt", *map(str, arguments.corpora), show_lines=True)
-    rows = pairs(*corpora) if len(corpora) == 2 else [(one,) for one in corpora[0]]
+    rows: Iterable[tuple[Completion, ...]] = pairs(*corpora) if len(corpora) == 2 else [(one,) for one in corpora[0]]
     if arguments.ids:
         rows = [row for row in rows if row[0].id in arguments.ids]
     if arguments.differing and len(corpora) == 2:
-        rows = [row for row in rows if row[0].tokens != row[1].tokens]
+        rows = [row for row in rows if len({one.tokens for one in row}) > 1]
     for row in islice(rows, arguments.num):
         table.add_row(f"{row[0].id}\nsample {row[0].sample}", *(cell(one) for one in row))
     return table

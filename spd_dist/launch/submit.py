@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
@@ -73,7 +74,7 @@ class Job:
         return environment.get_template("job.sbatch.j2").render(dataclasses.asdict(self))
 
 
-OF_AN_ARRAY = {"nodes": 1, "output": "slurm-%x-%A_%a.out"}
+OF_AN_ARRAY: dict[str, Any] = {"nodes": 1, "output": "slurm-%x-%A_%a.out"}
 FILES = {  # what `make` of these scripts by hand would give: slurm/NAME
     "spd.sbatch": Job(),
     "array_generate.sbatch": Job(
@@ -166,7 +167,7 @@ def plan(arguments: argparse.Namespace) -> tuple[Path, list[Job]]:
     Raises:
         ConfigError: the config does not load, or an option does not fit the kind.
     """
-    common = {
+    common: dict[str, Any] = {
         "ranks_per_node": arguments.ranks_per_node,
         "cpus_per_rank": arguments.cpus_per_rank,
         "gpus": not arguments.no_gpus,
@@ -200,7 +201,7 @@ def plan(arguments: argparse.Namespace) -> tuple[Path, list[Job]]:
     return folder, jobs
 
 
-def _sweep(arguments: argparse.Namespace, common: dict) -> tuple[Path, list[Job]]:
+def _sweep(arguments: argparse.Namespace, common: dict[str, Any]) -> tuple[Path, list[Job]]:
     if len(arguments.config) != 1 or arguments.words:
         raise ConfigError("submit.py sweep takes one plan, as launchers/sweep.py plan writes it, and no other words")
     path = Path(arguments.config[0])

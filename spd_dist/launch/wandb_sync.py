@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def find_parts(run_dir: Path) -> list[Part]:
     return sorted(parts, key=lambda part: (part.folder.parent, part.task_index, part.folder.name))
 
 
-def read_description(folder: Path) -> dict:
+def read_description(folder: Path) -> dict[str, Any]:
     """What the run said of itself beside its parts; empty if another program wrote them."""
     run_id = folder.name.rpartition("-")[2]
     found = (json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.parent.glob("*.json")))

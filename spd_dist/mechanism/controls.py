@@ -207,7 +207,7 @@ def equal_energy_subspace(spd: Subspace, activation: Moments, seed: int, number:
         own_DR = spd.sites[site].basis_DR.double()
         target = _energy(own_DR, activation[site])
         normal_DR = vector_DD.T @ _normal(site, rank, seed, "equal_energy", number)
-        low, high = -4.0, 4.0
+        low, high, drawn_DR = -4.0, 4.0, own_DR
         for _ in range(BISECTIONS):
             power = (low + high) / 2
             scaled_DR = (value_D / value_D[-1]).pow(power / 2)[:, None] * normal_DR

@@ -15,7 +15,7 @@ from spd_dist.config import Config
 from spd_dist.data.held_out import HeldOutExample
 from spd_dist.distributed.collectives import gather_objects
 from spd_dist.distributed.uneven_work import on_main
-from spd_dist.inference.placement import choose_placement, placed
+from spd_dist.inference.placement import Placement, choose_placement, placed
 from spd_dist.mechanism.prefix import SharedPrefix
 from spd_dist.mechanism.scoring import RowValues, ScoredBatch, log_probabilities, row_values, scored_logits
 from spd_dist.models.policy import Policy
@@ -96,7 +96,7 @@ class Measurement:
         longest = max(len(row.example.tokens) for each in rows.values() for row in each)
         decoding = config.evaluate.decoding()
         decoding = dataclasses.replace(decoding, batch_size=self.config.batch_size, max_new_tokens=1)
-        self.placement = choose_placement(policy, decoding, context.world, longest, section="evaluate")
+        self.placement: Placement = choose_placement(policy, decoding, context.world, longest, section="evaluate")
         shares = self.config.share_prefix and self.placement == "replica"
         self.prefix = SharedPrefix(policy.model, sites) if shares else None
         self.checked: set[int] = set()

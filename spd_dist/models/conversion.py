@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Generator, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import transformers
@@ -27,6 +28,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from spd_dist.errors import DataError
@@ -62,8 +64,11 @@ def read_gguf(
     """
     with _reading(gguf, header):
         tokenizer = AutoTokenizer.from_pretrained(**_source(gguf))
-        options = {"config": settings, "dtype": torch.float32, "output_loading_info": True}
-        model, found = AutoModelForCausalLM.from_pretrained(**_source(gguf), **options)
+        # With output_loading_info it gives two things, which its type does not say.
+        read: Any = AutoModelForCausalLM.from_pretrained(
+            **_source(gguf), config=settings, dtype=torch.float32, output_loading_info=True
+        )
+        model, found = read
     lacking = sorted([*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])])
     if lacking:
         parts = f"it is one of {header.num_parts} parts: join them (llama-gguf-split --merge)"
@@ -105,14 +110,15 @@ def write_model(
         OSError, SafetensorError: the disk is full or may not be written.
     """
     # What fails inside of tokenizers has no type of its own, so that a full disk is met here.
-    (folder / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(), encoding="utf-8")
+    fast = cast("PreTrainedTokenizerFast", tokenizer)  # GGUF files give no other
+    (folder / "tokenizer.json").write_text(fast.backend_tokenizer.to_str(), encoding="utf-8")
     tokenizer.save_pretrained(folder)
-    config = copy.deepcopy(model.config)
+    config: Any = copy.deepcopy(model.config)
     if "quantization_config" in vars(config):
         del config.quantization_config  # the weights are plain float32 from here on
     config.architectures, config.dtype = [type(model).__name__], torch.float32
     config.save_pretrained(folder)
-    if model.generation_config is not None:
+    if model.generation_config is not None:  # pyright: ignore[reportUnnecessaryComparison]  # of classes that can't
         model.generation_config.save_pretrained(folder)
     _write_weights({name: tensor.detach() for name, tensor in stored_parameters(model).items()}, folder, shard_bytes)
     mode = (folder / "config.json").stat().st_mode

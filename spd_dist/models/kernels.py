@@ -1,16 +1,18 @@
 """Fused kernels of liger-kernel for a model's norms and MLPs."""
 
+# liger-kernel is no dependency: it needs an accelerator.
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import importlib.util
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from spd_dist.errors import ConfigError
 
 
-def use_liger(model: nn.Module, device: torch.device) -> None:
+def use_liger(model: PreTrainedModel, device: torch.device) -> None:
     """Let `model` run its norms and MLPs by liger's kernels, where liger knows its architecture.
 
     Its fused loss is left out, since ours never holds the logits either; its rotary embedding too, since that would be
@@ -25,6 +27,7 @@ def use_liger(model: nn.Module, device: torch.device) -> None:
         raise ConfigError(
             "finetune.liger: True needs liger-kernel; pip install liger-kernel, or set finetune.liger=false"
         )
+
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 

@@ -11,12 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
+import torch
 from peft import PeftModel
-from torch import nn
 from transformers import PreTrainedModel
 
 from spd_dist.errors import DataError
 from spd_dist.models.kv_tracing import Origin, output_width, trace_origins
+from spd_dist.models.lora import base_model
 from spd_dist.types import Kind, KVSite
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ class SiteModule(NamedTuple):
 
 
 def discover_sites(
-    model: nn.Module,
+    model: PreTrainedModel | PeftModel,
     layers: Layers = ("middle", "last"),
     kinds: Literal["both", "key", "value"] = "both",
     *,
@@ -51,7 +52,7 @@ def discover_sites(
     Raises:
         DataError: no attention, or a layer from which these kinds can't be taken; it names the usable layers.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_model(model) if isinstance(model, PeftModel) else model
     prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is base)
     sources, reasons = _sources_by_layer(trace_origins(base), whole_keys)
     usable = sorted(layer for layer, found in sources.items() if all(kind in found for kind in KINDS[kinds]))
@@ -96,7 +97,7 @@ def _obstacle(origin: Origin, layer: int, whole_keys: bool) -> str | None:
     for module in modules:
         if len(origin.leaves[module]) > 1:
             return f"{_in_layer(module)} runs {len(origin.leaves[module])} times in a forward pass"
-    in_parts = sum(origin.states_of(module).int() for module in modules).max() == 1
+    in_parts = torch.stack([origin.states_of(module).int() for module in modules]).sum(0).max() == 1
     if len(modules) > 1 and (whole_keys or origin.kind == "value" or not in_parts):
         return f"its {origin.kind}s come from several modules, {' and '.join(map(_in_layer, modules))}"
     return None
@@ -128,7 +129,7 @@ def _choose(layers: Layers, usable: list[int], reasons: Mapping[int, str], name:
             f"usable layers: none; choose a model with attention"
         )
     named = {"middle": usable[len(usable) // 2], "last": usable[-1]}
-    chosen = sorted({named.get(layer, layer) for layer in layers})
+    chosen = sorted({layer if isinstance(layer, int) else named[layer] for layer in layers})
     for layer in chosen:
         if layer not in usable:
             reason = reasons.get(layer, "there is no attention at that index")

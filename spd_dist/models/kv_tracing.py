@@ -15,7 +15,7 @@ import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -70,7 +70,7 @@ def output_width(module: nn.Module) -> int | None:
         module = module.get_base_layer()
     if isinstance(module, Conv1D):
         return module.nf
-    return module.out_features if hasattr(module, "out_features") else None
+    return cast("int", module.out_features) if hasattr(module, "out_features") else None
 
 
 def trace_origins(model: PreTrainedModel) -> list[Origin]:
@@ -84,7 +84,11 @@ def trace_origins(model: PreTrainedModel) -> list[Origin]:
         torch.manual_seed(0)
         try:
             skeleton = _weightless_copy(model, tap)
-            tracers = {name: _Tracer(module) for name, module in skeleton.named_modules() if output_width(module)}
+            tracers = {
+                name: _Tracer(module, width)
+                for name, module in skeleton.named_modules()
+                if (width := output_width(module))
+            }
             _run(skeleton, tap)
         except FOREIGN_FAULTS as error:
             raise DataError(
@@ -102,10 +106,9 @@ def trace_origins(model: PreTrainedModel) -> list[Origin]:
 class _Tracer:
     """Makes a linear module put out a fresh leaf at each call."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, width: int) -> None:
         self.module = module
         self.leaves: list[Tensor] = []
-        width = output_width(module)
         plain = type(module) in (nn.Linear, Conv1D)
         module.forward = (lambda states: self._leaf((*states.shape[:-1], width))) if plain else self._own_forward
 
@@ -158,7 +161,9 @@ def _weightless_copy(model: PreTrainedModel, tap: _Tap) -> PreTrainedModel:
     config = copy.deepcopy(model.config)
     AttentionInterface.register(ATTENTION, tap.attention)
     AttentionMaskInterface.register(ATTENTION, eager_mask)
-    config._attn_implementation = ATTENTION if _dispatches(model) else "eager"
+    config._attn_implementation = (  # pyright: ignore[reportPrivateUsage]  # transformers has no public setter of configs
+        ATTENTION if _dispatches(model) else "eager"
+    )
     with torch.device("meta"):
         skeleton = type(model)(config).eval()
     for module in skeleton.modules():

@@ -6,13 +6,15 @@ from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import transpose
 from torch import Tensor, nn
-from transformers.integrations import HfDeepSpeedConfig
+from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from transformers.pytorch_utils import Conv1D
 
 from spd_dist.config import Finetune
@@ -91,9 +93,10 @@ def use_keyed_dropout(modules: Iterable[tuple[nn.ModuleDict, str]]) -> TokenKeys
     """
     keys = TokenKeys()
     for index, (parent, name) in enumerate(modules):
-        if isinstance(parent[name], nn.Dropout):
+        dropout = parent[name]
+        if isinstance(dropout, nn.Dropout):
             # Modules are 2**20 features apart: no two share a hash input.
-            parent[name] = KeyedDropout(parent[name].p, keys, (index << 20) % 2**31)
+            parent[name] = KeyedDropout(dropout.p, keys, (index << 20) % 2**31)
     return keys
 
 
@@ -106,7 +109,7 @@ def _fused_experts(model: nn.Module) -> set[str]:
     return {word for name in names for word in name.split("_") if word in ("gate", "up", "down")}
 
 
-def add_adapters(model: nn.Module, config: Finetune, *, generator: torch.Generator) -> PeftModel:
+def add_adapters(model: PreTrainedModel, config: Finetune, *, generator: torch.Generator) -> PeftModel:
     """`model` with trainable adapters at `config.lora_targets`, everything else frozen; `model` itself is changed.
 
     The weights come from `generator`, so every rank makes the same; peft reads the true shapes of sharded modules.
@@ -130,7 +133,7 @@ def add_adapters(model: nn.Module, config: Finetune, *, generator: torch.Generat
         )
     lora = LoraConfig(
         r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
+        lora_alpha=config.lora_alpha,  # pyright: ignore[reportArgumentType]  # peft divides by it, whole or not
         lora_dropout=config.lora_dropout,
         target_modules=list(config.lora_targets),
         use_rslora=config.lora_variant == "rslora",
@@ -142,7 +145,7 @@ def add_adapters(model: nn.Module, config: Finetune, *, generator: torch.Generat
         adapted = get_peft_model(model, lora, autocast_adapter_dtype=False)
     _let_dora_read_base_weights(adapted)
     for _, layer in _layers(adapted):
-        weight_RD = layer.lora_A[ADAPTER].weight
+        weight_RD = _matrix(layer.lora_A)
         bound = weight_RD.shape[1] ** -0.5  # kaiming_uniform_ with a = sqrt(5), as peft
         with torch.no_grad():
             weight_RD.copy_(torch.rand(weight_RD.shape, generator=generator).mul_(2 * bound).sub_(bound))
@@ -157,8 +160,13 @@ def key_dropout(adapted: PeftModel) -> TokenKeys:
 def remove_adapters(adapted: PeftModel) -> nn.Module:
     """The base model as it was, without adapters and with `requires_grad` of every parameter restored to false."""
     if _is_sharded_dora(adapted):
-        adapted.get_base_model().disable_input_require_grads()
+        base_model(adapted).disable_input_require_grads()
     return adapted.unload()
+
+
+def base_model(adapted: PeftModel) -> PreTrainedModel:
+    """The model that the adapters are in: ours are always of transformers."""
+    return cast("PreTrainedModel", adapted.get_base_model())
 
 
 def adapter_parameters(adapted: PeftModel) -> dict[str, nn.Parameter]:
@@ -176,7 +184,7 @@ def save_adapter(adapted: PeftModel, tensors: Mapping[str, Tensor], folder: Path
     config.inference_mode = training
 
 
-def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
+def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """`model` with the frozen adapter of `folder`, in eval mode; `model` itself is changed."""
     with torch.random.fork_rng(devices=[]), _peft_gathers(model):
         adapted = PeftModel.from_pretrained(
@@ -202,13 +210,13 @@ def merged_tensors(adapted: PeftModel, kept: dict[str, float] | None = None) -> 
         adapted: The model.
         kept: Gets of each merged weight 1 - |rounded update - update| / |update| (Frobenius).
     """
-    model = adapted.get_base_model()
+    model = base_model(adapted)
     layers = {f"{name}.base_layer.weight": layer for name, layer in _layers(model)}
     for name, parameter in stored_parameters(model).items():
         if ".lora_" in name:
             continue
         layer = layers.get(name)
-        with gathered([parameter] if layer is None else layer.parameters()), torch.no_grad():
+        with gathered([parameter] if layer is None else cast("nn.Module", layer).parameters()), torch.no_grad():
             tensor = parameter.detach()
             if layer is not None:
                 merged = _merged_weight(layer)
@@ -237,15 +245,21 @@ def check_kept(kept: Mapping[str, float], dtype: torch.dtype) -> tuple[str, floa
 
 def _merged_weight(layer: LoraLayer) -> Tensor:
     """In float32, or the base weight's dtype if that is wider."""
-    base = layer.get_base_layer().weight.detach()
+    plain: Any = layer.get_base_layer()
+    base: Tensor = plain.weight.detach()
+    is_transposed = isinstance(plain, Conv1D)
     dtype = torch.promote_types(base.dtype, torch.float32)
-    down_RD, up_OR = (matrix[ADAPTER].weight.detach().to(dtype) for matrix in (layer.lora_A, layer.lora_B))
-    weight = base.to(dtype) + transpose(up_OR @ down_RD, layer.fan_in_fan_out) * layer.scaling[ADAPTER]
+    down_RD, up_OR = (_matrix(matrices).detach().to(dtype) for matrices in (layer.lora_A, layer.lora_B))
+    weight = base.to(dtype) + transpose(up_OR @ down_RD, is_transposed) * layer.scaling[ADAPTER]
     if ADAPTER not in layer.lora_variant:
         return weight
-    rows_OD = transpose(weight, layer.fan_in_fan_out)
-    scale_O = layer.lora_magnitude_vector[ADAPTER].weight.detach().to(dtype) / rows_OD.norm(dim=1)
-    return transpose(rows_OD * scale_O[:, None], layer.fan_in_fan_out)
+    rows_OD = transpose(weight, is_transposed)
+    scale_O = _matrix(layer.lora_magnitude_vector).detach().to(dtype) / rows_OD.norm(dim=1)
+    return transpose(rows_OD * scale_O[:, None], is_transposed)
+
+
+def _matrix(matrices: nn.ModuleDict) -> nn.Parameter:
+    return cast("nn.Parameter", matrices[ADAPTER].weight)
 
 
 @contextmanager
@@ -263,11 +277,12 @@ def _let_dora_read_base_weights(adapted: PeftModel) -> None:
     if _is_sharded_dora(adapted):
         gather_as_one(adapted, LoraLayer)
         # ZeRO-3 takes such a module's gradients when its input has one; without it, before they are there.
-        adapted.get_base_model().enable_input_require_grads()
+        base_model(adapted).enable_input_require_grads()
 
 
 def _is_sharded_dora(adapted: PeftModel) -> bool:
-    return adapted.peft_config[ADAPTER].use_dora and is_sharded(adapted)
+    config = adapted.peft_config[ADAPTER]
+    return isinstance(config, LoraConfig) and config.use_dora and is_sharded(adapted)
 
 
 def _layers(adapted: nn.Module) -> list[tuple[str, LoraLayer]]:

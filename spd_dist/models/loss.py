@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
@@ -41,33 +42,31 @@ class LinearCrossEntropy(torch.autograd.Function):
         cap, scale = tail
         wants_hidden, _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         loss_N = torch.empty(len(label_N), dtype=torch.float32, device=hidden_ND.device)
-        grads = (
-            torch.empty_like(hidden_ND) if wants_hidden else None,
-            torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None,
-            torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias else None,
-        )
+        grad_ND = torch.empty_like(hidden_ND) if wants_hidden else None
+        grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
+        grad_V = torch.zeros_like(bias_V, dtype=torch.float32) if bias_V is not None and wants_bias else None
         size = max(1, CHUNK_BYTES.get(hidden_ND.device.type, CHUNK_BYTES["cpu"]) // (4 * len(weight_VD)))
         for start in range(0, len(label_N), size):
             rows = slice(start, start + size)
             logit_CV = torch.nn.functional.linear(hidden_ND[rows], weight_VD, bias_V).float()
             loss_N[rows], grad_CV = _loss_and_gradient(logit_CV, label_N[rows], cap, scale)
             grad_CV = grad_CV.to(hidden_ND.dtype)
-            if wants_hidden:
-                torch.mm(grad_CV, weight_VD, out=grads[0][rows])
-            if wants_weight:
-                grads[1].add_(grad_CV.T @ hidden_ND[rows])
-            if wants_bias:
-                grads[2].add_(grad_CV.sum(0))
-        ctx.save_for_backward(*grads)
+            if grad_ND is not None:
+                torch.mm(grad_CV, weight_VD, out=grad_ND[rows])
+            if grad_VD is not None:
+                grad_VD.add_(grad_CV.T @ hidden_ND[rows])
+            if grad_V is not None:
+                grad_V.add_(grad_CV.sum(0))
+        ctx.save_for_backward(grad_ND, grad_VD, grad_V)
         ctx.dtypes = (hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
         ctx.mark_non_differentiable(loss_N)
         return loss_N.sum(), loss_N
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> Any:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
         """The stored gradients, scaled."""
         hidden, weight, bias = (
-            None if grad is None else (grad * grad_output).to(dtype)
+            None if grad is None else (grad * grad_outputs[0]).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return hidden, None, weight, bias, None
@@ -95,9 +94,9 @@ def _loss_and_gradient(logit_CV: Tensor, label_C: Tensor, cap: float, scale: flo
 class Student(nn.Module):
     """A causal language model whose forward pass gives the summed loss of chosen tokens: what DeepSpeed trains."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.tail = logits_tail(model)
 
     def forward(
@@ -147,7 +146,7 @@ def check_tail_(student: Student, token_1T: Tensor) -> bool:
     return agrees
 
 
-def logits_tail(model: nn.Module) -> tuple[float, float] | None:
+def logits_tail(model: PreTrainedModel | PeftModel) -> tuple[float, float] | None:
     """(cap, scale) of what the architecture does to the logits after its output layer; None if that cannot be told.
 
     None costs memory (all logits are held), never exactness.

@@ -6,9 +6,10 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from spd_dist.distributed.zero import whole_shape
@@ -106,8 +107,9 @@ def outline_of(model: PreTrainedModel) -> Outline:
     experts, active = settings.get("num_local_experts") or settings.get("num_experts") or 0, 0
     if experts:
         active = settings.get("num_experts_per_tok") or experts
-    embedding = model.get_input_embeddings().weight
-    is_tied = model.get_output_embeddings() is not None and model.get_output_embeddings().weight is embedding
+    embedding = cast("nn.Parameter", model.get_input_embeddings().weight)
+    head = model.get_output_embeddings()
+    is_tied = head is not None and head.weight is embedding
     in_experts = sum(size for name, size in sizes.items() if ".experts." in name)
     return Outline(
         frozen=tuple(size for name, size in sizes.items() if not parameters[name].requires_grad),

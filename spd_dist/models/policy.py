@@ -7,21 +7,21 @@ import json
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError  # pyright: ignore[reportPrivateImportUsage]  # httpx's
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
-from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from spd_dist.config import Distributed, Model
 from spd_dist.distributed.collectives import gather_objects, together
@@ -101,7 +101,7 @@ class Policy:
 
     model: PreTrainedModel
     """The module to call. Where it is sharded, every rank calls it the same number of times, in the same order."""
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerFast
     engine: DeepSpeedEngine | None
     """Holds the shards of `model`; None if every rank has all of it."""
     name: str
@@ -259,7 +259,7 @@ def load_settings(config: Model) -> PretrainedConfig:
     return _read(AutoConfig, _local_source(config), config)
 
 
-def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
+def load_tokenizer(config: Model) -> PreTrainedTokenizerFast:
     """The policy's tokenizer alone.
 
     Raises:
@@ -273,8 +273,8 @@ def _local_source(config: Model) -> str:
     return config.name if gguf is None else str(converted(gguf, config.cache_dir))
 
 
-def _read(reader: type, source: str, model: Model, **settings: object) -> object:
-    options = {"trust_remote_code": model.trust_remote_code} | settings
+def _read(reader: Any, source: str, model: Model, **settings: Any) -> Any:
+    options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code, **settings}
     if model.revision is not None:
         options["revision"] = model.revision
     if (source, model.revision) in _fetched:
@@ -287,11 +287,12 @@ def _read(reader: type, source: str, model: Model, **settings: object) -> object
         raise DataError(f"model.name: {model.name} can't be loaded by {reader.__name__}: {error}") from error
 
 
-def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
     """Every token that ends a sequence, by the model's generation config and by the tokenizer."""
-    declared = model.generation_config.eos_token_id if model.generation_config is not None else None
-    from_model = declared if isinstance(declared, list) else [declared]
-    found = sorted({token for token in [*from_model, tokenizer.eos_token_id] if token is not None})
+    settings: Any = model.generation_config  # remote code may leave None there
+    declared = settings.eos_token_id if settings is not None else None
+    from_model: list[int | None] = declared if isinstance(declared, list) else [declared]
+    found = sorted({token for token in [*from_model, cast("int | None", tokenizer.eos_token_id)] if token is not None})
     if not found:
         raise DataError(
             "model.name: neither the model nor its tokenizer names an end-of-sequence token; set tokenizer.eos_token"

@@ -21,14 +21,14 @@ SHARD_BYTES = 4 * 2**30
 INDEX = "model.safetensors.index.json"
 
 
-def whole_tensors(parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
+def whole_tensors(parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Each parameter whole, on the CPU, on every rank; gathered one at a time, so that one at a time is in memory."""
     for name, parameter in parameters.items():
         with gathered([parameter]):
             yield name, parameter.detach().to("cpu", copy=True)
 
 
-def stored_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+def stored_parameters(model: PreTrainedModel) -> dict[str, Tensor]:
     """The parameters and buffers that a checkpoint holds, by name; tied ones once."""
     names = model.state_dict().keys()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in names}
@@ -55,7 +55,7 @@ def save_model(
     def finish() -> None:
         writer.finish()
         model.config.save_pretrained(folder)
-        if model.generation_config is not None:
+        if model.generation_config is not None:  # pyright: ignore[reportUnnecessaryComparison]  # of remote code
             model.generation_config.save_pretrained(folder)
 
     writer.flush()

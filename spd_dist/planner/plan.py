@@ -93,15 +93,19 @@ def placements(stage: str, config: Config) -> list[Placement]:
     if stage not in ("generate", "evaluate"):
         return sharded
     wanted = config.generate.placement if stage == "generate" else config.evaluate.placement
-    return {"auto": ["replica", *sharded], "replica": ["replica"], "layerwise": sharded}[wanted]
+    by_wish: dict[str, list[Placement]] = {
+        "auto": ["replica", *sharded], "replica": ["replica"], "layerwise": sharded
+    }  # fmt: skip
+    return by_wish[wanted]
 
 
 def _first_fit(stage: str, profile: Profile, config: Config, cluster: Cluster) -> tuple[Placement, Need, bool]:
+    tried: list[tuple[Placement, Need]] = []
     for placement in placements(stage, config):
-        needed = need(stage, placement, profile, config, cluster)
-        if _fits(needed, cluster):
-            return placement, needed, True
-    return placement, needed, False
+        tried.append((placement, need(stage, placement, profile, config, cluster)))
+        if _fits(tried[-1][1], cluster):
+            return *tried[-1], True
+    return *tried[-1], False
 
 
 def _fits(needed: Need, cluster: Cluster) -> bool:

@@ -38,7 +38,7 @@ class LiveBytes(TorchDispatchMode):
         self._seen = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
 
     def __torch_dispatch__(
-        self, operation: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
+        self, operation: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = operation(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
@@ -159,7 +159,8 @@ def _make_fake_(model: nn.Module) -> FakeTensorMode:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     made: dict[int, Tensor] = {}
     for module in model.modules():
-        for held in (module._parameters, module._buffers):
+        fields: dict[str, dict[str, Tensor | None]] = vars(module)
+        for held in (fields["_parameters"], fields["_buffers"]):
             for name, tensor in held.items():
                 if tensor is not None:
                     held[name] = made.setdefault(id(tensor), _fake(mode, tensor))
@@ -181,7 +182,7 @@ def _capture(model: PreTrainedModel, caught: Capture, calibrate: Calibrate) -> i
     """As the stage does; only that its masks, whose size depends on values, are replaced by counts."""
     token_BT = _tokens(calibrate.batch_size, calibrate.max_tokens)
     num_targets = token_BT.numel() // 2
-    head = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()
     handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].flatten(0, 1)[:num_targets].clone(),))
     with LiveBytes([*model.parameters(), *model.buffers(), token_BT]) as live, torch.enable_grad():
         logit_SV = model(token_BT, attention_mask=torch.ones_like(token_BT), use_cache=False).logits

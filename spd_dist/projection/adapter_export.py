@@ -95,7 +95,7 @@ def _write(folder: Path, base: Path, pairs: dict[str, tuple[Tensor, Tensor]], ra
         base_model_name_or_path=str(base),
         inference_mode=True,
     )
-    config.save_pretrained(folder)
+    config.save_pretrained(str(folder))
 
 
 def _load_adapter(base: Path, folder: Path) -> nn.Module:

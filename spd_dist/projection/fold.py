@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -131,7 +131,7 @@ def refuse_inexact(parts: list[SitePart], insertion: str) -> None:
 
 
 def _outputs(target: Target) -> list[Output]:
-    module = target.module
+    module: Any = target.module
     if not hasattr(module, "base_layer"):
         return _plain_outputs(target.name, module)
     if not hasattr(module, "lora_B"):
@@ -150,12 +150,13 @@ def _outputs(target: Target) -> list[Output]:
 
 
 def _plain_outputs(name: str, module: nn.Module) -> list[Output]:
-    dim = 1 if isinstance(module, Conv1D) else 0 if isinstance(module, nn.Linear) else None
-    exact = dim is not None and module.weight.dtype in FOLDABLE and type(module.weight.data) is Tensor
-    if not exact:
+    is_linear = isinstance(module, (Conv1D, nn.Linear))
+    if not is_linear or module.weight.dtype not in FOLDABLE or type(module.weight.data) is not Tensor:
         detail = f" of {module.weight.dtype}" if hasattr(module, "weight") else ""
         raise ConfigError(
             f"{name} is a {type(module).__name__}{detail}: quantised weights cannot hold the folded values exactly "
             f"(4-bit leaks some 7 %); {REMEDY}, or keep this module in 16 bits"
         )
-    return [Output(module.weight, dim)] + ([Output(module.bias, 0)] if module.bias is not None else [])
+    linear: Any = module  # torch's type leaves out that a bias may be None
+    dim = 1 if isinstance(module, Conv1D) else 0
+    return [Output(linear.weight, dim)] + ([Output(linear.bias, 0)] if linear.bias is not None else [])

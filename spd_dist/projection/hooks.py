@@ -94,6 +94,7 @@ def rotary_keys(model: nn.Module, found: list[Target], monitor: ProjectionMonito
         for target in found:
             for part in (part for part in target.parts if part.site.kind == "key"):
                 attention = find_module(model, target.name.rpartition(".")[0])
+                assert attention is not None  # it holds the target, which was found
                 namespace = _namespace(attention, part)
                 namespaces[id(namespace)] = namespace
                 _mark_running(undo, attention, part, running)
@@ -213,7 +214,7 @@ class _ModuleHooks:
             self.watcher = self.target.module.register_forward_hook(self.watch)
             undo.callback(self.watcher.remove)
 
-    def project(self, module: nn.Module, inputs: tuple, output_O: Tensor) -> Tensor:
+    def project(self, module: nn.Module, inputs: Any, output_O: Any) -> Tensor:
         """The output with every site of the module replaced."""
         if not isinstance(output_O, Tensor):
             raise DataError(
@@ -230,7 +231,7 @@ class _ModuleHooks:
             part.columns.write_(projected_O, part.apply(part.columns.read(output_O)))
         return projected_O
 
-    def watch(self, module: nn.Module, inputs: tuple, output_O: Tensor) -> None:
+    def watch(self, module: nn.Module, inputs: Any, output_O: Tensor) -> None:
         """Measure an output as attention sees it; the last time, take this hook off."""
         before_O, self.before_O = self.before_O, None
         for part in self.target.parts:

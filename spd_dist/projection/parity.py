@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from spd_dist.distributed.zero import weights_fingerprint
 from spd_dist.errors import DataError
@@ -34,7 +34,7 @@ class Parity(NamedTuple):
     largest_logit: float
 
 
-def load_float32(folder: Path) -> nn.Module:
+def load_float32(folder: Path) -> PreTrainedModel:
     """The model of a folder, as plain transformers loads it, in float32."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 

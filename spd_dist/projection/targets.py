@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from spd_dist.errors import DataError
+from spd_dist.models.kv_tracing import output_width
 from spd_dist.projection.operators import SitePart
 
 MARK = "spd_projected"
@@ -36,7 +37,8 @@ def targets(model: nn.Module, parts: Mapping[str, list[SitePart]]) -> list[Targe
 
 def find_module(model: nn.Module, name: str) -> nn.Module | None:
     """The module of that name in `model`, or in what PEFT wraps; None if there is none."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    wrapped: Any = model
+    base: nn.Module = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
     for root in (model, base):
         try:
             return root.get_submodule(name.removesuffix(".base_layer"))
@@ -50,8 +52,8 @@ def _target(model: nn.Module, name: str, parts: list[SitePart]) -> Target:
     module = find_module(model, name)
     if module is None:
         raise DataError(f"{sites}: the model has no module {name}; the subspace was computed for another architecture")
-    width = module.out_features if hasattr(module, "out_features") else module.nf if hasattr(module, "nf") else None
-    if not isinstance(width, int):
+    width = output_width(module)
+    if width is None:
         raise DataError(
             f"{sites}: {name} is a {type(module).__name__}, not a linear module; compute the subspace for this model"
         )

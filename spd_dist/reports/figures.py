@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # a tenth of what the launchers import, and needed once a run
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-STYLE = {
+STYLE: dict[Any, Any] = {  # matplotlib types each key by name
     "font.family": "sans-serif",
     "font.size": 10,
     "svg.fonttype": "none",

@@ -9,7 +9,6 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from omegaconf import OmegaConf
 
 from spd_dist.analysis.answer_summary import manner, samples_by_id
 from spd_dist.config import Config
@@ -17,6 +16,7 @@ from spd_dist.reports import figures
 from spd_dist.storage.answers import answers_path, read_answers
 from spd_dist.storage.artifacts import read_json, write_text
 from spd_dist.storage.completions import finished_corpus, open_corpus
+from spd_dist.storage.run_folder import read_config
 from spd_dist.storage.settings import settings_by_key
 from spd_dist.storage.tables import column_of, num_tokens_of
 from spd_dist.types import Answer
@@ -56,7 +56,7 @@ def config_diff(run_folder: Path) -> list[tuple[str, Any, Any]]:
     file = run_folder / "config.yaml"
     if not file.exists():
         return []
-    ours = settings_by_key(OmegaConf.to_container(OmegaConf.load(file)))
+    ours = settings_by_key(read_config(file))
     default = settings_by_key(dataclasses.asdict(Config()))
     keys = sorted(ours.keys() | default.keys())
     return [(key, default.get(key), ours.get(key)) for key in keys if ours.get(key) != default.get(key)]

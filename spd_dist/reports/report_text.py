@@ -28,7 +28,8 @@ def report_text(report: Mapping[str, Any], run_folder: str | Path, *, width: int
     In the table, `ended` are the answers that the arm ended by itself, `strict` and `lenient` those that a result could
     be extracted from, and `loops` those that repeat themselves.
     """
-    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False)
+    text = io.StringIO()
+    console = Console(file=text, width=width, color_system=None, highlight=False)
     console.print(arms_table(report))
     if report["num_samples"] > 1:
         console.print(pass_table(report["arms"]))
@@ -55,7 +56,7 @@ def report_text(report: Mapping[str, Any], run_folder: str | Path, *, width: int
     console.print(f"Next, after `source {shlex.quote(os.path.relpath(sys.prefix))}/bin/activate`:", soft_wrap=True)
     for command in next_commands(run_folder):
         console.print(f"  {command}", soft_wrap=True)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 def next_commands(run_folder: str | Path) -> list[str]:

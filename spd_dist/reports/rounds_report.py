@@ -64,7 +64,8 @@ def _described(number: int, folder: Path, report: Mapping[str, Any]) -> dict[str
 
 def rounds_text(report: Mapping[str, Any], *, width: int = 100) -> str:
     """The rounds as tables for a terminal."""
-    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False)
+    text = io.StringIO()
+    console = Console(file=text, width=width, color_system=None, highlight=False)
     console.print(f"{report['task']}: {len(report['rounds'])} rounds, each on the student of the one before")
     console.print(_arms_table(report))
     for one in report["progress"]:
@@ -74,7 +75,7 @@ def rounds_text(report: Mapping[str, Any], *, width: int = 100) -> str:
     for one in report["rounds"]:
         for before, sites in one["drift"].items():
             console.print(f"Subspace of round {one['round']} against round {before}: {moved(sites)}")
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 def moved(sites: Mapping[str, Mapping[str, Any]]) -> str:

@@ -160,7 +160,8 @@ def _clause(one: Mapping[str, Any], metric: str, num_comparisons: int) -> str:
 
 def seeds_text(result: Mapping[str, Any], *, width: int = 100) -> str:
     """Arms, differences, verdict and notes for a terminal; `sd` is the standard deviation between seeds."""
-    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False)
+    text = io.StringIO()
+    console = Console(file=text, width=width, color_system=None, highlight=False)
     metric, seeds = result["metric"], result["seeds"]
     title = f"{result['task']}: {len(seeds)} seeds ({', '.join(map(str, seeds))}), n {result['num_examples']} each"
     if result["temperature"] > 0:
@@ -179,7 +180,7 @@ def seeds_text(result: Mapping[str, Any], *, width: int = 100) -> str:
     console.print(result["verdict"])
     for note in result["notes"]:
         console.print(f"Note: {note}")
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 def _cells(spread: Mapping[str, Any], metric: str, *, signed: bool) -> list[str]:

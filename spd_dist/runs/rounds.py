@@ -48,6 +48,7 @@ def run_rounds(config: Config, world: World, signals: StopSignals, scope: Scope)
         _check(config, scope.first, scope.last)
         _check_dtype(config, world)
     texts, places = [], folders(config)
+    questions: dict[str, str] = {}
     watch(signals, places[0])
     with ExitStack() as whole:
         for number in range(1, config.rounds + 1):
@@ -61,9 +62,9 @@ def run_rounds(config: Config, world: World, signals: StopSignals, scope: Scope)
             arms = chosen(scope.only or run.config.evaluate.arms)
             run.estimate.expect(parts_of(run.config, arms, world.size, scope.last))
             texts.append(run_stages(run))
+            questions = run.questions() if number == config.rounds > 1 else {}
         if config.rounds == 1:
             return texts[0]
-        questions = run.questions()
         found = on_main("writing the report of the rounds", lambda: add_rounds(places, questions))
     return "\n\n".join([*(f"Round {number}\n{text}" for number, text in enumerate(texts, 1)), rounds_text(found)])
 

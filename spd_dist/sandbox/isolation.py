@@ -123,12 +123,14 @@ class Isolation(Protocol):
     @property
     def name(self) -> str:
         """What the log calls it."""
+        ...
 
     def missing(self) -> str | None:
         """What it needs and this machine lacks, if that can be told without trying."""
 
     def command(self, layout: Layout, user: int | None, inner: Sequence[str]) -> list[str]:
         """What starts `inner` as the first process inside; `user`: whom it will become there, as this one is root."""
+        ...
 
 
 class Bubblewrap:

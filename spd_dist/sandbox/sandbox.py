@@ -181,8 +181,8 @@ class Sandbox:
         inner = [interpreter(), *ISOLATED_PYTHON, "-c", _BOOT, json.dumps(part)]
         process = subprocess.Popen(
             self.isolation.command(self._layout, user, inner),
-            stdin=sockets[0],
-            stdout=sockets[1] if len(sockets) > 1 else subprocess.DEVNULL,
+            stdin=sockets[0].fileno(),
+            stdout=sockets[1].fileno() if len(sockets) > 1 else subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             env=_environment(),
             start_new_session=True,  # a share of the processor of its own, and no terminal

@@ -23,9 +23,10 @@ from spd_dist.distributed.collectives import gather_objects, together
 from spd_dist.distributed.uneven_work import on_main
 from spd_dist.errors import DataError
 from spd_dist.inference.decode import check_context
+from spd_dist.inference.engine_table import EngineWork
 from spd_dist.inference.external.vllm_engine import share_of_work
 from spd_dist.inference.hf_engine import held_to
-from spd_dist.inference.open_engine import EngineWork, open_engine
+from spd_dist.inference.open_engine import open_engine
 from spd_dist.inference.placement import choose_placement, placed
 from spd_dist.inference.requests import Decoded, Request
 from spd_dist.inference.sampling import Sampling
@@ -236,7 +237,7 @@ def _beside(judge: Callable[[Decoded], Answer], decoded: Iterator[Decoded]) -> I
 
 
 def _judged(decoded: Decoded, policy: Policy, test_set: TestSet, row: Row, nll: float | None) -> Answer:
-    output = policy.tokenizer.decode(decoded.tokens, skip_special_tokens=True)
+    output = str(policy.tokenizer.decode(list(decoded.tokens), skip_special_tokens=True))
     spoken = judged_text(policy.tokenizer, decoded.request.tokens, decoded.tokens, test_set.thinking_marks)
     request, score = decoded.request, test_set.task.score(row, spoken)
     completion = Completion(

@@ -131,7 +131,7 @@ NAMES = {field.name for field in dataclasses.fields(Completion)}
 
 
 def _completion_of(row: Mapping[str, Any]) -> Completion:
-    if row.keys() != NAMES:
+    if set(row) != NAMES:
         wrong = ", ".join(sorted(row.keys() ^ NAMES))
         raise DataError(f"not a completion ({wrong} missing or unknown); delete that file")
     tokens = {name: tuple(row[name]) for name in ("prompt_tokens", "tokens")}

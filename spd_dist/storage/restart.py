@@ -41,7 +41,12 @@ def kept_status(path: Path, world: World, last: str) -> Generator[None]:
     Raises:
         DataError: the disk is full or may not be written.
     """
-    described = {"until": last, "world_size": world.size, "host": socket.gethostname(), "pid": os.getpid()}
+    described: dict[str, Any] = {
+        "until": last,
+        "world_size": world.size,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+    }
     described["slurm_job"] = os.environ.get("SLURM_JOB_ID")
 
     def write(state: str, reason: str = "") -> None:
@@ -91,9 +96,10 @@ def restart(path: Path, stage: str, config: Mapping[str, Any]) -> None:
 
 def _restart(path: Path, stage: str, config: Mapping[str, Any]) -> None:
     file, plain = path / "config.yaml", OmegaConf.create(redacted_data(dict(config)))
+    ours: Any = OmegaConf.to_container(plain)
     if not file.exists():
         raise ConfigError(f"--restart-from {stage}: {path} holds no run yet; leave it out")
-    changes = changed(result_settings(read_config(file)), result_settings(OmegaConf.to_container(plain)))
+    changes = changed(result_settings(read_config(file)), result_settings(ours))
     refuse_stale_stages(path, stage, changes)
     refuse_while_running(path, stage)
     target = path / REPLACED / time.strftime("%Y%m%d-%H%M%S")

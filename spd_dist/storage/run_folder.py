@@ -177,7 +177,8 @@ class RunFolder:
         plain = OmegaConf.create(dict(config))
         file = self.path / "config.yaml"
         if file.exists():
-            self._accept(read_config(file), OmegaConf.to_container(plain))
+            new: Any = OmegaConf.to_container(plain)
+            self._accept(read_config(file), new)
         write_text(file, OmegaConf.to_yaml(plain))
         earlier = []
         if (self.path / "environment.json").exists():
@@ -228,6 +229,7 @@ def read_config(file: Path) -> dict[str, Any]:
         DataError: it is not YAML.
     """
     try:
-        return OmegaConf.to_container(load_yaml(file))
+        config: Any = OmegaConf.to_container(load_yaml(file))
+        return config
     except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
         raise corrupt(file, error) from error

@@ -70,7 +70,8 @@ def result_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     flat = settings_by_key(config)
     if "generate.engine" in flat:
-        flat["generate.engine"] = engine_of(*map(flat.get, ENGINE_KEYS))
+        engine, vllm_python, command = (flat.get(key) for key in ENGINE_KEYS)
+        flat["generate.engine"] = engine_of(str(engine), vllm_python, command)
     if "evaluate.engine" in flat:
         flat["evaluate.engine"] = engine_of(flat["evaluate.engine"], flat.get("generate.vllm_python"), None)
     sections = [name for name in ("generate", "evaluate") if flat.get(f"{name}.batch_invariant")]

@@ -181,10 +181,11 @@ def _panel(plot: Plot) -> Any:
         return reports.WeavePanelSummaryTable(table_name=plot.metrics[0])
     if panel.kind == "bars":
         return reports.BarPlot(title=panel.title, metrics=list(plot.metrics))
-    arm = plot.axis.rpartition("/")[2].removesuffix("step").rstrip("_")
-    stage = plot.axis.partition("/")[0]
+    axis = plot.axis or ""
+    arm = axis.rpartition("/")[2].removesuffix("step").rstrip("_")
+    stage = axis.partition("/")[0]
     title = f"{panel.title} ({stage}{f', {arm}' if arm else ''})"
-    return reports.LinePlot(title=title, x=plot.axis, y=list(plot.metrics), log_y=panel.is_logarithmic)
+    return reports.LinePlot(title=title, x=axis, y=list(plot.metrics), log_y=panel.is_logarithmic)
 
 
 def _package(name: str) -> ModuleType:

@@ -13,7 +13,7 @@ import socket
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from spd_dist.config import Metrics
@@ -23,7 +23,7 @@ from spd_dist.tracking.metrics import Product, Value
 
 log = logging.getLogger(__name__)
 
-QUIET = {
+QUIET: dict[str, Any] = {
     "silent": True,
     "console": "off",
     "disable_git": True,
@@ -186,7 +186,7 @@ def open_mirror(
     return None
 
 
-def _identity(config: Metrics, folder: Path, settings: Mapping[str, Any], job: str) -> dict[str, str]:
+def _identity(config: Metrics, folder: Path, settings: Mapping[str, Any], job: str) -> dict[str, Any]:
     """Group, id and name of a run, from what it is and never from a clock."""
     of_all_seeds = {key: value for key, value in result_settings(settings).items() if key != "seed"}
     group = f"{config.experiment or folder.name}-{content_hash(of_all_seeds)[:8]}"
@@ -209,7 +209,7 @@ def _failures(wandb: Any) -> tuple[type[Exception], ...]:
     return (wandb.errors.Error, OSError, TimeoutError, RuntimeError, ValueError, TypeError, *private)
 
 
-def _modes(wanted: str, server: str) -> list[str]:
+def _modes(wanted: str, server: str) -> list[Literal["online", "offline"]]:
     """The modes to try, in order."""
     if wanted == "auto":
         wanted = os.environ.get("WANDB_MODE", "auto")

@@ -38,8 +38,13 @@ def test_stats_count_what_is_there():
 
 def test_a_histogram_counts_every_completion_once():
     bars = length_histogram(LEFT, 4)
-    assert [(bar.start, bar.stop, bar.count) for bar in bars] == [(0, 11, 2), (11, 22, 0), (22, 33, 0), (33, 44, 1)]
-    assert [bar.count for bar in length_histogram([completion(0, [])])] == [1]
+    assert [(bar.start, bar.stop, bar.num_completions) for bar in bars] == [
+        (0, 11, 2),
+        (11, 22, 0),
+        (22, 33, 0),
+        (33, 44, 1),
+    ]
+    assert [bar.num_completions for bar in length_histogram([completion(0, [])])] == [1]
 
 
 def test_a_diff_compares_the_prompts_that_both_answered():

@@ -6,9 +6,11 @@ import copy
 import dataclasses
 import json
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -17,9 +19,12 @@ from families import family_model
 from generating import ALONE, CONFIG, PROGRAM, SEED, corpus, merged, policy_of, prompts, some_projection
 from tiny import save_tiny_model, tiny_tokenizer
 
+from examples.plain_generate import PLAIN
 from spd_dist.config import Generate
+from spd_dist.config.engines import Engine
 from spd_dist.errors import ConfigError, DataError
 from spd_dist.inference.engine_probes import Reference, check_probes, references
+from spd_dist.inference.engine_table import ENGINES
 from spd_dist.inference.external.external_engine import ExternalEngine, command_of, environment_of
 from spd_dist.inference.external.vllm_process import INSIDE
 from spd_dist.inference.hf_cb import ContinuousBatchingEngine
@@ -70,6 +75,19 @@ def program(folder: Path, text: str) -> str:
 def external(policy: Policy, folder: Path, text: str) -> ExternalEngine:
     words = command_of(program(folder, text), folder)
     return ExternalEngine("generate.engine=command", words, policy, folder / "scratch", environment_of(ALONE))
+
+
+def test_each_name_of_an_engine_has_its_row():
+    assert set(ENGINES) == set(get_args(Engine)) - {"auto"}
+
+
+def test_the_engine_of_the_guide_gives_the_same_greedy_corpus(policy, expected, tmp_path, monkeypatch):
+    source, guide = Path("examples/plain_generate.py").read_text(), Path("docs/adding_an_engine.md").read_text()
+    parts = re.findall(r"^```python\n(.*?)^```$", guide, re.MULTILINE | re.DOTALL)
+    assert parts
+    assert all(part in source or part.strip() in source for part in parts)
+    monkeypatch.setitem(ENGINES, "plain", PLAIN)
+    assert run(policy, tmp_path, engine="plain") == expected
 
 
 def test_continuous_batching_gives_the_same_greedy_corpus(policy, expected, tmp_path):
@@ -311,6 +329,7 @@ def test_a_program_that_ignores_sigterm_is_ended_with_what_it_started(policy, tm
 ORPHANED = """
 import sys, time
 from pathlib import Path
+from typing import get_args
 from types import SimpleNamespace
 from spd_dist.inference.decode import Request
 from spd_dist.inference.external.external_engine import ExternalEngine

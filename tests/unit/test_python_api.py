@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import save_tiny_model, tiny_tokenizer
+from tiny import save_tiny_model, tiny_config, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import spd_dist as spd
+from examples.packed_kv import PackedKVForCausalLM, packed
 from spd_dist.errors import ConfigError, DataError
 
 ROWS = [{"prompt": f"What is {a} + 2?", "answer": str(a + 2)} for a in range(6)]
@@ -122,6 +123,44 @@ def test_what_is_wrong_is_named(model):
 
 
 def test_importing_the_package_imports_nothing_heavy():
-    code = "import sys, spd_dist; assert spd_dist.__version__ != '0'; print('torch' in sys.modules, dir(spd_dist)[:2])"
+    code = "import sys, spd_dist; assert spd_dist.__version__ != '0'; print(*dir(spd_dist)[:2], *sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "False ['CapabilitySubspace', 'Config']\n"
+    first, second, *modules = done.stdout.split()
+    assert (first, second) == ("CapabilitySubspace", "Config")
+    ours = {name for name in modules if name.partition(".")[0] == "spd_dist"}
+    assert ours == {"spd_dist"}
+    heavy = {"torch", "transformers", "deepspeed", "peft", "datasets", "numpy", "scipy", "wandb", "omegaconf", "rich"}
+    assert heavy & set(modules) == set()
+
+
+@pytest.mark.parametrize("apply_as", ["hook", "fold"])
+def test_the_architecture_of_the_guide_is_held_to_its_subspace(apply_as):
+    guide, source = Path("docs/adding_an_architecture.md").read_text(), Path("examples/packed_kv.py").read_text()
+    code, sites = re.findall(r"^```\w+\n(.*?)^```$", guide, re.MULTILINE | re.DOTALL)
+    assert all(line in source for line in code.splitlines())
+    torch.manual_seed(0)
+    model = PackedKVForCausalLM(tiny_config()).eval()
+    settings = ["calibrate.layers=[middle]", "project.rank_rule=fixed", "project.rank=4"]
+    subspace = spd.find_subspace(model, tiny_tokenizer(), ROWS, settings)
+    assert [f"{site} {site.module} {site.columns}".split() for site in subspace.sites] == list(
+        map(str.split, sites.splitlines())
+    )
+    outside: dict[str, list[float]] = {"key": [], "value": []}
+
+    def measure(_module, _inputs, output):
+        for site in subspace.sites:
+            z = packed(output, site.kind, 8)
+            basis_DR = subspace.sites[site].basis_DR
+            outside[site.kind].append((z - z @ basis_DR @ basis_DR.T).norm().item() / z.norm().item())
+
+    tokens_BT = torch.randint(3, 200, (2, 9), generator=torch.Generator().manual_seed(0))
+    module = model.get_submodule(next(iter(subspace.sites)).module)
+    with torch.no_grad():
+        with module.register_forward_hook(measure):
+            model(tokens_BT)
+        with spd.projected(model, subspace, apply_as=apply_as), module.register_forward_hook(measure):
+            model.generate(tokens_BT, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    for shares in outside.values():
+        assert shares[0] > 0.3
+        assert len(shares) >= 4
+        assert max(shares[1:]) < 1e-5

@@ -111,7 +111,7 @@ class ExternalEngine:
             "sample": request.sample,
             "seed": request.seed,
             "prompt_tokens": request.tokens,
-            "prompt": self.policy.tokenizer.decode(request.tokens),
+            "prompt": self.policy.tokenizer.decode(list(request.tokens)),
             "eos_token_ids": self.policy.eos_token_ids,
             **asdict(sampling),
         }
@@ -207,7 +207,7 @@ def command_of(template: str | None, model: Path | str, adapter: Path | None = N
     """
     needed = ["{model}", "{prompts}", "{output}"] + (["{adapter}"] if adapter is not None else [])
     missing = [name for name in needed if name not in (template or "")]
-    if missing:
+    if template is None or missing:
         raise ConfigError(
             f"generate.command: {template!r} lacks {', '.join(missing)}; engine=command needs a template like "
             f"'my_engine {' '.join(needed)}'"
@@ -241,7 +241,7 @@ def integers(tokens: Any) -> list[int]:
     return tokens
 
 
-def _follow(lines: BinaryIO, process: subprocess.Popen) -> Iterator[bytes]:
+def _follow(lines: BinaryIO, process: subprocess.Popen[bytes]) -> Iterator[bytes]:
     """Whole lines while the process runs, and at its end what is left: of a process that failed, a torn line."""
     begun = b""
     while True:

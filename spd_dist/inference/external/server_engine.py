@@ -197,7 +197,7 @@ class ServerEngine:
         headers = {"Content-Type": "application/json", "Connection": "close"}
         if key := os.environ.get(self.server.key_variable):
             headers["Authorization"] = f"Bearer {key}"
-        with closing(kind(address.hostname, address.port, timeout=self.timeout_seconds)) as connection:
+        with closing(kind(address.hostname or "", address.port, timeout=self.timeout_seconds)) as connection:
             connection.request("POST", f"{address.path.rstrip('/')}/completions", body, headers)
             answer = connection.getresponse()
             return answer.status, answer.getheader("Retry-After", ""), answer.read()

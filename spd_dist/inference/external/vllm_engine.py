@@ -205,10 +205,10 @@ def check_vllm(config: Generate, policy: Policy, world: World) -> None:
 
 
 class EngineShare(NamedTuple):
-    """Which part of the work a rank does; `index` is None for one whose device serves another rank's engine."""
+    """Which part of the work a rank does; `number` is None for one whose device serves another rank's engine."""
 
-    index: int | None
-    count: int
+    number: int | None
+    num_shares: int
 
 
 def share_of_work(config: Generate, engine: str, world: World) -> EngineShare:

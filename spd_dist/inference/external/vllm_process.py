@@ -138,16 +138,19 @@ class VLLMProcess:
         self._stack.close()
 
     def _read(self) -> None:
+        assert self.process.stdout is not None  # it is piped
         for line in self.process.stdout:
             self._lines.put(line)
         self._lines.put(None)
 
     def _write(self) -> None:
+        inbox = self.process.stdin
+        assert inbox is not None  # it is piped
         while (line := self._outbox.get()) is not None:
             try:
-                self.process.stdin.write(line)
+                inbox.write(line)
                 if self._outbox.empty():
-                    self.process.stdin.flush()
+                    inbox.flush()
             except (OSError, ValueError):  # it has ended: what it said last is read elsewhere
                 return
 
@@ -171,6 +174,7 @@ class EnginePool:
             return self.process
         self.close()
         silence_seconds = config.engine_timeout_seconds
+        assert config.vllm_python is not None  # a rule of the config
         self.process = VLLMProcess(config.vllm_python, settings, folder, environment, silence_seconds)
         self.num_starts += 1
         return self.process

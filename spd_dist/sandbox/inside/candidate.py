@@ -35,7 +35,7 @@ def serve(channel: Channel) -> None:
     operations = {"load": _loader(module.__dict__), "get": module.__dict__.__getitem__, **_OPERATIONS}
     channel.send({"is_ready": True})
     while True:
-        request = channel.receive()
+        request, reply = channel.receive(), {}
         with Outcome() as outcome:
             done = operations[request["do"]](*decode(request["with"], held.__getitem__))
             reply = {"value": encode(done, number_of)}

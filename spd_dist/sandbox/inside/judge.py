@@ -45,8 +45,9 @@ class Program:
         reply = self._channel.receive()
         if "error" in reply:
             kind = vars(builtins).get(reply["error"])
-            is_known = isinstance(kind, type) and issubclass(kind, Exception)
-            raise kind(reply["message"]) if is_known else ProgramError(f"{reply['error']}: {reply['message']}")
+            if isinstance(kind, type) and issubclass(kind, Exception):
+                raise kind(reply["message"])
+            raise ProgramError(f"{reply['error']}: {reply['message']}")
         return decode(reply["value"], self._remote)
 
     def _remote(self, number: int) -> Remote:
@@ -100,14 +101,14 @@ def verdict(channel: Channel, program: str, tests: Sequence[str], setup: str) ->
     candidate = Program(channel)
     namespace: dict[str, Any] = {"__name__": "tests"}
     asserted = _Asserted()
+    reason = "the setup or a test is not Python"
     with Outcome() as outcome:
-        reason = "the setup or a test is not Python"
         prepared = ast.parse(setup)
         trees = [asserted.visit(ast.parse(test)) for test in tests]
         if not asserted.count:
             raise ValueError("no assertion")
         reason = "loading the program"
-        imports = [node for node in prepared.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        imports: list[ast.stmt] = [node for node in prepared.body if isinstance(node, ast.Import | ast.ImportFrom)]
         candidate.ask("load", program, ast.unparse(ast.Module(imports, [])))
         namespace |= {name: importlib.import_module(name) for name in _modules(trees)}
         for name in _names_of_the_program(prepared, trees):

@@ -117,7 +117,8 @@ def encode(value: Any, number_of: Callable[[Any], int]) -> Any:
         return ["made", name, [encode(argument, number_of) for argument in _ARGUMENTS[name](value)]]
     for kind in (list, tuple, set, frozenset):
         if isinstance(value, kind):
-            return [kind.__name__, [encode(item, number_of) for item in kind.__iter__(value)]]
+            items = vars(kind)["__iter__"](value)  # and not by an `__iter__` of a subclass
+            return [kind.__name__, [encode(item, number_of) for item in items]]
     if isinstance(value, dict):
         return ["dict", [[encode(key, number_of), encode(item, number_of)] for key, item in dict.items(value)]]
     return _encode_rare(value, number_of)
@@ -161,7 +162,8 @@ def decode(value: Any, object_of: Callable[[int], Any]) -> Any:
             return _TYPES[name]
         case [("int" | "float" | "bytes" | "bytearray") as kind, str(text)]:
             return _OF_TEXT[kind](text)
-    raise ValueError(f"{str(value)[:80]!r} encodes nothing")
+        case _:
+            raise ValueError(f"{str(value)[:80]!r} encodes nothing")
 
 
 _TYPES: Mapping[str, type] = {

@@ -11,7 +11,13 @@ from typing import Any
 
 from spd_dist.distributed.checkpoint_safety import refuse_code
 from spd_dist.distributed.collectives import any_rank, gather_objects, together
-from spd_dist.distributed.training_engine import DeepSpeedEngine, convert_to_universal, load_engine, save_engine
+from spd_dist.distributed.training_engine import (
+    DeepSpeedEngine,
+    convert_to_universal,
+    load_engine,
+    save_engine,
+    writer_of,
+)
 from spd_dist.distributed.uneven_work import on_main, wait_for_all_ranks
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError, writing
@@ -121,7 +127,7 @@ class Checkpoints:
 
     def complete_if_written(self) -> None:
         """Between two steps: complete the checkpoint if every rank has written its part."""
-        if self.pending is not None and not any_rank(not self.pending.engine.checkpoint_engine.is_idle):
+        if self.pending is not None and not any_rank(not writer_of(self.pending.engine).is_idle):
             self.complete()
 
     def complete(self) -> None:
@@ -134,7 +140,7 @@ class Checkpoints:
             return
         pending, self.pending = self.pending, None
         with together("writing a checkpoint"):
-            digests = pending.engine.checkpoint_engine.digests()
+            digests = writer_of(pending.engine).digests()
         digests = {name: digest for part in gather_objects(digests) for name, digest in part.items()}
         on_main("completing a checkpoint", lambda: self._publish(pending, digests))
 

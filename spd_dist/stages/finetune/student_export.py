@@ -6,9 +6,10 @@ import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spd_dist.config import Model
 from spd_dist.distributed.collectives import together
@@ -103,7 +104,8 @@ class Export:
     def _read_back(self, partial: Path) -> float:
         """How far the logits of the saved model are from the trained one's; it then gets its final name."""
         if is_sharded(self.policy.model):  # too large for one rank, perhaps
-            name = Model(name=str(partial), dtype=str(self.policy.model.dtype).removeprefix("torch."))
+            dtype: Any = str(self.policy.model.dtype).removeprefix("torch.")  # one of the names that a config takes
+            name = Model(name=str(partial), dtype=dtype)
             saved = load_policy(name, self.context.distributed, self.context.world)
             difference = self._difference(probe_logits(saved.model, self.probe, self.context.world.device))
             saved.release()
@@ -113,7 +115,8 @@ class Export:
         return difference
 
     def _read_on_main(self, partial: Path) -> float:
-        loaded = load_saved_model(partial, self.policy.model.dtype).to(self.context.world.device)
+        loaded = load_saved_model(partial, self.policy.model.dtype)
+        nn.Module.to(loaded, self.context.world.device)
         return self._difference(probe_logits(loaded, self.probe, self.context.world.device))
 
     def _start(self, name: str) -> Path:
@@ -121,7 +124,7 @@ class Export:
         self._on_main(partial, lambda: shutil.rmtree(partial, ignore_errors=True))
         return partial
 
-    def _on_main(self, path: Path, action: Callable[[], None]) -> None:
+    def _on_main(self, path: Path, action: Callable[[], object]) -> None:
         def act() -> None:
             with writing(path):
                 action()

@@ -146,7 +146,7 @@ def _save(
 ) -> tuple[SavedAdapter | None, SavedModel | None]:
     card = Card(
         base_model=policy.name,
-        base_path=policy.model.name_or_path,
+        base_path=str(policy.model.name_or_path),
         loss_on=config.loss_on,
         facts={
             **context.facts,

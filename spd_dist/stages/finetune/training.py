@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -130,7 +131,8 @@ class Trainer:
             with self.progress, naming_lagging_ranks(self.heartbeat), global_generator_kept(self.context.world):
                 self.progress.skip(self.state.step)
                 self._train(engine)
-            saved_step = self.state.best_step if self._keeps_best else self.state.step
+            best_step = self.state.best_step if self._keeps_best else None
+            saved_step = self.state.step if best_step is None else best_step
             if saved_step != self.state.step:
                 close_engine(engine)
                 done = self.state
@@ -151,7 +153,8 @@ class Trainer:
     @property
     def _varlen(self) -> bool:
         """Flash-attention keeps packed sequences apart only if all of them stand in one row."""
-        return self.config.packing and self.policy.model.config._attn_implementation.startswith("flash")
+        settings: Any = self.policy.model.config
+        return self.config.packing and settings._attn_implementation.startswith("flash")
 
     def _engine(self, found: Found | None) -> DeepSpeedEngine:
         config = self.config
@@ -164,7 +167,7 @@ class Trainer:
         engine = training_engine(
             self.student, settings, learning_rate=config.learning_rate, weight_decay=config.weight_decay
         )
-        if found is not None:
+        if found is not None and folder is not None:
             self.checkpoints.load(engine, folder)
             self.state = record_of(State, found.state)
             log.info("finetune: goes on after step %d of %d", found.step, self.num_steps)

@@ -17,8 +17,9 @@ from spd_dist.distributed.collectives import all_equal, broadcast_object, gather
 from spd_dist.distributed.uneven_work import on_main, wait_for_all_ranks
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError, DataError
+from spd_dist.inference.engine_table import EngineWork
 from spd_dist.inference.external.vllm_engine import share_of_work
-from spd_dist.inference.open_engine import EngineWork, choose_engine, open_engine
+from spd_dist.inference.open_engine import choose_engine, open_engine
 from spd_dist.inference.requests import Decoded, Request
 from spd_dist.inference.sampling import Sampling
 from spd_dist.models.policy import Policy
@@ -198,7 +199,7 @@ def _write(decoded: Iterable[Decoded], policy: Policy, config: Generate, context
 
 def _completion(decoded: Decoded, policy: Policy) -> Completion:
     request = decoded.request
-    text = policy.tokenizer.decode(decoded.tokens, skip_special_tokens=True)
+    text = str(policy.tokenizer.decode(list(decoded.tokens), skip_special_tokens=True))
     return Completion(
         request.id, request.sample, request.seed, request.tokens, decoded.tokens, text, decoded.finish_reason
     )

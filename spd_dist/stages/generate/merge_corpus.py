@@ -14,7 +14,7 @@ import torch
 from spd_dist.config import Generate
 from spd_dist.distributed.lock import alone_in
 from spd_dist.errors import DataError
-from spd_dist.inference.open_engine import Opened
+from spd_dist.inference.engine_table import ENGINES, Opened
 from spd_dist.inference.sampling import suggested_decoding
 from spd_dist.models.policy import Policy
 from spd_dist.stages.generate.corpus_requests import Requests
@@ -133,13 +133,6 @@ def check_rates(counts: CorpusCounts, config: Generate) -> None:
         )  # fmt: skip
 
 
-REPEATED = {
-    "hf": "each its own, by its seed: in float32 the same in every batch, in 16 bits with generate.batch_invariant",
-    "hf_cb": "drawn together: the same in distribution only",
-    "vllm": "each its own, by its seed: the same up to how the engine rounds in a batch",
-    "server": "each its own, by its seed: the same up to how the server rounds in a batch",
-}
-"""What a second run of an engine repeats."""
 LARGEST_LEAKAGE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
@@ -264,5 +257,5 @@ def _described(attempts: Sequence[Attempt]) -> dict[str, object]:
         "engine_starts": sum(attempt.engine_starts for attempt in attempts),
         "batch_size": attempts[0].batch_size,
         "suggested_decoding": attempts[0].suggested_decoding,
-        "samples": REPEATED.get(attempts[0].engine, "as the program draws them"),
+        "samples": ENGINES[attempts[0].engine].repeats,
     }

@@ -158,7 +158,7 @@ def _shared(cut: Mapping[KVSite, SiteSubspace], sites: Sequence[KVSite]) -> dict
     return shared
 
 
-def _outline(part: SiteSubspace) -> tuple[int, dict]:
+def _outline(part: SiteSubspace) -> tuple[int, dict[str, Any]]:
     """The rank, and all fields that are not tensors."""
     return part.basis_DR.shape[1], {key: value for key, value in vars(part).items() if not isinstance(value, Tensor)}
 

@@ -9,6 +9,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -136,5 +137,5 @@ def load_sketches(path: str | Path, device: torch.device | str = "cpu") -> dict[
     return sketches
 
 
-def _site(fields: dict) -> KVSite:
+def _site(fields: dict[str, Any]) -> KVSite:
     return record_of(KVSite, fields | {"columns": tuple(tuple(pair) for pair in fields["columns"])})

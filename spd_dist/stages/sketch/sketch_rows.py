@@ -91,7 +91,13 @@ def _check_states(shards: Mapping[int, ShardSketch], sites: Sequence[KVSite], pl
             )
 
 
-def _take_(shards: dict, batch: GradientBatch, number: int, sites: Sequence[KVSite], plans: Mapping) -> None:
+def _take_(
+    shards: dict[int, ShardSketch],
+    batch: GradientBatch,
+    number: int,
+    sites: Sequence[KVSite],
+    plans: Mapping[int, SketchPlan],
+) -> None:
     if batch.shard not in shards:
         device = next((rows_ND.device for rows_ND in batch.grad_ND.values()), torch.device("cpu"))
         shards[batch.shard] = ShardSketch(sites, plans, device)

@@ -9,6 +9,8 @@ left out, and one engine serves the policy projected and as it is.
 Shapes: N tokens, D width of a site over all ranks, d this rank's part of it.
 """
 
+# vLLM is not installed where the types are checked: its pins are its own.
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import json
@@ -129,8 +131,8 @@ def install(model: nn.Module, sites: list[dict[str, Any]]) -> None:
         (_behind_fused if is_fused else _behind_linear)(site, module)
 
 
-def _base(module: nn.Module) -> nn.Module:
-    """The layer inside one that carries adapters."""
+def _base(module: Any) -> Any:
+    """The layer inside one that carries adapters; vLLM's, whose fields torch does not type."""
     return module.base_layer if hasattr(module, "base_layer") else module
 
 
@@ -190,7 +192,7 @@ def _behind_linear(site: dict[str, Any], module: nn.Module) -> None:
 
 
 def _behind_rope(site: dict[str, Any], parent: nn.Module) -> None:
-    attention = next((module for module in parent.modules() if isinstance(module, Attention)), None)
+    attention: Any = next((module for module in parent.modules() if isinstance(module, Attention)), None)
     if attention is None:
         raise ValueError(f"{site['name']}: vLLM has no attention of its usual kind there, whose keys could be reached")
     linear = next(module for module in parent.modules() if hasattr(module, "params_dtype"))

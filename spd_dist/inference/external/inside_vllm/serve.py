@@ -10,6 +10,8 @@ and out: {"ready": {...}}, then a line for each of them. Requests are answered a
 time. It imports nothing of the package that it comes with: vllm pins other versions of torch and transformers.
 """
 
+# vLLM is not installed where the types are checked: its pins are its own.
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import json

@@ -1,0 +1,47 @@
+"""A generation engine, as docs/adding_an_engine.md tells it: `model.generate`, one prompt at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from spd_dist.inference.engine_table import EngineKind, EngineSetup, Opened
+from spd_dist.inference.hf_cb import pinned
+from spd_dist.inference.requests import Decoded, Request
+from spd_dist.inference.sampling import Sampling
+from spd_dist.models.policy import Policy
+
+
+@dataclass
+class PlainGenerate:
+    """transformers' own loop, on the policy that the projection is on already."""
+
+    policy: Policy
+    name: str = "plain"
+
+    def complete(self, requests: Sequence[Request], sampling: Sampling) -> Generator[Decoded, None, None]:
+        """A completion a request; its random numbers come from its seed alone."""
+        model: Any = self.policy.model
+        for request in requests:
+            tokens_1T = torch.tensor([request.tokens], device=model.device)
+            with torch.random.fork_rng():
+                torch.manual_seed(request.seed % 2**63)
+                whole_1T = model.generate(
+                    tokens_1T,
+                    attention_mask=torch.ones_like(tokens_1T),
+                    generation_config=pinned(sampling, self.policy),
+                )
+            tokens = tuple(whole_1T[0, len(request.tokens) :].tolist())
+            yield Decoded(request, tokens, "stop" if tokens[-1] in self.policy.eos_token_ids else "length")
+
+
+def open_plain(setup: EngineSetup, stack: ExitStack) -> Opened:
+    """It needs nothing that would have to be closed."""
+    return setup.opened(PlainGenerate(setup.policy))
+
+
+PLAIN = EngineKind(open_plain, "each its own, by its seed", in_process=True)
