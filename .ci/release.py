@@ -117,6 +117,17 @@ def extra_faults(root: Path) -> list[str]:
     return found
 
 
+def lock_faults(root: Path) -> list[str]:
+    """Whether pip finds a file with one of the hashes for every line of requirements.lock; it installs nothing."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "--no-deps",
+               "--require-hashes", "-r", str(root / "requirements.lock")]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return []
+    said = [line for line in done.stderr.splitlines() if line.strip() and "WARNING" not in line]
+    return [f"requirements.lock: pip --require-hashes refuses it: {' '.join(said[-6:]) or 'and says no reason'}"]
+
+
 def _output(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
@@ -135,7 +146,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if not wrong:
         with tempfile.TemporaryDirectory() as place:
             archive, wheel = build(root, Path(place))
-            wrong = wheel_faults(wheel, root) + extra_faults(root)
+            wrong = wheel_faults(wheel, root) + extra_faults(root) + lock_faults(root)
             if not wrong:
                 (root / "dist").mkdir(exist_ok=True)
                 for file in (archive, wheel):

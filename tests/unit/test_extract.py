@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spd_dist.data.scoring import programs
 from spd_dist.data.scoring.extract import all_boxed, boxed, fenced, without_calculator
 
 
@@ -44,3 +45,12 @@ def test_the_first_fenced_block_with_content_is_the_program():
     assert fenced("```\n\n```\n```py\nz\n```") == "z\n"
     assert fenced("```python\nx = 1") == "x = 1"
     assert fenced("x = 1") is None
+
+
+@pytest.mark.parametrize("endless", ["try:\n" + " x = 1\n" * 4000, "@a\n" * 4000, "x = (\n" * 4000, "a b\n" * 4000])
+def test_no_text_is_parsed_once_for_every_line_of_it(monkeypatch, endless):
+    """A rank judges beside decoding: 4000 lines that each end in an error took it half a minute."""
+    parsed, real = [], programs.ast.parse
+    monkeypatch.setattr(programs.ast, "parse", lambda *words: parsed.append(words) or real(*words))
+    assert programs.python_in(f"import os\n{endless}") == "import os"
+    assert len(parsed) < programs.MAX_PARSES + 20

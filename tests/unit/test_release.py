@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import re
@@ -54,6 +55,26 @@ def test_what_is_missing_in_a_wheel_is_named(wheel, tmp_path):
     tree = shutil.copytree(Path("spd_dist"), tmp_path / "spd_dist", symlinks=True)
     (tree / "hub" / "later.md.j2").write_text("not in the wheel")
     assert f"{wheel.name}: spd_dist/hub/later.md.j2 is missing" in release.wheel_faults(wheel, tmp_path)
+
+
+def test_a_package_whose_hash_is_not_the_locked_one_is_refused(tmp_path):
+    """And one without a hash: of a wheel of our own, so that nothing is downloaded."""
+    (tmp_path / "pkg").mkdir()
+    (tmp_path / "pkg" / "pyproject.toml").write_text('[project]\nname = "pkg-of-ours"\nversion = "1"\n')
+    release._build("build_wheel", tmp_path / "pkg", tmp_path)
+    (file,) = tmp_path.glob("*.whl")
+    line, digest = f"--no-index\n--find-links {tmp_path}\npkg-of-ours==1", hashlib.sha256(file.read_bytes()).hexdigest()
+    for text, fault in {
+        f"{line} --hash=sha256:{digest}": "",
+        f"{line} --hash=sha256:{'0' * 64}": "hash",
+        line: "hash",
+    }.items():
+        (tmp_path / "requirements.lock").write_text(f"{text}\n")
+        found = release.lock_faults(tmp_path)
+        assert bool(found) == bool(fault)
+        assert all(
+            one.startswith("requirements.lock: pip --require-hashes refuses it: ") and fault in one for one in found
+        )
 
 
 def test_batch_scripts_need_the_clone_and_say_so(wheel, tmp_path):

@@ -19,6 +19,8 @@ IMPORTS = (
     "from collections import *\nfrom typing import *"
 )
 """What the field's harnesses put before a program."""
+MAX_PARSES = 256
+"""After so many tries a program's end is no longer looked for line by line."""
 MAX_LINES = 500
 """Of a longer text no program is looked for behind an error that stands above all of it."""
 _MARK_LINE = re.compile(
@@ -112,16 +114,20 @@ def python_in(text: str) -> str | None:
 def longest_program(lines: Sequence[str], after: str = "") -> str | None:
     """The most of `lines`, from the first on, that parse as Python behind `after`; None if not one does.
 
-    A line that is a syntax error ends it, so that nothing is parsed twice for every line.
+    A line that is a syntax error ends it, so that nothing is parsed twice for every line. Where each end is an error of
+    its own (a `try` without its `except`), lines are given up one by one, and from `MAX_PARSES` on ever more at once.
     """
     num_before = len(after.splitlines())
     head = [after] if after else []
-    stop = len(lines)
+    stop, step, num_parses = len(lines), 1, 0
     while stop > 0:
+        num_parses += 1
+        step = step if num_parses <= MAX_PARSES else 2 * step
         error = _syntax_error("\n".join([*head, *lines[:stop]]))
         if error is None:
             return "\n".join(lines[:stop]).rstrip()
-        stop = min(stop, max(error - num_before, 0)) - 1 if error > num_before else stop - 1
+        end = min(stop, max(error - num_before, 0)) if error > num_before else stop
+        stop = max(end - step, 1) if end > 1 else 0
         if error <= num_before and len(lines) > MAX_LINES:
             return None
     return None
