@@ -10,7 +10,10 @@ from pathlib import Path
 from spd_dist.redaction import redacted
 
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
+BROKEN = {errno.EIO, errno.ESTALE, errno.ENODEV, errno.EREMOTEIO}
+"""The disk, or the server that holds it, does not answer as one does."""
 MAKE_ROOM = "make room or fix the permissions, and start the same command again: what was finished is kept"
+REPAIR = "see to the disk or its server, and start the same command again: what was finished is kept"
 
 
 class UserError(ValueError):
@@ -48,11 +51,17 @@ class StopRequested(UserError):
 
 
 @contextmanager
-def writing(path: str | Path) -> Generator[None]:
-    """Turn a full or forbidden disk, met in the body, into a `DataError` that names `path` and the remedy."""
+def writing(path: str | Path | None = None) -> Generator[None]:
+    """Turn a full, forbidden or broken disk, met in the body, into a `DataError` that names `path` and the remedy.
+
+    Without a path, the body may read as well, and the error says where.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno not in UNWRITABLE:
+        if error.errno not in UNWRITABLE | BROKEN:
             raise
-        raise DataError(f"{path} cannot be written: {error.strerror}; {MAKE_ROOM}") from error
+        done = "be written" if path and error.errno in UNWRITABLE else "be read or written"
+        remedy = MAKE_ROOM if error.errno in UNWRITABLE else REPAIR
+        place = path or error.filename or "a file of the run"
+        raise DataError(f"{place} cannot {done}: {error.strerror}; {remedy}") from error

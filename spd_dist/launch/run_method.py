@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from spd_dist.config import STAGES, Config
-from spd_dist.errors import ConfigError, DataError, UserError
+from spd_dist.errors import ConfigError, DataError, UserError, writing
 from spd_dist.overrides import load_config, split_words, to_yaml
 from spd_dist.process.environment import home_of, make_room, where_files_go
 from spd_dist.process.launcher_watchdog import watch_launchers
@@ -167,7 +167,8 @@ def on_every_rank(config: Config, work: Callable[[World], str]) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     try:
-        summary = work(world)
+        with writing():  # wherever a disk breaks, it is one sentence
+            summary = work(world)
     except UserError as error:
         if world.is_main or not error.is_shared:
             print(f"error: {error}", file=sys.stderr, flush=True)

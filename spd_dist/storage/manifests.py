@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import glob
+import os
 import shutil
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,6 +18,8 @@ from spd_dist.storage.artifacts import clear_folder, missing, partial_path, read
 MANIFEST = "manifest.json"
 STARTED = "started.json"
 """The inputs that the unfinished work in a stage's folder was made from."""
+SECONDS_UNTIL_SEEN = 90.0
+"""NFS's `acdirmax` is 60 s."""
 NO_TIME = {"seconds": 0.0, "device_seconds": 0.0}
 """What a stage took that was taken over."""
 
@@ -34,6 +39,24 @@ def described(folder: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
                 name = file.relative_to(folder).as_posix()
                 files[name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
     return files
+
+
+def wait_until_seen(folder: Path, names: Iterable[str], seconds: float = SECONDS_UNTIL_SEEN) -> None:
+    """Wait until this host sees files that another one has written, by their names inside `folder`.
+
+    NFS remembers what was looked for and was not there, and shows it up to a minute late.
+
+    Raises:
+        DataError: one is missing, still.
+    """
+    deadline = time.monotonic() + seconds
+    for path in (folder / name for name in names):
+        while not path.exists():
+            if time.monotonic() > deadline:
+                raise missing(path)
+            with contextlib.suppress(OSError):
+                os.listdir(path.parent)  # opening a folder lets NFS ask its server
+            time.sleep(0.1)
 
 
 def why_not_complete(folder: Path, inputs: Mapping[str, str]) -> str | None:

@@ -34,6 +34,7 @@ from spd_dist.storage.manifests import (
     publish,
     set_aside,
     take_over,
+    wait_until_seen,
     why_not_complete,
 )
 from spd_dist.storage.settings import changed, first_reader, result_settings
@@ -159,12 +160,14 @@ class RunFolder:
         return on_main(f"finishing {stage}", finish)
 
     def manifest(self, stage: str) -> dict[str, Any]:
-        """What `finish` wrote.
+        """What `finish` wrote; every rank sees the files that it names from here on.
 
         Raises:
             DataError: the stage is not finished.
         """
-        return on_main(f"reading the manifest of {stage}", lambda: read_json(self.folder(stage) / MANIFEST))
+        found = on_main(f"reading the manifest of {stage}", lambda: read_json(self.folder(stage) / MANIFEST))
+        wait_until_seen(self.folder(stage), found["outputs"])
+        return found
 
     def output_hash(self, stage: str, *files: str) -> str:
         """One hash of all outputs of a finished stage, or of some: the input of the stages after it."""
