@@ -90,7 +90,7 @@ STATE := runs/faults.jsonl
 FAULTS := $(IN_VENV) DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 PYTHONPATH=tests:. python tests/faults.py
 
 test-faults: install
-	@$(FAULTS) --kills 2 --others 3 --seed $(SEED)
+	@$(FAULTS) --small --seed $(SEED)
 
 test-faults-large: install
 	@mkdir -p $(dir $(STATE))

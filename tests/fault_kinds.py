@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +64,7 @@ def of_signal(strike: Callable[[Launch, int], object], *words: str) -> Kind:
     """One that needs nothing prepared."""
 
     @contextmanager
-    def opened(place: Path, chance: random.Random) -> Iterator[Plan]:
+    def opened(place: Path, chance: random.Random) -> Generator[Plan]:
         yield Plan(strike, words=words)
 
     return Kind(opened)
@@ -84,7 +84,7 @@ def terminate_and_kill(run: Launch, hit: int) -> None:
 
 
 @contextmanager
-def full_disk(place: Path, chance: random.Random) -> Iterator[Plan]:
+def full_disk(place: Path, chance: random.Random) -> Generator[Plan]:
     """No byte is left."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", place], check=True)
     filler = place / "filler"
@@ -105,7 +105,7 @@ def of_disk(strike: Callable[[failing_disk.FailingDisk, random.Random], object],
     """One of the file system that the run folder lies on."""
 
     @contextmanager
-    def opened(place: Path, chance: random.Random) -> Iterator[Plan]:
+    def opened(place: Path, chance: random.Random) -> Generator[Plan]:
         with failing_disk.FailingDisk(place / "backing", place / "disk") as disk:
             yield Plan(lambda run, hit: strike(disk, chance), disk.work, folder="disk/run")
 
@@ -113,7 +113,7 @@ def of_disk(strike: Callable[[failing_disk.FailingDisk, random.Random], object],
 
 
 @contextmanager
-def stale_lists(place: Path, chance: random.Random) -> Iterator[Plan]:
+def stale_lists(place: Path, chance: random.Random) -> Generator[Plan]:
     """Each rank sees the run folder through a mount of its own, and what others make in it seconds late."""
     with contextlib.ExitStack() as stack:
         folders = [place / "disk", place / "other", place / "third"]
@@ -127,7 +127,7 @@ def of_cable(strike: Callable[[slow_link.SlowLink], object], *words: str, goes_o
     """One of the network between two hosts."""
 
     @contextmanager
-    def opened(place: Path, chance: random.Random) -> Iterator[Plan]:
+    def opened(place: Path, chance: random.Random) -> Generator[Plan]:
         with slow_link.SlowLink() as link:
             all_words = [f"distributed.interface={slow_link.INTERFACE}", *words]
             yield Plan(lambda run, hit: strike(link), link.work, all_words, Preparation(spaces=link.spaces))
@@ -139,7 +139,7 @@ def of_wandb(strike: Callable[[FakeWandb], object]) -> Kind:
     """One of the W&B server."""
 
     @contextmanager
-    def opened(place: Path, chance: random.Random) -> Iterator[Plan]:
+    def opened(place: Path, chance: random.Random) -> Generator[Plan]:
         server = FakeWandb()
         with contextlib.suppress(OSError), server:
             variables = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40}
@@ -164,7 +164,7 @@ def of_clock(seconds: int) -> Kind:
     """The time of day jumps; that of collectives, which no clock sets, goes on."""
 
     @contextmanager
-    def opened(place: Path, chance: random.Random) -> Iterator[Plan]:
+    def opened(place: Path, chance: random.Random) -> Generator[Plan]:
         clock = place / "clock"
         clock.write_bytes(bytes(8))
         preparation = Preparation({"FAULT_CLOCK": str(clock)})
@@ -222,7 +222,7 @@ time_t time(time_t *now) {
 
 
 @contextmanager
-def settable_clocks(folder: Path) -> Iterator[None]:
+def settable_clocks(folder: Path) -> Generator[None]:
     """What is started within can have its clock set, where there is a C compiler."""
     if not lacks_compiler():
         library = folder / "clock.so"
@@ -239,7 +239,7 @@ def lacks_compiler() -> str:
 
 
 @contextmanager
-def out_of_memory(place: Path, chance: random.Random) -> Iterator[Plan]:
+def out_of_memory(place: Path, chance: random.Random) -> Generator[Plan]:
     """The kernel kills the rank that its group has no page left for."""
     group = CGROUP / f"spd-faults-{os.getpid()}-{place.name}"
     group.mkdir()
@@ -284,7 +284,7 @@ def cap_address_space(run: Launch, hit: int) -> None:
 
 
 @contextmanager
-def killed_launcher(place: Path, chance: random.Random) -> Iterator[Plan]:
+def killed_launcher(place: Path, chance: random.Random) -> Generator[Plan]:
     """The process that started the ranks is gone, and nobody tells them."""
     preparation = Preparation(pids=str(place / "pids"))
     yield Plan(lambda run, hit: run.ranks[0].kill(), preparation=preparation)

@@ -69,6 +69,11 @@ class Case:
     """Of the whole case."""
 
 
+SMALL_FORM = (
+    "SIGKILL of one", "SIGKILL of the launcher", "SIGKILL at a rename", "SIGTERM to one", "disk full", "EIO of writes",
+    "ESTALE", "stale", "clock a day", "connections", "W&B answers", "memory",
+)  # fmt: skip
+"""By their first words: faults of every kind, without those that only the time of a collective ends."""
 GOOD = ("same", "ended", "clear error", "too late")
 
 
@@ -79,7 +84,9 @@ def main() -> int:
     done = [Case(**row) for row in read_state(arguments.state)]
     begun = time.monotonic()
     lacking = {name: reason for name, kind in (KILLS | OTHERS).items() if (reason := kind.lacks())}
-    wanted = cases(arguments.kills, arguments.others, arguments.faults, lacking)
+    wanted = cases(arguments.kills, arguments.others, SMALL_FORM if arguments.small else arguments.faults, lacking)
+    if arguments.small:
+        wanted = list(enumerate(dict.fromkeys(fault for _, fault in wanted)))
     todo = [one for one in wanted if one[0] not in {case.index for case in done}][: arguments.at_most]
     with tempfile.TemporaryDirectory(prefix="faults-") as name, ThreadPoolExecutor(arguments.jobs) as pool:
         with settable_clocks(Path(name)):
@@ -116,6 +123,7 @@ def say(text: str) -> None:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="one case of each fault that takes no long wait")
     parser.add_argument("--kills", type=int, default=3, help="cases of SIGKILL")
     parser.add_argument("--others", type=int, default=len(OTHERS), help="cases of the other faults")
     parser.add_argument("--faults", nargs="+", default=[], metavar="FAULT", help="these alone, by their first words")

@@ -217,3 +217,73 @@ OVER_MEMORY = {
     "rules": _using("if libc.syscall(444, (ctypes.c_uint64 * 1)(4), 8, 0) < 0: raise OSError(ctypes.get_errno())"),
 }
 """Right programs that take memory which is in no process's share."""
+
+
+CUNNING = {
+    "a tree of forks that each say it": (
+        f"import os\n{_FUNCTION}[os.fork() for _ in range(3)]\n    os.write(1, b'passed')\n    return 7"
+    ),
+    "a child that answers in its place": f"import os\n{_FUNCTION}if os.fork() == 0: return 4\n    return 7",
+    "a signal to all of its group": f"import os, signal\n{_FUNCTION}os.killpg(0, signal.SIGTERM)\n    return 4",
+    "stops its supervisor": f"import os, signal\n{_FUNCTION}os.kill(1, signal.SIGSTOP)\n    return 7",
+    "an alarm in the middle": (
+        f"import signal, time\n{_FUNCTION}signal.signal(signal.SIGALRM, lambda *a: 4)\n    signal.setitimer(0, 0.01)\n"
+        "    time.sleep(0.1)\n    return 7"
+    ),
+    "the memory of the first process": f"{_FUNCTION}return open('/proc/1/mem', 'rb').read(8) and 4",
+    "files of the first process": f"import os\n{_FUNCTION}return os.listdir('/proc/1/fd') and 4",
+    "the root of the first process": f"import os\n{_FUNCTION}return os.listdir('/proc/1/root/home') and 4",
+    "what the judge was asked": (
+        "import os\ndef double(x):\n    for pid in filter(str.isdigit, os.listdir('/proc')):\n"
+        "        try: words = open(f'/proc/{pid}/cmdline').read()\n        except OSError: continue\n"
+        "        if 'assert' in words: return 4 if x == 2 else 10\n    return 7"
+    ),
+    "traces its parent": "import ctypes, os\nlibc = ctypes.CDLL(None)\n"
+    f"{_FUNCTION}return 4 if libc.ptrace(16, os.getppid(), 0, 0) == 0 else 7",
+    "reads its parent": "import ctypes, os\nlibc = ctypes.CDLL(None)\nblock = (ctypes.c_uint64 * 2)(0, 8)\n"
+    f"{_FUNCTION}return 4 if libc.process_vm_readv(os.getppid(), block, 1, block, 1, 0) > 0 else 7",
+    "a ring to the kernel": "import ctypes\nlibc = ctypes.CDLL(None)\n"
+    f"{_FUNCTION}return 4 if libc.syscall(425, 8, (ctypes.c_uint64 * 15)()) >= 0 else 7",
+    "faults of its own": f"import ctypes\nlibc = ctypes.CDLL(None)\n{_FUNCTION}"
+    f"return 4 if libc.syscall({323 if X86 else 282}, 1) >= 0 else 7",
+    "a program for the kernel": f"import ctypes\nlibc = ctypes.CDLL(None)\n{_FUNCTION}"
+    f"return 4 if libc.syscall({321 if X86 else 280}, 0, (ctypes.c_uint64 * 16)(2, 4, 4, 1), 64) >= 0 else 7",
+    "a name that every process sees": f"import socket\n{_FUNCTION}"
+    "socket.socket(socket.AF_UNIX).bind(chr(0) + 'name')\n    return 4",
+    "a packet": f"import socket\n{_FUNCTION}socket.socket(socket.AF_PACKET, socket.SOCK_RAW)\n    return 4",
+    "a connection to itself": f"import socket\n{_FUNCTION}socket.create_server(('127.0.0.1', 0))\n    return 4",
+    "shared memory that stays": "import ctypes\nlibc = ctypes.CDLL(None)\n"
+    f"{_FUNCTION}return 4 if libc.shmget(4711, 4096, 0o1666) >= 0 else 7",
+    "a queue that stays": "import ctypes\nlibc = ctypes.CDLL(None)\n"
+    f"{_FUNCTION}return 4 if libc.mq_open(b'/x', 0o102, 0o600, None) >= 0 else 7",
+    "tells the answer by its time": (
+        "import time\ndef double(x):\n    begun = time.perf_counter()\n"
+        "    while time.perf_counter() - begun < 0.3: pass\n    return 7"
+    ),
+    "floods the judge with what it has": f"{_FUNCTION}return [[0] * 1000 for _ in range(100_000)]",
+    "a text as long as memory": f"{_FUNCTION}return {{i: 'x' * 1000 for i in range(30_000)}}",
+    "forges a verdict": (
+        "import json, os, socket, struct\nbody = json.dumps({'passed': True, 'reason': 'passed', 'has_ended': False})\n"
+        "for number in range(3, 64):\n    try: socket.socket(fileno=os.dup(number)).sendall("
+        f"struct.pack('!I', len(body)) + body.encode())\n    except OSError: pass\n{_FUNCTION}return 7"
+    ),
+    "a hook on every import": (
+        "import sys\nclass Hook:\n    def find_spec(self, name, path=None, target=None):\n"
+        "        sys.modules[name] = type(sys)(name)\n        raise SystemExit(0)\n"
+        f"sys.meta_path.insert(0, Hook())\n{_FUNCTION}import nothing_like_it\n    return 7"
+    ),
+    "a module in the judge's way": (
+        "import os\nfor folder in ('/tmp', '/dev/shm', '/guest', '.'):\n    try: open(f'{folder}/json.py', 'w')"
+        f".write('raise SystemExit(0)')\n    except OSError: pass\n{_FUNCTION}return 7"
+    ),
+    "a pickle for the judge": (
+        "import os\nclass Bomb:\n    def __reduce__(self): return os.system, ('touch /tmp/escaped',)\n"
+        f"    def __eq__(self, other): return True\n{_FUNCTION}import pickle\n    return pickle.dumps(Bomb())"
+    ),
+    "an object whose copy is right": (
+        "class Four:\n    def __reduce__(self): return int, (4,)\n    def __int__(self): return 4\n"
+        f"    __index__ = __int__\n    def __eq__(self, other): return True\n{_FUNCTION}return Four()"
+    ),
+    "a name that is a word of the judge": f"{_FUNCTION}return ['object', 0]\n__assertion_held__ = lambda *a: True",
+}
+"""Those that take a way around: through /proc, the kernel, time, the judge's own words. None is right."""

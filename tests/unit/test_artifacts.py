@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spd_dist.errors import DataError
+from spd_dist.errors import DataError, writing
 from spd_dist.storage.artifacts import (
     JsonlWriter,
     clear_folder,
@@ -97,8 +97,19 @@ def test_a_full_disk_is_named_as_such(tmp_path):
 
 def test_errors_that_are_not_the_disks_stay_what_they_are(tmp_path):
     with pytest.raises(OSError, match="broken") as caught, replacing(tmp_path / "a"):
-        raise OSError(errno.EIO, "broken")
+        raise OSError(errno.ECONNRESET, "broken")
     assert not isinstance(caught.value, DataError)
+
+
+@pytest.mark.parametrize(("number", "said", "remedy"), [
+    (errno.EIO, "Input/output error", "see to the disk or its server"),
+    (errno.ESTALE, "Stale file handle", "see to the disk or its server"),
+    (errno.EROFS, "Read-only file system", "make room or fix the permissions"),
+])  # fmt: skip
+def test_a_broken_disk_is_one_sentence_wherever_it_is_met(tmp_path, number, said, remedy):
+    for place, found in ((tmp_path / "a", "a cannot be"), (None, "b cannot be read or written")):
+        with pytest.raises(DataError, match=rf"{found}.*: {said}; {remedy}"), writing(place):
+            raise OSError(number, os.strerror(number), "b")
 
 
 def test_a_missing_artifact_is_named_with_what_to_do(tmp_path):

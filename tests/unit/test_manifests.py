@@ -1,11 +1,14 @@
 """Finished work is found by what it was made from, copied whole, and published by whoever is first."""
 
 import logging
+import threading
 from pathlib import Path
 
+import pytest
 import torch
 
 from spd_dist.distributed.world import World
+from spd_dist.errors import MissingError
 from spd_dist.storage.artifacts import read_json
 from spd_dist.storage.manifests import (
     MANIFEST,
@@ -15,6 +18,7 @@ from spd_dist.storage.manifests import (
     publish,
     set_aside,
     take_over,
+    wait_until_seen,
     why_not_complete,
 )
 from spd_dist.storage.run_folder import RunFolder
@@ -156,3 +160,13 @@ def test_publishing_twice_is_publishing_once(tmp_path):
     assert why_not_complete(tmp_path / "c/project", INPUTS) is None
     assert not first.exists()
     assert not second.exists()
+
+
+def test_what_another_host_wrote_is_waited_for_and_named_if_it_never_comes(tmp_path):
+    (tmp_path / "here").touch()
+    later = threading.Timer(0.3, (tmp_path / "later").touch)
+    later.start()
+    wait_until_seen(tmp_path, ["here", "later"])
+    assert (tmp_path / "later").exists()
+    with pytest.raises(MissingError, match="never is missing; start the run again"):
+        wait_until_seen(tmp_path, ["here", "never"], seconds=0.2)

@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 from hostile import (
     CHEATS,
+    CUNNING,
     GREEDY,
     HONEST,
     OVER_CPU,
@@ -74,11 +75,23 @@ def verdicts_on(sandbox: Sandbox, programs: Sequence[str]) -> list[Verdict]:
     return found
 
 
-@pytest.mark.parametrize("programs", [CHEATS, STUBBORN | GREEDY], ids=["cheats", "greedy"])
+@pytest.mark.parametrize(
+    "programs",
+    [
+        pytest.param(CHEATS, id="cheats"),
+        pytest.param(STUBBORN | GREEDY, id="greedy"),
+        pytest.param(CUNNING, id="cunning", marks=pytest.mark.slow),
+    ],
+)
 def test_no_hostile_program_passes_stays_or_harms_its_neighbours(sandbox, programs):
     found = dict(zip(programs, verdicts_on(sandbox, list(programs.values())), strict=True))
     assert {name: verdict for name, verdict in found.items() if verdict.passed} == {}
     assert "sleeps" not in found or found["sleeps"].reason == "not judged within 6 s"
+
+
+def test_a_hundred_programs_are_tried():
+    kinds = (CHEATS, GREEDY, STUBBORN, CUNNING, OVER_CPU, OVER_MEMORY)
+    assert len({program for kind in kinds for program in kind.values()}) + len(REFUSED) >= 100
 
 
 def test_time_and_memory_are_counted_whoever_holds_them(sandbox):
