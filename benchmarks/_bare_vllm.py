@@ -1,4 +1,4 @@
-"""`LLM.generate` with nothing around it, for `engine_table.py`: run by an interpreter that has vllm.
+"""`LLM.generate` with nothing around it, for `engines.py`: run by an interpreter that has vllm.
 
 In: a JSON line with the engine's settings and requests, then a line for each round. Out: a line when the first request
 is answered, and one for each round, with its seconds and tokens. Arguments and sampling are those of our own engine.

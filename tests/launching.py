@@ -63,12 +63,15 @@ def differences(found: object, expected: object, place: str = "") -> list[str]:
 class Launch:
     """The ranks of one run."""
 
-    def __init__(self, world_size: int, words: Sequence[str], log: Path, launcher: str = "launchers/spd.py") -> None:
-        port = free_port()
+    def __init__(
+        self, world_size: int, words: Sequence[str], log: Path, launcher: str = "launchers/spd.py", **variables: str
+    ) -> None:
+        """Start them; `variables` of the environment win over those that a launcher sets."""
+        variables = {"MASTER_PORT": str(free_port())} | variables
         given = {word.partition("=")[0] for word in words}
         settings = [setting for setting in SETTINGS if setting.partition("=")[0] not in given]
         context = multiprocessing.get_context("forkserver")
-        arguments = [(rank, world_size, port, launcher, [*words, *settings], log) for rank in range(world_size)]
+        arguments = [(rank, world_size, variables, launcher, [*words, *settings], log) for rank in range(world_size)]
         self.log = log
         self.ranks = [context.Process(target=_launch, args=args) for args in arguments]
         for rank in self.ranks:
@@ -90,7 +93,7 @@ class Launch:
             rank.kill()
             rank.join()
 
-    def when(self, happened: Callable[[], bool], action: Callable[[], None], seconds: float = 60) -> None:
+    def when(self, happened: Callable[[], bool], action: Callable[[], None], seconds: float = 180) -> None:
         """Wait for something to be seen on disk, then act."""
 
         def seen() -> bool:
@@ -106,7 +109,7 @@ class Launch:
             time.sleep(0.002)
         action()
 
-    def kill_when(self, happened: Callable[[], bool], seconds: float = 60) -> None:
+    def kill_when(self, happened: Callable[[], bool], seconds: float = 180) -> None:
         """Wait for something to be seen on disk, then kill."""
         self.when(happened, self.kill, seconds)
 
@@ -116,27 +119,27 @@ class Launch:
 
 
 def launch(
-    world_size: int, words: Sequence[str], log: Path, *, code: int = 0, launcher: str = "launchers/spd.py"
+    world_size: int,
+    words: Sequence[str],
+    log: Path,
+    *,
+    code: int = 0,
+    launcher: str = "launchers/spd.py",
+    **variables: str,
 ) -> str:
     """Run to the end, expect every rank to exit with `code`, and give what was printed."""
-    started = Launch(world_size, words, log, launcher)
+    started = Launch(world_size, words, log, launcher, **variables)
     codes = started.wait()
     assert codes == [code] * world_size, f"{codes}\n{started.output()}"
     return started.output()
 
 
-def _launch(rank: int, world_size: int, port: int, launcher: str, words: list[str], log: Path) -> None:
+def _launch(rank: int, world_size: int, variables: dict[str, str], launcher: str, words: list[str], log: Path) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    variables = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": world_size,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    os.environ |= {name: str(value) for name, value in variables.items()}
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {name: str(value) for name, value in place.items()} | variables
     sys.argv = [launcher, *words]
     sys.path.insert(0, str(Path(launcher).parent))  # as for a script
     runpy.run_path(launcher, run_name="__main__")
