@@ -14,6 +14,9 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
+from torch.distributed.distributed_c10d import (
+    _get_default_store,  # pyright: ignore[reportPrivateUsage]  # there is no other way to it
+)
 
 from spd_dist.errors import UserError
 
@@ -21,6 +24,11 @@ from spd_dist.errors import UserError
 def accelerator() -> Any:
     """What DeepSpeed computes on: the CPU, too. The types of its abstract class are those of no accelerator."""
     return get_accelerator()
+
+
+def default_store() -> Any:
+    """The store by which all ranks met, a torch.distributed.Store, of which torch types but a part."""
+    return _get_default_store()
 
 
 def collective_device() -> torch.device:

@@ -21,7 +21,8 @@ from contextlib import suppress
 from typing import NamedTuple
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
+
+from spd_dist.distributed.collectives import default_store
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ class RankWatch:
                     if key.fileobj is server:
                         connection, _ = server.accept()
                         selector.register(connection, selectors.EVENT_READ, bytearray())
-                    elif not self._read(key.fileobj, key.data, token):
+                    elif isinstance(key.fileobj, socket.socket) and not self._read(key.fileobj, key.data, token):
                         selector.unregister(key.fileobj)
                         key.fileobj.close()
 
@@ -148,7 +149,7 @@ def watch_ranks() -> None:
     """
     if dist.get_world_size() == 1:
         return
-    store, rank = _get_default_store(), dist.get_rank()
+    store, rank = default_store(), dist.get_rank()
     watch = RankWatch(rank, _end)
     if rank == 0:
         server, token = _server(), secrets.token_hex(16)

@@ -16,11 +16,8 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import (
-    _get_default_store,  # pyright: ignore[reportPrivateUsage]  # the one that all ranks met by: there is no other way
-)
 
-from spd_dist.distributed.collectives import broadcast_object, together
+from spd_dist.distributed.collectives import broadcast_object, default_store, together
 from spd_dist.distributed.lost_ranks import lost_ranks
 from spd_dist.errors import StopRequested
 
@@ -80,7 +77,7 @@ class Connection:
     """A connection to the store that no one else waits on: a call that hangs holds up nobody."""
 
     given: Any
-    """The one that it was made from: a torch.distributed.Store, of which torch types but a part."""
+    """The one that it was made from."""
     store: Any
     limit_seconds: float
     """After which a rank without a sign is lost."""
@@ -93,7 +90,7 @@ _connections: list[Connection] = []
 
 
 def _own_connection() -> Connection:
-    given: Any = _get_default_store()
+    given = default_store()
     if not _connections or _connections[0].given is not given:
         _connections[:] = [Connection(given, given.clone(), given.timeout.total_seconds())]
     return _connections[0]

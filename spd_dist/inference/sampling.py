@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ SUGGESTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 def suggested_decoding(model: PreTrainedModel) -> dict[str, float]:
     """What the model's `generation_config.json` asks for, by its own names; nothing here takes it."""
-    own = model.generation_config
+    own: Any = model.generation_config  # None is left out of its type
     values = {name: vars(own).get(name) for name in SUGGESTED if own is not None}
     return {name: float(value) for name, value in values.items() if value is not None}
 
