@@ -2,6 +2,8 @@
 # make doctor        says what is wrong with this machine
 # make test          sets up, then passes the tests; make test-fast those without ranks, make test-slow those of minutes
 # make test-vllm     passes those of the engines that serve, against a real vLLM; makes its environment if it is not there
+# make test-gpu      passes what only a GPU shows, on every GPU that it finds, and writes build/test_gpu.json
+# make bench-gpu     measures on a GPU, and writes build/bench_gpu.json
 # make lint          looks at style and format; make types at the types of spd_dist/, strictly
 # make qwen          fetches a second real model (0.5 GB), for the tests that are marked data
 # make vllm-env      an environment of its own for vLLM, which pins another torch: generate.vllm_python=.venv-vllm/bin/python
@@ -30,7 +32,7 @@ endif
 IN_VENV := PATH="$$(cd "$(VENV)" && pwd)/bin:$$PATH" TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBYTECODE=
 PYTEST := $(IN_VENV) DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 python -m pytest
 
-.PHONY: install doctor quickstart test test-fast test-slow test-vllm qwen vllm-env docs release test-cluster test-cluster-slow test-faults test-faults-large lint types
+.PHONY: install doctor quickstart test test-fast test-slow test-vllm test-gpu bench-gpu qwen vllm-env docs release test-cluster test-cluster-slow test-faults test-faults-large lint types
 
 install:
 	@$(PYTHON) launchers/install.py --venv "$(VENV)"
@@ -56,6 +58,12 @@ test-slow: install
 test-vllm: install
 	@test -x "$(VLLM_VENV)/bin/python" || $(MAKE) vllm-env
 	@SPD_VLLM_PYTHON="$(abspath $(VLLM_VENV))/bin/python"; export SPD_VLLM_PYTHON; $(PYTEST) tests/vllm
+
+test-gpu: install
+	@$(IN_VENV) PYTHONPATH=tests:. python tests/gpu.py
+
+bench-gpu: install
+	@$(IN_VENV) python benchmarks/_gpu.py
 
 qwen: install
 	@$(IN_VENV) python tests/fetch_qwen.py
