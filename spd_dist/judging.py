@@ -13,7 +13,7 @@ from rich.text import Text
 
 from spd_dist.config import Config, Data
 from spd_dist.data.masking import HEAD, mask_row
-from spd_dist.data.prompts import make_prompts
+from spd_dist.data.prompts import chooses, make_prompts
 from spd_dist.data.readers import Located, read_rows
 from spd_dist.data.scoring.thoughts import with_known_marks
 from spd_dist.data.sources import load_rows, normalised_row
@@ -135,8 +135,8 @@ def preview_scoring(rows: Sequence[Row], task: Task, tokenizer: Tokenizer, confi
         score = task.score(row, task.answer(row))
         num_right += score.correct
         facts = {"supervised": kept, "reference": task.answer(row)}
-        if config.choices.scoring == "likelihood":
-            facts["measured"] = "the likelihood of the choices, by choices.scoring"
+        if chooses(task, config):
+            facts["measured"] = "the likelihood of the choices"
         elif task.metric == "nll":
             facts["measured"] = "the likelihood of what is supervised under the mask answer"
         else:

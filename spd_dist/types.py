@@ -216,3 +216,5 @@ class Answer:
     """Why it is right or wrong: `right`, `other value`, `no answer`, `unfinished`; of programs `failed`, `time`, ..."""
     vote: str | None = None
     """What was extracted in one spelling: answers of one vote are the same answer."""
+    entropy: float | None = None
+    """Nats a token, of what the model gave every token at temperature 1; None where its engine measures none."""

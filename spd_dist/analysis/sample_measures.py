@@ -1,4 +1,4 @@
-"""What several samples of an example say together: pass@k, maj@k, and how many different right answers there are."""
+"""What the answers to an example say together: pass@k, maj@k, how many differ, how sure the model was, and loops."""
 
 from __future__ import annotations
 
@@ -21,9 +21,15 @@ class Measured:
 
 
 def sample_measures(answers: Sequence[Answer]) -> dict[str, Measured]:
-    """`pass@k`, `maj@k` and `distinct_correct` of one arm; nothing where each example has one answer."""
+    """`token_entropy` and `repetition` of one arm; of several samples an example `pass@k`, `maj@k` and `distinct`, too.
+
+    `distinct` counts different answers of an example, `distinct_correct` the right ones among them; programs differ by
+    their syntax tree. `token_entropy` is there where an engine measured it.
+    """
     found = {}
     for name, values in _by_example(answers).items():
+        if len(values) < 2:
+            continue  # no interval
         value, interval = mean_interval(list(values.values()))
         found[name] = Measured(value, list(interval))
     return found
@@ -31,10 +37,9 @@ def sample_measures(answers: Sequence[Answer]) -> dict[str, Measured]:
 
 def paired_measures(before: Sequence[Answer], after: Sequence[Answer], seed: int) -> dict[str, Measured]:
     """How two arms differ in each of the measures, example by example."""
-    pairs = zip(_by_example(before).items(), _by_example(after).values(), strict=True)
-    found = {}
-    for (name, values), others in pairs:
-        outcome = paired_bootstrap(values, others, seed)
+    values, others, found = _by_example(before), _by_example(after), {}
+    for name in [name for name in values if name in others]:
+        outcome = paired_bootstrap(values[name], others[name], seed)
         found[name] = Measured(outcome.difference, list(outcome.interval))
     return found
 
@@ -55,16 +60,20 @@ def _by_example(answers: Sequence[Answer]) -> Mapping[str, Mapping[str, float]]:
     """Each measure of each example. maj@k is the mean over the disjoint groups of k samples, in their order."""
     by_id = samples_by_id(answers)
     num = len(next(iter(by_id.values()), ()))
-    if num < 2:
-        return {}
-    sizes = sorted({2**power for power in range(1, num.bit_length())} | {num})
     found: dict[str, dict[str, float]] = {}
-    for key, samples in by_id.items():
+    sizes = sorted({2**power for power in range(1, num.bit_length())} | {num}) if num > 1 else []
+    for key, samples in by_id.items() if sizes else ():
         num_correct = sum(answer.correct for answer in samples)
         for k in sizes:
             groups = [samples[start : start + k] for start in range(0, num - k + 1, k)]
             found.setdefault(f"pass@{k}", {})[key] = pass_at_k(num, num_correct, k)
             found.setdefault(f"maj@{k}", {})[key] = fmean(map(majority_share, groups))
-        distinct = {answer.vote for answer in samples if answer.correct}
-        found.setdefault("distinct_correct", {})[key] = float(len(distinct))
+        given = {answer.vote for answer in samples} - {None}
+        found.setdefault("distinct", {})[key] = float(len(given))
+        right = {answer.vote for answer in samples if answer.correct}
+        found.setdefault("distinct_correct", {})[key] = float(len(right))
+    entropies = {key: [one.entropy for one in samples if one.entropy is not None] for key, samples in by_id.items()}
+    if entropies and all(entropies.values()):
+        found["token_entropy"] = {key: fmean(values) for key, values in entropies.items()}
+    found["repetition"] = {key: fmean(one.is_repetitive for one in samples) for key, samples in by_id.items()}
     return found

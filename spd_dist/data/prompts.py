@@ -194,7 +194,7 @@ def make_test_set(rows: Sequence[Row], task: Task, tokenizer: Tokenizer, config:
         DataError: a prompt is too long; a reference answer is empty or cut off at `calibrate.max_tokens`.
     """
     prompts, marks = make_prompts(rows, task, tokenizer, config.data), config.data.thinking_marks
-    if config.choices.scoring == "likelihood":
+    if chooses(task, config):
         choices = _choices(rows, task, tokenizer, config)
         return TestSet(task, rows, prompts, thinking_marks=marks, choices=choices, seed=config.seed)
     if task.metric != "nll":
@@ -202,6 +202,11 @@ def make_test_set(rows: Sequence[Row], task: Task, tokenizer: Tokenizer, config:
     answers = dataclasses.replace(config.calibrate, num_examples=max(1, len(rows)), mask="answer", allow_empty=False)
     examples, _ = make_examples(rows, task, tokenizer, config.data, answers)
     return TestSet(task, rows, prompts, examples, marks, seed=config.seed)
+
+
+def chooses(task: Task, config: Config) -> bool:
+    """Whether an arm answers by its likeliest choice and writes nothing: so the config or a described task wants it."""
+    return config.choices.scoring == "likelihood" or getattr(task, "is_by_likelihood", False)
 
 
 def _choices(

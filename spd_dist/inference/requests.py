@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spd_dist.errors import DataError
-from spd_dist.inference.sampling import Sampling, choose, uniforms
+from spd_dist.inference.sampling import Sampling, choose, entropies, uniforms
 from spd_dist.types import ThoughtBudget
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,8 @@ class Request:
     """Of its random numbers: nothing else makes its sample."""
     budget: ThoughtBudget | None = None
     """For its thought; our own loops keep to it, and no other engine does."""
+    measures_entropy: bool = False
+    """Whether to say how sure the model was of its tokens; our own loops do, and no other engine does."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class Decoded:
     tokens: tuple[int, ...]
     """With the end-of-sequence token if there was one."""
     finish_reason: Literal["stop", "length"]
+    mean_entropy: float | None = None
+    """Nats a token, of what the model gives every token at temperature 1; None where it was not measured."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,8 @@ class Row:
     seen_V: Tensor | None = None
     is_thinking: bool = False
     """Known only under a budget."""
+    entropy: float = 0.0
+    """Of all its tokens, in nats, if its request asks for it."""
 
     def within_budget(self, token: int) -> int:
         """The next token: the one that was drawn, unless the thought has to end."""
@@ -113,11 +119,11 @@ class Row:
 
     def finished(self, stopping: DecodeSettings) -> Decoded | None:
         """The completion, if its newest token was its last."""
-        if self.tokens[-1] in stopping.eos_token_ids:
-            return Decoded(self.request, tuple(self.tokens), "stop")
-        if len(self.tokens) == stopping.sampling.max_new_tokens:
-            return Decoded(self.request, tuple(self.tokens), "length")
-        return None
+        is_ended = self.tokens[-1] in stopping.eos_token_ids
+        if not is_ended and len(self.tokens) < stopping.sampling.max_new_tokens:
+            return None
+        mean_entropy = self.entropy / len(self.tokens) if self.request.measures_entropy else None
+        return Decoded(self.request, tuple(self.tokens), "stop" if is_ended else "length", mean_entropy)
 
 
 def new_row(request: Request, sampling: Sampling, *, vocabulary_size: int, device: torch.device) -> Row:
@@ -135,8 +141,11 @@ def draw(rows: Sequence[Row], logits_NV: Tensor, sampling: Sampling) -> None:
     uniform_N = torch.stack([row.uniform_T[len(row.tokens)] for row in rows])
     seen = [row.seen_V for row in rows if row.seen_V is not None]  # of all rows or of none
     seen_NV = torch.stack(seen) if seen else None
+    entropy_N = entropies(logits_NV) if any(row.request.measures_entropy for row in rows) else None
     for row, drawn in zip(rows, choose(logits_NV, uniform_N, sampling, seen_NV).tolist(), strict=True):
         token = row.within_budget(drawn)
         row.tokens.append(token)
         if row.seen_V is not None:
             row.seen_V[token] = True
+    for row, entropy in zip(rows, [] if entropy_N is None else entropy_N.tolist(), strict=False):
+        row.entropy += entropy

@@ -49,6 +49,12 @@ def uniforms(seed: int, num_tokens: int) -> Tensor:
     return torch.rand(num_tokens, generator=generator, dtype=torch.float64)
 
 
+def entropies(logits_NV: Tensor) -> Tensor:
+    """entropy_N in nats of what each row's logits give the tokens, float32: at temperature 1, before any truncation."""
+    parts = [part.float().softmax(-1) for part in logits_NV.split(1)]  # a row at a time: the copies are as wide as V
+    return torch.stack([torch.special.entr(part).sum() for part in parts])
+
+
 UNCERTAIN, NOT_FINITE = -1, -2
 """In the place of a token: of a row whose nucleus is wider than the candidates, and of one without a finite logit."""
 

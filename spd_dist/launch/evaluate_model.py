@@ -32,7 +32,6 @@ from typing import TYPE_CHECKING, Any
 
 from spd_dist.config import Config
 from spd_dist.errors import ConfigError, UserError
-from spd_dist.launch.run_method import on_every_rank
 from spd_dist.overrides import load_config
 from spd_dist.process.environment import make_room
 from spd_dist.process.launcher_watchdog import watch_launchers
@@ -67,6 +66,8 @@ def main(words: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    from spd_dist.launch.run_method import on_every_rank  # DeepSpeed, which prints; --judge prints its lines alone
+
     signals.install()
     watch_launchers(os.environ)
     make_room(os.environ)

@@ -143,7 +143,10 @@ def _todo(answering: _Answering) -> list[Request] | None:
     answering.context.begin(len(own) + skipped, skipped)
     key, marks = "evaluate.max_thought_tokens", answering.test_set.thinking_marks
     budget = thought_budget(answering.policy.tokenizer, answering.config.max_thought_tokens, marks, key)
-    return [Request(name, sample, tokens[name], row_seed(seed, name, sample), budget) for name, sample in own]
+    return [
+        Request(name, sample, tokens[name], row_seed(seed, name, sample), budget, measures_entropy=True)
+        for name, sample in own
+    ]
 
 
 @torch.no_grad()
@@ -260,6 +263,8 @@ def _judged(decoded: Decoded, policy: Policy, test_set: TestSet, row: Row, nll: 
         sample=request.sample,
         reason=score.reason,
         vote=None if score.extracted is None else canonical(score.extracted),
+        # in hundredths: what lies below depends on the batch, and the file is the same at every world size
+        entropy=None if decoded.mean_entropy is None else round(decoded.mean_entropy, 2),
     )
 
 

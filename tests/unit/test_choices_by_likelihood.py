@@ -99,3 +99,16 @@ def test_mmlu_has_its_letters_and_a_task_without_choices_is_refused(model):
     assert [one.id for one in test_set.choices["1"]] == ["1#0", "1#1", "1#2"]
     with pytest.raises(ConfigError, match=r"choices\.scoring: likelihood is not valid with the task 'gsm8k'"):
         make_test_set([], find_task("gsm8k"), policy.tokenizer, CONFIG)
+
+
+def test_a_described_task_asks_for_it_by_its_metric(model, tmp_path):
+    file = tmp_path / "task.yaml"
+    file.write_text('{name: t, prompt: "{question}", answer: " {choice}", gold: "{answer}", metric: likelihood}')
+    task, config = find_task(str(file)), dataclasses.replace(CONFIG, choices=Choices())
+    read = [task.normalise(row, "") for row in rows()]
+    policy = load_policy(Model(str(model)), Distributed(zero_stage=0), WORLD)
+    test_set = make_test_set(read, task, policy.tokenizer, config)
+    evaluate_arm(policy, test_set, config.evaluate, StageContext(tmp_path, 42, WORLD), arm="base")
+    answers = read_answers(answers_path(tmp_path, "base", "t"))
+    assert [answer.num_tokens for answer in answers] == [0] * len(read)
+    assert {answer.extracted for answer in answers} <= set(rows()[0]["choices"])

@@ -66,6 +66,18 @@ def test_greedy_tokens_are_those_of_forward_passes_without_a_cache(family):
         assert found[request.id, 0] == by_hand(model, request, GREEDY.max_new_tokens)
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
+@torch.no_grad()
+def test_entropy_is_that_of_the_distribution_before_temperature_and_truncation(sampling):
+    model = tiny_model()
+    work = [dataclasses.replace(one, measures_entropy=index != 1) for index, one in enumerate(requests(6))]
+    for one in decode(model, work, drawn(sampling), batch_size=3):
+        tokens = torch.tensor([(*one.request.tokens, *one.tokens)])
+        logits_TV = model(tokens, use_cache=False).logits[0, len(one.request.tokens) - 1 : -1]
+        expected = torch.distributions.Categorical(logits=logits_TV).entropy().mean().item()
+        assert one.mean_entropy == (pytest.approx(expected, abs=1e-4) if one.request.measures_entropy else None)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "phi3", "deepseek_v3", "falcon"])
 def test_slots_hold_every_cache_of_plain_keys_and_values(family):
     assert num_slot_layers(family_model(family).config, 64)

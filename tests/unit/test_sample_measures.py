@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from statistics import fmean
 
 import pytest
@@ -32,12 +33,33 @@ def test_measures_of_one_arm_and_their_paired_differences():
     found = sample_measures(strong)
     assert {name: one.value for name, one in found.items()} == pytest.approx(
         {"pass@2": (1 + 0.5) / 2, "maj@2": fmean([1.0, 0.5, 0.5, 0.0]), "pass@4": 1.0, "maj@4": 0.5,
-         "distinct_correct": 1.5}
+         "distinct": 2.5, "distinct_correct": 1.5, "repetition": 0.0}
     )  # fmt: skip
     apart = paired_measures(weak, strong, seed=0)
     assert apart["pass@4"].value == 0.5
     assert apart["distinct_correct"].interval[0] <= apart["distinct_correct"].value == 1.0
-    assert sample_measures([answer("a", 0, "1", True)]) == {}
+    assert sample_measures([answer("a", 0, "1", True), answer("b", 0, "1", True)]).keys() == {"repetition"}
+    assert sample_measures([answer("a", 0, "1", True)]) == {}  # one example has no interval
+
+
+def test_entropy_and_repetition_have_intervals_and_are_paired_where_both_arms_measured_them():
+    def arm(entropies):
+        rows = [answer(str(number), 0, "1", True) for number in range(len(entropies))]
+        return [
+            dataclasses.replace(one, entropy=entropy, is_repetitive=entropy < 1)
+            for one, entropy in zip(rows, entropies, strict=True)
+        ]
+
+    sure, unsure = arm([0.5, 1.5, 0.7, 0.9]), arm([1.0, 2.0, 1.2, 1.4])
+    found = sample_measures(sure)
+    assert found["token_entropy"].value == pytest.approx(0.9)
+    assert found["token_entropy"].interval[0] < 0.9 < found["token_entropy"].interval[1]
+    assert found["repetition"].value == 0.75
+    apart = paired_measures(unsure, sure, seed=0)
+    assert apart["token_entropy"].interval == pytest.approx([-0.5, -0.5])  # the same in every example
+    assert apart["repetition"].value == 0.75
+    silent = [dataclasses.replace(one, entropy=None) for one in sure]
+    assert paired_measures(silent, sure, seed=0).keys() == {"repetition"}
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ SECOND = {"gsm8k": "#### 987", "svamp": "#### 987", "mmlu": "Answer: D", "math":
 @pytest.mark.parametrize("name", SECOND)
 def test_a_second_answer_never_helps_and_space_and_bold_print_never_matter(name, tmp_path):
     cases = [case for case in map(json.loads, CASES.read_text().splitlines()) if case["task"] == name]
-    stops = ("think", "<|", "</s>", "Question:")  # nothing behind these is read
+    stops = ("think", "<|", "</s>", "Question:", "Q:")  # nothing behind these is read
     cases = [case for case in cases if case["correct"] and not any(stop in case["output"] for stop in stops)]
     cases = [case for case in cases if case["row"].get("answer") != 3]  # D is the second answer of mmlu
     outputs = [[*(change(one["output"]) for change in SAME), f"{one['output']}\n{SECOND[name]}"] for one in cases]

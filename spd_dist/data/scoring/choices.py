@@ -17,7 +17,7 @@ _NEGATED = re.compile(
 )
 """What an answer is not: `not A but`, `A is wrong`."""
 _ANSWER = (
-    r"\b(?:[Aa](?:nswer|NSWER)\b(?: to [^.\n:]{1,60}?)?|[Aa]ns\.?(?=[\s:=])"
+    r"\b(?:[Aa](?:nswer|NSWER)\b(?:\"|(?: to [^.\n:]{1,60}?)?)|[Aa]ns\.?(?=[\s:=])"
     r"|(?:(?:correct|right|best) )?(?:[Oo]ption|[Cc]hoice|[Ll]etter|one)(?=\s*(?:is|was|:|=)))"
     r"\s*(?:is|was|would be|must be|should be|:|=|-|\u2014)(?:\s+but\b)?\W*?"
     r"(?:(?:the |an? )?(?:correct |right |best )?(?:option|choice|letter|answer)\b[\s:]*(?:is\b)?\W*)?"
@@ -36,6 +36,8 @@ _CONCLUDED = (
     r"\b(?i:so|therefore|thus|hence|clearly|definitely|certainly|obviously|of course),?"
     r"\s+(?:the )?(?:option |choice |letter )?"
 )
+_HEADED = r"(?m:^)\W*(?i:(?:the )?(?:final |correct )?answer)[ \t]*\n\s*"
+"""A heading with the answer below it."""
 _TAKEN_BACK = r"\b(?i:no|wait|actually|sorry|rather)[,:]\s+"
 _END = r"(?=\s*(?:[.,;:!)*\"]|$|\n)|\s+(?:because|since|as)\b)"
 
@@ -73,10 +75,17 @@ def _given(text: str, letters: str) -> Iterator[tuple[int, str | None]]:
         return
     opening = re.match(rf"[\s*\"'\[(]*([{letters}]){_AFTER_OPENING}", text)
     opening = opening or re.match(rf"[\s*\"]*\(([{both}])\)", text) or re.match(rf"[\s*]*([{both}])[).](?=\s|$)", text)
-    if opening and not _is_word(opening[1], text[opening.end() :]) and not _lists(text, letters, opening[1]):
+    is_told = (
+        opening
+        and re.match(r"\s+(?:is|as|seems|would)\b", text[opening.end() :])
+        and (re.search(rf"{_ANSWER}[\s*\"'\[(]*[{both}](?![\w'?])", text))
+    )  # `A is a letter; the answer is D`
+    is_word = opening and _is_word(opening[1], text[opening.end() :])
+    if opening and not is_told and not is_word and not _lists(text, letters, opening[1]):
         yield 0, _alone(opening[1], text[opening.end() :], letters)
     for pattern, taken, end in (
         (_ANSWER, both, ""),
+        (_HEADED, both, r"(?=[).]*\s*(?:\n|$))"),
         (_CHOSEN, letters, ""),
         *((one, letters, _END) for one in (_IT_IS, _CONCLUDED, _TAKEN_BACK)),
     ):
@@ -85,11 +94,12 @@ def _given(text: str, letters: str) -> Iterator[tuple[int, str | None]]:
             if not _is_word(match[1], rest):
                 yield match.start(1), _alone(match[1], rest, letters)
     for match in re.finditer(
-        rf"(?<!\w)\(?([{letters}])\)?(?:(?:[.):]?[ \t]+[\w']+){{0,4}}? (?:is|must be|seems) (?:the )?"
+        rf"(?<!\w)(?:\(?([{letters}])\)?|\(([{both}])\))(?:(?:[.):]?[ \t]+[\w']+){{0,4}}?"
+        r" (?:is|must be|seems) (?:the )?"
         r"(?:correct|right|best|true)|\s*[:=]\s*(?:yes|correct|right|true))\b",
         text,
     ):
-        yield match.start(), _alone(match[1], "", letters)
+        yield match.start(), _alone(match[1] or match[2], "", letters)
 
 
 def _lists(text: str, letters: str, first: str) -> bool:

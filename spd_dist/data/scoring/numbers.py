@@ -77,7 +77,13 @@ _OPENS = re.compile(
 )
 """How the line of a final answer begins; any other one is a heading."""
 _STOP = re.compile(r"(?<=[\w%)\]}$])[.!?;](?=\s|$)")
-_ALTERNATIVES = re.compile(r"[\d%] ?\w* ?(?:\bor\b|\bto\b|\bversus\b|\bvs\b)[^\d\n]{0,12}$", re.IGNORECASE)
+_ALTERNATIVES = re.compile(
+    r"[\d%] ?\w* ?(?:\bor\b|\bto\b|\bversus\b|\bvs\b)[^\d\n]{0,12}$"
+    r"|\d ?(?:years?|months?|weeks?|days?|hours?|hrs?|minutes?|mins?|dollars?|pounds?|feet|foot|ft)"
+    r",? and $",
+    re.IGNORECASE,
+)
+"""What stands before a number that is one of two: `5 or 6`, `2 hours and 30 minutes`."""
 
 
 class Number(NamedTuple):
@@ -131,7 +137,9 @@ def last_number(text: str) -> str | None:
     None where the answer is not one number: several statements that differ, `5 or 6`, `10 - 5` without its result.
     """
     spelled = plain(text)
-    stated = [(place, segment_number(segment)) for place, segment in stated_answers(spelled)]
+    said = stated_answers(spelled)
+    said = [one for one in said if re.search(r"\d", one[1])] or said  # `Final Answer: The final answer is 5` is one
+    stated = [(place, segment_number(segment)) for place, segment in said]
     if stated and re.search(r"\d", spelled[stated[0][0] :]):
         return settled(stated, spelled, same_number)
     spelled = _NEGATED.sub(" ", spelled)

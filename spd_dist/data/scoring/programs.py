@@ -72,8 +72,46 @@ def unfenced(text: str) -> list[str]:
     return [block for block in found if block]
 
 
+def until_needed(program: str, called: Set[str]) -> str:
+    """The program up to the last statement that its functions `called` reach.
+
+    What it does behind that, as its own tests and examples, is left out, as EvalPlus does; of a program that defines
+    none of them nothing is.
+    """
+    with warnings.catch_warnings(action="ignore"):
+        body = ast.parse(program).body
+    wanted, reached = set(called), set[str]()
+    while wanted:
+        reached |= wanted
+        defining = [node for node in body if _names_of(node) & wanted]
+        wanted = {name for node in defining for name in _names_in(node)} - reached
+    if not any(_names_of(node) & set(called) for node in body):
+        return program
+    last = max(node.end_lineno or 0 for node in body if _names_of(node) & reached)
+    return "\n".join(program.splitlines()[:last])
+
+
+def _names_of(node: ast.stmt) -> set[str]:
+    """The names that a statement defines."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return {node.name}
+    targets = node.targets if isinstance(node, ast.Assign) else []
+    targets = [node.target] if isinstance(node, ast.AnnAssign) else targets
+    return {one.id for target in targets for one in ast.walk(target) if isinstance(one, ast.Name)}
+
+
+def _names_in(node: ast.AST) -> set[str]:
+    return {one.id for one in ast.walk(node) if isinstance(one, ast.Name)}
+
+
+def _unquoted(lines: list[str]) -> list[str]:
+    """The lines of a quotation (`> def f():`) without its marks."""
+    is_quoted = all((line.startswith(">") and not line.startswith(">>>")) or not line.strip() for line in lines)
+    return [line.removeprefix(">").removeprefix(" ") for line in lines] if is_quoted else lines
+
+
 def _dedented(block: str) -> str:
-    lines = block.replace("\t", "    ").rstrip().splitlines()
+    lines = _unquoted(block.replace("\t", "    ").rstrip().splitlines())
     while lines and not lines[0].strip():
         lines = lines[1:]
     return textwrap.dedent("\n".join(lines)) + "\n" if lines else ""
@@ -83,15 +121,12 @@ def _defined(program: str) -> set[str]:
     """The names that a program gives to functions, classes and values at its top."""
     with warnings.catch_warnings(action="ignore"):
         body = ast.parse(program).body
-    names = {node.name for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
-    assigned = [target for node in body if isinstance(node, ast.Assign) for target in node.targets]
-    return names | {target.id for target in assigned if isinstance(target, ast.Name)}
+    return {name for node in body for name in _names_of(node)}
 
 
 def _used(program: str) -> set[str]:
     with warnings.catch_warnings(action="ignore"):
-        tree = ast.parse(program)
-    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        return _names_in(ast.parse(program))
 
 
 def _definitions(program: str) -> str:

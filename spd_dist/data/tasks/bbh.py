@@ -29,6 +29,9 @@ SUBTASKS = (
 WORDS = ("true", "false", "yes", "no", "valid", "invalid")
 """Answers that are one of two words."""
 _ONLY_A_WORD = re.compile(rf"^\W*({'|'.join(WORDS)})\W*$", re.IGNORECASE | re.MULTILINE)
+_UNSURE = re.compile(
+    r"\b(?:not sure|unsure|uncertain|don't know|maybe|perhaps|cannot (?:say|tell|determine))\b", re.IGNORECASE
+)
 _SLANG = {"yeah": "yes", "yep": "yes", "yup": "yes", "nope": "no"}
 
 
@@ -132,7 +135,7 @@ def _lone_word(text: str) -> str | None:
     text = re.sub(rf",\s*(?:and )?not ({'|'.join(WORDS)})\b", "", text, flags=re.IGNORECASE)
     found = {word.casefold() for word in re.findall(rf"\b({'|'.join(WORDS)})\b", text, re.IGNORECASE)}
     is_negated = re.search(rf"\b(?:not|neither)\s+(?:{'|'.join(WORDS)})\b", text, re.IGNORECASE)
-    return found.pop() if len(found) == 1 and not is_negated else None
+    return found.pop() if len(found) == 1 and not is_negated and not _UNSURE.search(text) else None
 
 
 def _one_word_a_line(text: str) -> str | None:

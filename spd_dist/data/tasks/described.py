@@ -35,7 +35,7 @@ from spd_dist.errors import ConfigError, DataError
 Answers = tuple[str | None, str | None]
 """The strict and the lenient answer of an output."""
 LETTER, CHOICE = "letter", "choice"
-"""The fields that metric `choice` adds to a row: the letter and the text of its gold."""
+"""The fields that metrics `choice` and `likelihood` add to a row: the letter and the text of its gold."""
 _LETTERS_OF_NO_LIST = 10
 
 
@@ -60,11 +60,8 @@ class DescribedTask:
         """Every field that a template names."""
         description = self.description
         templates = [description.prompt, description.answer, description.gold, *description.code.values()]
-        if description.metric == "choice":
-            templates.append(description.choices)
-        templates.append(description.messages)
-        found = set(places(templates))
-        return dict.fromkeys(sorted(found - {LETTER, CHOICE} if description.metric == "choice" else found), object)
+        found = set(places([*templates, *[description.choices] * description.has_choices, description.messages]))
+        return dict.fromkeys(sorted(found - {LETTER, CHOICE} if description.has_choices else found), object)
 
     @property
     def sources(self) -> Mapping[Split, str]:
@@ -142,11 +139,11 @@ class DescribedTask:
             DataError: it names no choice.
         """
         gold = filled(self.description.gold, row) if self.description.gold else self.answer(row).strip()
-        return letter_of(gold, self.choices_of(row)) if self.description.metric == "choice" else gold
+        return letter_of(gold, self.choices_of(row)) if self.description.has_choices else gold
 
     def choices_of(self, row: Row) -> list[str]:
-        """The choices of a task with metric `choice`, as texts."""
-        if self.description.metric != "choice":
+        """The choices of a task with metric `choice` or `likelihood`, as texts."""
+        if not self.description.has_choices:
             return []
         return choices_at(self.description.choices, row)
 
@@ -191,6 +188,11 @@ class DescribedTask:
 class DescribedChoice(DescribedTask):
     """A described task whose answers are choices: they may be scored by their likelihood, too."""
 
+    @property
+    def is_by_likelihood(self) -> bool:
+        """Whether they only are, whatever `choices.scoring` says."""
+        return self.description.metric == "likelihood"
+
     def alternatives(self, row: Row) -> Sequence[Row]:
         """The row with each of its choices as the gold.
 
@@ -199,8 +201,8 @@ class DescribedChoice(DescribedTask):
         """
         if not {LETTER, CHOICE} & set(places([self.description.answer])):
             raise ConfigError(
-                f"choices.scoring: likelihood needs the place of the choice in the answer of the task {self.name!r}; "
-                'set answer: " {letter}", or " {choice}" for its text'
+                "choices.scoring: likelihood (or metric: likelihood) needs the place of the choice in the answer "
+                f'of the task {self.name!r}; set answer: " {{letter}}", or " {{choice}}" for its text'
             )
         return [
             {**row, LETTER: letter, CHOICE: choice}
@@ -259,7 +261,8 @@ def _matches(text: str, gold: str) -> bool:
 
 
 SAME: Mapping[str, Callable[[str, str], bool]] = {
-    "exact": same_text, "numeric": same_number, "math": same_expression, "choice": str.__eq__, "regex": _matches,
+    "exact": same_text, "numeric": same_number, "math": same_expression, "choice": str.__eq__, "likelihood": str.__eq__,
+    "regex": _matches,
 }  # fmt: skip
 """Metric -> whether an extraction and the gold are the same."""
 
@@ -293,5 +296,5 @@ def read_task(path: str) -> DescribedTask:
         ConfigError: the file cannot be read, or a key is missing, unknown or not valid.
     """
     description = read_description(path)
-    kinds = {"tests": DescribedProgram, "choice": DescribedChoice}
+    kinds = {"tests": DescribedProgram, "choice": DescribedChoice, "likelihood": DescribedChoice}
     return kinds.get(description.metric, DescribedTask)(description)

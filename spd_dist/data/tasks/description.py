@@ -7,8 +7,8 @@ answer: " {answer}"                           # the reference, for calibration
 gold: "{answer}"                              # what is compared
 mask: answer                                  # any calibrate.mask but task
 extraction: text                              # number | letter | boxed | text | whole | regex:PATTERN
-metric: exact                                 # exact | numeric | math | choice | tests | regex | nll
-choices: "{choices}"                          # for metric choice; {letter} and {choice} are then the gold's
+metric: exact                                 # exact | numeric | math | choice | likelihood | tests | regex | nll
+choices: "{choices}"                          # for choice and likelihood; {letter} and {choice} are then the gold's
 code: {entry_point: f, tests: "{tests}"}      # for metric tests
 messages: "{messages}"                        # instead of prompt: a list of objects with role and content
 tools: "{tools}"                              # what they may call, if the row has it
@@ -37,8 +37,8 @@ from spd_dist.types import record_of
 EXTRACTIONS = ("number", "letter", "boxed", "text", "whole")
 """Extractions by name; besides them `regex:PATTERN`."""
 METRICS: Mapping[str, str] = {
-    "exact": "text", "numeric": "number", "math": "boxed", "choice": "letter", "tests": "whole", "regex": "whole",
-    "nll": "text",
+    "exact": "text", "numeric": "number", "math": "boxed", "choice": "letter", "likelihood": "letter", "tests": "whole",
+    "regex": "whole", "nll": "text",
 }  # fmt: skip
 """Metric -> the extraction that it takes where the file names none."""
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -69,6 +69,11 @@ class Description:
     def reads(self) -> str:
         """The extraction: that of the file, else the metric's."""
         return self.extraction or METRICS[self.metric]
+
+    @property
+    def has_choices(self) -> bool:
+        """Whether an answer is one of the row's choices."""
+        return self.metric in ("choice", "likelihood")
 
 
 def read_description(path: str) -> Description:
@@ -116,11 +121,6 @@ def _check(description: Description, path: str) -> None:
             f"{where}, name: {description.name!r} must be letters, digits, '_', '.' and '-', without '..', and begin "
             "with neither '.' nor '-': files are called by it"
         )
-    if description.metric == "likelihood":
-        raise ConfigError(
-            f"{where}, metric: 'likelihood' is no metric of a task; set metric: choice, and choices.scoring=likelihood "
-            "in the config"
-        )
     if description.metric not in METRICS:
         raise ConfigError(f"{where}, metric: {description.metric!r} must be one of {', '.join(METRICS)}")
     unknown = description.sources.keys() - {"train", "calibration", "test"}
@@ -147,7 +147,7 @@ def _check_places(description: Description, where: str) -> None:
     for key in ("messages", "tools"):
         if description.messages and not _PLACE.fullmatch(vars(description)[key]):
             raise ConfigError(f"{where}, {key}: {vars(description)[key]!r} must be the place of a list, as '{{{key}}}'")
-    if description.metric == "choice" and not _PLACE.fullmatch(description.choices):
+    if description.has_choices and not _PLACE.fullmatch(description.choices):
         raise ConfigError(f"{where}, choices: {description.choices!r} must be the place of a list, as '{{choices}}'")
 
 

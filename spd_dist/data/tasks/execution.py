@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence, Set
 from typing import Protocol
 
-from spd_dist.data.scoring.programs import program_in, python_blocks, unfenced, with_imports
+from spd_dist.data.scoring.programs import parses, program_in, python_blocks, unfenced, until_needed, with_imports
 from spd_dist.data.scoring.thoughts import Spoken
 from spd_dist.data.tasks.protocol import Score, Task
 from spd_dist.errors import ConfigError
@@ -57,7 +57,7 @@ def judged_by_tests(
     strict = program_in(blocks, called)
     lenient = strict or program_in(unfenced(spoken.text), called) or otherwise(spoken.text)
     lenient = lenient or next(filter(str.strip, blocks), None)
-    ran = None if lenient is None else execute(complete(lenient))
+    ran = None if lenient is None else _ran(lenient, called, lambda program: execute(complete(program)))
     correct = ran is not None and ran.passed
     if correct:
         reason = "right"
@@ -67,6 +67,17 @@ def judged_by_tests(
         reason = "no answer" if ran is None else ran.kind
     in_form = correct and strict is not None
     return Score(correct, lenient, gold, strict, lenient, in_form, correct, reason)
+
+
+def _ran(program: str, called: Set[str], execute: Callable[[str], Ran]) -> Ran:
+    """How the program fares as it is; if it fails, without what it does behind its definitions."""
+    ran = execute(program)
+    if ran.passed or not parses(program):
+        return ran
+    alone = until_needed(program, called)
+    if alone.strip() != program.strip() and (again := execute(alone)).passed:
+        return again
+    return ran
 
 
 def allowed(name: str, execute: Execute | None) -> Execute:

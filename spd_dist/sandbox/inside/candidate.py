@@ -59,12 +59,12 @@ def _loader(namespace: dict[str, Any]) -> Callable[[str, str], None]:
 
 
 def _load_without_input(program: str, namespace: dict[str, Any]) -> None:
-    """Run the statements of the program one by one, and pass over those that ask for input."""
+    """Run the statements of the program one by one, and pass over those that ask for input or need what was asked."""
     body = ast.parse(program).body
     futures = [node for node in body if isinstance(node, ast.ImportFrom) and node.module == "__future__"]
     for node in body:
         module = ast.Module([*futures, node], type_ignores=[])
-        with contextlib.suppress(EOFError):
+        with contextlib.suppress(EOFError, NameError):
             exec(compile(module, f"<{PROGRAM}>", "exec", dont_inherit=True), namespace)
 
 
