@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import statistics
 from collections import Counter
@@ -26,6 +27,7 @@ from spd_dist.analysis.comparison import (
     size_notes,
     wanted_of,
 )
+from spd_dist.analysis.forgetting import OtherTask, forgetting_notes
 from spd_dist.analysis.intervals import Crossed, between_seeds, crossed, crossed_share
 from spd_dist.errors import DataError
 from spd_dist.reports.report_text import pass_table
@@ -63,6 +65,11 @@ def over_seeds(run_folders: Sequence[Path]) -> dict[str, Any]:
     num_examples = next(iter(first["arms"].values()))["num_examples"]
     arms = {arm: _arm(arm, by_seed, reports) for arm in first["arms"]}
     found = _comparisons(by_seed, first["metric"])
+    others = [
+        one
+        for task, metric in {one["task"]: one["metric"] for one in first["other_tasks"]}.items()
+        for one in _of_other_task(run_folders, list(first["arms"]), task, metric)
+    ]
     return {
         **{name: first[name] for name in (*DENOMINATOR, "num_samples")},
         "num_examples": num_examples,
@@ -70,6 +77,7 @@ def over_seeds(run_folders: Sequence[Path]) -> dict[str, Any]:
         "verdict": seeds_verdict(found, first["metric"], len(reports), num_examples),
         "notes": [
             *notes(arms),
+            *forgetting_notes(others),
             *blind_notes(found),
             *size_notes(num_examples, first["test_size"]),
             *overlap_notes(first["overlaps"]),
@@ -77,7 +85,27 @@ def over_seeds(run_folders: Sequence[Path]) -> dict[str, Any]:
         "overlaps": first["overlaps"],
         "arms": arms,
         "comparisons": found,
+        "other_tasks": [dataclasses.asdict(one) for one in others],
     }
+
+
+def _of_other_task(run_folders: Sequence[Path], arms: Sequence[str], task: str, metric: str) -> list[OtherTask]:
+    """What each arm kept of a task of another domain, over seeds and examples."""
+    found = []
+    for arm in arms:
+        files = [[answers_path(folder / "evaluate", one, task) for one in (arms[0], arm)] for folder in run_folders]
+        first, values = zip(
+            *([values_by_id(read_answers(file), metric) for file in pair] for pair in files), strict=True
+        )
+        spread = crossed(values) if metric == "nll" else crossed_share(values)
+        apart = None
+        if arm != arms[0]:
+            apart = crossed([{key: b[key] - a[key] for key in a} for a, b in zip(first, values, strict=True)])
+        difference, bounds = (None, None) if apart is None else (apart.mean, list(apart.interval))
+        found.append(
+            OtherTask(task, arm, metric, spread.mean, list(spread.interval), len(values[0]), difference, bounds)
+        )
+    return found
 
 
 def answers_of(run_folder: Path, report: Mapping[str, Any]) -> Answers:
@@ -169,10 +197,18 @@ def seeds_text(result: Mapping[str, Any], *, width: int = 100) -> str:
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for name in ("", "mean", "95 % interval", "p Holm", "sd", "each seed"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    others = {one["task"]: {} for one in result["other_tasks"]}
+    for one in result["other_tasks"]:
+        others[one["task"]][one["arm"]] = one
+    for task in others:
+        table.add_column(task, justify="right", no_wrap=True)
     for arm, spread in result["arms"].items():
-        table.add_row(arm, *_cells(spread, metric, signed=False))
+        kept = [amount(by_arm[arm]["value"], by_arm[arm]["metric"], signed=False) for by_arm in others.values()]
+        table.add_row(arm, *_cells(spread, metric, signed=False), *(cell.split()[0] for cell in kept))
     for one in result["comparisons"]:
-        table.add_row(f"{one['after']} - {one['before']}", *_cells(one, metric, signed=True))
+        lost = ["" if one["before"] != next(iter(by_arm)) else by_arm[one["after"]] for by_arm in others.values()]
+        cells = [of and amount(of["difference"], of["metric"]).split()[0] for of in lost]
+        table.add_row(f"{one['after']} - {one['before']}", *_cells(one, metric, signed=True), *cells)
     console.print(title)  # not the table's own, which would be wrapped at the width of the table
     console.print(table)
     if result["num_samples"] > 1:

@@ -254,6 +254,10 @@ def test_an_empty_test_set_and_answers_to_other_examples_are_refused(tmp_path, m
         evaluate_arm(policy, fewer, CONFIG, context_in(tmp_path), arm="base")
 
 
+def judged(lines: bytes) -> list[dict]:
+    return [json.loads(line) for line in lines.splitlines()]
+
+
 @pytest.mark.parametrize("engine", ["hf_cb", "command"])
 def test_another_engine_gives_the_same_answers(model, expected, tmp_path, engine):
     """Of the policy as it is, and projected."""
@@ -264,7 +268,10 @@ def test_another_engine_gives_the_same_answers(model, expected, tmp_path, engine
     config = dataclasses.replace(CONFIG, engine=engine)
     for arm, held_to in (("base", None), ("projected", projection())):
         evaluate_arm(policy, test_set, config, context, arm=arm, projection=held_to)
-        assert answers_path(tmp_path / "run", arm, TASK.name).read_bytes() == expected[arm]
+        found, ours = judged(answers_path(tmp_path / "run", arm, TASK.name).read_bytes()), judged(expected[arm])
+        assert [one.pop("entropy") for one in found] == [None] * len(found)
+        assert all(one.pop("entropy") > 0 for one in ours), "our own loop measures it"
+        assert found == ours
         assert [path.name for path in (tmp_path / "run" / arm).iterdir()] == [f"{TASK.name}.jsonl"]
 
 

@@ -43,6 +43,25 @@ def test_the_table_shows_every_seed(tmp_path):
     assert max(map(len, lines)) <= 100
 
 
+def test_another_task_has_a_column_and_a_line_that_says_where_an_arm_lost(tmp_path):
+    folders = []
+    for seed in (1, 2):
+        folder = run(tmp_path / str(seed), seed)
+        for arm, num_correct in zip(ARMS, (90, 89, 30), strict=True):
+            write_merged(answers_path(folder / "evaluate", arm, "mmlu"), answers(num_correct, num=150))
+        write_report(folder, ARMS, Asked("arithmetic", "accuracy", seed, also=(("mmlu", "accuracy"),)))
+        folders.append(folder)
+    result = over_seeds(folders)
+    assert [(one["arm"], one["value"]) for one in result["other_tasks"]] == [
+        (arm, pytest.approx(share)) for arm, share in zip(ARMS, (0.6, 89 / 150, 0.2), strict=True)
+    ]
+    text = seeds_text(result, width=120)
+    (row,) = [line.split() for line in text.splitlines() if line.split()[:3] == ["spd", "-", "base"]]
+    assert row[-1] == "-40.0"
+    assert "SPD lost on mmlu: -40.0 points (95 % interval" in text
+    assert "PSR lost" not in text
+
+
 def test_the_verdict_speaks_of_seeds_and_examples_and_says_no_more_than_is_shown(tmp_path):
     folders = [run(tmp_path / str(seed), seed, spd=spd) for seed, spd in ((1, 84), (2, 90), (3, 99))]
     text = seeds_text(over_seeds(folders))
