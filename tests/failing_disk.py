@@ -152,6 +152,8 @@ class Server:
                 raise OSError(errno.EINTR, "killed")
             if self.left_before < 0:
                 raise OSError(code, "failing")
+        if operation in (MKDIR, MKNOD, SYMLINK, LINK, UNLINK, RMDIR, RENAME, RENAME2, CREATE):
+            self.lists.clear()  # a host knows what it has done itself
         for part in (self.on_names, self.on_files):
             done = part(operation, node, body)
             if done is not None:

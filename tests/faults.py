@@ -38,6 +38,8 @@ from spd_dist.storage.artifacts import sha256_of
 STAGES = ("start", "calibrate", "generate", "finetune", "evaluate")
 BOUND_SECONDS = 150.0
 """By then all ranks have ended, or the case counts as a hang; a collective may take `TIMEOUT_SECONDS` of it."""
+BOUND_OF_RUN = 300.0
+"""The same, of a run that goes on: W&B, which does not answer, may take 120 s at its end."""
 RUN_SECONDS = 300
 """An undisturbed run, on a machine that is busy."""
 RELATIVE = 1e-5
@@ -188,7 +190,7 @@ class Series:
                 stage = stage_of(run.log)
                 struck = time.monotonic()
                 plan.strike(run, hit)
-                codes = ended(run, ranks_of_launcher(place))
+                codes = ended(run, ranks_of_launcher(place), BOUND_OF_RUN if kind.goes_on else BOUND_SECONDS)
                 seconds = time.monotonic() - struck
                 plan.undo()
                 said = run.output()
@@ -279,9 +281,9 @@ def ranks_of_launcher(place: Path) -> list[int]:
     return json.loads(file.read_text()) if file.exists() else []
 
 
-def ended(run: Launch, others: Sequence[int]) -> list[int | None]:
+def ended(run: Launch, others: Sequence[int], bound: float) -> list[int | None]:
     """The exit codes of all ranks; None of one that still ran at the end of the bound, unless it is held by SIGSTOP."""
-    deadline = time.monotonic() + BOUND_SECONDS
+    deadline = time.monotonic() + bound
     for rank in run.ranks:
         while rank.is_alive() and time.monotonic() < deadline and not is_stopped(rank.pid):
             rank.join(0.1)
@@ -317,7 +319,7 @@ def is_running(pid: int) -> bool:
 def how_it_ended(kind: Kind, codes: Sequence[int | None], said: str) -> str:
     """`same` if it did not, `ended` if it was only killed, `clear error`, or what is wrong with how it ended."""
     if None in codes:
-        return f"wrong: a rank still ran after {BOUND_SECONDS:.0f} s: {codes}"
+        return f"wrong: a rank still ran after the bound: {codes}"
     if not any(codes) and "Traceback" not in said:
         return "same"
     if kind.goes_on:

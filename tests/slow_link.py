@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import itertools
 import os
 import select
 import struct
@@ -21,13 +22,14 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 NEW_NETWORK, SET_INTERFACE, TUN_WITHOUT_HEADER = 0x40000000, 0x400454CA, 0x1001
 ADDRESSES = ("10.79.0.1", "10.79.0.2")
 INTERFACE = "cable"
+_NUMBERS = itertools.count()
 
 
 class SlowLink:
     """`spaces` are the network namespaces of the two hosts, as files."""
 
     def __init__(self) -> None:
-        self.names = [f"spd-faults-{os.getpid()}-{host}" for host in range(2)]
+        self.names = [f"spd-faults-{os.getpid()}-{next(_NUMBERS)}" for _ in range(2)]
         self.spaces = [f"/run/netns/{name}" for name in self.names]
         for name in self.names:
             _ip("netns", "add", name)

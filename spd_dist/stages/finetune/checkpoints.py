@@ -245,9 +245,9 @@ class Checkpoints:
         kept = {best_step, *sorted(folders)[-self.keep :]}
         for step, folder in folders.items():
             if step not in kept and not (self.keep_every and step % self.keep_every == 0):
-                shutil.rmtree(folder)
+                clear_folder(folder)  # NFS may still show one that is gone
         for leftover in [*self.folder.glob(f"*{PARTIAL}"), *self.folder.glob(f"*{UNIVERSAL}")]:
-            shutil.rmtree(leftover)
+            clear_folder(leftover)
 
 
 def _read_marker(file: Path) -> dict[str, Any]:
