@@ -206,8 +206,8 @@ def seeds_text(result: Mapping[str, Any], *, width: int = 100) -> str:
         kept = [amount(by_arm[arm]["value"], by_arm[arm]["metric"], signed=False) for by_arm in others.values()]
         table.add_row(arm, *_cells(spread, metric, signed=False), *(cell.split()[0] for cell in kept))
     for one in result["comparisons"]:
-        lost = ["" if one["before"] != next(iter(by_arm)) else by_arm[one["after"]] for by_arm in others.values()]
-        cells = [of and amount(of["difference"], of["metric"]).split()[0] for of in lost]
+        lost = [None if one["before"] != next(iter(by_arm)) else by_arm[one["after"]] for by_arm in others.values()]
+        cells = ["" if of is None else amount(of["difference"], of["metric"]).split()[0] for of in lost]
         table.add_row(f"{one['after']} - {one['before']}", *_cells(one, metric, signed=True), *cells)
     console.print(title)  # not the table's own, which would be wrapped at the width of the table
     console.print(table)
