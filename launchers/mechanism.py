@@ -5,7 +5,7 @@ The same as `spd mechanism`; `--help` says more.
 
 import sys
 
-from spd_dist.launch.measure_subspace import main
+from spd_dist.launch.run_method import measure
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(measure())

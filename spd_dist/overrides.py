@@ -19,10 +19,10 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from spd_dist.arms import Arm, chosen, swept
-from spd_dist.config import Config, Experiment
-from spd_dist.config.rules import check_across_fields
+from spd_dist.config import Config, Experiment, check_across_fields
 from spd_dist.errors import ConfigError
 from spd_dist.redaction import keep_secret, redacted_data
+from spd_dist.types import record_of
 from spd_dist.yaml_files import load_yaml
 
 OF_SEVERAL_LINES = ("data.system", "generate.command", "calibrate.mask")
@@ -190,7 +190,7 @@ def _build(section: type, values: Any, prefix: str) -> Any:
         else:
             built[name] = _convert(value, hint, key)
             _check_bounds(built[name], fields[name].metadata, key)
-    return section(**built)
+    return record_of(section, built)
 
 
 def _nearest(prefix: str, name: str, section: type) -> str:

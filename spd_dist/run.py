@@ -232,11 +232,11 @@ class Run:
         if not described.get("is_complete", True):
             log.info("%s: this task of the array is done, others are not", stage)
             return
-        peak = {"peak_memory_gib": round(max_over_ranks(peak_bytes(self.world)) / 2**30, 3)}
-        spent = on_main(f"adding up {stage}", lambda: stage_cost(folder))
-        self.folder.finish(stage, inputs, outputs, **spent._asdict(), extra=described | peak)
+        more = described | {"peak_memory_gib": round(max_over_ranks(peak_bytes(self.world)) / 2**30, 3)}
+        cost = on_main(f"adding up {stage}", lambda: stage_cost(folder))
+        self.folder.finish(stage, inputs, outputs, seconds=cost.seconds, device_seconds=cost.device_seconds, extra=more)
         self._show(stage, is_input=False)
-        log.info("%s: complete, %.1f s", stage, spent.seconds)
+        log.info("%s: complete, %.1f s", stage, cost.seconds)
 
     def _show(self, stage: str, *, is_input: bool) -> None:
         """Show what a stage made; or that this job goes on from it, unless it is one that makes everything."""

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from torch import Tensor
+if TYPE_CHECKING:  # the config is read without torch
+    from torch import Tensor
 
 Kind = Literal["key", "value"]
 
@@ -65,7 +66,7 @@ class GradientBatch:
 
 
 def record_of(kind: type[R], fields: Mapping[str, Any]) -> R:
-    """A dataclass or NamedTuple from the fields that a JSON object holds."""
+    """A dataclass or NamedTuple from the fields that a JSON object, or a section of YAML, holds."""
     return kind(**fields)
 
 
@@ -84,7 +85,14 @@ class Certificate:
     num_dropped_rows: int = 0
 
     def __add__(self, other: Certificate) -> Certificate:
-        return record_of(Certificate, {name: value + vars(other)[name] for name, value in vars(self).items()})
+        return Certificate(
+            energy=self.energy + other.energy,
+            delta=self.delta + other.delta,
+            lost_energy=self.lost_energy + other.lost_energy,
+            num_rows=self.num_rows + other.num_rows,
+            num_shrinks=self.num_shrinks + other.num_shrinks,
+            num_dropped_rows=self.num_dropped_rows + other.num_dropped_rows,
+        )
 
 
 @dataclass(frozen=True)

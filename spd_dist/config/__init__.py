@@ -1,4 +1,4 @@
-"""Every setting: `sections.py` has a field a line, `whole.py` a run and an experiment, `rules.py` what ties them.
+"""Every setting: `sections.py` has a field a line, `whole.py` a run, an experiment, and what ties their fields.
 
 Importing this package imports no torch.
 """
@@ -20,7 +20,7 @@ from spd_dist.config.sections import (
     Reduce,
     Sketch,
 )
-from spd_dist.config.whole import Config, Experiment
+from spd_dist.config.whole import Config, Experiment, check_across_fields
 
 __all__ = [
     "STAGES",
@@ -40,6 +40,7 @@ __all__ = [
     "Reduce",
     "Server",
     "Sketch",
+    "check_across_fields",
     "engine_of",
     "planned_rows",
 ]

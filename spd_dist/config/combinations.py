@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spd_dist.config.engines import engine_of
-from spd_dist.config.whole import Config
 from spd_dist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from spd_dist.config.whole import Config
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,9 @@ def _shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _is(**wanted: Any) -> Callable[[Config], bool]:
-    """Whether all keys (`section__field`) have these values; of a tuple, one of them."""
-    keys = {name.replace("__", "."): value if isinstance(value, tuple) else (value,) for name, value in wanted.items()}
+def _is(wanted: Mapping[str, Any]) -> Callable[[Config], bool]:
+    """Whether all keys have these values; of a tuple, one of them."""
+    keys = {key: value if isinstance(value, tuple) else (value,) for key, value in wanted.items()}
     return lambda config: all(value_of(config, key) in values for key, values in keys.items())
 
 
@@ -112,8 +114,8 @@ def _parallel_without_vllm(key: str) -> Callable[[Config], bool]:
     return breaks
 
 
-def _folds_keys_after_rope(**wanted: Any) -> Callable[[Config], bool]:
-    return _is(project__insertion="rope", project__kinds=("both", "key"), **wanted)
+_HALF = ("bfloat16", "float16")
+_KEYS_AFTER_ROPE = {"project.insertion": "rope", "project.kinds": ("both", "key")}
 
 
 _SAME = "since all of them would be the same"
@@ -126,7 +128,7 @@ _BARE = "since only a chat has it"
 COMBINATIONS = (
     Combination(
         ("project.rank", "project.rank_rule"),
-        _is(project__rank=None, project__rank_rule="fixed"),
+        _is({"project.rank": None, "project.rank_rule": "fixed"}),
         "", ("project.rank=N",), ("project.rank_rule=fixed",),
     ),
     Combination(
@@ -140,13 +142,13 @@ COMBINATIONS = (
         _BARE, ("data.template=chat",), ("data.template=plain", "data.template_options={enable_thinking: false}"),
     ),
     Combination(
-        ("data.thinking", "data.template"), _is(data__thinking="off", data__template="plain"),
+        ("data.thinking", "data.template"), _is({"data.thinking": "off", "data.template": "plain"}),
         "since it is the chat template that asks for no thought", ("data.template=chat", "data.thinking=keep"),
         ("data.thinking=off", "data.template=plain"),
     ),
     Combination(
         ("finetune.loss_on", "data.thinking"),
-        _is(finetune__loss_on=("thought", "after_thought"), data__thinking=("drop", "off")),
+        _is({"finetune.loss_on": ("thought", "after_thought"), "data.thinking": ("drop", "off")}),
         "which leaves no thought to tell apart", ("finetune.loss_on=completion", "data.thinking=keep"),
         ("finetune.loss_on=thought", "data.thinking=drop"),
     ),
@@ -187,7 +189,7 @@ COMBINATIONS = (
     ),
     Combination(
         ("finetune.lora_variant", "evaluate.engine"),
-        _is(finetune__mode="lora", finetune__lora_variant="dora", evaluate__engine="vllm"),
+        _is({"finetune.mode": "lora", "finetune.lora_variant": "dora", "evaluate.engine": "vllm"}),
         "which serves plain adapters alone", ("finetune.lora_variant=rslora", "evaluate.engine=hf"),
         ("finetune.lora_variant=dora", "generate.vllm_python=PYTHON"),
     ),
@@ -218,47 +220,47 @@ COMBINATIONS = (
     ),
     Combination(
         ("generate.placement", "generate.engine"),
-        _is(generate__placement="layerwise", generate__engine="hf_cb"),
+        _is({"generate.placement": "layerwise", "generate.engine": "hf_cb"}),
         "which needs whole weights on each rank", ("generate.placement=replica", "generate.engine=hf"),
         ("generate.placement=layerwise", "generate.engine=hf_cb"),
     ),
     Combination(
         ("evaluate.placement", "evaluate.engine"),
-        _is(evaluate__placement="layerwise", evaluate__engine="hf_cb"),
+        _is({"evaluate.placement": "layerwise", "evaluate.engine": "hf_cb"}),
         "which needs whole weights on each rank", ("evaluate.placement=replica", "evaluate.engine=hf"),
         ("evaluate.placement=layerwise", "evaluate.engine=hf_cb"),
     ),
     Combination(
         ("generate.placement", "distributed.zero_stage"),
-        _is(generate__placement="layerwise", distributed__zero_stage=(0, 1, 2)),
+        _is({"generate.placement": "layerwise", "distributed.zero_stage": (0, 1, 2)}),
         _SHARDS, ("distributed.zero_stage=3", "generate.placement=auto"),
         ("generate.placement=layerwise", "distributed.zero_stage=2"),
     ),
     Combination(
         ("evaluate.placement", "distributed.zero_stage"),
-        _is(evaluate__placement="layerwise", distributed__zero_stage=(0, 1, 2)),
+        _is({"evaluate.placement": "layerwise", "distributed.zero_stage": (0, 1, 2)}),
         _SHARDS, ("distributed.zero_stage=3", "evaluate.placement=auto"),
         ("evaluate.placement=layerwise", "distributed.zero_stage=0"),
     ),
     Combination(
-        ("generate.apply_as", "project.insertion"), _folds_keys_after_rope(generate__apply_as="fold"),
+        ("generate.apply_as", "project.insertion"), _is({**_KEYS_AFTER_ROPE, "generate.apply_as": "fold"}),
         _TURNS, ("generate.apply_as=hook", "project.insertion=linear", "project.kinds=value"),
         ("generate.apply_as=fold", "project.insertion=rope"),
     ),
     Combination(
-        ("generate.engine", "project.insertion"), _folds_keys_after_rope(generate__engine=("server", "command")),
+        ("generate.engine", "project.insertion"), _is({**_KEYS_AFTER_ROPE, "generate.engine": ("server", "command")}),
         f"whose model is folded, {_TURNS}",
         ("generate.engine=hf", "project.insertion=linear", "project.kinds=value"),
         ("generate.engine=command", "generate.command=PROGRAM", "project.insertion=rope"),
     ),
     Combination(
-        ("finetune.merge", "finetune.mode"), _is(finetune__merge=True, finetune__mode="full"),
+        ("finetune.merge", "finetune.mode"), _is({"finetune.merge": True, "finetune.mode": "full"}),
         "which has no adapter to merge", ("finetune.mode=lora", "finetune.merge=false"),
         ("finetune.merge=true", "finetune.mode=full"),
     ),
     Combination(
         ("finetune.keep_best", "finetune.validation_fraction"),
-        _is(finetune__keep_best=True, finetune__validation_fraction=0.0),
+        _is({"finetune.keep_best": True, "finetune.validation_fraction": 0.0}),
         _FOLLOWS, ("finetune.validation_fraction=0.05", "finetune.keep_best=false"), ("finetune.keep_best=true",),
     ),
     Combination(
@@ -268,7 +270,7 @@ COMBINATIONS = (
     ),
     Combination(
         ("finetune.stop_on_train_loss", "finetune.keep_best"),
-        _is(finetune__stop_on_train_loss=True, finetune__keep_best=True),
+        _is({"finetune.stop_on_train_loss": True, "finetune.keep_best": True}),
         _JUDGE, ("finetune.keep_best=false", "finetune.stop_on_train_loss=false"),
         ("finetune.stop_on_train_loss=true", "finetune.keep_best=true", "finetune.validation_fraction=0.05"),
     ),
@@ -280,12 +282,13 @@ COMBINATIONS = (
     ),
     Combination(
         ("rounds", "model.dtype"),
-        lambda config: config.rounds > 1 and _is(finetune__mode="lora", model__dtype=("bfloat16", "float16"))(config),
+        lambda config: config.rounds > 1 and config.finetune.mode == "lora" and config.model.dtype in _HALF,
         "since a round starts from the merged student before it, and rounding would take most of its update away",
         ("model.dtype=float32", "finetune.mode=full", "rounds=1"), ("rounds=2", "model.dtype=bfloat16"),
     ),
     Combination(
-        ("mechanism.in_run", "project.insertion"), _is(mechanism__in_run=True, project__insertion=("rope", "head")),
+        ("mechanism.in_run", "project.insertion"),
+        _is({"mechanism.in_run": True, "project.insertion": ("rope", "head")}),
         "since its controls are cut of whole linear outputs", ("mechanism.in_run=false", "project.insertion=linear"),
         ("mechanism.in_run=true", "project.insertion=rope"),
     ),

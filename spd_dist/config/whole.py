@@ -1,28 +1,17 @@
-"""A run, and an experiment of a run a seed, whole."""
+"""A run, and an experiment of a run a seed, whole; and what ties their fields together."""
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from spd_dist.config.sections import (
-    Calibrate,
-    Choices,
-    Data,
-    Distributed,
-    Evaluate,
-    Finetune,
-    Generate,
-    Mechanism,
-    Metrics,
-    Model,
-    Project,
-    Reduce,
-    Sketch,
-    setting,
-)
+from spd_dist.config import sections
+from spd_dist.config.combinations import check_combinations
+from spd_dist.config.setting import setting
+from spd_dist.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -33,19 +22,19 @@ class Config:
     seed: int = setting(42, "of every generator", at_least=0)
     rounds: int = setting(1, "times the method is done, each on the student of the one before", at_least=1)
     refit: bool = setting(True, "rounds: estimate the subspace anew in each, instead of once")
-    model: Model = field(default_factory=Model)
-    data: Data = field(default_factory=Data)
-    calibrate: Calibrate = field(default_factory=Calibrate)
-    sketch: Sketch = field(default_factory=Sketch)
-    reduce: Reduce = field(default_factory=Reduce)
-    project: Project = field(default_factory=Project)
-    generate: Generate = field(default_factory=Generate)
-    finetune: Finetune = field(default_factory=Finetune)
-    choices: Choices = field(default_factory=Choices)
-    evaluate: Evaluate = field(default_factory=Evaluate)
-    mechanism: Mechanism = field(default_factory=Mechanism)
-    distributed: Distributed = field(default_factory=Distributed)
-    metrics: Metrics = field(default_factory=Metrics)
+    model: sections.Model = field(default_factory=sections.Model)
+    data: sections.Data = field(default_factory=sections.Data)
+    calibrate: sections.Calibrate = field(default_factory=sections.Calibrate)
+    sketch: sections.Sketch = field(default_factory=sections.Sketch)
+    reduce: sections.Reduce = field(default_factory=sections.Reduce)
+    project: sections.Project = field(default_factory=sections.Project)
+    generate: sections.Generate = field(default_factory=sections.Generate)
+    finetune: sections.Finetune = field(default_factory=sections.Finetune)
+    choices: sections.Choices = field(default_factory=sections.Choices)
+    evaluate: sections.Evaluate = field(default_factory=sections.Evaluate)
+    mechanism: sections.Mechanism = field(default_factory=sections.Mechanism)
+    distributed: sections.Distributed = field(default_factory=sections.Distributed)
+    metrics: sections.Metrics = field(default_factory=sections.Metrics)
 
     def section(self, name: str) -> Mapping[str, Any]:
         """One section as plain data, for hashes and manifests."""
@@ -67,3 +56,44 @@ class Experiment:
         name = self.run.metrics.experiment or self.folder.rstrip("/").rpartition("/")[2]
         metrics = dataclasses.replace(self.run.metrics, experiment=name)
         return dataclasses.replace(self.run, run_dir=run_dir, seed=seed, evaluate=evaluate, metrics=metrics)
+
+
+def check_across_fields(config: Config) -> None:
+    """Refuse what does not go together: pairs of values, which `combinations.py` has, and what is more than a pair.
+
+    Raises:
+        ConfigError: two fields that are each valid, and not together.
+    """
+    check_combinations(config)
+    if (config.finetune.keep_every or 0) % config.finetune.checkpoint_every:
+        raise ConfigError(
+            f"finetune.keep_every: {config.finetune.keep_every} is not valid; it must be a multiple of "
+            f"finetune.checkpoint_every={config.finetune.checkpoint_every}"
+        )
+    tasks = [config.data.task, *(word.partition("=")[0] for word in config.evaluate.also)]
+    twice = next((task for task in tasks if tasks.count(task) > 1), None)
+    if twice is not None:
+        raise ConfigError(
+            f"evaluate.also: {list(config.evaluate.also)} is not valid; {twice!r} is answered already, name each once"
+        )
+    if len(config.data.thinking_marks) not in (0, 2) or "" in config.data.thinking_marks:
+        raise ConfigError(
+            f"data.thinking_marks: {list(config.data.thinking_marks)} is not valid; give the two marks of a thought, "
+            "as in ['<think>','</think>']"
+        )
+    if not _is_date(config.data.date):
+        raise ConfigError(f"data.date: {config.data.date!r} is not valid; write a day as YYYY-MM-DD")
+    if not config.calibrate.layers:
+        raise ConfigError("calibrate.layers: an empty list is not valid; name at least one layer, as in [middle,last]")
+    if config.generate.task_index >= config.generate.num_tasks:
+        raise ConfigError(
+            f"generate.task_index: {config.generate.task_index} is out of bounds; "
+            f"it must be below generate.num_tasks={config.generate.num_tasks}"
+        )
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False

@@ -185,7 +185,7 @@ def as_text(messages: Sequence[Message]) -> str:
     return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
-def apply_template(tokenizer: Tokenizer, config: Data, conversation: Conversation, **options: Any) -> Any:
+def apply_template(tokenizer: Tokenizer, config: Data, conversation: Conversation, options: Mapping[str, Any]) -> Any:
     """What a tokenizer's chat template makes of a conversation: its text, or its tokens if `options` ask for them.
 
     Raises:
@@ -201,8 +201,8 @@ def apply_template(tokenizer: Tokenizer, config: Data, conversation: Conversatio
         is_asked = turns[-1]["role"] != "assistant"
         tools = {"tools": list(asked.tools)} if asked.tools else {}
         switch = {SWITCH: False} if config.thinking == "off" else {}
-        everywhere = {"add_generation_prompt": is_asked} | tools | _dated(tokenizer, config)
-        return tokenizer.apply_chat_template(list(turns), **everywhere, **options, **switch | config.template_options)
+        ours = {"add_generation_prompt": is_asked, **tools, **_dated(tokenizer, config), **options}
+        return tokenizer.apply_chat_template(list(turns), **ours | switch | config.template_options)
 
     try:
         rendered = apply(config.system, conversation)

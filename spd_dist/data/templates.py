@@ -266,14 +266,17 @@ def _answered(prompt: str, answer: str) -> Conversation:
 
 def _marked(tokenizer: Tokenizer, config: Data, conversation: Conversation) -> list[Span]:
     """Where the `{% generation %}` marks of the template stand."""
-    rendered = apply_template(
-        tokenizer, config, conversation, tokenize=True, return_dict=True, return_assistant_tokens_mask=True,
-        tokenizer_kwargs={"return_offsets_mapping": True},
-    )  # fmt: skip
+    with_marks = {
+        "tokenize": True,
+        "return_dict": True,
+        "return_assistant_tokens_mask": True,
+        "tokenizer_kwargs": {"return_offsets_mapping": True},
+    }
+    rendered = apply_template(tokenizer, config, conversation, with_marks)
     mask, offsets = rendered["assistant_masks"], rendered["offset_mapping"]
     spans = [tuple(offset) for offset, kept in zip(offsets, mask, strict=True) if kept]
     return merged(spans)
 
 
 def _chat(tokenizer: Tokenizer, config: Data, conversation: Conversation) -> str:
-    return apply_template(tokenizer, config, conversation, tokenize=False)
+    return apply_template(tokenizer, config, conversation, {"tokenize": False})

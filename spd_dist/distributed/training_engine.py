@@ -165,11 +165,15 @@ def training_engine(
     ]
     groups = [group for group in groups if group["params"]]
     on_host = settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device") == "cpu"
-    given: dict[str, Any] = {"model_parameters": groups}
-    if "optimizer" not in settings:
-        given = {"optimizer": _adamw(groups, learning_rate, on_host=on_host)}
+    ours = None if "optimizer" in settings else _adamw(groups, learning_rate, on_host=on_host)
+    parameters: Any = groups if ours is None else None  # groups, too, which DeepSpeed's type does not say
     try:
-        engine, *_ = deepspeed.initialize(model=module, config=dict(settings), **given)
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            config=dict(settings),
+            optimizer=ours,
+            model_parameters=parameters,
+        )
     except (ValueError, AssertionError) as error:
         raise ConfigError(
             f"distributed.deepspeed, model.dtype: DeepSpeed does not take these settings: {error}; change them"

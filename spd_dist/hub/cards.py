@@ -58,12 +58,11 @@ def student_card(published: Published, own_card: Path, report: Mapping[str, Any]
     text = text.replace(published.config.model.name, published.base_model)
     if report is not None and published.arm.name in report["arms"]:
         text = text.replace(IN_REPORT, results_text(report))
-    fields: dict[str, Any] = {"base_model": published.hub_base, "pipeline_tag": "text-generation"}
-    if published.is_base_on_hub:
-        fields["base_model_relation"] = relation
     results = [] if report is None else eval_results(published, report)
     data = ModelCardData(
-        **fields,
+        base_model=published.hub_base,
+        pipeline_tag="text-generation",
+        base_model_relation=relation if published.is_base_on_hub else None,
         license=card.data.license,
         library_name=card.data.library_name,
         tags=card.data.tags,
@@ -116,9 +115,8 @@ def subspace_card(published: Published, file: Path) -> str:
     """The card of a subspace: where it is, how much of the gradients' energy it holds, how to load it."""
     subspace = load_subspace(file)
     data = ModelCardData(base_model=published.hub_base, library_name="spd_dist", tags=[*TAGS, "capability-subspace"])
-    return _rendered(
-        "subspace_card.md.j2", data.to_yaml(), published=published, sites=subspace.sites, metadata=subspace.metadata
-    )
+    shown = {"published": published, "sites": subspace.sites, "metadata": subspace.metadata}
+    return _rendered("subspace_card.md.j2", data.to_yaml(), shown)
 
 
 def corpus_card(published: Published, folder: Path) -> str:
@@ -134,10 +132,11 @@ def corpus_card(published: Published, folder: Path) -> str:
     if published.is_base_on_hub:
         data.base_model = published.base_model  # a field of the hub's, of which its class knows nothing
     summary = read_json(folder.parent / "summary.json")
-    return _rendered("corpus_card.md.j2", data.to_yaml(), published=published, stats=stats, engine=summary["engine"])
+    shown = {"published": published, "stats": stats, "engine": summary["engine"]}
+    return _rendered("corpus_card.md.j2", data.to_yaml(), shown)
 
 
-def _rendered(name: str, header: str, **values: object) -> str:
+def _rendered(name: str, header: str, shown: Mapping[str, object]) -> str:
     text = Path(__file__).with_name(name).read_text(encoding="utf-8")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    return f"---\n{header}\n---\n\n" + environment.from_string(text).render(**values, paper=PAPER)
+    return f"---\n{header}\n---\n\n" + environment.from_string(text).render({**shown, "paper": PAPER})

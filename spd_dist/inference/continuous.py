@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 
 from spd_dist.inference.kv_cache import SlotCache, prefill_cache
 from spd_dist.inference.requests import Decoded, DecodeSettings, Request, Row, draw, new_row
+from spd_dist.models.forward import call_model
 
 MIN_PREFIX_TOKENS = 8  # a shorter beginning that all prompts share is not worth a pass of its own
 MAX_PREFILL_TOKENS = 4096
@@ -154,7 +155,7 @@ class ContinuousBatcher:
         optional = {"position_ids": position_NS[:, -input_NS.shape[1] :], "logits_to_keep": 1}
         inputs = {name: value for name, value in optional.items() if name in self.takes}
         inputs |= {"input_ids": input_NS, "attention_mask": mask_NL, "past_key_values": cache, "use_cache": True}
-        return self.model(**inputs).logits[:, -1]
+        return call_model(self.model, inputs).logits[:, -1]
 
     def _evict_finished(self) -> Iterator[Decoded]:
         """Give the finished rows; the last row takes the slot of one that left."""

@@ -91,14 +91,15 @@ class ContinuousBatchingEngine:
 
 def pinned(sampling: Sampling, policy: Policy) -> GenerationConfig:
     """Every setting that matters: nothing is inherited from the model."""
-    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-    if sampling.min_p:
-        drawn["min_p"] = sampling.min_p
+    is_drawn = sampling.temperature > 0
     return GenerationConfig(
-        do_sample=sampling.temperature > 0,
+        do_sample=is_drawn,
         max_new_tokens=sampling.max_new_tokens,
         repetition_penalty=sampling.repetition_penalty,
         eos_token_id=list(policy.eos_token_ids),
         pad_token_id=policy.pad_token_id,
-        **(drawn if sampling.temperature > 0 else {}),
+        temperature=sampling.temperature if is_drawn else None,
+        top_p=sampling.top_p if is_drawn else None,
+        top_k=sampling.top_k if is_drawn else None,
+        min_p=(sampling.min_p or None) if is_drawn else None,
     )

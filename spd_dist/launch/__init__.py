@@ -10,22 +10,22 @@ import sys
 from collections.abc import Sequence
 
 LAUNCHERS = {
-    "run": "run_method",
-    "experiment": "run_experiment",
-    "mechanism": "measure_subspace",
-    "evaluate": "evaluate_model",
-    "compare": "compare",
-    "corpus": "show_corpus",
-    "export": "export_policy",
-    "push": "push_product",
-    "plan": "plan_run",
-    "doctor": "doctor",
-    "dashboard": "make_dashboard",
-    "submit": "submit",
-    "sweep": "sweep",
-    "wandb_sync": "wandb_sync",
+    "run": "run_method:main",
+    "experiment": "run_experiment:main",
+    "mechanism": "run_method:measure",
+    "evaluate": "evaluate_model:main",
+    "compare": "compare:main",
+    "corpus": "show_corpus:main",
+    "export": "export_policy:main",
+    "push": "push_product:main",
+    "plan": "plan_run:main",
+    "doctor": "doctor:main",
+    "dashboard": "make_dashboard:main",
+    "submit": "submit:main",
+    "sweep": "sweep:main",
+    "wandb_sync": "wandb_sync:main",
 }
-"""Name of a launcher -> the module of this package that has its `main`."""
+"""Name of a launcher -> the module of this package, and the function in it, as entry points are written."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,4 +46,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {words[0]}: no launcher has this name; choose one of {', '.join(LAUNCHERS)}", file=sys.stderr)
         return 2
     sys.argv = [f"spd {words[0]}", *words[1:]]
-    return importlib.import_module(f"spd_dist.launch.{LAUNCHERS[name]}").main()
+    module, _, function = LAUNCHERS[name].partition(":")
+    return vars(importlib.import_module(f"spd_dist.launch.{module}"))[function]()

@@ -41,11 +41,11 @@ def make(arguments: argparse.Namespace) -> None:
     axes = logged_metrics(arguments.run_dir)
     metrics = load_config([arguments.run_dir / "config.yaml"]).metrics
     entity = arguments.entity or metrics.entity or ""
-    where = {"project": metrics.project, "entity": entity, "experiment": arguments.experiment}
-    space = workspace(axes, **where)
+    space = workspace(axes, project=metrics.project, entity=entity, experiment=arguments.experiment)
     if arguments.dry_run:
         print(json.dumps(space._to_model().model_dump(by_alias=True, exclude_none=True), indent=2, default=str))
         return
     print(f"workspace: {save(space)}")
     if arguments.report:
-        print(f"report: {save(report(axes, **where), draft=True)}")
+        written = report(axes, project=metrics.project, entity=entity, experiment=arguments.experiment)
+        print(f"report: {save(written, as_draft=True)}")

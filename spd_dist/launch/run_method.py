@@ -35,45 +35,90 @@ SECONDS_FOR_THE_CAUSE = 5
 
 def main() -> int:
     """Parse, check the config, run, and turn the outcome into an exit code."""
-    signals = StopSignals()
-    signals.install()
-    watch_launchers(os.environ)
-    make_room(os.environ)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # our own lines say how far a stage is
-    arguments = parse_arguments()
-    try:
-        config = load_config(arguments.config, arguments.overrides)
-        check_restart(config, arguments)
-    except UserError as error:
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
-    if arguments.show_config:
-        print(to_yaml(config), end="")
-        return 0
+    return from_command_line(parser(), start)
+
+
+MECHANISM = """\
+Does the subspace carry correctness? `deepspeed launchers/mechanism.py --config configs/NAME.yaml [key=value ...]`.
+
+Scores gold answers of held-out rows under the capability subspace and under controls; nothing is sampled or trained.
+It calibrates first where the run folder has no subspace. Start the same command again to go on where it stopped.
+Exit codes: 0 done, 2 the config is wrong, 3 the data or the model is wrong, 75 stopped on request, 1 anything else.
+"""
+
+
+def measure() -> int:
+    """The mechanism test alone: parse, check the config, measure, and turn the outcome into an exit code."""
+    parser = argparse.ArgumentParser(description=MECHANISM, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return from_command_line(parser, measure_alone)
+
+
+def measure_alone(config: Config, arguments: argparse.Namespace, signals: StopSignals) -> int:
+    """Score gold answers under the subspace and under controls."""
+
+    def work(world: World) -> str:
+        from spd_dist.mechanism.mechanism_stage import measure_mechanism
+
+        return measure_mechanism(config, world, signals)
+
+    return on_every_rank(config, work)
+
+
+def start(config: Config, arguments: argparse.Namespace, signals: StopSignals) -> int:
+    """Preview, or run.
+
+    Raises:
+        ConfigError: `--restart-from` does not fit the rest.
+    """
+    check_restart(config, arguments)
     if arguments.preview_masks or arguments.preview_scoring:
         return preview(config, arguments)
     return run(config, arguments, signals)
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line; `--local_rank` is what the deepspeed launcher adds."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def from_command_line(
+    parser: argparse.ArgumentParser, work: Callable[[Config, argparse.Namespace, StopSignals], int]
+) -> int:
+    """Read a run's config off the command line, and do `work` with it, or show it; the exit code.
+
+    Args:
+        parser: With the options that the launcher has for its own.
+        work: Takes the config and all options, and gives the exit code.
+    """
+    signals = StopSignals()
+    signals.install()
+    watch_launchers(os.environ)
+    make_room(os.environ)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # our own lines say how far a stage is
     parser.add_argument("--config", nargs="+", action="extend", default=[], metavar="YAML", help="later files win")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="win over every file")
+    parser.add_argument("--show-config", action="store_true", help="print the resolved config and exit")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher adds it
+    arguments = parser.parse_intermixed_args()
+    try:
+        config = load_config(*split_words(arguments.config + arguments.overrides))
+        if not arguments.show_config:
+            return work(config, arguments, signals)
+    except UserError as error:
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    print(to_yaml(config), end="")
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of a run beside those that every launcher of a config has."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--from", dest="first", choices=STAGES, default=STAGES[0], help="stages before it are complete")
     parser.add_argument(
         "--restart-from", choices=STAGES, default="", metavar="STAGE",
         help="do this stage and all later ones again, under this config; what they made is moved to RUN_DIR/replaced",
     )  # fmt: skip
     parser.add_argument("--until", dest="last", choices=STAGES, default=STAGES[-1], help="stop after this stage")
-    parser.add_argument("--show-config", action="store_true", help="print the resolved config and exit")
     parser.add_argument("--preview-masks", type=int, metavar="N", help="print N examples, kept tokens marked")
     parser.add_argument("--preview-scoring", type=int, metavar="N", help="print N test rows, their references judged")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    arguments = parser.parse_intermixed_args()
-    arguments.config, arguments.overrides = split_words(arguments.config + arguments.overrides)
-    return arguments
+    return parser
 
 
 def check_restart(config: Config, arguments: argparse.Namespace) -> None:

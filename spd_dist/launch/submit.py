@@ -17,7 +17,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jinja2
 
@@ -74,7 +73,7 @@ class Job:
         return environment.get_template("job.sbatch.j2").render(dataclasses.asdict(self))
 
 
-OF_AN_ARRAY: dict[str, Any] = {"nodes": 1, "output": "slurm-%x-%A_%a.out"}
+OF_AN_ARRAY = "slurm-%x-%A_%a.out"
 FILES = {  # what `make` of these scripts by hand would give: slurm/NAME
     "spd.sbatch": Job(),
     "array_generate.sbatch": Job(
@@ -82,24 +81,27 @@ FILES = {  # what `make` of these scripts by hand would give: slurm/NAME
         PART_OF_A_CORPUS.format(words='"$@"'),
         "One corpus by an array of jobs, two at a time; the task that finds it complete merges it.",
         "sbatch slurm/array_generate.sbatch --config configs/NAME.yaml   (after: spd.sbatch --until project)",
+        nodes=1,
         array="0-3%2",
-        **OF_AN_ARRAY,
+        output=OF_AN_ARRAY,
     ),
     "array_experiment.sbatch": Job(
         "spd-experiment",
         ARMS.format(words='"$@"'),
         "Arms over seeds by an array of jobs, two at a time; the task that finds all complete compares them.",
         "sbatch --array=0-N%2 slurm/array_experiment.sbatch --config configs/experiments/NAME.yaml",
+        nodes=1,
         array="0-3%2",
-        **OF_AN_ARRAY,
+        output=OF_AN_ARRAY,
     ),
     "array_sweep.sbatch": Job(
         "spd-sweep",
         POINT.format(words='"$1"'),
         "A sweep: one run a point of a plan, two at a time.",
         "sbatch --array=0-N%2 slurm/array_sweep.sbatch runs/sweeps/NAME/plan.json   (launchers/sweep.py plan says N)",
+        nodes=1,
         array="0-0%2",
-        **OF_AN_ARRAY,
+        output=OF_AN_ARRAY,
     ),
 }
 
@@ -167,50 +169,54 @@ def plan(arguments: argparse.Namespace) -> tuple[Path, list[Job]]:
     Raises:
         ConfigError: the config does not load, or an option does not fit the kind.
     """
-    common: dict[str, Any] = {
-        "ranks_per_node": arguments.ranks_per_node,
-        "cpus_per_rank": arguments.cpus_per_rank,
-        "gpus": not arguments.no_gpus,
-        "time": arguments.time,
-        "margin_seconds": arguments.margin_seconds,
-        "options": tuple(arguments.sbatch),
-        "environment": (f"SPD_LAUNCHER={arguments.launcher}", f"SPD_MAX_REQUEUES={arguments.max_requeues}"),
-    }
     check_margin(arguments.time, arguments.margin_seconds)
     if arguments.kind == "sweep":
-        return _sweep(arguments, common)
+        return _sweep(arguments)
     if arguments.kind == "experiment":
         folder = Path(load_experiment(arguments.config, arguments.words).folder)
     else:
         folder = Path(load_config(arguments.config, arguments.words).run_dir)
     words = shlex.join(["--config", *arguments.config, *arguments.words] if arguments.config else arguments.words)
-    common |= {"usage": f"launchers/submit.py {arguments.kind}", "output": f"{folder}/slurm/%x-%j.out"}
     if arguments.kind == "fused":
-        return folder, [Job(command=f"launch {words}", nodes=_nodes(arguments, 1)[0], **common)]
+        return folder, [_of_options(arguments, folder, Job(command=f"launch {words}"), _nodes(arguments, 1)[0])]
     if arguments.kind in ARRAYS:
-        common["output"] = f"{folder}/slurm/%x-%A_%a.out"
-        job = dataclasses.replace(FILES[f"array_{arguments.kind}.sbatch"], **common)
-        array, nodes = arguments.array or job.array, _nodes(arguments, 1)[0]
-        command = ARRAYS[arguments.kind].format(words=words)
-        return folder, [dataclasses.replace(job, command=command, array=array, nodes=nodes)]
+        job, command = FILES[f"array_{arguments.kind}.sbatch"], ARRAYS[arguments.kind].format(words=words)
+        job = dataclasses.replace(job, command=command, array=arguments.array or job.array)
+        return folder, [_of_options(arguments, folder, job, _nodes(arguments, 1)[0])]
     jobs = []
     for (name, (first, last)), nodes in zip(CHAIN.items(), _nodes(arguments, len(CHAIN)), strict=True):
         command = f"launch --from {first} --until {last} {words}"
         sentence = f"The part of a chain of jobs that ends in {last}."
-        jobs.append(Job(f"spd-{name}", command, sentence, nodes=nodes, **common))
+        jobs.append(_of_options(arguments, folder, Job(f"spd-{name}", command, sentence), nodes))
     return folder, jobs
 
 
-def _sweep(arguments: argparse.Namespace, common: dict[str, Any]) -> tuple[Path, list[Job]]:
+def _of_options(arguments: argparse.Namespace, folder: Path, job: Job, nodes: int) -> Job:
+    """`job` with what the command line says of every job, its output in the run's folder."""
+    return dataclasses.replace(
+        job,
+        usage=f"launchers/submit.py {arguments.kind}",
+        nodes=nodes,
+        ranks_per_node=arguments.ranks_per_node,
+        cpus_per_rank=arguments.cpus_per_rank,
+        gpus=not arguments.no_gpus,
+        time=arguments.time,
+        margin_seconds=arguments.margin_seconds,
+        output=f"{folder}/slurm/{'%x-%j' if job.array is None else '%x-%A_%a'}.out",
+        options=tuple(arguments.sbatch),
+        environment=(f"SPD_LAUNCHER={arguments.launcher}", f"SPD_MAX_REQUEUES={arguments.max_requeues}"),
+    )
+
+
+def _sweep(arguments: argparse.Namespace) -> tuple[Path, list[Job]]:
     if len(arguments.config) != 1 or arguments.words:
         raise ConfigError("submit.py sweep takes one plan, as launchers/sweep.py plan writes it, and no other words")
     path = Path(arguments.config[0])
-    job, output = FILES["array_sweep.sbatch"], f"{path.parent}/slurm/%x-%A_%a.out"
     if arguments.array is None:
         raise ConfigError("--array: not given; launchers/sweep.py plan says it, as 0-11%4")
-    command, nodes = POINT.format(words=shlex.quote(str(path))), _nodes(arguments, 1)[0]
-    common |= {"usage": "launchers/submit.py sweep", "output": output, "array": arguments.array}
-    return path.parent, [dataclasses.replace(job, command=command, nodes=nodes, **common)]
+    command = POINT.format(words=shlex.quote(str(path)))
+    job = dataclasses.replace(FILES["array_sweep.sbatch"], command=command, array=arguments.array)
+    return path.parent, [_of_options(arguments, path.parent, job, _nodes(arguments, 1)[0])]
 
 
 def _nodes(arguments: argparse.Namespace, count: int) -> list[int]:

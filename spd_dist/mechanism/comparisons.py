@@ -21,7 +21,7 @@ from spd_dist.mechanism.controls import (
 )
 from spd_dist.mechanism.measurement import Variant
 from spd_dist.stages.project import projection
-from spd_dist.types import KVSite, Subspace
+from spd_dist.types import KVSite, Subspace, record_of
 
 PRIMARY = "primary"
 
@@ -63,11 +63,11 @@ def planned(config: Mechanism) -> list[Comparison]:
 
 
 def _explored(word: str, base: Comparison) -> Comparison:
-    changes: dict[str, Any] = {}
+    fields = vars(base) | {"name": word}
     for change in word.split("@"):
         key, _, value = change.partition("=")
-        changes[key] = _value(word, key, value)
-    return dataclasses.replace(base, name=word, **changes)
+        fields[key] = _value(word, key, value)
+    return record_of(Comparison, fields)
 
 
 def _value(word: str, key: str, value: str) -> Any:

@@ -1,7 +1,8 @@
 """From a GGUF file to a folder of float32 safetensors, and whether such a folder is whole.
 
 Nothing here asks which rank it runs on: `save_pretrained` writes weights on rank 0 of torch.distributed only, and any
-rank may be the one that converts. So transformers reads, and what is written is written here, then read back.
+rank may be the one that converts. So transformers reads, and what is written is written here, then read back. It is
+given the file's whole path and not its name: of that name it would take one in the working directory.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def read_settings(gguf: Path, header: GGUFHeader) -> PretrainedConfig:
         DataError: transformers does not read this architecture.
     """
     with _reading(gguf, header):
-        return AutoConfig.from_pretrained(**_source(gguf))
+        return AutoConfig.from_pretrained(str(gguf.parent), gguf_file=str(gguf))
 
 
 def read_gguf(
@@ -63,10 +64,10 @@ def read_gguf(
         DataError: transformers can't read it, or the file lacks some of its weights.
     """
     with _reading(gguf, header):
-        tokenizer = AutoTokenizer.from_pretrained(**_source(gguf))
+        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=str(gguf))
         # With output_loading_info it gives two things, which its type does not say.
         read: Any = AutoModelForCausalLM.from_pretrained(
-            **_source(gguf), config=settings, dtype=torch.float32, output_loading_info=True
+            str(gguf.parent), gguf_file=str(gguf), config=settings, dtype=torch.float32, output_loading_info=True
         )
         model, found = read
     lacking = sorted([*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])])
@@ -94,11 +95,6 @@ def _reading(gguf: Path, header: GGUFHeader) -> Generator[None]:
             f"architecture {header.architecture!r} ({first_line(error)}); {MADE_OF}, or pip install -U transformers "
             "gguf accelerate"
         ) from error
-
-
-def _source(gguf: Path) -> dict[str, str]:
-    # The file's whole path and not its name: transformers would take one of that name in the working directory.
-    return {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": str(gguf)}
 
 
 def write_model(

@@ -26,6 +26,7 @@ from transformers.masking_utils import eager_mask
 from transformers.pytorch_utils import Conv1D
 
 from spd_dist.errors import DataError
+from spd_dist.models.forward import call_model
 from spd_dist.types import Kind
 
 NUM_TOKENS = 4
@@ -115,13 +116,12 @@ class _Tracer:
     def _own_forward(self, states: Tensor, *inputs: Any, **named: Any) -> Any:
         """For a module with a forward of its own: as a router, it may put out something else."""
         forward = type(self.module).forward
-        if states.is_meta:
-            return forward(self.module, states, *inputs, **named)
-        weightless = {name: weight.to("meta") for name, weight in self.module.named_parameters()}
-        output = functional_call(self.module, weightless, (states.to("meta"), *inputs), named)
-        return (
-            self._leaf(output.shape) if isinstance(output, Tensor) else forward(self.module, states, *inputs, **named)
-        )
+        if not states.is_meta:
+            weightless = {name: weight.to("meta") for name, weight in self.module.named_parameters()}
+            output = functional_call(self.module, weightless, (states.to("meta"), *inputs), named)
+            if isinstance(output, Tensor):
+                return self._leaf(output.shape)
+        return forward(self.module, states, *inputs, **named)
 
     def _leaf(self, shape: tuple[int, ...]) -> Tensor:
         leaf = torch.rand(shape).sub_(0.5).requires_grad_()
@@ -146,11 +146,11 @@ class _Tap(DynamicCache):
         return query_BHTD.new_zeros(batch, tokens, heads, value_BHTD.shape[-1]), None
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
         """Stand in for the cache of a model that has its own attention functions."""
         self.at_cache.append((f"cache.{layer_idx}", key_states, value_states))
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return super().update(key_states, value_states, layer_idx)
 
 
 def _weightless_copy(model: PreTrainedModel, tap: _Tap) -> PreTrainedModel:
@@ -190,7 +190,8 @@ def _dispatches(model: PreTrainedModel) -> bool:
 def _run(skeleton: PreTrainedModel, tap: _Tap) -> None:
     tokens_BT = torch.arange(1, 1 + NUM_TOKENS)[None]
     cached = not _dispatches(skeleton) and "past_key_values" in inspect.signature(skeleton.forward).parameters
-    skeleton(tokens_BT, use_cache=cached, **{"past_key_values": tap} if cached else {})
+    inputs = {"input_ids": tokens_BT, "use_cache": cached} | ({"past_key_values": tap} if cached else {})
+    call_model(skeleton, inputs)
 
 
 def _origin(reader: str, kind: Kind, states_BHTD: Tensor, tracers: Mapping[str, _Tracer]) -> Origin:

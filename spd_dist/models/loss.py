@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,7 +13,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from spd_dist.models.forward import call_model
 from spd_dist.models.gradient_capture import supervised_rows
+
+ALONE: Mapping[str, Tensor | int] = MappingProxyType({})
+"""The context of rows that hold one sequence each."""
 
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 """Size of one chunk's logits in float32. With weights that are trained, each chunk reads and writes a gradient of their
@@ -100,7 +105,7 @@ class Student(nn.Module):
         self.tail = logits_tail(model)
 
     def forward(
-        self, token_BT: Tensor, source_N: Tensor, label_N: Tensor, **context: Tensor | None
+        self, token_BT: Tensor, source_N: Tensor, label_N: Tensor, context: Mapping[str, Tensor | int] = ALONE
     ) -> tuple[Tensor, Tensor]:
         """(sum of the losses, loss_N without gradient), in float32.
 
@@ -110,11 +115,12 @@ class Student(nn.Module):
             label_N: the supervised tokens.
             context: `position_ids` (B, T) of packed rows, or an `attention_mask`.
         """
+        inputs = {"input_ids": token_BT, "use_cache": False, **context}
         if self.tail is None:
-            logit_BTV = self.model(input_ids=token_BT, use_cache=False, **context).logits
+            logit_BTV = call_model(self.model, inputs).logits
             loss_N = cross_entropy(logit_BTV.flatten(0, 1)[source_N].float(), label_N, reduction="none")
             return loss_N.sum(), loss_N.detach()
-        hidden_BTD = self.model.base_model(input_ids=token_BT, use_cache=False, **context).last_hidden_state
+        hidden_BTD = call_model(self.model.base_model, inputs).last_hidden_state
         head = self.model.get_output_embeddings()
         with _forward_replaced(
             head, lambda hidden_ND: LinearCrossEntropy.apply(hidden_ND, label_N, head.weight, head.bias, self.tail)

@@ -27,10 +27,10 @@ def meta_model(config: PretrainedConfig, dtype: torch.dtype, *, num_layers: int 
     """
     config = config if num_layers is None else shallow(config, num_layers)
     # Its own code was allowed to run when the config was read, or this would be another class.
-    trusted = {"trust_remote_code": True} if type(config).__module__.startswith("transformers_modules") else {}
+    trusted = True if type(config).__module__.startswith("transformers_modules") else None
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **trusted)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted)
     except FOREIGN_FAULTS as error:
         raise DataError(
             f"model.name: no {config.model_type} model can be built from its config ({first_line(error)}); "

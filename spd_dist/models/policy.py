@@ -143,7 +143,7 @@ def load_policy(config: Model, distributed: Distributed, world: World) -> Policy
     # transformers keeps a weak reference: while this object lives, from_pretrained loads into ZeRO-3 shards.
     sharding = HfDeepSpeedConfig(sharding_settings(distributed, dtype)) if sharded else None
     attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
-    model = _read(AutoModelForCausalLM, source, config, config=settings, dtype=dtype, **attention)
+    model = _read(AutoModelForCausalLM, source, config, {"config": settings, "dtype": dtype} | attention)
     del sharding
     if not sharded:
         model.to(world.device)
@@ -273,8 +273,8 @@ def _local_source(config: Model) -> str:
     return config.name if gguf is None else str(converted(gguf, config.cache_dir))
 
 
-def _read(reader: Any, source: str, model: Model, **settings: Any) -> Any:
-    options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code, **settings}
+def _read(reader: Any, source: str, model: Model, settings: dict[str, Any] | None = None) -> Any:
+    options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code, **(settings or {})}
     if model.revision is not None:
         options["revision"] = model.revision
     if (source, model.revision) in _fetched:

@@ -112,12 +112,18 @@ class Zero:
         """As a run would set them: the user's values over DeepSpeed's."""
         users: dict[str, Any] = distributed.deepspeed.get("zero_optimization", {})
         short = {name.removeprefix("stage3_"): value for name, value in users.items() if value != "auto"}
-        names = ("max_reuse_distance", "prefetch_bucket_size", "param_persistence_threshold", "reduce_bucket_size")
+
+        def number(name: str, default: int) -> int:
+            return int(float(short.get(name, default)))
+
         return cls(
             stage=distributed.zero_stage,
+            max_reuse_distance=number("max_reuse_distance", cls.max_reuse_distance),
+            prefetch_bucket_size=number("prefetch_bucket_size", cls.prefetch_bucket_size),
+            param_persistence_threshold=number("param_persistence_threshold", cls.param_persistence_threshold),
+            reduce_bucket_size=number("reduce_bucket_size", cls.reduce_bucket_size),
             offloads_parameters=_is_on_host(short.get("offload_param")),
             offloads_optimizer=_is_on_host(short.get("offload_optimizer")),
-            **{name: int(float(short[name])) for name in names if name in short},
         )
 
     def shards(self, sizes: Iterable[int], num_ranks: int) -> int:

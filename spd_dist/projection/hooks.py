@@ -126,13 +126,12 @@ def _discard(running: list[SitePart]) -> None:
 
 
 def _projecting(rotate: Callable[..., Any], running: list[SitePart], monitor: ProjectionMonitor) -> Callable[..., Any]:
-    def rotate_and_project(q: Tensor, k: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        q, k = rotate(q, k, *args, **options)
+    def rotate_and_project(q: Tensor, k: Tensor, *angles: Any, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+        q, k = rotate(q, k, *angles) if unsqueeze_dim == 1 else rotate(q, k, *angles, unsqueeze_dim=unsqueeze_dim)
         if not running:
             return q, k
         part = running[-1]
-        head_dim = options.get("unsqueeze_dim", 1)
-        key_BTHK = k.transpose(1, 2) if head_dim == 1 else k
+        key_BTHK = k.transpose(1, 2) if unsqueeze_dim == 1 else k
         if key_BTHK.dim() != 4 or key_BTHK.shape[2] * key_BTHK.shape[3] != part.site.width:
             raise DataError(
                 f"project.insertion=rope: what rotates of {part.site} is {tuple(k.shape)} and not the whole key of "
@@ -144,7 +143,7 @@ def _projecting(rotate: Callable[..., Any], running: list[SitePart], monitor: Pr
         if monitor.observes(part.site):
             monitor.measure(part, key_BTD, projected_BTD)
         projected = projected_BTD.view(key_BTHK.shape)
-        return q, projected.transpose(1, 2) if head_dim == 1 else projected
+        return q, projected.transpose(1, 2) if unsqueeze_dim == 1 else projected
 
     return rotate_and_project
 

@@ -38,20 +38,16 @@ def write_experiment_page(
         ),
         *drawn_subspaces(next(iter(report["by_seed"].values()))),
     ]
-    text = render(
-        "experiment.html.j2",
-        report,
-        runs[0],
-        title=f"{folder.name}: {report['task']}, {len(runs)} seeds",
-        figures=[one for one in found if one["svg"]],
-        examples=side_by_side(by_seed, questions)[:NUM_SHOWN],
-        num_examples=report["num_examples"],
-        num_seeds=len(runs),
-        pages=[
-            (seed, f"{run.relative_to(folder)}/report.html") for seed, run in zip(report["seeds"], runs, strict=True)
-        ],
-    )
-    write_text(folder / "report.html", text)
+    pages = {seed: f"{run.relative_to(folder)}/report.html" for seed, run in zip(report["seeds"], runs, strict=True)}
+    shown = {
+        "title": f"{folder.name}: {report['task']}, {len(runs)} seeds",
+        "figures": [one for one in found if one["svg"]],
+        "examples": side_by_side(by_seed, questions)[:NUM_SHOWN],
+        "num_examples": report["num_examples"],
+        "num_seeds": len(runs),
+        "pages": list(pages.items()),
+    }
+    write_text(folder / "report.html", render("experiment.html.j2", report, runs[0], shown))
 
 
 def write_experiment(

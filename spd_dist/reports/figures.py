@@ -58,14 +58,14 @@ def svg(name: str, figure: Figure) -> str:
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
-def blank(height_inches: float, num_columns: int = 1, **options: Any) -> tuple[Figure, Any]:
-    """A figure of the pages' width and style, and its axes."""
+def blank(height_inches: float, num_columns: int = 1, *, widths: Sequence[float] | None = None) -> tuple[Figure, Any]:
+    """A figure of the pages' width and style, and its axes; with `widths` they share the vertical one."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
-        return figure, figure.subplots(1, num_columns, **options)
+        return figure, figure.subplots(1, num_columns, sharey=widths is not None, width_ratios=widths)
 
 
 def short_name(arm: str) -> str:
@@ -73,8 +73,8 @@ def short_name(arm: str) -> str:
     return arm.replace("@evaluate.temperature=", " T ")
 
 
-def _legend(axes: Axes, **options: Any) -> None:
-    axes.legend(fontsize=8, frameon=False, labelspacing=0.3, **options)
+def _legend(axes: Axes, num_columns: int = 1) -> None:
+    axes.legend(fontsize=8, frameon=False, labelspacing=0.3, ncols=num_columns)
 
 
 def forest(comparisons: Sequence[Mapping[str, Any]], metric: str) -> str:
@@ -134,7 +134,7 @@ def angles(name: str, pairs: Mapping[str, Sequence[float]]) -> str | None:
 
 def lengths(name: str, answers: Mapping[str, Lengths]) -> str:
     """How long each arm's answers are, as a histogram a row, and how they ended."""
-    figure, (left, right) = blank(0.9 + 0.42 * len(answers), 2, sharey=True, width_ratios=(3, 2))
+    figure, (left, right) = blank(0.9 + 0.42 * len(answers), 2, widths=(3, 2))
     longest = max((num_tokens for rows in answers.values() for num_tokens, _ in rows), default=1)
     edges = [longest * index / NUM_BARS for index in range(NUM_BARS + 1)]
     arms = list(answers)[::-1]
@@ -167,7 +167,7 @@ def curves(losses: Losses) -> str | None:
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats a token)")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    _legend(axes, ncols=1 + (len(losses) > 5))
+    _legend(axes, 1 + (len(losses) > 5))
     return svg("curves", figure)
 
 

@@ -22,8 +22,11 @@ from spd_dist.storage.tables import column_of, num_tokens_of
 from spd_dist.types import Answer
 
 
-def render(template: str, report: Mapping[str, Any], run_folder: Path, **context: Any) -> str:
-    """A page of `report`, with settings and machine of the run in the folder; what models and data say is escaped."""
+def render(template: str, report: Mapping[str, Any], run_folder: Path, shown: Mapping[str, Any]) -> str:
+    """A page of `report` and of what else is `shown`, with settings and machine of the run in the folder.
+
+    What models and data say is escaped.
+    """
     loader = PackageLoader("spd_dist.reports", ".")
     environment = Environment(
         autoescape=True,
@@ -34,16 +37,16 @@ def render(template: str, report: Mapping[str, Any], run_folder: Path, **context
         finalize=lambda value: figures.visible(value) if type(value) is str else value,
     )
     is_nll = report["metric"] == "nll"
-    return environment.get_template(template).render(
-        **context,
-        report=report,
-        manner=manner(report["temperature"], report["num_samples"]),
-        differing=config_diff(run_folder),
-        environment=_environment(run_folder),
-        percent=lambda value: f"{100 * value:.1f}",
-        signed=lambda value: f"{value:+.3f}" if is_nll else f"{100 * value:+.1f}",
-        value=lambda value: f"{value:.3f}" if is_nll else f"{100 * value:.1f}",
-    )
+    everywhere = {
+        "report": report,
+        "manner": manner(report["temperature"], report["num_samples"]),
+        "differing": config_diff(run_folder),
+        "environment": _environment(run_folder),
+        "percent": lambda value: f"{100 * value:.1f}",
+        "signed": lambda value: f"{value:+.3f}" if is_nll else f"{100 * value:+.1f}",
+        "value": lambda value: f"{value:.3f}" if is_nll else f"{100 * value:.1f}",
+    }
+    return environment.get_template(template).render({**shown, **everywhere})
 
 
 def drawn(title: str, sentence: str, drawing: str | None) -> dict[str, Any]:
@@ -88,18 +91,15 @@ def write_page(run_folder: Path, report: Mapping[str, Any], questions: Mapping[s
         *_drawn_training(run_folder, report),
         *drawn_subspaces(report),
     ]
-    text = render(
-        "page.html.j2",
-        report,
-        run_folder,
-        title=f"{report['task']}, seed {report['seed']}: {len(report['arms'])} arms",
-        figures=[one for one in found if one["svg"]],
-        examples=side_by_side([answers], questions)[:NUM_SHOWN],
-        num_examples=next(iter(report["arms"].values()))["num_examples"],
-        num_seeds=1,
-        learned=learned(report),
-    )
-    write_text(run_folder / "report.html", text)
+    shown = {
+        "title": f"{report['task']}, seed {report['seed']}: {len(report['arms'])} arms",
+        "figures": [one for one in found if one["svg"]],
+        "examples": side_by_side([answers], questions)[:NUM_SHOWN],
+        "num_examples": next(iter(report["arms"].values()))["num_examples"],
+        "num_seeds": 1,
+        "learned": learned(report),
+    }
+    write_text(run_folder / "report.html", render("page.html.j2", report, run_folder, shown))
 
 
 def side_by_side(

@@ -157,15 +157,18 @@ def report(axes: Mapping[str, str], *, project: str, entity: str, experiment: st
     return reports.Report(project=project, entity=entity, title=title, blocks=blocks)
 
 
-def save(view: Any, **options: Any) -> str:
-    """Put a workspace or report on the server; gives its address.
+def save(view: Any, *, as_draft: bool = False) -> str:
+    """Put a workspace, or a report as a draft, on the server; gives its address.
 
     Raises:
         ConfigError: W&B does not take it.
     """
     wandb = importlib.import_module("wandb")
     try:
-        view.save(**options)
+        if as_draft:
+            view.save(draft=True)
+        else:
+            view.save()
     except (ValueError, OSError, wandb.errors.Error) as error:
         raise ConfigError(
             f"W&B did not take the dashboard of project {view.project}: {error}; log in (`wandb login`), and see that "

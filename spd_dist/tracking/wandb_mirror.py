@@ -13,7 +13,7 @@ import socket
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from spd_dist.config import Metrics
@@ -93,7 +93,7 @@ class WandbMirror:
         for name in (axis, *([f"{stage}/*"] if last == "step" else names)):
             if name not in self._defined:
                 self._defined.add(name)
-                self._run.define_metric(name, **({"hidden": True} if name == axis else {"step_metric": axis}))
+                self._run.define_metric(name, hidden=name == axis or None, step_metric=None if name == axis else axis)
         self._run.log(dict(row))
 
     def _try(self, doing: str, action: Callable[[], Any]) -> None:
@@ -156,27 +156,12 @@ def open_mirror(
     except failures as error:
         log.warning("W&B: cannot start: %s; metrics are in %s/metrics", error, run_folder)
         return None
-    quiet = {name: value for name, value in QUIET.items() if name in wandb.Settings.model_fields}
+    limits = {"init_timeout": init_seconds, "finish_timeout": finish_seconds, "base_url": server}
     folder = Path(run_folder).resolve()
     identity = _identity(config, folder, settings, job)
     for mode in _modes(config.wandb, server):
         try:
-            run = wandb.init(
-                project=config.project,
-                entity=config.entity,
-                dir=folder,
-                config=dict(settings),
-                mode=mode,
-                resume="allow",
-                job_type=job,
-                tags=_tags(settings),
-                settings=wandb.Settings(
-                    init_timeout=init_seconds, finish_timeout=finish_seconds, base_url=server, **quiet
-                ),
-                **identity,
-            )
-            described = identity | {"mode": mode, "task_index": settings.get("generate", {}).get("task_index", 0)}
-            (folder / "wandb" / f"{identity['name']}.json").write_text(json.dumps(described), encoding="utf-8")
+            run = _init(wandb, config, settings, identity, mode, limits)
         except failures as error:
             log.warning("W&B: %s does not work: %s", mode, error)
             wandb.teardown()  # or its service holds the id that the next mode wants
@@ -186,14 +171,52 @@ def open_mirror(
     return None
 
 
-def _identity(config: Metrics, folder: Path, settings: Mapping[str, Any], job: str) -> dict[str, Any]:
+class _Identity(NamedTuple):
+    folder: Path
+    job: str
+    group: str
+    id: str
+    name: str
+
+
+def _init(
+    wandb: Any,
+    config: Metrics,
+    settings: Mapping[str, Any],
+    identity: _Identity,
+    mode: Literal["online", "offline"],
+    limits: Mapping[str, float | str],
+) -> Any:
+    """The W&B run of this identity, open; what it is stands in its `wandb/NAME.json`, for the upload later on."""
+    quiet = {name: value for name, value in QUIET.items() if name in wandb.Settings.model_fields}
+    run = wandb.init(
+        project=config.project,
+        entity=config.entity,
+        dir=identity.folder,
+        config=dict(settings),
+        mode=mode,
+        resume="allow",
+        job_type=identity.job,
+        tags=_tags(settings),
+        settings=wandb.Settings.model_validate({**limits, **quiet}),
+        group=identity.group,
+        id=identity.id,
+        name=identity.name,
+    )
+    described = {"group": identity.group, "id": identity.id, "name": identity.name, "mode": mode}
+    described["task_index"] = settings.get("generate", {}).get("task_index", 0)
+    (identity.folder / "wandb" / f"{identity.name}.json").write_text(json.dumps(described), encoding="utf-8")
+    return run
+
+
+def _identity(config: Metrics, folder: Path, settings: Mapping[str, Any], job: str) -> _Identity:
     """Group, id and name of a run, from what it is and never from a clock."""
     of_all_seeds = {key: value for key, value in result_settings(settings).items() if key != "seed"}
     group = f"{config.experiment or folder.name}-{content_hash(of_all_seeds)[:8]}"
     seed, task = settings.get("seed"), settings.get("generate", {}).get("task_index", 0)
     identity = f"{group}|{folder}|{job}|{seed}|{task}"
     name = f"{job}-seed{seed}" + (f"-task{task}" if task else "")
-    return {"group": group, "id": hashlib.blake2b(identity.encode(), digest_size=6).hexdigest(), "name": name}
+    return _Identity(folder, job, group, hashlib.blake2b(identity.encode(), digest_size=6).hexdigest(), name)
 
 
 def _tags(settings: Mapping[str, Any]) -> list[str]:

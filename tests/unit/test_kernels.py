@@ -9,7 +9,7 @@ import torch
 from tiny import tiny_model
 
 from spd_dist.errors import ConfigError
-from spd_dist.models.kernels import use_liger
+from spd_dist.models.forward import use_liger
 
 CUDA = torch.device("cuda")
 

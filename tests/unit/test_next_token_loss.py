@@ -110,5 +110,5 @@ def test_sequences_in_one_row_do_not_see_each_other(attention):
     packed = torch.cat([first, second], 1)
     positions = torch.cat([torch.arange(15), torch.arange(30)])[None]
     source = torch.cat([torch.arange(14), torch.arange(15, 44)])
-    _, loss_N = student(packed, source, packed[0][source + 1], position_ids=positions)
+    _, loss_N = student(packed, source, packed[0][source + 1], {"position_ids": positions})
     torch.testing.assert_close(loss_N, torch.cat(alone), atol=1e-5, rtol=1e-5)

@@ -73,6 +73,7 @@ def _play(part: dict[str, Any]) -> None:
     elif part["name"] == "judge":
         host, program = channels
         host.send(program.receive())
-        host.send(judge.verdict(program, **host.receive()))
+        asked = host.receive()
+        host.send(judge.verdict(program, asked["program"], asked["tests"], asked["setup"]))
     else:
         channels[0].send(findings(part["secrets"]))

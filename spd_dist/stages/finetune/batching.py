@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -105,11 +104,19 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same on `device`."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         context = {
             name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.context.items()
         }
-        return dataclasses.replace(self, **moved, context=context)
+        return Batch(
+            token_BT=self.token_BT.to(device),
+            context=context,
+            source_N=self.source_N.to(device),
+            label_N=self.label_N.to(device),
+            owner_N=self.owner_N.to(device),
+            position_BT=self.position_BT.to(device),
+            seed_BT=self.seed_BT.to(device),
+            num_tokens=self.num_tokens,
+        )
 
 
 def collate(

@@ -119,7 +119,7 @@ class TrainStep:
     def _forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         on_device = batch.to(self.world.device)
         self.keys.key_BT = token_key(on_device.seed_BT, on_device.position_BT)
-        return self.engine(on_device.token_BT, on_device.source_N, on_device.label_N, **on_device.context)
+        return self.engine(on_device.token_BT, on_device.source_N, on_device.label_N, on_device.context)
 
     def _check_finite(self, value: float, what: str, step: int, find: Callable[[], set[int]]) -> None:
         """`value` is the same on all ranks; `find` gives the sequences of this rank that may have caused it."""
@@ -192,6 +192,6 @@ def _leak(student: Student, sequences: Sequence[TrainingSequence], world: World,
     losses = []
     for row in ([second], [first, second]):
         batch = collate([row], sequences, lambda _: 0, pad_token_id=0, varlen=varlen).to(world.device)
-        _, loss_N = student(batch.token_BT, batch.source_N, batch.label_N, **batch.context)
+        _, loss_N = student(batch.token_BT, batch.source_N, batch.label_N, batch.context)
         losses.append(loss_N[batch.owner_N == second])
     return ((losses[1] - losses[0]).abs().max() / losses[0].mean()).item()

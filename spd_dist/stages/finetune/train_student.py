@@ -12,7 +12,7 @@ from spd_dist.config import Finetune
 from spd_dist.distributed.collectives import together
 from spd_dist.distributed.zero import frozen_engine, is_sharded, weights_fingerprint
 from spd_dist.errors import DataError
-from spd_dist.models.kernels import use_liger
+from spd_dist.models.forward import use_liger
 from spd_dist.models.lora import PeftModel, TokenKeys, add_adapters, key_dropout
 from spd_dist.models.model_card import Card
 from spd_dist.models.policy import Policy

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -161,34 +162,47 @@ def _like(module: nn.Module) -> Tensor:
     return torch.empty(0, dtype=_base(module).params_dtype, device=device)
 
 
+_Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _wrap_forward(module: nn.Module, before: Callable[..., _Inputs], after: Callable[[Any], Any]) -> None:
+    """Let `module` run on what `before` makes of its inputs, and give what `after` makes of its output."""
+    forward = module.forward
+
+    def wrapped(*args: Any, **options: Any) -> Any:
+        args, options = before(args, options)
+        return after(forward(*args, **options))
+
+    module.forward = wrapped
+
+
+def _replace_output(module: nn.Module, project: Callable[[Tensor], Tensor]) -> None:
+    """Let a linear module, which may give its bias beside, put out what `project` makes of its output."""
+
+    def projected(output: Any) -> Any:
+        return (project(output[0]), *output[1:]) if isinstance(output, tuple) else project(output)
+
+    _wrap_forward(module, lambda args, options: (args, options), projected)
+
+
 def _behind_fused(site: dict[str, Any], module: nn.Module) -> None:
     base = _base(module)
     q, k = base.num_heads * base.head_size, base.num_kv_heads * base.head_size
     v = base.num_kv_heads * base.v_head_size
     start, width = (q, k) if site["kind"] == "key" else (q + k, v)
-    name, forward = _add(site, width, _like(module)), module.forward
+    name = _add(site, width, _like(module))
 
-    def projected(*args: Any, **options: Any) -> Any:
-        output = forward(*args, **options)
-        whole = output[0] if isinstance(output, tuple) else output
+    def project(whole: Tensor) -> Tensor:
         before, z, after = whole.split([start, width, whole.shape[-1] - start - width], dim=-1)
-        whole = torch.cat([before, torch.ops.vllm.spd_project(z.contiguous(), name), after], dim=-1)
-        return (whole, *output[1:]) if isinstance(output, tuple) else whole
+        return torch.cat([before, torch.ops.vllm.spd_project(z.contiguous(), name), after], dim=-1)
 
-    module.forward = projected
+    _replace_output(module, project)
 
 
 def _behind_linear(site: dict[str, Any], module: nn.Module) -> None:
     width = _base(module).output_size_per_partition if hasattr(_base(module), "tp_size") else site["width"]
-    name, forward = _add(site, width, _like(module)), module.forward
-
-    def projected(*args: Any, **options: Any) -> Any:
-        output = forward(*args, **options)
-        if not isinstance(output, tuple):
-            return torch.ops.vllm.spd_project(output.contiguous(), name)
-        return (torch.ops.vllm.spd_project(output[0].contiguous(), name), *output[1:])
-
-    module.forward = projected
+    name = _add(site, width, _like(module))
+    _replace_output(module, lambda output: torch.ops.vllm.spd_project(output.contiguous(), name))
 
 
 def _behind_rope(site: dict[str, Any], parent: nn.Module) -> None:
@@ -197,14 +211,17 @@ def _behind_rope(site: dict[str, Any], parent: nn.Module) -> None:
         raise ValueError(f"{site['name']}: vLLM has no attention of its usual kind there, whose keys could be reached")
     linear = next(module for module in parent.modules() if hasattr(module, "params_dtype"))
     name = _add(site, attention.num_kv_heads * attention.head_size, _like(linear))
-    forward = attention.forward
 
-    def projected(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
-        shape = key.shape
-        key = torch.ops.vllm.spd_project(key.reshape(shape[0], -1).contiguous(), name).view(shape)
-        return forward(query, key, value, *args, **options)
+    def project(key: Tensor) -> Tensor:
+        return torch.ops.vllm.spd_project(key.reshape(key.shape[0], -1).contiguous(), name).view(key.shape)
 
-    attention.forward = projected
+    def projected(args: tuple[Any, ...], options: dict[str, Any]) -> _Inputs:
+        if "key" in options:
+            return args, options | {"key": project(options["key"])}
+        query, key, *rest = args
+        return (query, project(key), *rest), options
+
+    _wrap_forward(attention, projected, lambda output: output)
 
 
 def _installing(worker: type) -> None:

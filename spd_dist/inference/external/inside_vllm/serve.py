@@ -23,11 +23,6 @@ from typing import Any
 
 NOT_INSTALLED = 3
 EXTENSION = "kv_operators.KVOperators"
-EXPLICIT = {
-    "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_tokens": 0, "ignore_eos": False, "stop": [],
-    "logit_bias": None, "bad_words": [], "n": 1, "detokenize": False,
-}  # fmt: skip
-"""Every field of a request that may change a token and that no setting of ours names: nothing is left to defaults."""
 
 
 def main() -> int:
@@ -159,7 +154,7 @@ class _Server:
 
 
 def sampling_of(asked: dict[str, Any]) -> Any:
-    """The request's sampling, every field by name, with its own seed."""
+    """The request's sampling with its own seed: every field that may change a token, nothing is left to defaults."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -174,7 +169,15 @@ def sampling_of(asked: dict[str, Any]) -> Any:
         stop_token_ids=wanted["eos_token_ids"],
         seed=asked["seed"],
         output_kind=RequestOutputKind.FINAL_ONLY,
-        **EXPLICIT,
+        presence_penalty=0.0,
+        frequency_penalty=0.0,
+        min_tokens=0,
+        ignore_eos=False,
+        stop=[],
+        logit_bias=None,
+        bad_words=[],
+        n=1,
+        detokenize=False,
     )
 
 

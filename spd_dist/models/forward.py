@@ -1,15 +1,26 @@
-"""Fused kernels of liger-kernel for a model's norms and MLPs."""
+"""A model's forward pass: by inputs that its architecture takes, and by the fused kernels of liger-kernel."""
 
 # liger-kernel is no dependency: it needs an accelerator.
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from spd_dist.errors import ConfigError
+
+
+def call_model(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """What a Hugging Face model gives of `inputs`, which are named as its `forward` names them.
+
+    Which of them there may be (`position_ids`, `logits_to_keep`, the ends of packed sequences) is the architecture's.
+    """
+    return model(**inputs)
 
 
 def use_liger(model: PreTrainedModel, device: torch.device) -> None:
