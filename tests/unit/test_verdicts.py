@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -28,6 +29,17 @@ def test_a_verdict_is_what_a_person_would_say(name, tmp_path):
         if one.correct is not case["correct"]
     ]
     assert wrong == []
+
+
+def test_every_disagreement_with_the_fields_functions_is_decided_and_in_the_table():
+    spec = importlib.util.spec_from_file_location("agreement", "docs/agreement.py")
+    agreement = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(agreement)
+    heads, found = agreement.read_list()
+    assert {one["decision"] for one in found} <= {"ours", "theirs"}
+    assert all(one["why"] for one in found)
+    assert sum(head["outputs"] - head["agree"] for head in heads) == len(found)
+    assert agreement.table() in Path("docs/scoring.md").read_text()
 
 
 SAME = (lambda text: f"\n {text}\n\n", lambda text: f"**{text}**" if "\n" not in text else text)

@@ -51,7 +51,7 @@ def committed_letter(text: str, letters: str, choices: Sequence[str] = ()) -> st
     given = _all_given(text, letters)
     if any(letter is not None for _, letter in given):  # what was stated is the answer, and of several that differ none
         return stated_letter(text, letters)
-    return _by_text(text, letters, choices) or _in_brackets(text, letters)
+    return _by_text(text, letters, choices) or _in_brackets(text, letters, choices)
 
 
 def stated_letter(text: str, letters: str) -> str | None:
@@ -136,7 +136,7 @@ def _by_text(text: str, letters: str, choices: Sequence[str]) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _in_brackets(text: str, letters: str) -> str | None:
+def _in_brackets(text: str, letters: str, choices: Sequence[str]) -> str | None:
     """The letter in brackets, or after `option`."""
     spelled = _NEGATED.sub(" ", plain(text))
     if re.match(r"\W*[A-Za-z]\W*$", spelled):
@@ -146,6 +146,8 @@ def _in_brackets(text: str, letters: str) -> str | None:
         spelled,
     )
     given = [(match.start(), (match[1] or match[2]).upper()) for match in found]
+    for choice in choices:
+        spelled = spelled.replace(str(choice), " " * len(str(choice)))  # `or` may stand in one
     return None if _unsure(spelled) else settled(given, spelled, str.__eq__)
 
 

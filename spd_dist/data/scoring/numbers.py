@@ -51,10 +51,10 @@ _INTEGER = (
 )
 _EXPONENT = r"(?:[eE][+-]?\d+| ?\* ?10 ?\^ ?(?:\{[+-]?\d+\}|[+-]?\d+))"
 _NUMBER = re.compile(
-    r"(?<![\w.^/\\])(?<!\d,)(?<!\d:)(?<!\d')"
+    r"(?<![\w.^/\\])(?<!\d,)(?<!\d:)(?<!\d')(?<!-to-)"
     r"(?P<sign>(?<![\w)\].%])(?<![\d)\]%] )[-+])?(?:[$\u20ac\u00a3\u00a5\u20b9] ?(?P<inner>-)?)?"
     rf"(?P<value>\d+ \d+/\d+|(?:(?:{_INTEGER})(?:\.\d+)?|\.\d+){_EXPONENT}?(?: ?/ ?(?:\d+(?:\.\d+)?))?)"
-    rf"(?: (?P<scale>{'|'.join(_SCALES)})\b)?(?P<after> ?%|{_UNITS})?(?![\w^/\u2030]|[.,:']\d|\()",
+    rf"(?: (?P<scale>{'|'.join(_SCALES)})\b)?(?P<after> ?%|{_UNITS})?(?![\w^/\u2030]|[.,:']\d|\(|-to-)",
     re.ASCII,
 )
 _ARITHMETIC = re.compile(r"[\d)%] ?[-+*/^] ?[$(]*[-.]?\d", re.ASCII)

@@ -70,7 +70,9 @@ class Bbh:
     def score(self, row: Row, output: str) -> Score:
         """Strict: the first line, or what is said to be the answer. Lenient: whatever has the target's form."""
         gold, spoken = row["target"], without_thoughts(output)
-        strict, lenient = _read(gold, until_next_question(spoken.text))
+        strict, lenient = _read(
+            gold, until_next_question(spoken.text), re.findall(r"^\([A-Z]\) (.+)$", row["input"], re.MULTILINE)
+        )
         return scored(gold, strict, lenient, same=same_answer, is_unfinished=spoken.is_unfinished)
 
 
@@ -93,10 +95,11 @@ def _plain(text: str) -> str:
     return bare if re.search(r"\w", bare) else bare.replace(" ", "")
 
 
-def _read(gold: str, text: str) -> tuple[str | None, str | None]:
+def _read(gold: str, text: str, choices: Sequence[str]) -> tuple[str | None, str | None]:
     """The strict and the lenient answer of `text`, in the form that `gold` has."""
     if re.fullmatch(r"\([A-Z]\)", gold):
-        strict, lenient = stated_letter(text, string.ascii_uppercase), committed_letter(text, string.ascii_uppercase)
+        letters = string.ascii_uppercase
+        strict, lenient = stated_letter(text, letters), committed_letter(text, letters, choices)
         return strict and f"({strict})", lenient and f"({lenient})"
     said = _said(text)
     if gold.casefold() in WORDS and len({line.casefold() for line in _ONLY_A_WORD.findall(text)}) > 1:
