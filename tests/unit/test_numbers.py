@@ -176,7 +176,7 @@ def test_the_marked_number_follows_a_marker_on_its_line(text, number):
 def test_of_several_answers_none_counts_in_any_task_of_numbers(output):
     task = DescribedTask(Description("t", "{q}", gold="{a}", extraction="number", metric="numeric"))
     assert not task.score({"q": "?", "a": "6"}, output).correct
-    assert not find_task("bbh").score({"target": "6"}, output).correct
+    assert not find_task("bbh").score({"input": "?", "target": "6"}, output).correct
 
 
 def test_of_several_boxes_none_counts_in_a_described_task():

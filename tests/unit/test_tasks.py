@@ -298,7 +298,10 @@ def test_a_described_task_extracts_as_it_says(tmp_path, extraction, gold, output
         ({"promt": "x"}, r"has the keys name, prompt, promt; it needs name and prompt \(or messages\), of name"),
         ({"prompt": 3}, r"prompt: 3 must be text"),
         ({"fields": "q"}, r"fields: 'q' must be a mapping"),
-        ({"metric": "bleu"}, r"metric: 'bleu' must be one of exact, numeric, math, choice, tests, regex, nll"),
+        (
+            {"metric": "bleu"},
+            r"metric: 'bleu' must be one of exact, numeric, math, choice, likelihood, tests, regex, nll",
+        ),
         ({"sources": {"dev": "x"}}, r"sources: \['dev'\] must be train, calibration or test"),
         ({"extraction": "words"}, r"extraction: 'words' must be one of number, letter, boxed, text, whole, or regex"),
         ({"extraction": "regex:("}, r"extraction: '\(' is not a regular expression"),
