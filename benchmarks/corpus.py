@@ -147,7 +147,7 @@ def make_part(folder: Path, size: int, worker: int) -> None:
         for number, prompt, tokens in drawn(size, worker):
             seed = row_seed(SEED, name_of(number), 0)
             one = Completion(name_of(number), 0, seed, prompt, tokens, TEXT, "stop" if number % 3 else "length")
-            file.write(json.dumps(corpora.as_row(one), ensure_ascii=False) + "\n")
+            file.write(json.dumps(vars(one), ensure_ascii=False) + "\n")
     prompts = (Prompt(name_of(number), "", prompt) for number, prompt, _ in drawn(size, worker))
     write_table(folder / f"prompts-{worker}.arrow", Prompt, prompts)
 

@@ -185,7 +185,7 @@ def bare_vllm(
 ) -> subprocess.Popen:
     """The program that calls `LLM.generate`, once it has answered the first request."""
     length = max(len(one.tokens) for one in work) + options.tokens
-    settings = vllm_settings(policy, policy.origin, None, config, EnginePool(), length).line()
+    settings = vllm_settings(policy, policy.origin, None, config, EnginePool(), length)
     sampling = asdict(Sampling(max_new_tokens=options.tokens)) | {"eos_token_ids": list(policy.eos_token_ids)}
     asked_for = [{"tokens": one.tokens, "seed": one.seed, "sampling": sampling} for one in work]
     words = [options.vllm_python, str(Path(__file__).with_name("_bare_vllm.py"))]
@@ -196,7 +196,7 @@ def bare_vllm(
         )
     )  # fmt: skip
     stack.callback(process.stdin.close)
-    asked(process, json.dumps([settings, asked_for, str(INSIDE)]))
+    asked(process, json.dumps([asdict(settings), asked_for, str(INSIDE)]))
     return process
 
 

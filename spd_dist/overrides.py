@@ -22,7 +22,7 @@ from spd_dist.arms import Arm, chosen, swept
 from spd_dist.config import Config, Experiment, check_across_fields
 from spd_dist.errors import ConfigError
 from spd_dist.redaction import keep_secret, redacted_data
-from spd_dist.types import record_of
+from spd_dist.types import Json, record_of
 from spd_dist.yaml_files import load_yaml
 
 OF_SEVERAL_LINES = ("data.system", "generate.command", "calibrate.mask")
@@ -77,7 +77,7 @@ def split_words(words: Iterable[str]) -> tuple[list[str], list[str]]:
     return [word for word in given if "=" not in word], [word for word in given if "=" in word]
 
 
-def _merged(paths: Iterable[str | Path], overrides: Iterable[str]) -> dict[str, Any]:
+def _merged(paths: Iterable[str | Path], overrides: Iterable[str]) -> Mapping[str, Json]:
     merged: Any = OmegaConf.create()
     for source, values in [*map(_read_file, paths), *map(_read_override, overrides)]:
         try:

@@ -25,12 +25,12 @@ from spd_dist.stages.calibrate import calibrate
 from spd_dist.stages.evaluate import evaluate_arm
 from spd_dist.stages.finetune import StudentSummary, finetune
 from spd_dist.stages.generate import CorpusSummary, generate, prompts_folder, rendered_together
-from spd_dist.stages.project import drift, subspace, summary
+from spd_dist.stages.project import drift, site_summaries, subspace
 from spd_dist.stages.reduce import reduce
 from spd_dist.stages.sketch import ShardPlan, Unfinished, plan_sketches, sketch
-from spd_dist.storage.artifacts import write_json
 from spd_dist.storage.completions import corpus_name
-from spd_dist.storage.subspace_file import load_subspace, save_subspace
+from spd_dist.storage.records import write_record
+from spd_dist.storage.subspace_file import SubspaceSummary, load_subspace, save_subspace
 from spd_dist.types import KVSite, SiteMoments, SupervisedExample
 
 
@@ -75,12 +75,12 @@ def find_subspace(run: Run, arm: Arm, *, wanted: bool) -> None:
         moments = run.memoize(key, lambda: sum_moments(run, config, examples, sites, folder))
         names = {"base_model": policy.name, "base_fingerprint": policy.fingerprint, "config_hash": made["settings"]}
         found = subspace(moments, sites, config.project, run.world, metadata=names)
-        described = {"masks": dataclasses.asdict(audit)}
-        described |= {"drift": drift(moments, found, earlier, config.project, run.world)}
+        moved = drift(moments, found, earlier, config.project, run.world)
         found = found if config.refit or not earlier else earlier[min(earlier)]
-        described |= summary(found, sketch_sizes={width: plan.size for width, plan in plans.items()})
+        numbers = site_summaries(found, sketch_sizes={width: plan.size for width, plan in plans.items()})
+        described = SubspaceSummary(dataclasses.asdict(audit), moved, found.metadata, numbers)
         on_main("writing the subspace", lambda: save_subspace(folder / "subspace.safetensors", found))
-        on_main("writing the subspace's summary", lambda: write_json(folder / "summary.json", described))
+        on_main("writing the subspace's summary", lambda: write_record(folder / "summary.json", described))
 
     made = stage_inputs.of_subspace(run, arm)
     run.run_stage(stage, made, ["subspace.safetensors", "summary.json"], work, wanted=wanted)
@@ -125,7 +125,7 @@ def train_student(run: Run, arm: Arm, *, wanted: bool) -> None:
         outcome = finetune(policy, run.corpus(arm, policy), config.finetune, run.context(folder, arm))
         if config.finetune.mode == "full":
             run.release_policy()
-        on_main("writing its summary", lambda: write_json(folder / "summary.json", dataclasses.asdict(outcome)))
+        on_main("writing its summary", lambda: write_record(folder / "summary.json", outcome))
         return outcome
 
     outputs = ["adapter" if config.finetune.mode == "lora" else "model", "summary.json"]

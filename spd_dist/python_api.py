@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from spd_dist.analysis.report import Report, read_report
 from spd_dist.analysis.subspace_algebra import overlap as overlap_of_sites
 from spd_dist.analysis.subspace_algebra import shared_sites
 from spd_dist.arms import Scope
@@ -35,7 +36,6 @@ from spd_dist.stages.context import StageContext
 from spd_dist.stages.project import projection, subspace
 from spd_dist.stages.reduce import reduce
 from spd_dist.stages.sketch import ShardPlan, sketch
-from spd_dist.storage.artifacts import read_json
 from spd_dist.storage.subspace_file import load_subspace as read_subspace
 from spd_dist.storage.subspace_file import save_subspace
 from spd_dist.types import Projection, Subspace
@@ -118,7 +118,7 @@ def push_to_hub(
     return publish(Publication(Path(run_dir), product, repository, arm, base_model, public))
 
 
-def run_pipeline(config: Config) -> dict[str, Any]:
+def run_pipeline(config: Config) -> Report:
     """Run the whole method, as `spd run` does, on the ranks that this process is one of; give what report.json holds.
 
     A process that no launcher has started is a run of one rank. What is complete in `config.run_dir` is not done again.
@@ -136,7 +136,7 @@ def run_pipeline(config: Config) -> dict[str, Any]:
         run_rounds(config, world, StopSignals(), Scope())
     finally:
         leave_world()
-    return read_json(Path(config.run_dir) / "report.json")
+    return read_report(Path(config.run_dir))
 
 
 def find_subspace(

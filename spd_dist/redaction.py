@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from spd_dist.types import Json
+
 HIDDEN = "***"
 MIN_LETTERS = 8
 """A shorter value of a variable could stand in a text by chance."""
@@ -81,7 +83,7 @@ def redacted_words(words: Sequence[str]) -> list[str]:
     ]
 
 
-def settings_of(config: Any) -> dict[str, Any]:
+def settings_of(config: Any) -> Mapping[str, Json]:
     """A config, which is a dataclass, as plain data to be written, sent and hashed."""
     return redacted_data(dataclasses.asdict(config))
 

@@ -32,10 +32,10 @@ from spd_dist.process.signals import StopSignals, task_name
 from spd_dist.process.stopping import Stopping
 from spd_dist.redaction import settings_of
 from spd_dist.stages.context import StageContext
-from spd_dist.storage.artifacts import content_hash, read_json
+from spd_dist.storage.artifacts import content_hash
 from spd_dist.storage.attempts import AttemptClock, stage_cost
 from spd_dist.storage.completions import open_corpus
-from spd_dist.storage.manifests import MANIFEST
+from spd_dist.storage.manifests import MANIFEST, hash_of, read_manifest
 from spd_dist.storage.restart import kept_status, status_path
 from spd_dist.storage.run_folder import RunFolder
 from spd_dist.storage.settings import settings_hash
@@ -126,7 +126,7 @@ class Run:
     def _hash_of_student_before(self) -> str | None:
         if not self.rounds_before:
             return None
-        return content_hash(read_json(self.rounds_before[-1] / "finetune" / MANIFEST)["outputs"])
+        return hash_of(read_manifest(self.rounds_before[-1] / "finetune"))
 
     def memoize(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` gave when it was first called with this key: for work that several stages of this run share."""

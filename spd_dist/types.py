@@ -16,6 +16,9 @@ Kind = Literal["key", "value"]
 
 R = TypeVar("R")
 
+Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
+"""What JSON and YAML can hold; settings of users, whose keys are not ours, are of this type."""
+
 
 @dataclass(frozen=True, order=True)
 class KVSite:
@@ -226,3 +229,32 @@ class Answer:
     """What was extracted in one spelling: answers of one vote are the same answer."""
     entropy: float | None = None
     """Nats a token, of what the model gave every token at temperature 1; None where its engine measures none."""
+
+
+@dataclass(frozen=True)
+class Leak:
+    """Two rows with the same problem, and how alike they are."""
+
+    id: str
+    other_id: str
+    similarity: float
+    """1.0: the same words."""
+
+
+@dataclass(frozen=True)
+class LeakReport:
+    """What two splits share."""
+
+    split: str
+    other: str
+    num_rows: int
+    num_exact: int
+    """Rows of `split` whose problem stands in `other` word for word."""
+    num_near: int
+    """Further rows that nearly do."""
+    leaks: tuple[Leak, ...]
+    """For each such row, the row of `other` that is most like it."""
+
+    def __str__(self) -> str:
+        shared = f"{self.num_exact} exact and {self.num_near} near duplicates"
+        return f"{self.split} against {self.other}: {shared} in {self.num_rows} rows"

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from spd_dist.storage.answers import answers_path, write_merged
 from spd_dist.storage.artifacts import write_json
+from spd_dist.storage.manifests import Manifest
+from spd_dist.storage.records import SCHEMA, write_record
 from spd_dist.types import Answer
 
 ARMS = {"base": "the untouched model", "psr": "plain self-retraining", "spd": "self-policy distillation"}
@@ -39,23 +41,22 @@ def answered_run(folder: Path) -> Path:
         rows = [dataclasses.replace(row, num_tokens=20) for row in answers(num_correct, num=150)]
         write_merged(answers_path(folder / "evaluate", arm, "arithmetic"), rows)
     site = {"spectrum": [4.0, 2.0, 1.0, 0.0], "rank": 2, "energy_fraction": 6 / 7}
-    write_json(folder / "project" / "summary.json", {"sites": {"layers.1.key": site}})
+    put(folder / "project", {"sites": {"layers.1.key": site}})
     corpus = {"num_tokens": 1234, "mean_tokens": 12.34, "num_completions": 100, "finish_reasons": {"stop": 80}}
-    write_json(folder / "arms/psr/generate/summary.json", corpus | {"empty_rate": 0.0, "repetition_rate": 0.01})
+    put(folder / "arms/psr/generate", corpus | {"empty_rate": 0.0, "repetition_rate": 0.01})
     student = {"num_sequences": 100, "num_targets": 2000, "num_steps": 25, "epochs": [{"epoch": 1, "loss": 1.5}]}
-    write_json(folder / "arms/psr/finetune/summary.json", student)
-    write_json(folder / "project" / "manifest.json", manifest("project", 9.0))
-    write_json(folder / "arms" / "psr" / "generate" / "manifest.json", manifest("arms/psr/generate", 1800.0))
+    put(folder / "arms/psr/finetune", student)
+    write_record(folder / "project" / "manifest.json", manifest("project", 9.0))
+    write_record(folder / "arms" / "psr" / "generate" / "manifest.json", manifest("arms/psr/generate", 1800.0))
     (folder / "finetune" / "adapter").mkdir(parents=True)
     return folder
 
 
-def manifest(stage: str, seconds: float) -> dict[str, object]:
+def put(folder: Path, summary: dict[str, object]) -> None:
+    """A stage's summary, as far as the report reads it."""
+    write_json(folder / "summary.json", {"schema": SCHEMA, **summary})
+
+
+def manifest(stage: str, seconds: float) -> Manifest:
     """As a finished stage leaves it."""
-    return {
-        "stage": stage,
-        "seconds": seconds,
-        "device_seconds": 2 * seconds,
-        "world_size": 2,
-        "finished_at": "2026-01-01T00:00:00+00:00",
-    }
+    return Manifest(stage, {}, {}, seconds, 2 * seconds, 2, "2026-01-01T00:00:00+00:00", {})

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TypeVar
 
-from spd_dist.analysis.answer_summary import samples_of, values_by_id
+from spd_dist.analysis.answer_summary import AnswersSummary, samples_of, values_by_id
 from spd_dist.analysis.intervals import detectable_difference, holm, mcnemar, paired_bootstrap, paired_t
+from spd_dist.analysis.report import ArmOverSeeds, Difference, RunDifference, Shifts
 from spd_dist.analysis.sample_measures import paired_measures
 from spd_dist.errors import DataError
-from spd_dist.types import Answer
+from spd_dist.types import Answer, LeakReport
 
 SIGNIFICANCE = 0.05
 NOTEWORTHY = 0.1
@@ -27,7 +28,10 @@ DECODING = "@evaluate."
 """In the name of an arm that another one answers in another way: a control, of which no verdict speaks."""
 
 
-def comparisons(answers: Mapping[str, Sequence[Answer]], metric: str, seed: int) -> list[dict[str, Any]]:
+Compared = TypeVar("Compared", bound=Difference)
+
+
+def comparisons(answers: Mapping[str, Sequence[Answer]], metric: str, seed: int) -> list[RunDifference]:
     """Paired differences of every arm from the first, and of the method's arms from their controls: `arm_pairs`.
 
     Args:
@@ -48,10 +52,10 @@ def comparisons(answers: Mapping[str, Sequence[Answer]], metric: str, seed: int)
     return corrected(found)
 
 
-def corrected(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def corrected(found: Sequence[Compared]) -> list[Compared]:
     """The comparisons, each with its p value adjusted for all of them (Holm)."""
-    adjusted = holm({f"{one['before']} {one['after']}": one["p_value"] for one in found})
-    return [{**one, "p_holm": adjusted[f"{one['before']} {one['after']}"]} for one in found]
+    adjusted = holm({f"{one.before} {one.after}": one.p_value for one in found})
+    return [dataclasses.replace(one, p_holm=adjusted[f"{one.before} {one.after}"]) for one in found]
 
 
 def arm_pairs(arms: Sequence[str]) -> list[tuple[str, str]]:
@@ -96,57 +100,55 @@ def _changes(arm: str) -> frozenset[str]:
 
 def _compared(
     before: str, after: str, answers: Mapping[str, Sequence[Answer]], metric: str, seed: int
-) -> dict[str, Any]:
+) -> RunDifference:
     values = values_by_id(answers[before], metric), values_by_id(answers[after], metric)
     outcome = paired_bootstrap(*values, seed)
-    described = {
-        "before": before,
-        "after": after,
-        "difference": outcome.difference,
-        "interval": list(outcome.interval),
-        "num_examples": outcome.num_examples,
-        **diagnostics(answers[before], answers[after], metric),
-        "samples": {
-            name: dataclasses.asdict(one)
-            for name, one in paired_measures(answers[before], answers[after], seed).items()
-            if metric != "nll"
-        },
-    }
     if metric == "nll" or samples_of(answers[before]) > 1:
         found = paired_t(*values)
-        return described | {
-            "test": "paired t",
-            "p_value": found.p_value,
-            "detectable_difference": found.detectable,
-        }
-    test = mcnemar(*values)
-    discordant = (test.num_gained + test.num_lost) / outcome.num_examples
-    smallest = detectable_difference(outcome.num_examples, discordant) if discordant else 1.0
-    return described | {
-        "test": "exact McNemar",
-        "p_value": test.p_value,
-        "detectable_difference": smallest if smallest < 1 else None,
-    }
+        test, p_value, detectable = "paired t", found.p_value, found.detectable
+    else:
+        exact = mcnemar(*values)
+        discordant = (exact.num_gained + exact.num_lost) / outcome.num_examples
+        smallest = detectable_difference(outcome.num_examples, discordant) if discordant else 1.0
+        test, p_value, detectable = "exact McNemar", exact.p_value, smallest if smallest < 1 else None
+    shifts = shifts_of(answers[before], answers[after], metric)
+    return RunDifference(
+        identical_fraction=shifts.identical_fraction,
+        num_gained=shifts.num_gained,
+        num_lost=shifts.num_lost,
+        num_gained_by_ending=shifts.num_gained_by_ending,
+        num_gained_by_form=shifts.num_gained_by_form,
+        before=before,
+        after=after,
+        difference=outcome.difference,
+        interval=list(outcome.interval),
+        p_value=p_value,
+        detectable_difference=detectable,
+        num_examples=outcome.num_examples,
+        samples={} if metric == "nll" else paired_measures(answers[before], answers[after], seed),
+        test=test,
+    )
 
 
-def diagnostics(before: Sequence[Answer], after: Sequence[Answer], metric: str) -> dict[str, float]:
+def shifts_of(before: Sequence[Answer], after: Sequence[Answer], metric: str) -> Shifts:
     """How two arms differ beside the metric: the share of same outputs, and examples gained and lost.
 
     Gained and lost is only what is right or wrong: one answer an example. A gain may be of ending or of form: of
     answers that had been cut, or had been right in another form.
     """
-    found = {"identical_fraction": identical_fraction(before, after)}
+    identical = identical_fraction(before, after)
     if metric == "nll" or samples_of(before) > 1:
-        return found
+        return Shifts(identical, None, None, None, None)
     others = {answer.id: answer for answer in before}
     pairs = [(others[answer.id], answer) for answer in after]
     gained = [(a, b) for a, b in pairs if b.correct and not a.correct]
-    return found | {
-        "num_gained": len(gained),
-        "num_lost": sum(a.correct and not b.correct for a, b in pairs),
-        "num_gained_by_ending": sum(a.finish_reason == "length" and b.finish_reason == "stop" for a, b in gained),
-        "num_gained_by_form": sum(a.lenient_correct for a, _ in gained),
-    }
+    return Shifts(
+        identical_fraction=identical,
+        num_gained=len(gained),
+        num_lost=sum(a.correct and not b.correct for a, b in pairs),
+        num_gained_by_ending=sum(a.finish_reason == "length" and b.finish_reason == "stop" for a, b in gained),
+        num_gained_by_form=sum(a.lenient_correct for a, _ in gained),
+    )
 
 
 def identical_fraction(before: Sequence[Answer], after: Sequence[Answer]) -> float:
@@ -155,7 +157,7 @@ def identical_fraction(before: Sequence[Answer], after: Sequence[Answer]) -> flo
     return sum(outputs.get((answer.id, answer.sample)) == answer.output for answer in after) / len(after)
 
 
-def verdict(found: Sequence[Mapping[str, Any]], metric: str) -> str:
+def verdict(found: Sequence[RunDifference], metric: str) -> str:
     """A sentence on each arm of the method against the first and plain self-retraining: no more than is shown."""
     if not found:
         return "One arm alone: there is nothing to compare."
@@ -166,44 +168,44 @@ def verdict(found: Sequence[Mapping[str, Any]], metric: str) -> str:
     return " ".join(spoken)
 
 
-def meaning(found: Sequence[Mapping[str, Any]], metric: str) -> str:
+def meaning(found: Sequence[RunDifference], metric: str) -> str:
     """One sentence, in plain words, of what the last of the method's arms shows against the first arm."""
     spoken = [one for wanted in wanted_of(found).values() for one in wanted[:1]] if found else []
     if not spoken:
         return "In short: the arm's answers are in the table; there is no other arm to hold them against."
     one = spoken[-1]
-    after, before, num = one["after"].upper(), one["before"].upper(), one["num_examples"]
-    low, high = one["interval"]
-    if low <= 0 <= high or one["p_holm"] >= SIGNIFICANCE:
+    after, before, num = one.after.upper(), one.before.upper(), one.num_examples
+    low, high = one.interval
+    if low <= 0 <= high or one.p_holm >= SIGNIFICANCE:
         return f"In short: on {num} examples this run cannot tell {after} from {before}; more examples and seeds could."
     word = "better" if (low > 0) != (metric == "nll") else "worse"
     return f"In short: {after} answers {word} than {before} on these {num} examples; other seeds may say otherwise."
 
 
-def wanted_of(found: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+def wanted_of(found: Sequence[Compared]) -> dict[str, list[Compared]]:
     """The arms that a verdict is about, each with its comparisons with the first arm and with plain self-retraining.
 
     They are the method's arms; the last arm where there is none.
     """
-    first, afters = found[0]["before"], list(dict.fromkeys(one["after"] for one in found))
+    first, afters = found[0].before, list(dict.fromkeys(one.after for one in found))
 
-    def is_wanted(one: Mapping[str, Any]) -> bool:
-        return one["before"] == first or _kind(one["before"]) == "psr"
+    def is_wanted(one: Difference) -> bool:
+        return one.before == first or _kind(one.before) == "psr"
 
     spoken = [arm for arm in afters if is_method(arm)] or afters[-1:]
-    return {arm: [one for one in found if one["after"] == arm and is_wanted(one)] for arm in spoken}
+    return {arm: [one for one in found if one.after == arm and is_wanted(one)] for arm in spoken}
 
 
-def _clause(one: Mapping[str, Any], metric: str, num_comparisons: int) -> str:
-    low, high = one["interval"]
+def _clause(one: RunDifference, metric: str, num_comparisons: int) -> str:
+    low, high = one.interval
     bounds = f"{amount(low, metric).split()[0]} to {amount(high, metric).split()[0]}"
-    shown = f"{amount(one['difference'], metric)} (95 % interval {bounds}, "
-    against = f"against {one['before'].upper()}: {shown}n {one['num_examples']})"
+    shown = f"{amount(one.difference, metric)} (95 % interval {bounds}, "
+    against = f"against {one.before.upper()}: {shown}n {one.num_examples})"
     if low <= 0 <= high:
-        smallest = one["detectable_difference"]
+        smallest = one.detectable_difference
         needs = "" if smallest is None else f"; this test would find about {amount(smallest, metric, signed=False)}"
         return f"{against}, so no difference is shown{needs}"
-    if one["p_holm"] >= SIGNIFICANCE:
+    if one.p_holm >= SIGNIFICANCE:
         return f"{against}, which does not survive the correction for {num_comparisons} comparisons"
     is_better = (low > 0) != (metric == "nll")
     return f"{against}, {'a gain' if is_better else 'a loss'} beyond chance over examples, of one training seed"
@@ -217,12 +219,12 @@ def amount(value: float, metric: str, *, signed: bool = True) -> str:
     return f"{100 * value:{sign}.1f} points"
 
 
-def notes(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def notes(summaries: Mapping[str, AnswersSummary | ArmOverSeeds]) -> list[str]:
     """What else changed between the first arm and others, that could be taken for a gain in skill: one line a kind."""
     first, *others = summaries
     found = []
     for name, (what, warning) in DIAGNOSTICS.items():
-        share = {arm: summary[name] for arm, summary in summaries.items()}
+        share = {arm: vars(summary)[name] for arm, summary in summaries.items()}
         shifted = [arm for arm in others if abs(share[arm] - share[first]) >= NOTEWORTHY]
         if shifted:
             named = ", ".join(f"{arm.upper()} {share[arm]:.0%}" for arm in (first, *shifted))
@@ -230,9 +232,9 @@ def notes(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return found
 
 
-def blind_notes(found: Sequence[Mapping[str, Any]]) -> list[str]:
+def blind_notes(found: Sequence[Difference]) -> list[str]:
     """Comparisons that could not have found any difference, in words."""
-    named = [f"{one['after']} - {one['before']}" for one in found if one["detectable_difference"] is None]
+    named = [f"{one.after} - {one.before}" for one in found if one.detectable_difference is None]
     if not named:
         return []
     return [f"Too few examples to find any difference in 4 runs of 5, since so few answers differ: {', '.join(named)}."]
@@ -245,11 +247,11 @@ def size_notes(num_examples: int, test_size: int | None) -> list[str]:
     return [f"{num_examples} examples; the published test split has {test_size}: not to be put beside numbers of it."]
 
 
-def overlap_notes(overlaps: Sequence[Mapping[str, Any]]) -> list[str]:
+def overlap_notes(overlaps: Sequence[LeakReport]) -> list[str]:
     """Test problems that stand in another split, in words: an arm may have seen them."""
     return [
-        f"{one['num_exact']} exact and {one['num_near']} near copies of test problems are among the {one['num_rows']} "
-        f"{one['split']} rows; data.leaks=remove drops them."
+        f"{one.num_exact} exact and {one.num_near} near copies of test problems are among the {one.num_rows} "
+        f"{one.split} rows; data.leaks=remove drops them."
         for one in overlaps
-        if one["other"] == "test" and one["num_exact"] + one["num_near"] > 0
+        if one.other == "test" and one.num_exact + one.num_near > 0
     ]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from spd_dist.data.tasks.protocol import Row
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "+": (
@@ -63,7 +66,7 @@ class Problem(NamedTuple):
     b: int
 
 
-def generate_rows(split: str, seed: int) -> list[dict[str, Any]]:
+def generate_rows(split: str, seed: int) -> list[Row]:
     """The rows of a split: one of three parts of the problems, each in the order that the seed shuffles them.
 
     No problem is in two splits of the same seed, and each operation has the same share of all problems.
@@ -98,7 +101,7 @@ def _operands(operation: str) -> Iterator[tuple[int, int]]:
                 yield left, right
 
 
-def _row(problem: Problem) -> dict[str, Any]:
+def _row(problem: Problem) -> Row:
     operation, template, a, b = problem
     result = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[operation]
     key = f"arithmetic/{WORDS[operation]}-{template}/{a}-{b}"

@@ -10,41 +10,12 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 from spd_dist.data.tasks.protocol import Row, Task
+from spd_dist.types import Leak, LeakReport
 
 NGRAM_WORDS = 5
 Ngram = tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Leak:
-    """Two rows with the same problem, and how alike they are."""
-
-    id: str
-    other_id: str
-    similarity: float
-    """1.0: the same words."""
-
-
-@dataclass(frozen=True)
-class LeakReport:
-    """What two splits share: plain data for a summary."""
-
-    split: str
-    other: str
-    num_rows: int
-    num_exact: int
-    """Rows of `split` whose problem stands in `other` word for word."""
-    num_near: int
-    """Further rows that nearly do."""
-    leaks: tuple[Leak, ...]
-    """For each such row, the row of `other` that is most like it."""
-
-    def __str__(self) -> str:
-        shared = f"{self.num_exact} exact and {self.num_near} near duplicates"
-        return f"{self.split} against {self.other}: {shared} in {self.num_rows} rows"
 
 
 def find_leaks(splits: Mapping[str, Sequence[Row]], task: Task, *, similarity: float) -> list[LeakReport]:

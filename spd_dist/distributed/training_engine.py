@@ -27,6 +27,7 @@ from spd_dist.distributed.checkpoint_safety import data_alone
 from spd_dist.distributed.collectives import accelerator
 from spd_dist.distributed.zero import check_offload, merge_settings, whole_shape
 from spd_dist.errors import ConfigError, DataError
+from spd_dist.types import Json
 
 log = logging.getLogger(__name__)
 
@@ -130,19 +131,16 @@ def training_settings(config: Distributed, dtype: torch.dtype, *, max_grad_norm:
     }
     if dtype == torch.bfloat16 and config.zero_stage >= 2 and "data_types" not in users:
         ours["data_types"] = {"grad_accum_dtype": "fp32"}  # else what many micro-batches add is rounded each time
-    return _without_compilation(merge_settings(ours, users))
-
-
-def _without_compilation(settings: dict[str, Any]) -> dict[str, Any]:
-    """On a CPU, Adam is torch's own: DeepSpeed's is compiled at first use, for minutes, and needs a compiler."""
+    settings = merge_settings(ours, users)
     optimizer: dict[str, Any] = settings.get("optimizer", {})
     if str(optimizer.get("type", "")).lower() not in COMPILED or accelerator().device_name() != "cpu":
         return settings
+    # On a CPU, Adam is torch's own: DeepSpeed's is compiled at first use, for minutes, and needs a compiler.
     own: dict[str, Any] = {"params": {"torch_adam": True} | optimizer.get("params", {})}
     return merge_settings(settings, {"optimizer": own})
 
 
-def _without_auto(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _without_auto(settings: Mapping[str, Json]) -> Mapping[str, Json]:
     """Settings without the "auto" values of Hugging Face's configurations: there ours hold."""
     plain = {key: _without_auto(value) if isinstance(value, Mapping) else value for key, value in settings.items()}
     return {key: value for key, value in plain.items() if value != "auto"}

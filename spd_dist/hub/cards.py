@@ -11,12 +11,13 @@ import jinja2
 from huggingface_hub import DatasetCardData, EvalResult, ModelCard, ModelCardData
 
 from spd_dist.analysis.corpus import corpus_stats, load_corpus
+from spd_dist.analysis.report import Report
 from spd_dist.arms import Arm
 from spd_dist.config import Config
 from spd_dist.data.sources import is_file_name, parse_source, sources_of
 from spd_dist.data.tasks import find_task
 from spd_dist.models.model_card import IN_REPORT, THIS_FOLDER
-from spd_dist.storage.artifacts import read_json
+from spd_dist.storage.records import read_fields
 from spd_dist.storage.subspace_file import load_subspace
 
 PAPER = "arXiv 2605.22675"
@@ -44,7 +45,7 @@ class Published:
         return self.base_model if self.is_base_on_hub else None
 
 
-def student_card(published: Published, own_card: Path, report: Mapping[str, Any] | None, relation: str) -> str:
+def student_card(published: Published, own_card: Path, report: Report | None, relation: str) -> str:
     """The card that finetune wrote, with an address, the comparison, and metadata that the hub reads.
 
     Args:
@@ -56,7 +57,7 @@ def student_card(published: Published, own_card: Path, report: Mapping[str, Any]
     card: Any = ModelCard(own_card.read_text(encoding="utf-8"), ignore_metadata_errors=True)
     text = card.text.replace(f'"{THIS_FOLDER}"', f'"{published.address}"')
     text = text.replace(published.config.model.name, published.base_model)
-    if report is not None and published.arm.name in report["arms"]:
+    if report is not None and published.arm.name in report.arms:
         text = text.replace(IN_REPORT, results_text(report))
     results = [] if report is None else eval_results(published, report)
     data = ModelCardData(
@@ -72,17 +73,17 @@ def student_card(published: Published, own_card: Path, report: Mapping[str, Any]
     return f"---\n{data.to_yaml()}\n---\n{text}"
 
 
-def eval_results(published: Published, report: Mapping[str, Any]) -> list[EvalResult]:
+def eval_results(published: Published, report: Report) -> list[EvalResult]:
     """What the arm reached on the held-out examples, for the hub's `model-index`; nothing if it was not evaluated."""
-    summary = report["arms"].get(published.arm.name)
+    summary = report.arms.get(published.arm.name)
     if summary is None:
         return []
     task, data = find_task(published.config.data.task), published.config.data
     source = parse_source((sources_of(task, "test", data) or task.name).split(",")[0].strip(), "test")
     is_shared = source.name != "builtin" and not is_file_name(source.name)
-    metric = "nll" if report["metric"] == "nll" else "accuracy"
-    low, high = summary["interval"]
-    manner = "greedy" if report["temperature"] == 0 else f"{report['num_samples']} samples at {report['temperature']:g}"
+    metric = "nll" if report.metric == "nll" else "accuracy"
+    low, high = summary.interval
+    manner = "greedy" if report.temperature == 0 else f"{report.num_samples} samples at {report.temperature:g}"
     return [
         EvalResult(
             task_type="text-generation",
@@ -92,23 +93,23 @@ def eval_results(published: Published, report: Mapping[str, Any]) -> list[EvalRe
             dataset_split=source.split or "test",
             dataset_revision=source.revision,
             metric_type=metric,
-            metric_value=summary["value"],
-            metric_name=f"{metric}, {manner}, n {summary['num_examples']}, 95 % interval {low:.4f} to {high:.4f}",
+            metric_value=summary.value,
+            metric_name=f"{metric}, {manner}, n {summary.num_examples}, 95 % interval {low:.4f} to {high:.4f}",
         )
     ]
 
 
-def results_text(report: Mapping[str, Any]) -> str:
+def results_text(report: Report) -> str:
     """The comparison of the run's arms, in Markdown."""
     rows = [
-        f"| {name} | {arm['sentence']} | {arm['value']:.4f} | {arm['interval'][0]:.4f} to {arm['interval'][1]:.4f} "
-        f"| {arm['num_examples']} |"
-        for name, arm in report["arms"].items()
+        f"| {name} | {arm.sentence} | {arm.value:.4f} | {arm.interval[0]:.4f} to {arm.interval[1]:.4f} "
+        f"| {arm.num_examples} |"
+        for name, arm in report.arms.items()
     ]
-    head = f"| arm | what it is | {report['metric']} | 95 % interval | n |\n|---|---|--:|--:|--:|"
-    notes = "".join(f"\n- {note}" for note in report["notes"])
-    title = f"## {report['task']}, held-out examples, seed {report['seed']}"
-    return "\n".join([title, "", head, *rows, "", report["verdict"], notes])
+    head = f"| arm | what it is | {report.metric} | 95 % interval | n |\n|---|---|--:|--:|--:|"
+    notes = "".join(f"\n- {note}" for note in report.notes)
+    title = f"## {report.task}, held-out examples, seed {report.seed}"
+    return "\n".join([title, "", head, *rows, "", report.verdict, notes])
 
 
 def subspace_card(published: Published, file: Path) -> str:
@@ -131,7 +132,7 @@ def corpus_card(published: Published, folder: Path) -> str:
     )
     if published.is_base_on_hub:
         data.base_model = published.base_model  # a field of the hub's, of which its class knows nothing
-    summary = read_json(folder.parent / "summary.json")
+    summary = read_fields(folder.parent / "summary.json")
     shown = {"published": published, "stats": stats, "engine": summary["engine"]}
     return _rendered("corpus_card.md.j2", data.to_yaml(), shown)
 

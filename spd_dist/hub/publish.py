@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from spd_dist.analysis.report import read_report
 from spd_dist.arms import Arm, chosen
 from spd_dist.config import Config
 from spd_dist.errors import ConfigError, DataError
@@ -85,8 +86,7 @@ def stage(publication: Publication, published: Published, place: Path) -> None:
             settings = read_json(folder / ADAPTER_SETTINGS)
             settings["base_model_name_or_path"] = published.base_model
             (place / ADAPTER_SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        report = run_dir / "report.json"
-        found = read_json(report) if report.exists() else None
+        found = read_report(run_dir) if (run_dir / "report.json").exists() else None
         card = student_card(published, folder / CARD, found, "adapter" if product == "adapter" else "finetune")
     (place / CARD).write_text(card, encoding="utf-8")
 

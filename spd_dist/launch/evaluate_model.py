@@ -28,7 +28,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from spd_dist.config import Config
 from spd_dist.errors import ConfigError, UserError
@@ -39,6 +39,7 @@ from spd_dist.process.signals import StopSignals
 
 if TYPE_CHECKING:
     from spd_dist.distributed.world import World
+    from spd_dist.runs.standalone_eval import StandaloneSummary, TaskSummary
 
 DEFAULTS = ("metrics.wandb=disabled",)
 CONFIG_KEYS = frozenset(field.name for field in dataclasses.fields(Config))
@@ -158,7 +159,7 @@ def default_folder(model: str, adapter: Path | None) -> Path:
     return Path("runs/evaluate") / "+".join(name.strip("/").replace("/", "_") for name in names)
 
 
-def table(summary: Mapping[str, Any], folder: str) -> str:
+def table(summary: StandaloneSummary, folder: str) -> str:
     """One row a task, for a terminal.
 
     `ended` are the answers that the model ended by itself, `strict` and `lenient` those that a result could be
@@ -171,34 +172,34 @@ def table(summary: Mapping[str, Any], folder: str) -> str:
     from spd_dist.analysis.answer_summary import manner
     from spd_dist.reports.report_text import pass_table
 
-    named = summary["model"] if summary["adapter"] is None else f"{summary['model']} with {summary['adapter']}"
+    named = summary.model if summary.adapter is None else f"{summary.model} with {summary.adapter}"
     text = io.StringIO()
     console = Console(file=text, width=100, color_system=None, highlight=False)
-    num_samples = max(one["num_samples"] for one in summary["tasks"].values())
-    console.print(f"{named}: {manner(summary['temperature'], num_samples)}", soft_wrap=True)
+    num_samples = max(one.num_samples for one in summary.tasks.values())
+    console.print(f"{named}: {manner(summary.temperature, num_samples)}", soft_wrap=True)
     found = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     found.add_column("task")
     for name in ("metric", "value", "95 %\ninterval", "n", "ended\n%", "strict\n%", "lenient\n%", "tokens", "loops\n%"):
         found.add_column(name, justify="right", no_wrap=True)
-    for task, one in summary["tasks"].items():
-        numbers = [one["value"], *one["interval"]]
-        value, low, high = (f"{x:.3f}" if one["metric"] == "nll" else f"{100 * x:.1f}" for x in numbers)
-        shares = ("ended_fraction", "strict_extraction_fraction", "lenient_extraction_fraction")
+    for task, one in summary.tasks.items():
+        numbers = [one.value, *one.interval]
+        value, low, high = (f"{x:.3f}" if one.metric == "nll" else f"{100 * x:.1f}" for x in numbers)
+        shares = (one.ended_fraction, one.strict_extraction_fraction, one.lenient_extraction_fraction)
         found.add_row(
-            task, "nll" if one["metric"] == "nll" else "right %", value, f"{low} to {high}", number_of(one),
-            *(f"{100 * one[share]:.0f}" for share in shares), f"{one['mean_tokens']:.0f}",
-            f"{100 * one['repetition_fraction']:.0f}",
+            task, "nll" if one.metric == "nll" else "right %", value, f"{low} to {high}", number_of(one),
+            *(f"{100 * share:.0f}" for share in shares), f"{one.mean_tokens:.0f}",
+            f"{100 * one.repetition_fraction:.0f}",
         )  # fmt: skip
     console.print(found)
     if num_samples > 1:
-        console.print(pass_table(summary["tasks"]))
+        console.print(pass_table(summary.tasks))
     console.print(f"Files: {folder}/summary.json, and every answer in {folder}/TASK/evaluate/model/", soft_wrap=True)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
-def number_of(one: Mapping[str, Any]) -> str:
+def number_of(one: TaskSummary) -> str:
     """How many examples were answered, and of how many, if that is not all of the published split."""
-    num, size = one["num_examples"], one["test_size"]
+    num, size = one.num_examples, one.test_size
     return str(num) if size in (None, num) else f"{num} of {size}"
 
 

@@ -161,17 +161,19 @@ def point_of(path: Path, index: int | None) -> Point:
 
 def status_table(found: Sequence[Point]) -> Table:
     """Every point: its state, what of it is complete, and where it was last seen."""
+    from spd_dist.storage.restart import read_status
+
     table = Table("point", "setting", "seed", "state", "complete", "last seen", title=f"{len(found)} points")
     for point in found:
-        status = _read(point.run_dir / "status.json") or {"state": "absent", "reason": ""}
+        status = read_status(point.run_dir)
         stages = sorted(file.parent.name for file in point.run_dir.glob("*/manifest.json"))
         beats = filter(None, map(_read, point.run_dir.glob("heartbeat/rank_*.json")))
         newest = max(beats, key=lambda beat: beat["time"], default=None)
         seen = "" if newest is None else f"{newest['place']}, {time.time() - newest['time']:.0f} s ago"
-        state = status["state"]
+        state = "absent" if status is None else status.state
         if state == "running" and (newest is None or time.time() - newest["time"] > SILENT_SECONDS):
             state = "running? silent"
-        reason = f" ({status['reason']})" if state == "failed" else ""
+        reason = f" ({status.reason})" if status is not None and state == "failed" else ""
         seed = str(point.values.get("seed", ""))
         table.add_row(str(point.index), point.setting, seed, state + reason, " ".join(stages), seen)
     return table
@@ -207,13 +209,15 @@ def collect(path: Path) -> None:
 
 
 def _rows(point: Point) -> list[dict[str, Any]]:
-    report = json.loads((point.run_dir / "report.json").read_text(encoding="utf-8"))
+    from spd_dist.analysis.report import read_report
+
+    report = read_report(point.run_dir)
     rows = []
-    for arm, described in report["arms"].items():
-        low, high = described["interval"]
+    for arm, result in report.arms.items():
+        low, high = result.interval
         row = {"index": point.index, **{key: written(value) for key, value in point.values.items()}, "arm": arm}
-        row |= {"task": report["task"], "metric": report["metric"], "num_examples": described["num_examples"]}
-        rows.append(row | {"value": described["value"], "low": low, "high": high, "run_dir": str(point.run_dir)})
+        row |= {"task": report.task, "metric": report.metric, "num_examples": result.num_examples}
+        rows.append(row | {"value": result.value, "low": low, "high": high, "run_dir": str(point.run_dir)})
     return rows
 
 

@@ -39,7 +39,8 @@ from spd_dist.process.signals import StopSignals
 from spd_dist.process.stopping import watch
 from spd_dist.reports.mechanism_page import write_mechanism_page
 from spd_dist.run import Run
-from spd_dist.storage.artifacts import content_hash, read_json, replacing, sha256_of, write_json
+from spd_dist.storage.artifacts import content_hash, replacing, sha256_of
+from spd_dist.storage.records import read_fields, write_record
 from spd_dist.storage.subspace_file import load_subspace, save_subspace
 from spd_dist.tracking.metrics import MetricLogger
 from spd_dist.tracking.wandb_artifacts import MECHANISM_FILES
@@ -86,7 +87,7 @@ def measure_mechanism(config: Config, world: World, signals: StopSignals) -> str
 
         run.run_stage(STAGE, inputs_of(run, rows), [*MECHANISM_FILES, CANDIDATES], work)
         folder = run.folder.folder(STAGE)
-        text = on_main("reading the mechanism test", lambda: read_json(folder / "details.json")["sentence"])
+        text = on_main("reading the mechanism test", lambda: read_fields(folder / "details.json")["sentence"])
     return f"{text}\n{folder / 'mechanism.html'}"
 
 
@@ -131,7 +132,8 @@ def calibration_rows(run: Run) -> list[Row]:
 
 def inputs_of(run: Run, rows: Sequence[Row]) -> dict[str, str]:
     """What the result depends on."""
-    section = {key: value for key, value in run.plain[STAGE].items() if key not in CHANGES_NOTHING}
+    settings = dataclasses.asdict(run.config.mechanism)
+    section = {key: value for key, value in settings.items() if key not in CHANGES_NOTHING}
     other = run.config.mechanism.other_subspace
     found = {
         "settings": content_hash([section, run.settings("seed", "model", "data", "calibrate", "project")]),
@@ -216,8 +218,8 @@ def write(folder: Path, outcome: MechanismOutcome, candidates: Mapping[str, Subs
     for name, subspace in candidates.items():
         save_subspace(folder / CANDIDATES / f"{name}.safetensors", subspace)
     result, details = dataclasses.asdict(outcome.result), dataclasses.asdict(outcome.details)
-    write_json(folder / "mechanism.json", result)
-    write_json(folder / "details.json", details)
+    write_record(folder / "mechanism.json", outcome.result)
+    write_record(folder / "details.json", outcome.details)
     columns = list(outcome.rows[0])
     table = pyarrow.table({name: [row[name] for row in outcome.rows] for name in columns})
     with replacing(folder / "rows.parquet") as partial:

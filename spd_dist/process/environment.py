@@ -10,9 +10,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from spd_dist.redaction import redacted_words
 
@@ -24,28 +25,50 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def environment(world: World) -> dict[str, Any]:
-    """Versions, code, machine and ranks, as plain data; collective if there is more than one rank."""
+@dataclass(frozen=True)
+class Environment:
+    """`environment.json`: versions, code, machine and ranks of the last attempt at a run, and of those before."""
+
+    started_at: str
+    python: str
+    versions: Mapping[str, str]
+    git_commit: str | None
+    git_dirty: bool
+    world_size: int
+    hosts: tuple[str, ...]
+    """Of each rank."""
+    device: str
+    num_cpus: int
+    threads: int
+    platform: str
+    command: tuple[str, ...]
+    slurm_job: str | None
+    earlier: tuple[Environment, ...] = ()
+    """What earlier attempts ran on, the first one first."""
+
+
+def environment(world: World) -> Environment:
+    """What this attempt runs on; collective if there is more than one rank."""
     import torch  # here: `make_room` comes before every library, and a wrong word of a command line before torch
 
     from spd_dist.distributed.collectives import gather_objects
 
     hosts = gather_objects(socket.gethostname()) if world.size > 1 else [socket.gethostname()]
-    return {
-        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "versions": {package: version for package in PACKAGES if (version := version_of(package))},
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "world_size": world.size,
-        "hosts": hosts,
-        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type,
-        "num_cpus": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-        "command": redacted_words(sys.argv),
-        "slurm_job": os.environ.get("SLURM_JOB_ID"),
-    }
+    return Environment(
+        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        python=platform.python_version(),
+        versions={package: version for package in PACKAGES if (version := version_of(package))},
+        git_commit=_git("rev-parse", "HEAD"),
+        git_dirty=bool(_git("status", "--porcelain", "--untracked-files=no")),
+        world_size=world.size,
+        hosts=tuple(hosts),
+        device=torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type,
+        num_cpus=len(os.sched_getaffinity(0)),
+        threads=torch.get_num_threads(),
+        platform=platform.platform(),
+        command=tuple(redacted_words(sys.argv)),
+        slurm_job=os.environ.get("SLURM_JOB_ID"),
+    )
 
 
 def version_of(package: str) -> str | None:

@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, contextmanager
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -89,31 +90,32 @@ def rotary_keys(model: nn.Module, found: list[Target], monitor: ProjectionMonito
         DataError: a rotation that does not see the whole key.
     """
     running: list[SitePart] = []
-    namespaces: dict[int, dict[str, Any]] = {}
+    modules: dict[ModuleType, None] = {}
     with ExitStack() as undo:
         for target in found:
             for part in (part for part in target.parts if part.site.kind == "key"):
                 attention = find_module(model, target.name.rpartition(".")[0])
                 assert attention is not None  # it holds the target, which was found
-                namespace = _namespace(attention, part)
-                namespaces[id(namespace)] = namespace
+                modules[_module_with_rotation(attention, part)] = None
                 _mark_running(undo, attention, part, running)
-        for namespace in namespaces.values():
-            undo.callback(namespace.__setitem__, ROTATION, namespace[ROTATION])
-            namespace[ROTATION] = _projecting(namespace[ROTATION], running, monitor)
+        for module in modules:
+            rotate = vars(module)[ROTATION]
+            undo.callback(setattr, module, ROTATION, rotate)
+            setattr(module, ROTATION, _projecting(rotate, running, monitor))
         yield
 
 
-def _namespace(attention: nn.Module, part: SitePart) -> dict[str, Any]:
-    """The globals that `attention`'s forward looks its rotation up in."""
-    namespace = vars(sys.modules[type(attention).__module__])
-    names = list(inspect.signature(namespace[ROTATION]).parameters)[:2] if ROTATION in namespace else None
+def _module_with_rotation(attention: nn.Module, part: SitePart) -> ModuleType:
+    """The Python module in whose globals `attention`'s forward looks its rotation up."""
+    module = sys.modules[type(attention).__module__]
+    rotate = vars(module).get(ROTATION)
+    names = None if rotate is None else list(inspect.signature(rotate).parameters)[:2]
     if names != ["q", "k"] or hasattr(attention, "kv_b_proj"):
         raise ConfigError(
             f"project.insertion=rope: {type(attention).__name__} of {part.site} does not rotate its whole keys by "
             f"{ROTATION}(q, k, ...); set project.insertion=linear"
         )
-    return namespace
+    return module
 
 
 def _mark_running(undo: ExitStack, attention: nn.Module, part: SitePart, running: list[SitePart]) -> None:

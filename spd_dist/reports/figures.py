@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from spd_dist.analysis.comparison import amount
+from spd_dist.analysis.report import Difference, RoundResult, SeedsDifference
 from spd_dist.tracking.metrics import Losses
 
 if TYPE_CHECKING:  # a tenth of what the launchers import, and needed once a run
@@ -77,20 +78,20 @@ def _legend(axes: Axes, num_columns: int = 1) -> None:
     axes.legend(fontsize=8, frameon=False, labelspacing=0.3, ncols=num_columns)
 
 
-def forest(comparisons: Sequence[Mapping[str, Any]], metric: str) -> str:
+def forest(comparisons: Sequence[Difference], metric: str) -> str:
     """Every paired difference with its 95 % interval, filled where it leaves out zero; dots are single seeds."""
     figure, axes = blank(0.8 + 0.35 * len(comparisons))
     scale = 1 if metric == "nll" else 100
     for row, one in enumerate(reversed(comparisons)):
-        low, high = (scale * bound for bound in one["interval"])
+        low, high = (scale * bound for bound in one.interval)
         shown = low > 0 or high < 0
         axes.plot([low, high], [row, row], color=INK, linewidth=1.5)
-        each = [scale * value for value in one.get("values", ())]
+        each = [scale * value for value in (one.values if isinstance(one, SeedsDifference) else ())]
         axes.plot(each, [row - 0.22] * len(each), ".", color=INK, alpha=0.5, markersize=4)
-        axes.plot(scale * one["difference"], row, "o", color=INK, markerfacecolor=INK if shown else "white")
-        axes.annotate(amount(one["difference"], metric), (high, row), (4, 4), textcoords="offset points", fontsize=8)
+        axes.plot(scale * one.difference, row, "o", color=INK, markerfacecolor=INK if shown else "white")
+        axes.annotate(amount(one.difference, metric), (high, row), (4, 4), textcoords="offset points", fontsize=8)
     axes.axvline(0, color=EDGE, linewidth=1)
-    named = [[visible(short_name(one[arm])) for arm in ("after", "before")] for one in reversed(comparisons)]
+    named = [[visible(short_name(arm)) for arm in (one.after, one.before)] for one in reversed(comparisons)]
     pairs = [" - ".join(names) for names in named]
     axes.set_yticks(range(len(comparisons)), pairs)
     axes.set_ylim(-0.6, len(comparisons) - 0.4)
@@ -171,21 +172,21 @@ def curves(losses: Losses) -> str | None:
     return svg("curves", figure)
 
 
-def rounds(found: Sequence[Mapping[str, Any]]) -> str | None:
+def rounds(found: Sequence[RoundResult]) -> str | None:
     """What each round's subspace and the first one's hold of its energy, and how far apart they are: site means."""
-    later = [one for one in found if "1" in one["drift"]]
+    later = [one for one in found if "1" in one.drift]
     if not later:
         return None
     figure, (left, right) = blank(2.6, 2)
-    numbers = [one["round"] for one in found]
+    numbers = [one.round for one in found]
 
     def mean(sites: Sequence[float]) -> float:
         return sum(sites) / len(sites)
 
     def over_sites(name: str, first: float) -> list[float]:
-        return [first, *(mean([site[name] for site in one["drift"]["1"].values()]) for one in later)]
+        return [first, *(mean([vars(site)[name] for site in one.drift["1"].values()]) for one in later)]
 
-    start = mean(list(found[0]["energy_fraction"].values()))
+    start = mean(list(found[0].energy_fraction.values()))
     own, held = over_sites("energy_fraction", start), over_sites("energy_fraction_held", start)
     angle = over_sites("mean_angle_degrees", 0.0)
     left.plot(numbers, own, "o-", color=INK, label="its own subspace")

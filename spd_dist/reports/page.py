@@ -5,24 +5,25 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from spd_dist.analysis.answer_summary import manner, samples_by_id
+from spd_dist.analysis.report import ExperimentReport, Report, SeedDetails
 from spd_dist.config import Config
 from spd_dist.reports import figures
 from spd_dist.storage.answers import answers_path, read_answers
-from spd_dist.storage.artifacts import read_json, write_text
+from spd_dist.storage.artifacts import write_text
 from spd_dist.storage.completions import finished_corpus, open_corpus
-from spd_dist.storage.run_folder import read_config
+from spd_dist.storage.run_folder import read_config, read_environment
 from spd_dist.storage.settings import settings_by_key
 from spd_dist.storage.tables import column_of, num_tokens_of
 from spd_dist.types import Answer
 
 
-def render(template: str, report: Mapping[str, Any], run_folder: Path, shown: Mapping[str, Any]) -> str:
+def render(template: str, report: Report | ExperimentReport, run_folder: Path, shown: Mapping[str, Any]) -> str:
     """A page of `report` and of what else is `shown`, with settings and machine of the run in the folder.
 
     What models and data say is escaped.
@@ -36,12 +37,12 @@ def render(template: str, report: Mapping[str, Any], run_folder: Path, shown: Ma
         lstrip_blocks=True,
         finalize=lambda value: figures.visible(value) if type(value) is str else value,
     )
-    is_nll = report["metric"] == "nll"
+    is_nll = report.metric == "nll"
     everywhere = {
         "report": report,
-        "manner": manner(report["temperature"], report["num_samples"]),
+        "manner": manner(report.temperature, report.num_samples),
         "differing": config_diff(run_folder),
-        "environment": _environment(run_folder),
+        "environment": read_environment(run_folder),
         "percent": lambda value: f"{100 * value:.1f}",
         "signed": lambda value: f"{value:+.3f}" if is_nll else f"{100 * value:+.1f}",
         "value": lambda value: f"{value:.3f}" if is_nll else f"{100 * value:.1f}",
@@ -49,9 +50,19 @@ def render(template: str, report: Mapping[str, Any], run_folder: Path, shown: Ma
     return environment.get_template(template).render({**shown, **everywhere})
 
 
-def drawn(title: str, sentence: str, drawing: str | None) -> dict[str, Any]:
+class PageFigure(NamedTuple):
+    """A figure of a page."""
+
+    title: str
+    sentence: str
+    """What to see in it."""
+    svg: Markup | None
+    """None where there is nothing to draw."""
+
+
+def drawn(title: str, sentence: str, drawing: str | None) -> PageFigure:
     """A figure with its title and what to see in it."""
-    return {"title": title, "sentence": sentence, "svg": Markup(drawing) if drawing else None}
+    return PageFigure(title, sentence, Markup(drawing) if drawing else None)
 
 
 def config_diff(run_folder: Path) -> list[tuple[str, Any, Any]]:
@@ -65,16 +76,11 @@ def config_diff(run_folder: Path) -> list[tuple[str, Any, Any]]:
     return [(key, default.get(key), ours.get(key)) for key in keys if ours.get(key) != default.get(key)]
 
 
-def _environment(run_folder: Path) -> Mapping[str, Any]:
-    file = run_folder / "environment.json"
-    return read_json(file) if file.exists() else {}
-
-
 NUM_SHOWN = 200
 """Examples on a page; those on which arms differ come first."""
 
 
-def write_page(run_folder: Path, report: Mapping[str, Any], questions: Mapping[str, str]) -> None:
+def write_page(run_folder: Path, report: Report, questions: Mapping[str, str]) -> None:
     """Write `report.html` beside `report.json`: figures, tables and answers inside, nothing loaded from elsewhere.
 
     Args:
@@ -85,48 +91,49 @@ def write_page(run_folder: Path, report: Mapping[str, Any], questions: Mapping[s
     Raises:
         DataError: an artifact that the page shows is corrupt.
     """
-    answers = {arm: read_answers(answers_path(run_folder / "evaluate", arm, report["task"])) for arm in report["arms"]}
+    answers = {arm: read_answers(answers_path(run_folder / "evaluate", arm, report.task)) for arm in report.arms}
     found = [
         *drawn_comparisons(report, {arm: [lengths_of(rows)] for arm, rows in answers.items()}),
         *_drawn_training(run_folder, report),
         *drawn_subspaces(report),
     ]
     shown = {
-        "title": f"{report['task']}, seed {report['seed']}: {len(report['arms'])} arms",
-        "figures": [one for one in found if one["svg"]],
+        "title": f"{report.task}, seed {report.seed}: {len(report.arms)} arms",
+        "figures": [one for one in found if one.svg],
         "examples": side_by_side([answers], questions)[:NUM_SHOWN],
-        "num_examples": next(iter(report["arms"].values()))["num_examples"],
+        "num_examples": next(iter(report.arms.values())).num_examples,
         "num_seeds": 1,
         "learned": learned(report),
     }
     write_text(run_folder / "report.html", render("page.html.j2", report, run_folder, shown))
 
 
+class AnsweredExample(NamedTuple):
+    """An example with all arms' first answers under the first seed, and how often each arm was right over all."""
+
+    id: str
+    question: str
+    gold: str
+    kind: str
+    differs: tuple[int, bool]
+    num_right: Mapping[str, int]
+    answers: Mapping[str, Answer]
+
+
 def side_by_side(
     by_seed: Sequence[Mapping[str, Sequence[Answer]]], questions: Mapping[str, str]
-) -> list[dict[str, Any]]:
-    """Every example with all arms' first answers under the first seed, and how often each arm was right over all.
-
-    Those come first on which arms differ most in being right, then those on which they say other things.
-    """
+) -> list[AnsweredExample]:
+    """Every example: those come first on which arms differ most in being right, then those of other words."""
     examples = []
     grouped = [{arm: samples_by_id(rows) for arm, rows in answers.items()} for answers in by_seed]
     for key in next(iter(grouped[0].values())):
         rows = [samples[key][0] for samples in grouped[0].values()]
         right = {arm: sum(one.correct for each in grouped for one in each[arm][key]) for arm in grouped[0]}
         differs = max(right.values()) - min(right.values()), len({row.output for row in rows}) > 1
-        examples.append(
-            {
-                "id": key,
-                "question": questions.get(key, ""),
-                "gold": rows[0].gold,
-                "kind": "right and wrong" if differs[0] else "other words" if differs[1] else "same",
-                "differs": differs,
-                "num_right": right,
-                "answers": dict(zip(by_seed[0], rows, strict=True)),
-            }
-        )
-    return sorted(examples, key=lambda example: example["differs"], reverse=True)
+        kind = "right and wrong" if differs[0] else "other words" if differs[1] else "same"
+        answers = dict(zip(by_seed[0], rows, strict=True))
+        examples.append(AnsweredExample(key, questions.get(key, ""), rows[0].gold, kind, differs, right, answers))
+    return sorted(examples, key=lambda example: example.differs, reverse=True)
 
 
 def lengths_of(answers: Sequence[Answer]) -> figures.Lengths:
@@ -135,22 +142,22 @@ def lengths_of(answers: Sequence[Answer]) -> figures.Lengths:
 
 
 def drawn_comparisons(
-    report: Mapping[str, Any], lengths: Mapping[str, Sequence[figures.Lengths]]
-) -> list[dict[str, Any]]:
+    report: Report | ExperimentReport, lengths: Mapping[str, Sequence[figures.Lengths]]
+) -> list[PageFigure]:
     """The forest of differences, and the lengths of each arm's answers over all seeds."""
     pooled = {arm: [one for rows in seeds for one in rows] for arm, seeds in lengths.items()}
     sentence = "A model that only learned to stop shows it here."
     found = [drawn("Answers: lengths and endings", sentence, figures.lengths("lengths", pooled))]
-    if report["comparisons"]:
+    if report.comparisons:
         sentence = "Same examples, 95 % intervals; a hollow dot is a difference that is not shown."
-        drawing = figures.forest(report["comparisons"], report["metric"])
+        drawing = figures.forest(report.comparisons, report.metric)
         return [drawn("Paired differences", sentence, drawing), *found]
     return found
 
 
-def _drawn_training(run_folder: Path, report: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _drawn_training(run_folder: Path, report: Report) -> list[PageFigure]:
     corpora = {}
-    for arm in report["arms"]:
+    for arm in report.arms:
         file = finished_corpus(run_folder / ("generate" if arm == "spd" else f"arms/{arm}/generate") / "completions")
         if file is not None:
             corpus = open_corpus(file)
@@ -160,35 +167,46 @@ def _drawn_training(run_folder: Path, report: Mapping[str, Any]) -> list[dict[st
     if corpora:
         sentence = "What each student learned from: a student ends as often as its corpus does."
         found.append(drawn("Completions: lengths and endings", sentence, figures.lengths("corpora", corpora)))
-    drawing = figures.curves(report["losses"])
+    drawing = figures.curves(report.losses)
     return [*found, drawn("Training", "Loss of each student on its own corpus.", drawing)]
 
 
-def drawn_subspaces(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+def drawn_subspaces(report: Report | SeedDetails) -> list[PageFigure]:
     """Spectra, energies and principal angles of one run: between sites, between arms, between rounds."""
     found = []
-    if "project" in report["stages"]:
+    if "project" in report.stages:
         sentence = "Spectrum of the gradients at each site, and how much of it the subspace keeps."
-        found.append(drawn("Capability subspace", sentence, figures.spectra(report["stages"]["project"])))
+        found.append(drawn("Capability subspace", sentence, figures.spectra(report.stages["project"])))
     sentence = "90 degrees: nothing in common; 0: a shared direction."
-    drawing = figures.angles("angles", report["angles"]["sites"])
+    drawing = figures.angles("angles", report.angles["sites"])
     found.append(drawn("Principal angles between sites", sentence, drawing))
     sentence = "Of the arms that have a subspace of their own, against that of spd."
-    found.append(drawn("Principal angles between arms", sentence, figures.angles("arms", report["angles"]["arms"])))
-    if "rounds" in report:
+    found.append(drawn("Principal angles between arms", sentence, figures.angles("arms", report.angles["arms"])))
+    if report.rounds is not None:
         sentence = "How far the gradients moved from the subspace of the first round; means over the sites."
-        found.append(drawn("Subspace over rounds", sentence, figures.rounds(report["rounds"])))
+        found.append(drawn("Subspace over rounds", sentence, figures.rounds(report.rounds)))
     return found
 
 
-def learned(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+class Learned(NamedTuple):
+    """What a student learned from, and how; the summaries as the stages wrote them."""
+
+    arm: str
+    corpus: Mapping[str, Any]
+    """Empty where it wrote none of its own."""
+    student: Mapping[str, Any]
+    losses: list[float]
+    """Of the first epoch, and of the last."""
+
+
+def learned(report: Report) -> list[Learned]:
     """One row an arm that trained: its corpus, steps and losses, as far as there are summaries."""
     rows = []
-    for arm in report["arms"]:
+    for arm in report.arms:
         prefix = "" if arm == "spd" else f"arms/{arm}/"
-        corpus, student = (report["stages"].get(f"{prefix}{verb}", {}) for verb in ("generate", "finetune"))
+        corpus, student = (report.stages.get(f"{prefix}{verb}", {}) for verb in ("generate", "finetune"))
         if student:
             epochs = student["epochs"]
             losses = [epochs[0]["loss"], epochs[-1]["loss"]] if epochs else []
-            rows.append({"arm": arm, "corpus": corpus, "student": student, "losses": losses})
+            rows.append(Learned(arm, corpus, student, losses))
     return rows

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from spd_dist.analysis.answer_summary import AnswersSummary, answers_summary
 from spd_dist.arms import Arm
@@ -15,10 +15,18 @@ from spd_dist.reports.report_text import report_text
 from spd_dist.reports.run_report import Asked, log_report, write_report
 from spd_dist.run import Run
 from spd_dist.storage.answers import answers_path, read_answers
-from spd_dist.storage.artifacts import write_json
 from spd_dist.storage.manifests import why_not_complete
+from spd_dist.storage.records import write_record
 from spd_dist.tracking.stage_plots import show_cost
 from spd_dist.tracking.wandb_artifacts import report_product
+
+
+@dataclass(frozen=True)
+class EvaluateSummary:
+    """`evaluate/summary.json`."""
+
+    arms: Mapping[str, Mapping[str, AnswersSummary]]
+    """By arm, and task."""
 
 
 def report(run: Run, arms: Iterable[Arm]) -> str:
@@ -31,14 +39,13 @@ def report(run: Run, arms: Iterable[Arm]) -> str:
 
     def write() -> str:
         shared = check_leaks(task, config.data, num_calibration=config.calibrate.num_examples)
-        overlaps = [dataclasses.asdict(one) for one in shared]
         size = published_size(task, config.data)
         also = tuple((one.name, one.metric) for one in others)
         asked = Asked(task.name, task.metric, config.seed, config.evaluate.temperature, also, size)
-        found = write_report(folder, sentences, asked, overlaps)
+        found = write_report(folder, sentences, asked, shared)
         write_page(folder, found, questions)
         log_report(run.metrics, folder, found)
-        show_cost(run.metrics, found["cost"])
+        show_cost(run.metrics, found.cost)
         run.metrics.product(report_product(folder, found), is_input=False)
         return report_text(found, folder)
 
@@ -57,8 +64,8 @@ def sum_up_answers(run: Run, arms: Iterable[str]) -> None:
         def summed(arm: str, task: Task) -> AnswersSummary:
             return answers_summary(read_answers(answers_path(folder, arm, task.name)), task.metric)
 
-        found = {arm: {task.name: dataclasses.asdict(summed(arm, task)) for task in tasks} for arm in answers}
-        write_json(folder / "summary.json", found)
+        found = {arm: {task.name: summed(arm, task) for task in tasks} for arm in answers}
+        write_record(folder / "summary.json", EvaluateSummary(found))
 
     on_main("writing the summary of the answers", write)
     run.folder.finish("evaluate", answers, ["summary.json", *answers], seconds=0.0)

@@ -20,13 +20,15 @@ from spd_dist.analysis.comparison import (
 )
 from spd_dist.analysis.decode_control import decode_controls
 from spd_dist.analysis.forgetting import forgetting_notes, other_tasks
+from spd_dist.analysis.report import ArmResult, Report, StageTotal
 from spd_dist.analysis.sample_measures import sample_measures
 from spd_dist.analysis.subspace_algebra import angles
 from spd_dist.storage.answers import answers_path, read_answers
-from spd_dist.storage.artifacts import content_hash, read_json, write_json
-from spd_dist.storage.manifests import MANIFEST, finished_stages
+from spd_dist.storage.artifacts import content_hash
+from spd_dist.storage.manifests import MANIFEST, finished_stages, read_manifest
+from spd_dist.storage.records import read_fields, write_record
 from spd_dist.tracking.metrics import MetricLogger, training_losses
-from spd_dist.types import Answer
+from spd_dist.types import Answer, LeakReport, record_of
 
 NUM_SAMPLES = 32
 """Answers of each arm in the table that W&B shows."""
@@ -55,8 +57,8 @@ def write_report(
     run_folder: Path,
     arms: Mapping[str, str],
     asked: Asked,
-    overlaps: Sequence[Mapping[str, Any]] = (),
-) -> dict[str, Any]:
+    overlaps: Sequence[LeakReport] = (),
+) -> Report:
     """Compare the arms of a finished evaluation, write `report.json`, and give what it holds. On one rank only.
 
     Args:
@@ -70,48 +72,46 @@ def write_report(
     """
     task, metric, seed = asked.task, asked.metric, asked.seed
     answers = {arm: read_answers(answers_path(run_folder / "evaluate", arm, task)) for arm in arms}
-    summaries = {arm: dataclasses.asdict(answers_summary(answers[arm], metric)) for arm in arms}
+    results = {arm: _result(answers[arm], metric, sentence) for arm, sentence in arms.items()}
+    first = next(iter(results.values()))
     found, stages = comparisons(answers, metric, seed), _summaries(run_folder)
     controls = decode_controls(answers, metric, seed)
     others = other_tasks(_of_others(run_folder, arms, asked), dict(asked.also), seed)
-    report = {
-        "task": task,
-        "metric": metric,
-        "judged_by": f"spd_dist {spd_dist.__version__}",
-        "seed": seed,
-        "temperature": asked.temperature,
-        "num_samples": next(iter(summaries.values()))["num_samples"],
-        "examples": content_hash(sorted(answer.id for answer in next(iter(answers.values())))),
-        "verdict": " ".join([*(one.sentence for one in controls), verdict(found, metric)]),
-        "decode_controls": [dataclasses.asdict(one) for one in controls],
-        "test_size": asked.test_size,
-        "notes": [
-            *notes(summaries),
+    report = Report(
+        task=task,
+        metric=metric,
+        judged_by=f"spd_dist {spd_dist.__version__}",
+        seed=seed,
+        temperature=asked.temperature,
+        num_samples=first.num_samples,
+        examples=content_hash(sorted(answer.id for answer in next(iter(answers.values())))),
+        verdict=" ".join([*(one.sentence for one in controls), verdict(found, metric)]),
+        decode_controls=controls,
+        test_size=asked.test_size,
+        notes=[
+            *notes(results),
             *forgetting_notes(others),
             *blind_notes(found),
-            *size_notes(next(iter(summaries.values()))["num_examples"], asked.test_size),
+            *size_notes(first.num_examples, asked.test_size),
             *overlap_notes(overlaps),
         ],
-        "overlaps": [dict(one) for one in overlaps],
-        "arms": {
-            arm: {"sentence": sentence, **summaries[arm], "samples": _measured(answers[arm], metric)}
-            for arm, sentence in arms.items()
-        },
-        "comparisons": found,
-        "other_tasks": [dataclasses.asdict(one) for one in others],
-        "cost": cost(run_folder, _tokens(stages, summaries)),
-        "stages": stages,
-        "losses": training_losses(run_folder),
-        "angles": angles(run_folder, arms),
-        "artifacts": _artifacts(run_folder),
-    }
-    write_json(run_folder / "report.json", report)
+        overlaps=list(overlaps),
+        arms=results,
+        comparisons=found,
+        other_tasks=others,
+        cost=cost(run_folder, _tokens(stages, results)),
+        stages=stages,
+        losses=training_losses(run_folder),
+        angles=angles(run_folder, arms),
+        artifacts=_artifacts(run_folder),
+    )
+    write_record(run_folder / "report.json", report)
     return report
 
 
-def _measured(answers: Sequence[Answer], metric: str) -> dict[str, dict[str, Any]]:
-    found = {} if metric == "nll" else sample_measures(answers)
-    return {name: dataclasses.asdict(one) for name, one in found.items()}
+def _result(answers: Sequence[Answer], metric: str, sentence: str) -> ArmResult:
+    samples = {} if metric == "nll" else sample_measures(answers)
+    return record_of(ArmResult, {**vars(answers_summary(answers, metric)), "sentence": sentence, "samples": samples})
 
 
 def _of_others(run_folder: Path, arms: Iterable[str], asked: Asked) -> dict[str, dict[str, list[Answer]]]:
@@ -119,7 +119,7 @@ def _of_others(run_folder: Path, arms: Iterable[str], asked: Asked) -> dict[str,
     return {task: {arm: read_answers(answers_path(folder, arm, task)) for arm in arms} for task, _ in asked.also}
 
 
-def cost(run_folder: Path, tokens: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+def cost(run_folder: Path, tokens: Mapping[str, int]) -> dict[str, StageTotal]:
     """Tokens, seconds, ranks, device hours and peak memory of every finished stage, by its folder.
 
     Of all its attempts; world size and peak memory are of the last. What was taken over from another arm or run took
@@ -128,23 +128,23 @@ def cost(run_folder: Path, tokens: Mapping[str, int]) -> dict[str, dict[str, Any
     found = {}
     folders = finished_stages(run_folder, rounds=[""])
     for folder in sorted(folders, key=lambda folder: (folder / MANIFEST).stat().st_mtime_ns):
-        manifest, stage = read_json(folder / MANIFEST), folder.relative_to(run_folder).as_posix()
+        manifest, stage = read_manifest(folder), folder.relative_to(run_folder).as_posix()
         if stage.endswith("evaluate"):
             continue  # the sum of what its arms did
-        found[stage] = {
-            "tokens": 0 if "taken_from" in manifest else tokens.get(stage),
-            "seconds": manifest["seconds"],
-            "world_size": manifest["world_size"],
-            "device_hours": manifest["device_seconds"] / 3600,
-            "peak_memory_gib": manifest.get("extra", {}).get("peak_memory_gib"),
-            "finished_at": manifest["finished_at"],
-        }
+        found[stage] = StageTotal(
+            tokens=tokens.get(stage) if manifest.taken_from is None else 0,
+            seconds=manifest.seconds,
+            world_size=manifest.world_size,
+            device_hours=manifest.device_seconds / 3600,
+            peak_memory_gib=manifest.extra.get("peak_memory_gib"),
+            finished_at=manifest.finished_at,
+        )
     return found
 
 
-def _tokens(stages: Mapping[str, Mapping[str, Any]], arms: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+def _tokens(stages: Mapping[str, Mapping[str, Any]], arms: Mapping[str, ArmResult]) -> dict[str, int]:
     """What each stage read, wrote or was trained on, as far as summaries say."""
-    found = {f"evaluate/{arm}": summary["num_tokens"] for arm, summary in arms.items()}
+    found = {f"evaluate/{arm}": result.num_tokens for arm, result in arms.items()}
     for stage, summary in stages.items():
         if stage.endswith("project") and "masks" in summary:
             found[stage] = summary["masks"]["num_tokens"]
@@ -155,27 +155,26 @@ def _tokens(stages: Mapping[str, Mapping[str, Any]], arms: Mapping[str, Mapping[
     return found
 
 
-def log_report(metrics: MetricLogger, run_folder: Path, report: Mapping[str, Any]) -> None:
+def log_report(metrics: MetricLogger, run_folder: Path, report: Report) -> None:
     """The arms as metrics, and as tables of the mirror: numbers, and answers side by side."""
-    task, metric = report["task"], report["metric"]
-    values = {f"{arm}_{metric}": summary["value"] for arm, summary in report["arms"].items()}
-    values |= {f"{one['before']}_to_{one['after']}_difference": one["difference"] for one in report["comparisons"]}
-    metrics.log("evaluate", values, next(iter(report["arms"].values()))["num_examples"])
-    columns = [name for name in next(iter(report["arms"].values())) if name not in LEFT_OUT]
-    rows = [[arm, *(summary[name] for name in columns)] for arm, summary in report["arms"].items()]
+    values = {f"{arm}_{report.metric}": result.value for arm, result in report.arms.items()}
+    values |= {f"{one.before}_to_{one.after}_difference": one.difference for one in report.comparisons}
+    metrics.log("evaluate", values, next(iter(report.arms.values())).num_examples)
+    columns = [item.name for item in dataclasses.fields(ArmResult) if item.name not in LEFT_OUT]
+    rows = [[arm, *(vars(result)[name] for name in columns)] for arm, result in report.arms.items()]
     metrics.table("evaluate", "arms", ["arm", *columns], rows)
-    answers = [read_answers(answers_path(run_folder / "evaluate", arm, task)) for arm in report["arms"]]
-    for arm, given in zip(report["arms"], answers, strict=True):
+    answers = [read_answers(answers_path(run_folder / "evaluate", arm, report.task)) for arm in report.arms]
+    for arm, given in zip(report.arms, answers, strict=True):
         metrics.histogram("evaluate", f"{arm}_length_tokens", [one.num_tokens for one in given])
     samples = [[row[0].id, row[0].gold, *(one.output for one in row)] for row in zip(*answers, strict=True)]
-    metrics.table("evaluate", "answers", ["id", "gold", *report["arms"]], samples[:NUM_SAMPLES])
+    metrics.table("evaluate", "answers", ["id", "gold", *report.arms], samples[:NUM_SAMPLES])
 
 
-def _summaries(run_folder: Path) -> dict[str, Any]:
+def _summaries(run_folder: Path) -> dict[str, Mapping[str, Any]]:
     """What the stages before summed up, by their folder: the report holds every number."""
     files = (file for place in ("*", "arms/*/*") for file in run_folder.glob(f"{place}/summary.json"))
     return {
-        file.parent.relative_to(run_folder).as_posix(): read_json(file)
+        file.parent.relative_to(run_folder).as_posix(): read_fields(file)
         for file in sorted(files)
         if file.parent.name in ("project", "generate", "finetune")
     }

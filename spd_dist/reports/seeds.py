@@ -8,7 +8,6 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -21,19 +20,27 @@ from spd_dist.analysis.comparison import (
     arm_pairs,
     blind_notes,
     corrected,
-    diagnostics,
     notes,
     overlap_notes,
+    shifts_of,
     size_notes,
     wanted_of,
 )
 from spd_dist.analysis.forgetting import OtherTask, forgetting_notes
 from spd_dist.analysis.intervals import Crossed, between_seeds, crossed, crossed_share
+from spd_dist.analysis.report import (
+    ArmOverSeeds,
+    Report,
+    SeedsDifference,
+    SeedSpread,
+    SeedsReport,
+    Shifts,
+    read_report,
+)
 from spd_dist.errors import DataError
 from spd_dist.reports.report_text import pass_table
 from spd_dist.storage.answers import answers_path, read_answers
-from spd_dist.storage.artifacts import read_json
-from spd_dist.types import Answer
+from spd_dist.types import Answer, record_of
 
 DIAGNOSTICS = (
     "strict_accuracy", "lenient_accuracy", "ended_fraction", "strict_extraction_fraction",
@@ -45,7 +52,7 @@ Answers = Mapping[str, Sequence[Answer]]
 """One seed's, by arm."""
 
 
-def over_seeds(run_folders: Sequence[Path]) -> dict[str, Any]:
+def over_seeds(run_folders: Sequence[Path]) -> SeedsReport:
     """Each arm's metric and each paired difference over the runs, for other seeds and other examples.
 
     Args:
@@ -55,38 +62,42 @@ def over_seeds(run_folders: Sequence[Path]) -> dict[str, Any]:
         DataError: a report is missing, or the runs differ in task, examples or arms: their numbers have no common
             denominator.
     """
-    reports = [read_json(folder / "report.json") for folder in run_folders]
+    reports = [read_report(folder) for folder in run_folders]
     if len(reports) < 2:
         raise DataError(f"a spread between seeds needs at least 2 runs, not {len(reports)}; run more seeds")
     for folder, report in zip(run_folders, reports, strict=True):
         _refuse_another_denominator(run_folders[0], reports[0], folder, report)
     first = reports[0]
     by_seed = [answers_of(folder, report) for folder, report in zip(run_folders, reports, strict=True)]
-    num_examples = next(iter(first["arms"].values()))["num_examples"]
-    arms = {arm: _arm(arm, by_seed, reports) for arm in first["arms"]}
-    found = _comparisons(by_seed, first["metric"])
+    num_examples = next(iter(first.arms.values())).num_examples
+    arms = {arm: _arm(arm, by_seed, reports) for arm in first.arms}
+    found = _comparisons(by_seed, first.metric)
     others = [
         one
-        for task, metric in {one["task"]: one["metric"] for one in first["other_tasks"]}.items()
-        for one in _of_other_task(run_folders, list(first["arms"]), task, metric)
+        for task, metric in {one.task: one.metric for one in first.other_tasks}.items()
+        for one in _of_other_task(run_folders, list(first.arms), task, metric)
     ]
-    return {
-        **{name: first[name] for name in (*DENOMINATOR, "num_samples")},
-        "num_examples": num_examples,
-        "seeds": [report["seed"] for report in reports],
-        "verdict": seeds_verdict(found, first["metric"], len(reports), num_examples),
-        "notes": [
+    return SeedsReport(
+        task=first.task,
+        metric=first.metric,
+        examples=first.examples,
+        temperature=first.temperature,
+        num_samples=first.num_samples,
+        num_examples=num_examples,
+        seeds=[report.seed for report in reports],
+        verdict=seeds_verdict(found, first.metric, len(reports), num_examples),
+        notes=[
             *notes(arms),
             *forgetting_notes(others),
             *blind_notes(found),
-            *size_notes(num_examples, first["test_size"]),
-            *overlap_notes(first["overlaps"]),
+            *size_notes(num_examples, first.test_size),
+            *overlap_notes(first.overlaps),
         ],
-        "overlaps": first["overlaps"],
-        "arms": arms,
-        "comparisons": found,
-        "other_tasks": [dataclasses.asdict(one) for one in others],
-    }
+        overlaps=first.overlaps,
+        arms=arms,
+        comparisons=found,
+        other_tasks=others,
+    )
 
 
 def _of_other_task(run_folders: Sequence[Path], arms: Sequence[str], task: str, metric: str) -> list[OtherTask]:
@@ -108,57 +119,67 @@ def _of_other_task(run_folders: Sequence[Path], arms: Sequence[str], task: str, 
     return found
 
 
-def answers_of(run_folder: Path, report: Mapping[str, Any]) -> Answers:
+def answers_of(run_folder: Path, report: Report) -> Answers:
     """What every arm of a run answered.
 
     Raises:
         DataError: answers are missing.
     """
-    folder, task = run_folder / "evaluate", report["task"]
-    return {arm: read_answers(answers_path(folder, arm, task)) for arm in report["arms"]}
+    folder = run_folder / "evaluate"
+    return {arm: read_answers(answers_path(folder, arm, report.task)) for arm in report.arms}
 
 
-def _arm(arm: str, by_seed: Sequence[Answers], reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _arm(arm: str, by_seed: Sequence[Answers], reports: Sequence[Report]) -> ArmOverSeeds:
     """One arm's metric, and the means of its diagnostics."""
-    each = [report["arms"][arm] for report in reports]
-    metric = reports[0]["metric"]
+    each = [report.arms[arm] for report in reports]
+    metric = reports[0].metric
     values = [values_by_id(answers[arm], metric) for answers in by_seed]
     spread = _spread(values, crossed(values) if metric == "nll" else crossed_share(values))
-    means = {name: statistics.fmean(one[name] for one in each) for name in DIAGNOSTICS}
-    passed = {k: statistics.fmean(one["pass_at_k"][k] for one in each) for k in each[0]["pass_at_k"]}
-    reasons = dict(sum((Counter(one["reasons"]) for one in each), Counter()).most_common())
-    return {"sentence": each[0]["sentence"], **spread, **means, "pass_at_k": passed, "reasons": reasons}
+    more = {
+        **{name: statistics.fmean(vars(one)[name] for one in each) for name in DIAGNOSTICS},
+        "pass_at_k": {k: statistics.fmean(one.pass_at_k[k] for one in each) for k in each[0].pass_at_k},
+        "reasons": dict(sum((Counter(one.reasons) for one in each), Counter()).most_common()),
+    }
+    return record_of(ArmOverSeeds, {**vars(spread), "sentence": each[0].sentence, **more})
 
 
-def _comparisons(by_seed: Sequence[Answers], metric: str) -> list[dict[str, Any]]:
+def _comparisons(by_seed: Sequence[Answers], metric: str) -> list[SeedsDifference]:
     """Paired differences, and the means of their diagnostics."""
     found = []
     for before, after in arm_pairs(list(by_seed[0])):
         pairs = [(values_by_id(each[before], metric), values_by_id(each[after], metric)) for each in by_seed]
         differences = [{key: b[key] - a[key] for key in a} for a, b in pairs]
         spread = _spread(differences, crossed(differences))
-        each_seed = [diagnostics(each[before], each[after], metric) for each in by_seed]
-        means = {name: statistics.fmean(one[name] for one in each_seed) for name in each_seed[0]}
-        found.append({"before": before, "after": after, "difference": spread["mean"], **spread, **means})
+        shifts = _mean_shifts([shifts_of(each[before], each[after], metric) for each in by_seed])
+        one = {**vars(shifts), "before": before, "after": after, "difference": spread.mean, **vars(spread)}
+        found.append(record_of(SeedsDifference, one))
     return corrected(found)
 
 
-def _spread(by_seed: Sequence[Mapping[str, float]], both: Crossed) -> dict[str, Any]:
+def _mean_shifts(each: Sequence[Shifts]) -> Shifts:
+    def mean(name: str) -> float | None:
+        values = [vars(one)[name] for one in each]
+        return None if None in values else statistics.fmean(values)
+
+    return record_of(Shifts, {item.name: mean(item.name) for item in dataclasses.fields(Shifts)})
+
+
+def _spread(by_seed: Sequence[Mapping[str, float]], both: Crossed) -> SeedSpread:
     """The mean over seeds and examples with its interval, and each seed's own mean with their spread."""
     values = [statistics.fmean(one.values()) for one in by_seed]
     seeds = between_seeds(values)
-    return {
-        "mean": both.mean,
-        "interval": list(both.interval),
-        "p_value": both.p_value,
-        "detectable_difference": both.detectable,
-        "values": values,
-        "standard_deviation": seeds.standard_deviation,
-        "seed_interval": list(seeds.interval),
-    }
+    return SeedSpread(
+        mean=both.mean,
+        interval=list(both.interval),
+        p_value=both.p_value,
+        detectable_difference=both.detectable,
+        values=values,
+        standard_deviation=seeds.standard_deviation,
+        seed_interval=list(seeds.interval),
+    )
 
 
-def seeds_verdict(found: Sequence[Mapping[str, Any]], metric: str, num_seeds: int, num_examples: int) -> str:
+def seeds_verdict(found: Sequence[SeedsDifference], metric: str, num_seeds: int, num_examples: int) -> str:
     """A sentence on each arm of the method against the first and plain self-retraining: no more than is shown."""
     if not found:
         return "One arm alone: there is nothing to compare."
@@ -170,73 +191,73 @@ def seeds_verdict(found: Sequence[Mapping[str, Any]], metric: str, num_seeds: in
     return " ".join(spoken)
 
 
-def _clause(one: Mapping[str, Any], metric: str, num_comparisons: int) -> str:
-    low, high = one["interval"]
+def _clause(one: SeedsDifference, metric: str, num_comparisons: int) -> str:
+    low, high = one.interval
     bounds = f"{amount(low, metric).split()[0]} to {amount(high, metric).split()[0]}"
-    against = f"against {one['before'].upper()}: {amount(one['mean'], metric)} (95 % interval {bounds})"
+    against = f"against {one.before.upper()}: {amount(one.mean, metric)} (95 % interval {bounds})"
     if low <= 0 <= high:
-        smallest = one["detectable_difference"]
+        smallest = one.detectable_difference
         needs = (
             "" if smallest is None else f"; this experiment would find about {amount(smallest, metric, signed=False)}"
         )
         return f"{against}, so no difference is shown{needs}"
-    if one["p_holm"] >= SIGNIFICANCE:
+    if one.p_holm >= SIGNIFICANCE:
         return f"{against}, which does not survive the correction for {num_comparisons} comparisons"
     is_better = (low > 0) != (metric == "nll")
     return f"{against}, {'a gain' if is_better else 'a loss'} beyond chance over examples and seeds"
 
 
-def seeds_text(result: Mapping[str, Any], *, width: int = 100) -> str:
+def seeds_text(result: SeedsReport, *, width: int = 100) -> str:
     """Arms, differences, verdict and notes for a terminal; `sd` is the standard deviation between seeds."""
     text = io.StringIO()
     console = Console(file=text, width=width, color_system=None, highlight=False)
-    metric, seeds = result["metric"], result["seeds"]
-    title = f"{result['task']}: {len(seeds)} seeds ({', '.join(map(str, seeds))}), n {result['num_examples']} each"
-    if result["temperature"] > 0:
-        title += f", {manner(result['temperature'], result['num_samples'])}"
+    metric, seeds = result.metric, result.seeds
+    title = f"{result.task}: {len(seeds)} seeds ({', '.join(map(str, seeds))}), n {result.num_examples} each"
+    if result.temperature > 0:
+        title += f", {manner(result.temperature, result.num_samples)}"
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for name in ("", "mean", "95 % interval", "p Holm", "sd", "each seed"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    others = {one["task"]: {} for one in result["other_tasks"]}
-    for one in result["other_tasks"]:
-        others[one["task"]][one["arm"]] = one
+    others: dict[str, dict[str, OtherTask]] = {one.task: {} for one in result.other_tasks}
+    for one in result.other_tasks:
+        others[one.task][one.arm] = one
     for task in others:
         table.add_column(task, justify="right", no_wrap=True)
-    for arm, spread in result["arms"].items():
-        kept = [amount(by_arm[arm]["value"], by_arm[arm]["metric"], signed=False) for by_arm in others.values()]
+    for arm, spread in result.arms.items():
+        kept = [amount(by_arm[arm].value, by_arm[arm].metric, signed=False) for by_arm in others.values()]
         table.add_row(arm, *_cells(spread, metric, signed=False), *(cell.split()[0] for cell in kept))
-    for one in result["comparisons"]:
-        lost = [None if one["before"] != next(iter(by_arm)) else by_arm[one["after"]] for by_arm in others.values()]
-        cells = ["" if of is None else amount(of["difference"], of["metric"]).split()[0] for of in lost]
-        table.add_row(f"{one['after']} - {one['before']}", *_cells(one, metric, signed=True), *cells)
+    for one in result.comparisons:
+        lost = [None if one.before != next(iter(by_arm)) else by_arm[one.after] for by_arm in others.values()]
+        apart = [None if of is None or of.difference is None else amount(of.difference, of.metric) for of in lost]
+        cells = ["" if said is None else said.split()[0] for said in apart]
+        table.add_row(f"{one.after} - {one.before}", *_cells(one, metric, signed=True), *cells)
     console.print(title)  # not the table's own, which would be wrapped at the width of the table
     console.print(table)
-    if result["num_samples"] > 1:
-        console.print(pass_table(result["arms"]))
-    console.print(result["verdict"])
-    for note in result["notes"]:
+    if result.num_samples > 1:
+        console.print(pass_table(result.arms))
+    console.print(result.verdict)
+    for note in result.notes:
         console.print(f"Note: {note}")
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
-def _cells(spread: Mapping[str, Any], metric: str, *, signed: bool) -> list[str]:
+def _cells(spread: ArmOverSeeds | SeedsDifference, metric: str, *, signed: bool) -> list[str]:
     def number(value: float, *, signed: bool = signed) -> str:
         return amount(value, metric, signed=signed).split()[0]
 
-    p_holm = f"{spread['p_holm']:.3f}" if signed else ""
-    deviation = number(spread["standard_deviation"], signed=False)
-    each = " ".join(number(value) for value in spread["values"])
-    return [number(spread["mean"]), " to ".join(map(number, spread["interval"])), p_holm, deviation, each]
+    p_holm = f"{spread.p_holm:.3f}" if isinstance(spread, SeedsDifference) else ""
+    deviation = number(spread.standard_deviation, signed=False)
+    each = " ".join(number(value) for value in spread.values)
+    return [number(spread.mean), " to ".join(map(number, spread.interval)), p_holm, deviation, each]
 
 
-def _refuse_another_denominator(
-    first_folder: Path, first: Mapping[str, Any], folder: Path, report: Mapping[str, Any]
-) -> None:
+def _refuse_another_denominator(first_folder: Path, first: Report, folder: Path, report: Report) -> None:
     for name in DENOMINATOR:
-        if report[name] != first[name]:
+        own, expected = vars(report)[name], vars(first)[name]
+        if own != expected:
             raise DataError(
-                f"{folder} and {first_folder} cannot be put together: their {name} differ ({report[name]!r}, "
-                f"{first[name]!r}); evaluate both on the same test set"
+                f"{folder} and {first_folder} cannot be put together: their {name} differ ({own!r}, "
+                f"{expected!r}); evaluate both on the same test set"
             )
-    if list(report["arms"]) != list(first["arms"]):
+    if list(report.arms) != list(first.arms):
         raise DataError(f"{folder} and {first_folder} cannot be put together: their arms differ; run the same arms")

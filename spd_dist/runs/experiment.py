@@ -10,8 +10,9 @@ import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from spd_dist.analysis.report import ExperimentReport
 from spd_dist.arms import Scope
 from spd_dist.config import STAGES, Config, Experiment
 from spd_dist.data.sources import load_rows
@@ -109,7 +110,7 @@ def compare(experiment: Experiment, world: World, signals: StopSignals) -> str:
     places = {seed: folders(experiment.config_of(seed)) for seed in experiment.seeds}
     questions = _questions(experiment.config_of(experiment.seeds[0]))
 
-    def write() -> dict[str, Any]:
+    def write() -> ExperimentReport:
         for run, *_ in places.values():
             shutil.rmtree(run / "jobs", ignore_errors=True)  # everything in there was published
         return write_experiment(Path(experiment.folder), places, questions)

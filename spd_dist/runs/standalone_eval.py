@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from spd_dist.analysis.answer_summary import AnswersSummary
 from spd_dist.arms import Scope
 from spd_dist.config import Config
 from spd_dist.data.sources import published_size
@@ -22,7 +23,29 @@ from spd_dist.process.stopping import watch
 from spd_dist.run import Run
 from spd_dist.stage_inputs import of_protocol
 from spd_dist.stages.evaluate import evaluate_arm
-from spd_dist.storage.artifacts import content_hash, read_json, sha256_of, write_json
+from spd_dist.storage.artifacts import content_hash, sha256_of
+from spd_dist.storage.records import read_record, write_record
+from spd_dist.types import record_of
+
+
+@dataclass(frozen=True)
+class TaskSummary(AnswersSummary):
+    """What the model answered to one task."""
+
+    test_size: int | None
+    """Rows of the task's published test split, if there is one."""
+
+
+@dataclass(frozen=True)
+class StandaloneSummary:
+    """`summary.json` of one model on several tasks."""
+
+    model: str
+    adapter: str | None
+    seed: int
+    temperature: float
+    tasks: Mapping[str, TaskSummary]
+
 
 ARM = "model"
 """What the answers are filed under: TASK/evaluate/model/TASK.jsonl in the folder."""
@@ -35,7 +58,7 @@ def evaluate_alone(
     adapter: Path | None = None,
     world: World,
     signals: StopSignals,
-) -> dict[str, Any]:
+) -> StandaloneSummary:
     """Let the model answer the test set of every task; write `summary.json`, and give what it holds. A collective.
 
     Start it again to go on where it stopped: what is answered is not answered again.
@@ -67,9 +90,8 @@ def evaluate_alone(
 
     found = {run.task.name: _answered(run, policy, inputs) for run in runs}
     name = None if adapter is None else str(adapter)
-    asked = {"seed": config.seed, "temperature": config.evaluate.temperature}
-    summary = {"model": config.model.name, "adapter": name, **asked, "tasks": found}
-    on_main("writing the summary", lambda: write_json(Path(config.run_dir) / "summary.json", summary))
+    summary = StandaloneSummary(config.model.name, name, config.seed, config.evaluate.temperature, found)
+    on_main("writing the summary", lambda: write_record(Path(config.run_dir) / "summary.json", summary))
     return summary
 
 
@@ -90,7 +112,7 @@ def fingerprint_of(adapter: Path) -> str:
     return content_hash({file.name: sha256_of(file) for file in sorted(adapter.glob("adapter_*"))})
 
 
-def _answered(run: Run, policy: Callable[[], Policy], inputs: dict[str, str]) -> dict[str, Any]:
+def _answered(run: Run, policy: Callable[[], Policy], inputs: dict[str, str]) -> TaskSummary:
     """The summary of one task."""
     config = run.config
 
@@ -101,13 +123,12 @@ def _answered(run: Run, policy: Callable[[], Policy], inputs: dict[str, str]) ->
             summary = evaluate_arm(policy(), test_set, config.evaluate, context, arm=ARM)
         on_main(
             "writing the summary of the answers",
-            lambda: write_json(folder / "summary.json", dataclasses.asdict(summary)),
+            lambda: write_record(folder / "summary.json", summary),
         )
 
     with run.kept_status(), run.opened():
         run.run_stage("evaluate", of_protocol(run) | inputs, ["summary.json", ARM], work)
-        summary = on_main(
-            "reading the summary of the answers", lambda: read_json(run.folder.folder("evaluate") / "summary.json")
-        )
-        run.metrics.log("evaluate", {summary["metric"]: summary["value"]}, summary["num_examples"])
-    return summary | {"test_size": published_size(run.task, config.data)}
+        file = run.folder.folder("evaluate") / "summary.json"
+        summary = on_main("reading the summary of the answers", lambda: read_record(file, AnswersSummary))
+        run.metrics.log("evaluate", {summary.metric: summary.value}, summary.num_examples)
+    return record_of(TaskSummary, {**vars(summary), "test_size": published_size(run.task, config.data)})

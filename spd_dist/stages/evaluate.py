@@ -34,7 +34,7 @@ from spd_dist.models.loss import example_losses
 from spd_dist.models.policy import Policy
 from spd_dist.seeding import row_seed
 from spd_dist.stages.context import StageContext
-from spd_dist.storage.answers import answers_path, as_row, part_path, read_parts, write_merged
+from spd_dist.storage.answers import answers_path, part_path, read_parts, write_merged
 from spd_dist.storage.artifacts import JsonlWriter
 from spd_dist.storage.completions import Key, is_repetitive
 from spd_dist.types import Answer, Completion, Projection, Prompt, SupervisedExample
@@ -184,7 +184,7 @@ def _answer(answering: _Answering, todo: Sequence[Request], likelihoods: Mapping
             return
         with JsonlWriter(part_path(answering.merged, context.world.rank, context.world.size)) as part:
             for answer in _beside(judge, opened.engine.complete(todo, sampling)):
-                part.write(as_row(answer))
+                part.write(vars(answer))
                 context.advance(1, answer.num_tokens)
                 context.stop_alone()
 
@@ -201,7 +201,7 @@ def _choose(answering: _Answering, todo: Sequence[Request]) -> None:
             totals = [losses[one.id] * len(one.targets) for one in examples]
             likeliest = min(range(len(texts)), key=totals.__getitem__)
             per_byte = min(range(len(texts)), key=lambda index: totals[index] / len(texts[index].encode()))
-            part.write(as_row(_chosen(request, texts, likeliest, per_byte, losses[examples[0].id])))
+            part.write(vars(_chosen(request, texts, likeliest, per_byte, losses[examples[0].id])))
             context.advance(1, 0)
             context.stop_alone()
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from spd_dist.errors import DataError
 from spd_dist.storage.artifacts import as_json, read_jsonl, write_text
@@ -56,12 +55,7 @@ def read_parts(merged: Path) -> dict[Key, Answer]:
 
 def write_merged(merged: Path, answers: Iterable[Answer]) -> None:
     """Write the answers whole, then remove the parts."""
-    lines = [as_json(as_row(answer)) + "\n" for answer in answers]
+    lines = [as_json(vars(answer)) + "\n" for answer in answers]
     write_text(merged, "".join(lines))
     for part in parts(merged):
         part.unlink()
-
-
-def as_row(answer: Answer) -> dict[str, Any]:
-    """The line of an answer, as plain data."""
-    return dataclasses.asdict(answer)

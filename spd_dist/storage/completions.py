@@ -104,15 +104,10 @@ def differing(prompt: str, sample: int) -> DataError:
     )
 
 
-def as_row(completion: Completion) -> dict[str, Any]:
-    """The line of a completion, as plain data."""
-    return dict(vars(completion))
-
-
 def to_text(completions: Iterable[Completion], path: Path) -> None:
     """Write completions as the text that the merge writes of small corpora."""
     with replacing(path) as partial, open(partial, "w", encoding="utf-8") as file:
-        file.writelines(as_json(as_row(one)) + "\n" for one in completions)
+        file.writelines(as_json(vars(one)) + "\n" for one in completions)
 
 
 def parse_line(line: bytes) -> Completion:

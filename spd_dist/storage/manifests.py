@@ -9,22 +9,72 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from spd_dist.errors import MissingError, writing
-from spd_dist.storage.artifacts import clear_folder, missing, partial_path, read_json, sha256_of, write_json
+from spd_dist.errors import DataError, MissingError, writing
+from spd_dist.storage.artifacts import clear_folder, content_hash, missing, partial_path, sha256_of
+from spd_dist.storage.records import read_record, write_record
 
 MANIFEST = "manifest.json"
 STARTED = "started.json"
 """The inputs that the unfinished work in a stage's folder was made from."""
 SECONDS_UNTIL_SEEN = 90.0
 """NFS's `acdirmax` is 60 s."""
-NO_TIME = {"seconds": 0.0, "device_seconds": 0.0}
-"""What a stage took that was taken over."""
 
 
-def described(folder: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
+@dataclass(frozen=True)
+class OutputFile:
+    """What a file was when its stage was finished."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`manifest.json` of a finished stage."""
+
+    stage: str
+    """Its folder in the run's."""
+    inputs: Mapping[str, str]
+    """Name and hash of everything that the outputs depend on."""
+    outputs: Mapping[str, OutputFile]
+    """By name inside the stage's folder."""
+    seconds: float
+    """Wall-clock time of all attempts; 0 if it was taken over."""
+    device_seconds: float
+    """Of all ranks."""
+    world_size: int
+    finished_at: str
+    extra: Mapping[str, Any]
+    """What the stage said of itself, and its peak memory."""
+    taken_from: str | None = None
+    """The folder of another arm or run that it was copied from."""
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """What was written when the stage in `folder` was finished.
+
+    Raises:
+        MissingError: it is not finished.
+        DataError: it is of another version, or no manifest, or names files outside its folder: they are copied by name.
+    """
+    manifest = read_record(folder / MANIFEST, Manifest)
+    names = [PurePosixPath(name) for name in manifest.outputs]
+    if any(name.is_absolute() or ".." in name.parts for name in names):
+        raise DataError(f"{folder / MANIFEST} names files outside its folder; delete it")
+    return manifest
+
+
+def hash_of(manifest: Manifest, *files: str) -> str:
+    """One hash of all outputs of a finished stage, or of some."""
+    outputs = {name: vars(output) for name, output in manifest.outputs.items()}
+    return content_hash({name: outputs[name] for name in files} if files else outputs)
+
+
+def described(folder: Path, paths: Iterable[Path]) -> dict[str, OutputFile]:
     """Size and hash of every file, by its name inside `folder`.
 
     Raises:
@@ -37,7 +87,7 @@ def described(folder: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.is_file():
                 name = file.relative_to(folder).as_posix()
-                files[name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+                files[name] = OutputFile(file.stat().st_size, sha256_of(file))
     return files
 
 
@@ -62,34 +112,24 @@ def wait_until_seen(folder: Path, names: Iterable[str], seconds: float = SECONDS
 def why_not_complete(folder: Path, inputs: Mapping[str, str]) -> str | None:
     """What a stage's folder lacks; None if it was finished from these inputs and its outputs are untouched."""
     try:
-        manifest = read_json(folder / MANIFEST)
+        manifest = read_manifest(folder)
     except MissingError:
         return "it was not finished"
-    if not _is_manifest(manifest):
-        return f"its {MANIFEST} is none"
-    before = manifest["inputs"]
+    except DataError:
+        return f"its {MANIFEST} is none of this version"
+    before = manifest.inputs
     changed = [name for name in sorted(inputs.keys() | before.keys()) if inputs.get(name) != before.get(name)]
     if changed:
         return f"its input {', '.join(changed)} changed"
-    for name, output in manifest["outputs"].items():
+    for name, output in manifest.outputs.items():
         path = folder / name
         try:
-            is_untouched = path.stat().st_size == output["bytes"] and sha256_of(path) == output["sha256"]
+            is_untouched = path.stat().st_size == output.bytes and sha256_of(path) == output.sha256
         except (FileNotFoundError, MissingError):
             return f"its output {name} is gone"
         if not is_untouched:
             return f"its output {name} was changed"
     return None
-
-
-def _is_manifest(value: Any) -> bool:
-    """Whether it has the form of one, and names files inside its own folder alone: they are copied by their names."""
-    kinds = {"inputs": dict, "outputs": dict}
-    if not isinstance(value, dict) or any(not isinstance(value.get(name), kind) for name, kind in kinds.items()):
-        return False
-    names = [PurePosixPath(name) for name in value["outputs"]]
-    described = all(isinstance(one, dict) and {"bytes", "sha256"} <= one.keys() for one in value["outputs"].values())
-    return described and not any(name.is_absolute() or ".." in name.parts for name in names)
 
 
 def finished_stages(run: Path, rounds: Sequence[str] = ("", "rounds/*/")) -> list[Path]:
@@ -113,11 +153,12 @@ def take_over(source: Path, target: Path, stage: str) -> bool:
     clear_folder(copy)  # of a process of the same number that was killed
     try:
         with writing(target):
-            manifest = read_json(source / MANIFEST)
-            for name in manifest["outputs"]:
+            manifest = read_manifest(source)
+            for name in manifest.outputs:
                 (copy / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source / name, copy / name)
-            write_json(copy / MANIFEST, {**manifest, "stage": stage, **NO_TIME, "taken_from": str(source)})
+            taken = replace(manifest, stage=stage, seconds=0.0, device_seconds=0.0, taken_from=str(source))
+            write_record(copy / MANIFEST, taken)
             publish(copy, target)
     except (FileNotFoundError, MissingError):
         return False
@@ -128,7 +169,7 @@ def take_over(source: Path, target: Path, stage: str) -> bool:
 
 def publish(work: Path, target: Path) -> None:
     """Move a finished stage to where all jobs look for it; if another job was first with the same, its work stays."""
-    inputs = read_json(work / MANIFEST)["inputs"]
+    inputs = read_manifest(work).inputs
     target.parent.mkdir(parents=True, exist_ok=True)
     while not _is_moved(work, target):
         found = inode_of(target)

@@ -9,8 +9,9 @@ import socket
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
@@ -19,12 +20,34 @@ from spd_dist.distributed.uneven_work import on_main
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError, DataError, StopRequested
 from spd_dist.redaction import redacted_data
-from spd_dist.storage.artifacts import JsonlWriter, read_json, read_jsonl, replacing, write_json, write_text
+from spd_dist.storage.artifacts import JsonlWriter, read_jsonl, replacing, write_text
 from spd_dist.storage.manifests import finished_stages
-from spd_dist.storage.run_folder import REPLACED, read_config
+from spd_dist.storage.records import read_record, write_record
+from spd_dist.storage.run_folder import REPLACED, read_config, read_environment
 from spd_dist.storage.settings import READ_BY, changed, first_reader, folder_of, is_of, result_settings
 
 log = logging.getLogger(__name__)
+
+
+State = Literal["running", "complete", "stopped", "failed"]
+
+
+@dataclass(frozen=True)
+class Status:
+    """`status.json`: how a run stands."""
+
+    state: State
+    """A run that was killed stays `running`."""
+    reason: str
+    time: float
+    """When this was written, in seconds since 1970."""
+    until: str
+    """The last stage that is asked for."""
+    world_size: int
+    host: str
+    """Of rank 0, as `pid`."""
+    pid: int
+    slurm_job: str | None
 
 
 def status_path(folder: Path, part: str = "") -> Path:
@@ -41,19 +64,24 @@ def kept_status(path: Path, world: World, last: str) -> Generator[None]:
     Raises:
         DataError: the disk is full or may not be written.
     """
-    described: dict[str, Any] = {
-        "until": last,
-        "world_size": world.size,
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-    }
-    described["slurm_job"] = os.environ.get("SLURM_JOB_ID")
 
-    def write(state: str, reason: str = "") -> None:
+    def write(state: State, reason: str = "") -> None:
         if world.is_main:
-            write_json(path, {"state": state, "reason": reason, "time": time.time(), **described})
+            write_record(
+                path,
+                Status(
+                    state=state,
+                    reason=reason,
+                    time=time.time(),
+                    until=last,
+                    world_size=world.size,
+                    host=socket.gethostname(),
+                    pid=os.getpid(),
+                    slurm_job=os.environ.get("SLURM_JOB_ID"),
+                ),
+            )
 
-    def write_alone(state: str, reason: str) -> None:
+    def write_alone(state: State, reason: str) -> None:
         """Not a collective: other ranks may have failed elsewhere, or not at all."""
         with suppress(DataError, OSError):  # the disk may be what failed
             write(state, reason)
@@ -70,10 +98,14 @@ def kept_status(path: Path, world: World, last: str) -> Generator[None]:
     on_main("writing the status", lambda: write("complete"))
 
 
-def read_status(run_dir: Path) -> dict[str, Any]:
-    """The status of a run; one that was never started is `absent`."""
+def read_status(run_dir: Path) -> Status | None:
+    """The status of a run; None if it was never started.
+
+    Raises:
+        DataError: it is of another version, or no status.
+    """
     path = status_path(run_dir)
-    return read_json(path) if path.exists() else {"state": "absent", "reason": "", "until": ""}
+    return read_record(path, Status) if path.exists() else None
 
 
 FRESH_SECONDS = 60
@@ -99,6 +131,7 @@ def _restart(path: Path, stage: str, config: Mapping[str, Any]) -> None:
     ours: Any = OmegaConf.to_container(plain)
     if not file.exists():
         raise ConfigError(f"--restart-from {stage}: {path} holds no run yet; leave it out")
+    read_environment(path)
     changes = changed(result_settings(read_config(file)), result_settings(ours))
     refuse_stale_stages(path, stage, changes)
     refuse_while_running(path, stage)
@@ -147,7 +180,8 @@ def refuse_while_running(path: Path, stage: str) -> None:
     Raises:
         ConfigError: its status is `running`, and a rank was seen within a minute.
     """
-    if read_status(path)["state"] != "running":
+    status = read_status(path)
+    if status is None or status.state != "running":
         return
     seen = [file.stat().st_mtime for file in (path / "heartbeat").rglob("*.json")]
     age = time.time() - max(seen, default=0.0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,27 +22,34 @@ from spd_dist.distributed.lock import alone_in
 from spd_dist.distributed.uneven_work import on_main
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError, MissingError
-from spd_dist.process.environment import environment
-from spd_dist.storage.artifacts import content_hash, corrupt, read_json, write_json, write_text
+from spd_dist.process.environment import Environment, environment
+from spd_dist.storage.artifacts import corrupt, read_json, write_json, write_text
 from spd_dist.storage.attempts import forget_attempts
 from spd_dist.storage.manifests import (
     MANIFEST,
     STARTED,
+    Manifest,
     described,
     find_finished,
     finished_stages,
+    hash_of,
     inode_of,
     publish,
+    read_manifest,
     set_aside,
     take_over,
     wait_until_seen,
     why_not_complete,
 )
+from spd_dist.storage.records import check_schema, read_record, write_record
 from spd_dist.storage.settings import changed, first_reader, result_settings
+from spd_dist.types import Json
 from spd_dist.yaml_files import load_yaml
 
 log = logging.getLogger(__name__)
 
+ENVIRONMENT = "environment.json"
+"""What the run's attempts ran on; it has the version of the folder."""
 REPLACED = "replaced"
 """Where a restart moves what it replaces."""
 
@@ -115,7 +123,7 @@ class RunFolder:
         seconds: float,
         device_seconds: float | None = None,
         extra: Mapping[str, Any] | None = None,
-    ) -> dict[str, Any]:
+    ) -> Manifest:
         """Wait for every rank, then write the manifest, last; if another task of an array was first, its own stays.
 
         Args:
@@ -133,24 +141,24 @@ class RunFolder:
         if self.world.size > 1:
             any_rank(False)  # outputs of the other ranks are whole from here on
 
-        def write() -> dict[str, Any]:
-            manifest = {
-                "stage": stage,
-                "inputs": dict(inputs),
-                "outputs": described(folder, [folder / output for output in outputs]),
-                "seconds": round(seconds, 3),
-                "device_seconds": round(seconds * self.world.size if device_seconds is None else device_seconds, 3),
-                "world_size": self.world.size,
-                "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
-                "extra": dict(extra or {}),
-            }
-            write_json(folder / MANIFEST, manifest)
+        def write() -> Manifest:
+            manifest = Manifest(
+                stage=stage,
+                inputs=dict(inputs),
+                outputs=described(folder, [folder / output for output in outputs]),
+                seconds=round(seconds, 3),
+                device_seconds=round(seconds * self.world.size if device_seconds is None else device_seconds, 3),
+                world_size=self.world.size,
+                finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
+                extra=dict(extra or {}),
+            )
+            write_record(folder / MANIFEST, manifest)
             return manifest
 
-        def finish() -> dict[str, Any]:
+        def finish() -> Manifest:
             with alone_in(folder):
                 is_complete = why_not_complete(folder, inputs) is None
-                manifest = read_json(folder / MANIFEST) if is_complete else write()
+                manifest = read_manifest(folder) if is_complete else write()
                 (folder / STARTED).unlink(missing_ok=True)
                 forget_attempts(folder)
                 if self.job:
@@ -159,35 +167,32 @@ class RunFolder:
 
         return on_main(f"finishing {stage}", finish)
 
-    def manifest(self, stage: str) -> dict[str, Any]:
+    def manifest(self, stage: str) -> Manifest:
         """What `finish` wrote; every rank sees the files that it names from here on.
 
         Raises:
             DataError: the stage is not finished.
         """
-        found = on_main(f"reading the manifest of {stage}", lambda: read_json(self.folder(stage) / MANIFEST))
-        wait_until_seen(self.folder(stage), found["outputs"])
+        found = on_main(f"reading the manifest of {stage}", lambda: read_manifest(self.folder(stage)))
+        wait_until_seen(self.folder(stage), found.outputs)
         return found
 
     def output_hash(self, stage: str, *files: str) -> str:
         """One hash of all outputs of a finished stage, or of some: the input of the stages after it."""
-        outputs = self.manifest(stage)["outputs"]
-        return content_hash({name: outputs[name] for name in files} if files else outputs)
+        return hash_of(self.manifest(stage), *files)
 
-    def _open(self, config: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
+    def _open(self, config: Mapping[str, Any], machine: Environment) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"run_dir: {self.path} is a file; name a folder")
         plain = OmegaConf.create(dict(config))
-        file = self.path / "config.yaml"
+        file, last = self.path / "config.yaml", read_environment(self.path)
         if file.exists():
             new: Any = OmegaConf.to_container(plain)
             self._accept(read_config(file), new)
+        if last is not None:
+            machine = replace(machine, earlier=(*last.earlier, replace(last, earlier=())))
+        write_record(self.path / ENVIRONMENT, machine)
         write_text(file, OmegaConf.to_yaml(plain))
-        earlier = []
-        if (self.path / "environment.json").exists():
-            last = read_json(self.path / "environment.json")
-            earlier = [*last.pop("earlier", []), last]
-        write_json(self.path / "environment.json", {**machine, "earlier": earlier})
 
     def _accept(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         """See that the folder may go on under the new config: nothing is finished, or what is finished stays true."""
@@ -225,7 +230,21 @@ class RunFolder:
             write_json(started, dict(inputs))
 
 
-def read_config(file: Path) -> dict[str, Any]:
+def read_environment(path: Path) -> Environment | None:
+    """What the attempts at a run ran on; None if the folder holds no run yet.
+
+    Raises:
+        DataError: the folder holds a run of another version.
+    """
+    try:
+        return read_record(path / ENVIRONMENT, Environment)
+    except MissingError:
+        if (path / "config.yaml").exists():  # it is written after the environment, which has the version
+            check_schema(path, {})
+        return None
+
+
+def read_config(file: Path) -> Mapping[str, Json]:
     """The config of a run folder, as plain data.
 
     Raises:

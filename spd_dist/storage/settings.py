@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from spd_dist.config import STAGES, engine_of
 from spd_dist.storage.artifacts import content_hash
+from spd_dist.types import Json
 
 MAY_CHANGE = (
     "run_dir",
@@ -63,31 +63,35 @@ READ_BY = {
 """A stage's folder: the sections and keys of the config that its own work reads, in the order in which stages run."""
 
 
-def result_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+def result_settings(config: Mapping[str, Json]) -> dict[str, Json]:
     """The settings that results depend on, by dotted key.
 
     All but `MAY_CHANGE`; of these the engine that `auto` takes, and the batch size if it fixes the shapes.
     """
     flat = settings_by_key(config)
     if "generate.engine" in flat:
-        engine, vllm_python, command = (flat.get(key) for key in ENGINE_KEYS)
+        engine, vllm_python, command = (_text(flat.get(key)) for key in ENGINE_KEYS)
         flat["generate.engine"] = engine_of(str(engine), vllm_python, command)
     if "evaluate.engine" in flat:
-        flat["evaluate.engine"] = engine_of(flat["evaluate.engine"], flat.get("generate.vllm_python"), None)
+        flat["evaluate.engine"] = engine_of(str(flat["evaluate.engine"]), _text(flat.get(ENGINE_KEYS[1])), None)
     sections = [name for name in ("generate", "evaluate") if flat.get(f"{name}.batch_invariant")]
     shapes = [f"{name}.batch_size" for name in sections]
     return {key: value for key, value in flat.items() if key in shapes or not is_of(key, MAY_CHANGE)}
 
 
-def settings_hash(config: Mapping[str, Any], *names: str) -> str:
+def _text(value: Json) -> str | None:
+    return None if value is None else str(value)
+
+
+def settings_hash(config: Mapping[str, Json], *names: str) -> str:
     """The hash of the settings that results depend on, of these sections and keys (`generate`, `project.rank`)."""
     settings = result_settings(config)
     return content_hash({key: value for key, value in settings.items() if is_of(key, names)})
 
 
-def settings_by_key(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def settings_by_key(config: Mapping[str, Json], prefix: str = "") -> dict[str, Json]:
     """Values by dotted key; tuples as lists, which is what YAML gives back."""
-    flat = {}
+    flat: dict[str, Json] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
             flat |= settings_by_key(value, f"{prefix}{key}.")
@@ -106,7 +110,7 @@ def is_of(key: str, names: Iterable[str]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
-def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, str]:
+def changed(before: Mapping[str, Json], after: Mapping[str, Json]) -> dict[str, str]:
     """The keys whose values differ, each with a sentence that names both."""
     keys = sorted(before.keys() | after.keys())
     both = {key: (before.get(key), after.get(key)) for key in keys}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,54 @@ from spd_dist.types import Certificate, KVSite, SiteSubspace, Subspace, record_o
 SITES = "sites"
 FILE_NAME = "subspace.safetensors"
 """In a run's folder `project/`, and in a repository of the hub."""
+
+
+@dataclass(frozen=True)
+class SiteDrift:
+    """How far a site's subspace and energy moved since an earlier round."""
+
+    angles_degrees: list[float]
+    """The principal angles, smallest first."""
+    mean_angle_degrees: float
+    largest_angle_degrees: float
+    overlap_fraction: float
+    energy_ratio: float
+    energy_fraction_before: float
+    energy_fraction: float
+    energy_fraction_held: float
+    """The share of this round's energy that the earlier subspace holds."""
+
+
+@dataclass(frozen=True)
+class SiteSummary:
+    """A site's subspace in numbers."""
+
+    module: str
+    width: int
+    rank: int
+    energy_fraction: float
+    num_rows: int
+    sketch_size: int
+    certificate: Certificate
+    certified_energy_fraction: float
+    certified_energy_share: float
+    angle_bound: float | str
+    """Sine of the largest angle to the exact subspace, or `not certified`."""
+    num_null_directions: int
+    spectrum: list[float]
+
+
+@dataclass(frozen=True)
+class SubspaceSummary:
+    """`project/summary.json`."""
+
+    masks: Mapping[str, Any]
+    """What the mask kept of the calibration examples: `data.masking.MaskAudit`."""
+    drift: Mapping[str, Mapping[str, SiteDrift]]
+    """By earlier round, and site."""
+    metadata: Mapping[str, str]
+    sites: Mapping[str, SiteSummary]
+    """By the site's name, as `layers.15.key`."""
 
 
 def save_subspace(path: str | Path, subspace: Subspace) -> None:

@@ -127,12 +127,12 @@ class Table(Sequence[R]):
             raise IndexError(index)
         number = index % len(self)
         batch = bisect.bisect_right(self.starts, number) - 1
-        return record_of(self.kind, self.batches[batch].row(number - self.starts[batch]))
+        return self.batches[batch].row(number - self.starts[batch], self.kind)
 
     def __iter__(self) -> Iterator[R]:
         for batch in self.batches:
             for row in range(batch.num_rows):
-                yield record_of(self.kind, batch.row(row))
+                yield batch.row(row, self.kind)
 
     def num_tokens(self, column: str) -> np.ndarray:
         """The number of tokens in each row, without making one."""
@@ -167,13 +167,13 @@ class _Batch:
         self.ends = {name: _numbers(column.offsets) for name, column in tokens.items()}
         self.values = {name: _numbers(column.values) for name, column in tokens.items()}
 
-    def row(self, number: int) -> dict[str, Any]:
-        """The fields of a row."""
+    def row(self, number: int, kind: type[R]) -> R:
+        """A row, as the dataclass that it was."""
         fields = {name: column[number].as_py() for name, column in self.plain.items()}
         for name, values in self.values.items():
             start, stop = self.ends[name][number : number + 2]
             fields[name] = tuple(values[start:stop].tolist())
-        return fields
+        return record_of(kind, fields)
 
 
 def _numbers(column: pa.Int32Array) -> np.ndarray:

@@ -140,7 +140,7 @@ def _as_json(value: Value) -> Value:
     return value
 
 
-Losses = Mapping[str, Mapping[str, Sequence[float]]]
+Losses = Mapping[str, Mapping[str, list[float]]]
 """By arm that was fine-tuned, `steps` and the `losses` at them."""
 
 

@@ -6,11 +6,12 @@ import itertools
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from spd_dist.analysis.corpus import corpus_stats
-from spd_dist.storage.artifacts import read_json
+from spd_dist.analysis.report import StageTotal
 from spd_dist.storage.completions import open_corpus
+from spd_dist.storage.records import read_record
+from spd_dist.storage.subspace_file import SiteSummary, SubspaceSummary
 from spd_dist.storage.tables import num_tokens_of
 from spd_dist.tracking.metrics import MetricLogger
 
@@ -25,14 +26,14 @@ def show_stage(metrics: MetricLogger, run_folder: Path, stage: str) -> None:
     """Show what `stage` made; `metrics` carry its arm's label."""
     verb, folder = stage.rpartition("/")[2], run_folder / stage
     if verb == "project":
-        show_subspace(metrics, read_json(folder / "summary.json")["sites"])
+        show_subspace(metrics, read_record(folder / "summary.json", SubspaceSummary).sites)
     if verb == "generate":
         show_corpus(metrics, folder)
 
 
-def show_subspace(metrics: MetricLogger, sites: Mapping[str, Mapping[str, Any]]) -> None:
+def show_subspace(metrics: MetricLogger, sites: Mapping[str, SiteSummary]) -> None:
     """Spectra and energy curves over the directions, strongest first; and what is certified, as a table."""
-    curves = {_plain(name): _curves(site["spectrum"]) for name, site in sites.items()}
+    curves = {_plain(name): _curves(site.spectrum) for name, site in sites.items()}
     widest = max(len(singular) for singular, _ in curves.values())
     for direction in _thinned(widest):
         values: dict[str, float] = {}
@@ -43,10 +44,10 @@ def show_subspace(metrics: MetricLogger, sites: Mapping[str, Mapping[str, Any]])
         metrics.log("project", values, direction)
     described = ("width", "rank", "energy_fraction", "num_rows", "sketch_size", "certified_energy_fraction")
     proven = (*described, "certified_energy_share", "angle_bound", "num_null_directions")
-    certificate = tuple(next(iter(sites.values()))["certificate"])
+    certificate = tuple(vars(next(iter(sites.values())).certificate))
     rows = [
-        [name, *(site[key] for key in proven[:-2]), str(site["angle_bound"]), site["num_null_directions"],
-         *site["certificate"].values()]
+        [name, *(vars(site)[key] for key in proven[:-2]), str(site.angle_bound), site.num_null_directions,
+         *vars(site.certificate).values()]
         for name, site in sites.items()
     ]  # fmt: skip
     # A site's own count of rows is that of its certificate.
@@ -65,14 +66,14 @@ def show_corpus(metrics: MetricLogger, folder: Path) -> None:
     metrics.table("generate", "samples", ["id", "sample", "text", "finish_reason", "num_tokens"], samples)
 
 
-def show_cost(metrics: MetricLogger, cost: Mapping[str, Mapping[str, Any]]) -> None:
+def show_cost(metrics: MetricLogger, cost: Mapping[str, StageTotal]) -> None:
     """What each stage took of the machines: as metrics, and as a table."""
     for number, (stage, entry) in enumerate(cost.items(), 1):
         label = stage.removeprefix("arms/").replace("/", "_")
-        values = {f"{label}_{name}": entry[name] for name in COST if entry[name] is not None}
+        values = {f"{label}_{name}": vars(entry)[name] for name in COST if vars(entry)[name] is not None}
         metrics.log("cost", values, number)
     columns = ["stage", "world_size", *COST]
-    rows = [[stage, entry["world_size"], *(entry[name] for name in COST)] for stage, entry in cost.items()]
+    rows = [[stage, entry.world_size, *(vars(entry)[name] for name in COST)] for stage, entry in cost.items()]
     metrics.table("cost", "stages", columns, rows)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+from spd_dist.analysis.report import Report
 from spd_dist.config import STAGES
-from spd_dist.storage.artifacts import content_hash, read_json
+from spd_dist.storage.manifests import hash_of, read_manifest
+from spd_dist.storage.records import read_record
+from spd_dist.storage.subspace_file import SubspaceSummary
 from spd_dist.tracking.metrics import Product
 
 REPORT_FILES = ("report.json", "report.html")
@@ -21,17 +23,19 @@ def product_of(run_folder: Path, stage: str) -> Product | None:
     folder = run_folder / stage
     verb = stage.rpartition("/")[2]
     label = f"{stage.split('/')[1]}-" if "/" in stage else ""
-    manifest = read_json(folder / "manifest.json")
+    manifest = read_manifest(folder)
     metadata = {
         "stage": stage,
         "run_dir": str(run_folder.resolve()),
-        "inputs": manifest["inputs"],
-        "output_hash": content_hash(manifest["outputs"]),
-        "world_size": manifest["world_size"],
+        "inputs": dict(manifest.inputs),
+        "output_hash": hash_of(manifest),
+        "world_size": manifest.world_size,
     }
     if verb == "project":
         paths = (folder / "subspace.safetensors", folder / "summary.json")
-        return Product("subspace", "subspace", paths, metadata | _of_subspace(folder))
+        found = read_record(folder / "summary.json", SubspaceSummary)
+        sites = {name: {"rank": one.rank, "energy_fraction": one.energy_fraction} for name, one in found.sites.items()}
+        return Product("subspace", "subspace", paths, {**metadata, **found.metadata, "sites": sites})
     if verb == "mechanism":
         return Product("mechanism", "report", tuple(folder / name for name in MECHANISM_FILES), metadata)
     if verb == "generate":
@@ -42,19 +46,13 @@ def product_of(run_folder: Path, stage: str) -> Product | None:
     return None
 
 
-def report_product(run_folder: Path, report: dict[str, Any]) -> Product:
+def report_product(run_folder: Path, report: Report) -> Product:
     """The comparison of the arms, made from everything else."""
     paths = tuple(run_folder / name for name in REPORT_FILES if (run_folder / name).exists())
-    values = {arm: summary["value"] for arm, summary in report["arms"].items()}
-    manifest = read_json(run_folder / "evaluate" / "manifest.json")
-    metadata = {"inputs": manifest["inputs"], "task": report["task"], "metric": report["metric"], "values": values}
+    values = {arm: result.value for arm, result in report.arms.items()}
+    manifest = read_manifest(run_folder / "evaluate")
+    metadata = {"inputs": dict(manifest.inputs), "task": report.task, "metric": report.metric, "values": values}
     return Product("report", "report", paths, metadata | {"run_dir": str(run_folder.resolve())})
-
-
-def _of_subspace(folder: Path) -> dict[str, Any]:
-    summary = read_json(folder / "summary.json")
-    sites = {name: {key: site[key] for key in ("rank", "energy_fraction")} for name, site in summary["sites"].items()}
-    return {**summary["metadata"], "sites": sites}
 
 
 def job_type(first: str, last: str) -> str:

@@ -23,8 +23,8 @@ def use_the_folder(path: Path) -> None:
     manifest = folder.finish(
         "generate", {"config": "c"}, [f"rank_{rank}.txt" for rank in range(world.size)], seconds=1.0
     )
-    assert manifest["world_size"] == world.size
-    assert set(manifest["outputs"]) == {f"rank_{rank}.txt" for rank in range(world.size)}
+    assert manifest.world_size == world.size
+    assert set(manifest.outputs) == {f"rank_{rank}.txt" for rank in range(world.size)}
     assert folder.is_complete("generate", {"config": "c"})
     assert folder.output_hash("generate") == RunFolder(path, {"seed": 1}, world).output_hash("generate")
     with pytest.raises(ConfigError, match="seed is 1 there and 2 now"):  # found by rank 0, raised by all
@@ -47,4 +47,4 @@ def use_the_folder(path: Path) -> None:
 def test_every_rank_hears_what_rank_zero_finds(tmp_path):
     run_on_ranks(4, tmp_path / "store", use_the_folder, tmp_path / "run")
     alone = RunFolder(tmp_path / "run", {"seed": 1}, World(0, 1, torch.device("cpu")))
-    assert alone.manifest("generate")["world_size"] == 4
+    assert alone.manifest("generate").world_size == 4

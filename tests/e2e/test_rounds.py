@@ -46,9 +46,10 @@ def test_a_run_goes_on_for_more_rounds_and_resumes_after_a_kill_in_the_second(wo
     assert [(one["before"], one["after"]) for one in report["progress"]] == [("base", "round 1"), ("base", "round 2")]
     assert "Subspace of round 2 against round 1: mean principal angle" in output
     assert "<h2>Rounds</h2>" in (run / "report.html").read_text()
-    assert read_json(second / "evaluate/summary.json")["base"] == read_json(run / "evaluate/summary.json")["spd"], (
-        "the second round begins where the first ended"
-    )
+    assert (
+        read_json(second / "evaluate/summary.json")["arms"]["base"]
+        == read_json(run / "evaluate/summary.json")["arms"]["spd"]
+    ), "the second round begins where the first ended"
 
 
 @pytest.mark.slow

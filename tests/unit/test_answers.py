@@ -5,7 +5,7 @@ import pytest
 from spd_dist.analysis.answer_summary import answers_summary, manner, values_by_id
 from spd_dist.analysis.intervals import wilson_interval
 from spd_dist.errors import DataError
-from spd_dist.storage.answers import answers_path, as_row, part_path, parts, read_answers, read_parts, write_merged
+from spd_dist.storage.answers import answers_path, part_path, parts, read_answers, read_parts, write_merged
 from spd_dist.storage.artifacts import JsonlWriter
 from spd_dist.types import Answer
 
@@ -20,7 +20,7 @@ def test_answers_come_back_and_parts_go_when_they_are_merged(tmp_path):
     merged = answers_path(tmp_path, "base", "arithmetic")
     for rank, answer in enumerate((LENIENT, RIGHT)):
         with JsonlWriter(part_path(merged, rank, 2)) as part:
-            part.write(as_row(answer))
+            part.write(vars(answer))
     with open(part_path(merged, 0, 2), "a") as part:
         part.write('{"id": "torn')
     assert read_parts(merged) == {("a", 0): RIGHT, ("b", 0): LENIENT}
@@ -33,7 +33,7 @@ def test_answers_come_back_and_parts_go_when_they_are_merged(tmp_path):
 def test_parts_of_one_task_are_not_those_of_another(tmp_path):
     part = part_path(answers_path(tmp_path, "base", "mmlu"), 0, 1)
     with JsonlWriter(part) as writer:
-        writer.write(as_row(RIGHT))
+        writer.write(vars(RIGHT))
     assert read_parts(answers_path(tmp_path, "base", "mmlu_pro")) == {}
 
 
@@ -82,7 +82,7 @@ def test_parts_hold_every_sample(tmp_path):
     merged = answers_path(tmp_path, "base", "arithmetic")
     with JsonlWriter(part_path(merged, 0, 1)) as part:
         for answer in shares_right(0.5, 1.0):
-            part.write(as_row(answer))
+            part.write(vars(answer))
     assert len(read_parts(merged)) == 8
 
 

@@ -16,6 +16,7 @@ from spd_dist.analysis.comparison import (
     verdict,
 )
 from spd_dist.errors import DataError
+from spd_dist.types import LeakReport
 
 
 def sentence(base, spd, psr=None, num=200):
@@ -25,7 +26,7 @@ def sentence(base, spd, psr=None, num=200):
 
 def test_every_arm_is_compared_with_the_first_and_the_method_with_every_arm():
     arms = {name: answers(100 + index) for index, name in enumerate(("base", "psr", "spd", "projected"))}
-    pairs = [(one["before"], one["after"]) for one in comparisons(arms, "accuracy", 0)]
+    pairs = [(one.before, one.after) for one in comparisons(arms, "accuracy", 0)]
     assert pairs == [("base", "psr"), ("base", "spd"), ("base", "projected"), ("psr", "spd"), ("projected", "spd")]
 
 
@@ -62,25 +63,25 @@ def test_the_verdict_is_about_every_variant_of_the_method_and_about_no_control()
 def test_variants_count_in_the_family_that_is_corrected():
     found = comparisons({arm: answers(100 + 3 * index) for index, arm in enumerate(RANKS)}, "accuracy", 0)
     assert len(found) == 5
-    smallest = min(found, key=lambda one: one["p_value"])
-    assert smallest["p_holm"] == pytest.approx(5 * smallest["p_value"])
+    smallest = min(found, key=lambda one: one.p_value)
+    assert smallest.p_holm == pytest.approx(5 * smallest.p_value)
 
 
 def test_a_comparison_holds_difference_interval_test_and_overlap():
     one = comparisons({"base": answers(100), "spd": answers(130)}, "accuracy", 0)[0]
-    assert one["difference"] == pytest.approx(0.15)
-    assert one["interval"][0] < 0.15 < one["interval"][1]
-    assert (one["num_gained"], one["num_lost"]) == (30, 0)
-    assert one["p_holm"] == one["p_value"] == pytest.approx(2 * 0.5**30)
-    assert one["identical_fraction"] == 0.85
-    assert 0 < one["detectable_difference"] < 0.15
+    assert one.difference == pytest.approx(0.15)
+    assert one.interval[0] < 0.15 < one.interval[1]
+    assert (one.num_gained, one.num_lost) == (30, 0)
+    assert one.p_holm == one.p_value == pytest.approx(2 * 0.5**30)
+    assert one.identical_fraction == 0.85
+    assert 0 < one.detectable_difference < 0.15
 
 
 def test_the_family_of_comparisons_is_corrected():
     arms = {"base": answers(100), "psr": answers(106), "spd": answers(106)}
     found = comparisons(arms, "accuracy", 0)
-    assert found[0]["p_value"] == pytest.approx(2 * 0.5**6)
-    assert found[0]["p_holm"] == pytest.approx(3 * 2 * 0.5**6)
+    assert found[0].p_value == pytest.approx(2 * 0.5**6)
+    assert found[0].p_holm == pytest.approx(3 * 2 * 0.5**6)
 
 
 def test_arms_over_different_examples_are_refused():
@@ -108,7 +109,7 @@ def test_the_verdict_says_what_this_many_examples_could_have_shown():
 
 def test_arms_that_hardly_differ_are_said_to_show_nothing():
     found = comparisons({"base": answers(100), "psr": answers(100, first=20), "spd": answers(101)}, "accuracy", 0)
-    assert [one["detectable_difference"] is None for one in found] == [False, True, False]
+    assert [one.detectable_difference is None for one in found] == [False, True, False]
     assert blind_notes(found) == [
         "Too few examples to find any difference in 4 runs of 5, since so few answers differ: spd - base."
     ]
@@ -131,12 +132,12 @@ def test_lower_likelihood_loss_is_a_gain():
     before = [dataclasses.replace(row, nll=1.0 + 0.01 * (i % 7)) for i, row in enumerate(rows)]
     after = [dataclasses.replace(row, nll=0.9 + 0.01 * (i % 5)) for i, row in enumerate(rows)]
     found = comparisons({"base": before, "spd": after}, "nll", 0)
-    assert found[0]["difference"] == pytest.approx(-0.11, abs=0.001)
-    assert found[0]["test"] == "paired t"
+    assert found[0].difference == pytest.approx(-0.11, abs=0.001)
+    assert found[0].test == "paired t"
     assert "-0.110 nats" in verdict(found, "nll")
     assert "a gain" in verdict(found, "nll")
     (same,) = comparisons({"base": before, "spd": before}, "nll", 0)
-    assert (same["p_value"], same["detectable_difference"]) == (1.0, None)
+    assert (same.p_value, same.detectable_difference) == (1.0, None)
 
 
 def test_the_verdict_says_which_likelihood_could_have_been_told_apart():
@@ -151,10 +152,10 @@ def test_the_verdict_says_which_likelihood_could_have_been_told_apart():
 def test_several_samples_are_compared_by_their_means():
     arms = {"base": sampled([0, 1, 2, 3] * 10), "spd": sampled([1, 1, 4, 4] * 10)}
     (one,) = comparisons(arms, "accuracy", 0)
-    assert (one["difference"], one["num_examples"], one["test"]) == (pytest.approx(0.25), 40, "paired t")
-    assert one["p_value"] == pytest.approx(ttest_1samp([0.25, 0, 0.5, 0.25] * 10, 0).pvalue)
-    assert one["identical_fraction"] == pytest.approx(1 - 0.25), "sample by sample"
-    assert "num_gained" not in one
+    assert (one.difference, one.num_examples, one.test) == (pytest.approx(0.25), 40, "paired t")
+    assert one.p_value == pytest.approx(ttest_1samp([0.25, 0, 0.5, 0.25] * 10, 0).pvalue)
+    assert one.identical_fraction == pytest.approx(1 - 0.25), "sample by sample"
+    assert one.num_gained is None
     assert "SPD against BASE: +25.0 points" in verdict([one], "accuracy")
 
 
@@ -168,17 +169,17 @@ def test_identical_outputs_are_counted():
 
 
 def test_a_model_that_only_learned_to_stop_is_put_in_words():
-    before = dataclasses.asdict(answers_summary(answers(100, finish_reason="length"), "accuracy"))
-    after = dataclasses.asdict(answers_summary(answers(130), "accuracy"))
+    before = answers_summary(answers(100, finish_reason="length"), "accuracy")
+    after = answers_summary(answers(130), "accuracy")
     found = notes({"base": before, "psr": before, "spd": after})
     assert found == ["Answers that end by themselves: BASE 0%, SPD 100%. A gain may be of that."]
     assert notes({"base": after, "spd": after}) == []
 
 
 def test_test_problems_that_an_arm_may_have_seen_are_put_in_words():
-    overlap = {"split": "train", "other": "test", "num_rows": 96, "num_exact": 2, "num_near": 1}
-    none = overlap | {"split": "calibration", "num_exact": 0, "num_near": 0}
-    inside = overlap | {"other": "train", "split": "calibration"}
+    overlap = LeakReport("train", "test", num_rows=96, num_exact=2, num_near=1, leaks=())
+    none = dataclasses.replace(overlap, split="calibration", num_exact=0, num_near=0)
+    inside = dataclasses.replace(overlap, other="train", split="calibration")
     assert overlap_notes([none, overlap, inside]) == [
         "2 exact and 1 near copies of test problems are among the 96 train rows; data.leaks=remove drops them."
     ]
@@ -199,4 +200,4 @@ def test_gains_that_may_be_of_ending_or_of_form_are_counted():
         for index, row in enumerate(answers(8, num=20))
     ]
     (one,) = comparisons({"base": before, "spd": after}, "accuracy", 0)
-    assert (one["num_gained"], one["num_gained_by_ending"], one["num_gained_by_form"]) == (8, 5, 1)
+    assert (one.num_gained, one.num_gained_by_ending, one.num_gained_by_form) == (8, 5, 1)

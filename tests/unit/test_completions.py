@@ -11,7 +11,6 @@ import pytest
 from spd_dist.errors import DataError
 from spd_dist.storage.completions import (
     TABLE,
-    as_row,
     corpus_name,
     gathered,
     is_empty,
@@ -33,7 +32,7 @@ SOME = [Completion(f"p{i}", 0, i, (1, 2), (3, 4, i), f"text é {i}", "stop") for
 
 def write(path, completions, torn=b""):
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(as_row(one), ensure_ascii=False) + "\n" for one in completions)
+    lines = "".join(json.dumps(vars(one), ensure_ascii=False) + "\n" for one in completions)
     path.write_bytes(lines.encode() + torn)
 
 

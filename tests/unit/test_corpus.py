@@ -10,7 +10,6 @@ import pytest
 
 from spd_dist.analysis.corpus import corpus_diff, corpus_stats, length_histogram, load_corpus, pairs
 from spd_dist.errors import DataError
-from spd_dist.storage.completions import as_row
 from spd_dist.types import Completion
 
 
@@ -24,7 +23,7 @@ RIGHT = [completion(0, range(10)), completion(1, [0, 1, 9]), completion(5, [3])]
 
 def write(path, completions):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(as_row(one)) + "\n" for one in completions))
+    path.write_text("".join(json.dumps(vars(one)) + "\n" for one in completions))
 
 
 def test_stats_count_what_is_there():

@@ -35,18 +35,18 @@ def test_there_is_none_in_the_first_round():
 def test_an_earlier_subspace_holds_the_share_of_the_energy_that_lies_in_it():
     found = drift(moments(), of_basis(0, 1, energy=30.0), {1: of_basis(0, 2), 2: of_basis(0, 1)}, Project(), ALONE)
     first, second = (found[number][str(SITE)] for number in ("1", "2"))
-    assert first["energy_fraction_held"] == pytest.approx(0.6)
-    assert second["energy_fraction_held"] == pytest.approx(0.7)
-    assert first["energy_ratio"] == pytest.approx(3.0)
-    assert first["angles_degrees"] == pytest.approx([0, 90], abs=1e-4)
-    assert (first["largest_angle_degrees"], second["largest_angle_degrees"]) == pytest.approx((90, 0), abs=1e-4)
-    assert (first["overlap_fraction"], second["overlap_fraction"]) == pytest.approx((0.5, 1.0))
+    assert first.energy_fraction_held == pytest.approx(0.6)
+    assert second.energy_fraction_held == pytest.approx(0.7)
+    assert first.energy_ratio == pytest.approx(3.0)
+    assert first.angles_degrees == pytest.approx([0, 90], abs=1e-4)
+    assert (first.largest_angle_degrees, second.largest_angle_degrees) == pytest.approx((90, 0), abs=1e-4)
+    assert (first.overlap_fraction, second.overlap_fraction) == pytest.approx((0.5, 1.0))
 
 
 def test_a_turned_direction_is_as_many_degrees_away():
     found = drift(moments(), of_basis(0, 1), {1: of_basis(0, 1, turn=math.radians(20))}, Project(), ALONE)
-    assert found["1"][str(SITE)]["mean_angle_degrees"] == pytest.approx(10, abs=1e-3)
-    assert found["1"][str(SITE)]["energy_fraction_held"] == pytest.approx(
+    assert found["1"][str(SITE)].mean_angle_degrees == pytest.approx(10, abs=1e-3)
+    assert found["1"][str(SITE)].energy_fraction_held == pytest.approx(
         (4 * math.cos(math.radians(20)) ** 2 + math.sin(math.radians(20)) ** 2 + 3) / 10
     )
 

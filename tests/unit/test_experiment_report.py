@@ -1,15 +1,17 @@
 """The comparison of an experiment, as data and as a page."""
 
+import dataclasses
 import re
 
 import pytest
 from answering import ARMS, answered_run, answers
 from browsing import CHROMIUM, screenshot, widths
 
+from spd_dist.analysis.report import ExperimentReport, RunsTotal, StageTotal, read_report
 from spd_dist.reports.experiment_report import total_cost, write_experiment
 from spd_dist.reports.run_report import Asked, write_report
 from spd_dist.storage.answers import answers_path, write_merged
-from spd_dist.storage.artifacts import read_json
+from spd_dist.storage.records import read_record
 from spd_dist.tracking.metrics import MetricLogger
 
 
@@ -36,17 +38,17 @@ def written(places):
 
 def test_the_report_holds_every_seed_and_what_all_cost(places):
     report, _ = written(places)
-    assert read_json(places[1][0].parent / "report.json") == report
-    assert report["arms"]["spd"]["values"] == [0.6, 0.64, 0.6]
-    assert report["runs"] == {"1": "seed_1", "2": "seed_2", "3": "seed_3"}
-    assert report["cost"]["arms/psr/generate"]["device_hours"] == 3.0
-    assert report["cost"]["arms/psr/generate"]["tokens"] == 3 * 1234
-    assert report["later_rounds"] == []
-    assert report["losses"]["spd"] == {"steps": [1, 2, 3, 4], "losses": [2 / step for step in (1, 2, 3, 4)]}
-    second = report["by_seed"]["2"]
-    assert second["losses"]["spd"]["losses"] == [2 / step for step in (1, 2, 3, 4)]
-    assert second["stages"]["project"]["sites"]["layers.1.key"]["spectrum"] == [4.0, 2.0, 1.0, 0.0]
-    assert second["angles"] == {"sites": {}, "arms": {}}
+    assert read_record(places[1][0].parent / "report.json", ExperimentReport) == report
+    assert report.arms["spd"].values == [0.6, 0.64, 0.6]
+    assert report.runs == {"1": "seed_1", "2": "seed_2", "3": "seed_3"}
+    assert report.cost["arms/psr/generate"].device_hours == 3.0
+    assert report.cost["arms/psr/generate"].tokens == 3 * 1234
+    assert report.later_rounds == []
+    assert report.losses["spd"] == {"steps": [1, 2, 3, 4], "losses": [2 / step for step in (1, 2, 3, 4)]}
+    second = report.by_seed["2"]
+    assert second.losses["spd"]["losses"] == [2 / step for step in (1, 2, 3, 4)]
+    assert second.stages["project"]["sites"]["layers.1.key"]["spectrum"] == [4.0, 2.0, 1.0, 0.0]
+    assert second.angles == {"sites": {}, "arms": {}}
 
 
 def test_the_page_shows_all_seeds_and_links_to_their_pages(places):
@@ -62,10 +64,11 @@ def test_the_page_shows_all_seeds_and_links_to_their_pages(places):
     assert not re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?https?:", re.sub(r"xmlns(:\w+)?=\"[^\"]*\"", "", text))
 
 
-def test_stages_that_a_run_took_over_cost_it_nothing():
-    entry = {"tokens": 5, "seconds": 2.0, "world_size": 2, "device_hours": 0.5}
-    taken = entry | {"tokens": None, "seconds": 0.0, "device_hours": 0.0, "world_size": 1}
-    assert total_cost([{"cost": {"project": entry}}, {"cost": {"project": taken}}])["project"] == entry
+def test_stages_that_a_run_took_over_cost_it_nothing(places):
+    entry = StageTotal(5, 2.0, 2, 0.5, None, "2026-01-01")
+    taken = StageTotal(None, 0.0, 1, 0.0, None, "2026-01-01")
+    of_runs = [dataclasses.replace(read_report(places[1][0]), cost={"project": one}) for one in (entry, taken)]
+    assert total_cost(of_runs)["project"] == RunsTotal(5, 2.0, 2, 0.5)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")

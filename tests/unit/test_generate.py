@@ -30,8 +30,9 @@ from spd_dist.stages.generate.merge_corpus import Attempt, check_leakage
 from spd_dist.storage.artifacts import read_json
 from spd_dist.storage.completions import corpus_name, open_corpus, part_name, read_completions, to_text
 from spd_dist.storage.manifests import MANIFEST, why_not_complete
+from spd_dist.storage.records import read_fields, read_record
 from spd_dist.storage.run_folder import RunFolder
-from spd_dist.types import Prompt, record_of
+from spd_dist.types import Prompt
 
 CORPUS = corpus_name(1)
 
@@ -69,7 +70,7 @@ def test_a_corpus_holds_every_prompt_and_sample_in_order(policy, expected, tmp_p
         assert (one.tokens[-1] in policy.eos_token_ids) == (one.finish_reason == "stop")
         assert one.finish_reason == "stop" or len(one.tokens) == CONFIG.max_new_tokens
     assert sum(summary.finish_reasons.values()) == summary.num_completions == len(completions)
-    assert json.loads((tmp_path / "summary.json").read_text()) == dataclasses.asdict(summary)
+    assert read_record(tmp_path / "summary.json", CorpusSummary) == summary
 
 
 def test_the_projection_acts_and_the_policy_stays_as_it_was(policy, expected, tmp_path):
@@ -212,7 +213,7 @@ def one_task(model: Path, run_dir: Path, index: int) -> None:
     summary = run(policy_of(model), place, dataclasses.replace(CONFIG, num_tasks=2, task_index=index))
     assert summary.is_complete
     manifest = folder.finish("generate", INPUTS, [CORPUS, "summary.json"], seconds=float(index))
-    (run_dir / f"finished-{index}").write_text(json.dumps([dataclasses.asdict(summary), manifest]))
+    (run_dir / f"finished-{index}").write_text(json.dumps([dataclasses.asdict(summary), dataclasses.asdict(manifest)]))
 
 
 def test_two_tasks_that_meet_at_the_merge_leave_one_corpus_and_one_manifest(model, expected, tmp_path):
@@ -235,9 +236,9 @@ def test_two_tasks_that_meet_at_the_merge_leave_one_corpus_and_one_manifest(mode
         was_finished = (place / MANIFEST).exists()
         assert not was_finished or why_not_complete(place, INPUTS) is None
     assert [task.exitcode for task in tasks] == [0, 0]
-    left = [read_json(place / "summary.json"), read_json(place / MANIFEST)]
+    left = [read_fields(place / "summary.json"), read_fields(place / MANIFEST)]
     assert [read_json(file) for file in finished] == [left, left]
-    assert merged(place, record_of(CorpusSummary, read_json(place / "summary.json"))) == expected
+    assert merged(place, read_record(place / "summary.json", CorpusSummary)) == expected
     assert set(read_json(place / MANIFEST)["outputs"]) == {CORPUS, "summary.json"}
 
 

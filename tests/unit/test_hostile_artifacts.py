@@ -21,7 +21,8 @@ from spd_dist.storage.answers import read_answers
 from spd_dist.storage.artifacts import read_json, read_jsonl, write_json
 from spd_dist.storage.attempts import stage_cost
 from spd_dist.storage.completions import read_completions
-from spd_dist.storage.manifests import described, why_not_complete
+from spd_dist.storage.manifests import Manifest, OutputFile, described, why_not_complete
+from spd_dist.storage.records import SCHEMA, write_record
 from spd_dist.storage.run_folder import read_config
 from spd_dist.storage.subspace_file import load_subspace, save_subspace
 from spd_dist.types import Answer, Certificate, Completion, KVSite, SiteSubspace, Subspace
@@ -57,7 +58,7 @@ def completions(file: Path) -> None:
 def manifest(file: Path) -> None:
     (file.parent / "out.txt").write_text("an output")
     outputs = described(file.parent, [file.parent / "out.txt"])
-    write_json(file, {"stage": "x", "inputs": {"a": "b"}, "outputs": outputs, "seconds": 1.0, "device_seconds": 1.0})
+    write_record(file, Manifest("x", {"a": "b"}, outputs, 1.0, 1.0, 1, "2026-01-01", {}))
 
 
 def complete(file: Path) -> object:
@@ -152,16 +153,18 @@ def test_a_subspace_without_sites_is_refused(tmp_path, sites):
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "a/../../b"])
 def test_a_manifest_that_names_files_elsewhere_is_none(tmp_path, name):
-    write_json(tmp_path / "manifest.json", {"inputs": {}, "outputs": {name: {"bytes": 1, "sha256": ""}}})
-    assert why_not_complete(tmp_path, {}) == "its manifest.json is none"
+    manifest = Manifest("x", {}, {name: OutputFile(1, "")}, 1.0, 1.0, 1, "2026-01-01", {})
+    write_record(tmp_path / "manifest.json", manifest)
+    assert why_not_complete(tmp_path, {}) == "its manifest.json is none of this version"
 
 
 @pytest.mark.parametrize(
     "value", [[], 3, None, {"inputs": {}}, {"inputs": 3, "outputs": {}}, {"inputs": {}, "outputs": {"a": 3}}]
 )
 def test_a_manifest_of_another_form_is_none(tmp_path, value):
+    value = value | {"schema": SCHEMA} if isinstance(value, dict) else value
     write_json(tmp_path / "manifest.json", value)
-    assert why_not_complete(tmp_path, {}) == "its manifest.json is none"
+    assert why_not_complete(tmp_path, {}) == "its manifest.json is none of this version"
 
 
 def test_answers_are_read_as_completions_are(tmp_path):

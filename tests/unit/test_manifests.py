@@ -9,13 +9,13 @@ import torch
 
 from spd_dist.distributed.world import World
 from spd_dist.errors import MissingError
-from spd_dist.storage.artifacts import read_json
 from spd_dist.storage.manifests import (
     MANIFEST,
     find_finished,
     finished_stages,
     inode_of,
     publish,
+    read_manifest,
     set_aside,
     take_over,
     wait_until_seen,
@@ -49,8 +49,8 @@ def test_what_another_arm_made_from_the_same_is_copied_and_takes_no_time(tmp_pat
     copy = tmp_path / "arms/termination/generate"
     assert (copy / "completions/a.jsonl").read_text() == "a"
     assert not (copy / "checkpoints").exists()
-    manifest = read_json(copy / MANIFEST)
-    assert (manifest["stage"], manifest["seconds"]) == ("arms/termination/generate", 0.0)
+    manifest = read_manifest(copy)
+    assert (manifest.stage, manifest.seconds) == ("arms/termination/generate", 0.0)
     assert folder.output_hash("arms/termination/generate") == folder.output_hash("arms/psr/generate")
 
 

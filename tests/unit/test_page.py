@@ -1,3 +1,4 @@
+import dataclasses
 import html
 import re
 import xml.etree.ElementTree as ElementTree
@@ -7,18 +8,21 @@ import torch
 from answering import ARMS, answered_run, answers
 from browsing import CHROMIUM, screenshot, widths
 
+from spd_dist.analysis.report import ArmInRound, Difference, RoundResult, read_report
+from spd_dist.distributed.world import World
 from spd_dist.overrides import load_config, to_yaml
+from spd_dist.process.environment import environment
 from spd_dist.reports.page import NUM_SHOWN, side_by_side, write_page
 from spd_dist.reports.run_report import Asked, write_report
 from spd_dist.storage.answers import answers_path, write_merged
-from spd_dist.storage.artifacts import read_json
-from spd_dist.storage.subspace_file import save_subspace
+from spd_dist.storage.records import write_record
+from spd_dist.storage.subspace_file import SiteDrift, save_subspace
 from spd_dist.tracking.metrics import MetricLogger, mean_losses, training_losses
-from spd_dist.types import Certificate, KVSite, SiteSubspace, Subspace
+from spd_dist.types import Certificate, KVSite, LeakReport, SiteSubspace, Subspace
 
 
 def page_of(folder):
-    overlap = {"split": "train", "other": "test", "num_rows": 96, "num_exact": 2, "num_near": 1}
+    overlap = LeakReport("train", "test", num_rows=96, num_exact=2, num_near=1, leaks=())
     report = write_report(folder, ARMS, Asked("arithmetic", "accuracy", 1), [overlap])
     write_page(folder, report, {"p65": "How many <b>apples</b>?"})
     return (folder / "report.html").read_text()
@@ -27,6 +31,7 @@ def page_of(folder):
 @pytest.fixture
 def folder(tmp_path):
     folder = answered_run(tmp_path)
+    write_record(folder / "environment.json", environment(World(0, 1, torch.device("cpu"))))
     (folder / "config.yaml").write_text(to_yaml(load_config(overrides=["seed=1", "finetune.num_epochs=3"])))
     with MetricLogger(folder / "metrics") as metrics:
         for step in range(1, 9):
@@ -69,8 +74,8 @@ def test_what_models_and_data_say_is_shown_and_never_run(folder):
 
 def test_examples_on_which_arms_differ_come_first():
     examples = side_by_side([{"base": answers(10, num=30), "spd": answers(20, num=30)}], {})
-    assert [example["id"] for example in examples[:10]] == [f"p{index}" for index in range(10, 20)]
-    assert {example["kind"] for example in examples[10:]} == {"same"}
+    assert [example.id for example in examples[:10]] == [f"p{index}" for index in range(10, 20)]
+    assert {example.kind for example in examples[10:]} == {"same"}
 
 
 def test_a_large_test_set_does_not_make_a_large_page(folder):
@@ -114,16 +119,15 @@ def subspaces(folder):
 def test_angles_and_losses_are_in_the_report_and_the_page_draws_them_from_there(folder):
     subspaces(folder)
     text = page_of(folder)
-    report = read_json(folder / "report.json")
-    assert report["angles"] == {
+    report = read_report(folder)
+    assert report.angles == {
         "sites": {"layers.1.key and layers.1.value": [90.0, 90.0]},
         "arms": {"psr, layers.1.key": [0.0, 0.0], "psr, layers.1.value": [90.0, 90.0]},
     }
-    assert report["losses"]["psr"] == {"steps": list(range(1, 9)), "losses": [3.0 / step for step in range(1, 9)]}
+    assert report.losses["psr"] == {"steps": list(range(1, 9)), "losses": [3.0 / step for step in range(1, 9)]}
     for title in ("Training", "Principal angles between sites", "Principal angles between arms"):
         assert f"<h2>{title}</h2>" in text
-    nothing = {"losses": {}, "angles": {"sites": {}, "arms": {}}}
-    write_page(folder, report | nothing, {})
+    write_page(folder, dataclasses.replace(report, losses={}, angles={"sites": {}, "arms": {}}), {})
     assert "<h2>Training</h2>" not in (folder / "report.html").read_text()
     assert "Principal angles" not in (folder / "report.html").read_text()
 
@@ -139,13 +143,15 @@ def test_a_browser_shows_the_page_without_scrolling_sideways(folder, tmp_path, w
 
 
 def test_rounds_are_a_table_and_a_figure(folder):
-    site = {"mean_angle_degrees": 4.5, "largest_angle_degrees": 20.0, "overlap_fraction": 0.9, "energy_ratio": 0.8}
-    site |= {"energy_fraction_held": 0.7, "energy_fraction": 0.75}
+    site = SiteDrift(
+        [1.0], mean_angle_degrees=4.5, largest_angle_degrees=20.0, overlap_fraction=0.9, energy_ratio=0.8,
+        energy_fraction_before=0.8, energy_fraction=0.75, energy_fraction_held=0.7,
+    )  # fmt: skip
     report = write_report(folder, ARMS, Asked("arithmetic", "accuracy", 1))
-    arms = {arm: {"value": 0.5, "interval": [0.4, 0.6]} for arm in ARMS}
-    one = {"round": 1, "arms": arms, "drift": {}, "energy_fraction": {"layers.1.key": 0.8}}
-    two = one | {"round": 2, "drift": {"1": {"layers.1.key": site}}}
-    write_page(folder, report | {"rounds": [one, two], "progress": report["comparisons"]}, {})
+    arms = {arm: ArmInRound(0.5, [0.4, 0.6]) for arm in ARMS}
+    one = RoundResult(1, "run", "", arms, energy_fraction={"layers.1.key": 0.8}, drift={})
+    two = dataclasses.replace(one, round=2, drift={"1": {"layers.1.key": site}})
+    write_page(folder, dataclasses.replace(report, rounds=[one, two], progress=report.comparisons), {})
     text = (folder / "report.html").read_text()
     assert "<th>round 2</th>" in text
     assert "<td>layers.1.key</td><td>4.5</td><td>20.0</td>" in text
@@ -156,7 +162,7 @@ def test_the_page_runs_nothing_and_shows_letters_that_would_turn_or_cut_what_it_
     """A question of a data set, with a NUL, a right-to-left override, half a surrogate pair and a script."""
     write_report(folder, ARMS, Asked("arithmetic", "accuracy", 1), [])
     hostile = "a\0b \u202egnp.exe \ud800 <script>alert(1)</script>"
-    write_page(folder, read_json(folder / "report.json"), {"p65": hostile})
+    write_page(folder, read_report(folder), {"p65": hostile})
     text = (folder / "report.html").read_text()
     assert "a[U+0000]b [U+202E]gnp.exe [U+D800] &lt;script&gt;alert(1)&lt;/script&gt;" in text
     assert not set(text) & {"\0", "\u202e"}
@@ -170,7 +176,7 @@ def test_labels_of_figures_are_text(label):
     """Names of arms and settings: no mathematics, and no letter that SVG cannot hold."""
     from spd_dist.reports import figures
 
-    comparison = {"after": label, "before": "base", "difference": 0.1, "interval": (0.0, 0.2)}
+    comparison = Difference(1.0, None, None, None, None, "base", label, 0.1, [0.0, 0.2], 0.5, None)
     drawing = figures.forest([comparison], "accuracy")
     assert ElementTree.fromstring(drawing) is not None
     assert all(part in html.unescape(drawing) for part in label.split() if part.isprintable())

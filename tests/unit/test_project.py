@@ -1,5 +1,6 @@
 """What is cut from the moments, what is proved of it, and what generation applies."""
 
+import dataclasses
 import json
 import math
 
@@ -17,8 +18,8 @@ from spd_dist.stages.project import (
     certified_energy_fraction,
     certified_energy_share,
     projection,
+    site_summaries,
     subspace,
-    summary,
 )
 from spd_dist.stages.reduce import reduce
 from spd_dist.stages.sketch import ShardPlan, sketch
@@ -234,16 +235,15 @@ def test_only_the_chosen_kinds_are_projected(kinds, expected):
     assert {site.kind for site in result.operators} == expected
 
 
-def test_summary_is_plain_data_with_all_that_is_known():
+def test_the_summary_of_a_site_has_all_that_is_known_and_json_can_hold_it():
     site = kv_site(width=12)
     stream = batches({site: power_law(200, 12)}, num_zero_rows=1)
     states = sketch(stream, [site], Sketch(method="frequent_directions", size=8), ALONE, ShardPlan(1, lambda _: 4))
     owned = reduce(states, [site], Reduce(), num_shards=1, world=ALONE)
     whole = subspace(owned, [site], fixed(4), ALONE, metadata={"base_model": "tiny"})
-    described = json.loads(json.dumps(summary(whole, sketch_sizes={12: 8}), allow_nan=False))
-    assert described["metadata"]["base_model"] == "tiny"
-    assert described["metadata"]["rank_rule"] == "fixed"
-    entry = described["sites"]["layers.0.key"]
+    assert (whole.metadata["base_model"], whole.metadata["rank_rule"]) == ("tiny", "fixed")
+    entry = dataclasses.asdict(site_summaries(whole, sketch_sizes={12: 8})["layers.0.key"])
+    assert json.loads(json.dumps(entry, allow_nan=False)) == entry
     assert (entry["width"], entry["rank"], entry["sketch_size"]) == (12, 4, 8)
     assert entry["num_rows"] == 200 + 29
     assert 0 < entry["certified_energy_fraction"] <= 1

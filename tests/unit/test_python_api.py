@@ -103,7 +103,7 @@ def test_the_whole_method_runs_from_a_config(folder, tmp_path, monkeypatch):
     words += [f"model.name={folder}", f"run_dir={tmp_path / 'run'}", "distributed.zero_stage=0"]
     script = (
         "import spd_dist as spd, sys; config = spd.load_config([], sys.argv[1:]); assert type(config) is spd.Config;"
-        "print(sorted(spd.run_pipeline(config)['arms']), spd.run_pipeline(config)['task'])"
+        "print(sorted(spd.run_pipeline(config).arms), spd.run_pipeline(config).task)"
     )
     command = [sys.executable, "-c", script, *words, "metrics.wandb=disabled", "distributed.threads=1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

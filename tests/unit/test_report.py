@@ -1,17 +1,16 @@
 import dataclasses
-import json
 import re
 
 import pytest
 from answering import ARMS, answered_run, answers, sampled
 from recording import Recorder
 
+from spd_dist.analysis.report import read_report
 from spd_dist.errors import DataError
 from spd_dist.reports.page import write_page
 from spd_dist.reports.report_text import report_text
 from spd_dist.reports.run_report import Asked, log_report, write_report
 from spd_dist.storage.answers import answers_path, write_merged
-from spd_dist.storage.artifacts import read_json
 from spd_dist.tracking.metrics import MetricLogger, read_metrics
 
 
@@ -26,21 +25,23 @@ def report_of(folder, arms=ARMS):
 
 def test_the_report_on_disk_holds_every_number(run_folder):
     report = report_of(run_folder)
-    assert read_json(run_folder / "report.json") == report
-    assert {arm: entry["value"] for arm, entry in report["arms"].items()} == {"base": 0.4, "psr": 70 / 150, "spd": 0.6}
-    assert [(one["before"], one["after"]) for one in report["comparisons"]] == [
+    assert read_report(run_folder) == report
+    assert {arm: entry.value for arm, entry in report.arms.items()} == {"base": 0.4, "psr": 70 / 150, "spd": 0.6}
+    assert [(one.before, one.after) for one in report.comparisons] == [
         ("base", "psr"), ("base", "spd"), ("psr", "spd"),
     ]  # fmt: skip
-    assert report["cost"]["arms/psr/generate"]["device_hours"] == 1.0
-    assert set(report["stages"]) == {"project", "arms/psr/generate", "arms/psr/finetune"}
-    assert report["cost"]["arms/psr/generate"]["tokens"] == 1234
-    assert report["artifacts"]["the adapter"] == "finetune/adapter"
-    assert report["verdict"].startswith("SPD against BASE: +20.0 points")
+    assert report.cost["arms/psr/generate"].device_hours == 1.0
+    assert set(report.stages) == {"project", "arms/psr/generate", "arms/psr/finetune"}
+    assert report.cost["arms/psr/generate"].tokens == 1234
+    assert report.artifacts["the adapter"] == "finetune/adapter"
+    assert report.verdict.startswith("SPD against BASE: +20.0 points")
 
 
 def test_the_same_answers_give_the_same_report(run_folder):
-    first = json.dumps(report_of(run_folder))
-    assert json.dumps(report_of(run_folder)) == first
+    report_of(run_folder)
+    first = (run_folder / "report.json").read_bytes()
+    report_of(run_folder)
+    assert (run_folder / "report.json").read_bytes() == first
 
 
 def test_arms_that_answered_other_examples_make_no_report(run_folder):
@@ -73,7 +74,7 @@ def test_several_samples_make_a_table_of_pass_at_k(run_folder):
         rows = sampled([min(4, right + more) for right in (0, 1, 2, 3) * 10])
         write_merged(answers_path(run_folder / "evaluate", arm, "arithmetic"), rows)
     report = write_report(run_folder, ARMS, Asked("arithmetic", "accuracy", 1, 0.8))
-    assert read_json(run_folder / "report.json") == report
+    assert read_report(run_folder) == report
     lines = report_text(report, run_folder).splitlines()
     assert lines[0] == "arithmetic: 3 arms, 4 samples at temperature 0.8, seed 1"
     (row,) = [line.split() for line in lines if line.split()[:2] == ["base", "37.5"] and len(line.split()) == 4]
@@ -109,4 +110,4 @@ def test_the_report_is_in_the_metrics_and_on_the_mirror(run_folder):
     assert columns == ["id", "gold", "base", "psr", "spd"]
     assert rows[0] == ["p0", "4", "#### True", "#### True", "#### True"]
     assert [row[0] for row in shown["evaluate/arms"][1]] == list(ARMS)
-    assert len(dict(mirror.histograms)["evaluate/spd_length_tokens"]) == report["arms"]["spd"]["num_examples"]
+    assert len(dict(mirror.histograms)["evaluate/spd_length_tokens"]) == report.arms["spd"].num_examples

@@ -10,8 +10,8 @@ import torch
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError
 from spd_dist.overrides import load_config
-from spd_dist.storage.artifacts import write_json
-from spd_dist.storage.restart import restart
+from spd_dist.storage.records import write_record
+from spd_dist.storage.restart import Status, restart
 from spd_dist.storage.run_folder import RunFolder
 from spd_dist.storage.settings import first_reader
 from spd_dist.tracking.metrics import read_metrics
@@ -92,13 +92,16 @@ def test_each_key_knows_the_first_stage_that_reads_it(key, stage):
     assert first_reader(["evaluate.arms", key]) == stage
 
 
+STATUS = Status("failed", "", 1.0, "evaluate", 1, "host", 1, None)
+
+
 def test_a_folder_without_a_run_and_one_that_is_at_work_are_refused(run, tmp_path):
     with pytest.raises(ConfigError, match=r"--restart-from generate: .*empty holds no run yet; leave it out"):
         restart(tmp_path / "empty", "generate", plain())
-    write_json(run / "status.json", {"state": "running", "reason": "", "until": "evaluate"})
+    write_record(run / "status.json", dataclasses.replace(STATUS, state="running"))
     (run / "heartbeat").mkdir()
     (run / "heartbeat" / "rank_00000.json").touch()
     with pytest.raises(ConfigError, match=r"may be at work, a rank was seen 0 s ago; stop it \(touch .*PREEMPT\)"):
         restart(run, "generate", plain())
-    write_json(run / "status.json", {"state": "failed", "reason": "", "until": "evaluate"})
+    write_record(run / "status.json", STATUS)
     restart(run, "generate", plain())

@@ -54,7 +54,19 @@ def test_the_environment_keeps_what_earlier_attempts_ran_on(tmp_path):
     for _ in range(3):
         opened(tmp_path)
     environment = json.loads((tmp_path / "environment.json").read_text())
-    assert [sorted(attempt) for attempt in environment["earlier"]] == [sorted(environment.keys() - {"earlier"})] * 2
+    assert [sorted(attempt) for attempt in environment["earlier"]] == [sorted(environment.keys() - {"schema"})] * 2
+    assert [attempt["earlier"] for attempt in environment["earlier"]] == [[], []]
+
+
+def test_a_folder_of_another_version_is_refused_with_both_versions_and_the_remedy(tmp_path):
+    opened(tmp_path / "run")
+    file = tmp_path / "run" / "environment.json"
+    file.write_text(file.read_text().replace('"schema": 2', '"schema": 7'))
+    with pytest.raises(DataError, match=r"run.environment.json is of version 7 .* version 2; .* another run_dir"):
+        opened(tmp_path / "run")
+    file.unlink()  # before there were versions
+    with pytest.raises(DataError, match=r"run is of version 1 .* version 2; .* another run_dir"):
+        opened(tmp_path / "run")
 
 
 def test_a_folder_of_another_config_is_refused_with_the_keys_that_differ(tmp_path):
@@ -122,6 +134,7 @@ def test_a_run_folder_that_is_a_file_is_refused(tmp_path):
 
 
 def test_a_config_that_cannot_be_read_is_named(tmp_path):
+    opened(tmp_path)
     (tmp_path / "config.yaml").write_text("a: [")
     with pytest.raises(DataError, match=r"config.yaml is corrupt"):
         opened(tmp_path)
@@ -132,9 +145,9 @@ def test_a_finished_stage_is_complete_and_its_manifest_says_from_what(tmp_path):
     inputs = finished(folder)
     assert folder.is_complete("generate", inputs)
     manifest = folder.manifest("generate")
-    assert manifest["inputs"] == inputs
-    assert set(manifest["outputs"]) == {"completions/a.jsonl", "summary.json"}
-    assert (manifest["seconds"], manifest["world_size"], manifest["extra"]) == (1.5, 1, {"tokens": 7})
+    assert manifest.inputs == inputs
+    assert set(manifest.outputs) == {"completions/a.jsonl", "summary.json"}
+    assert (manifest.seconds, manifest.world_size, manifest.extra) == (1.5, 1, {"tokens": 7})
 
 
 def test_a_stage_of_another_arm_lives_beside(tmp_path):

@@ -3,10 +3,12 @@ from answering import ARMS, answers, sampled
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
+from spd_dist.analysis.report import SeedsDifference
 from spd_dist.errors import DataError
 from spd_dist.reports.run_report import Asked, write_report
 from spd_dist.reports.seeds import over_seeds, seeds_text, seeds_verdict
 from spd_dist.storage.answers import answers_path, write_merged
+from spd_dist.types import LeakReport
 
 
 def run(folder, seed, *, spd=90, num=150, arms=ARMS, task="arithmetic"):
@@ -19,17 +21,17 @@ def run(folder, seed, *, spd=90, num=150, arms=ARMS, task="arithmetic"):
 def test_arms_and_differences_are_averaged_with_their_spread(tmp_path):
     folders = [run(tmp_path / str(seed), seed, spd=spd) for seed, spd in ((1, 84), (2, 90), (3, 99))]
     result = over_seeds(folders)
-    spd = result["arms"]["spd"]
-    assert result["seeds"] == [1, 2, 3]
-    assert spd["values"] == [0.56, 0.6, 0.66]
-    assert spd["mean"] == pytest.approx(0.6066667)
-    assert spd["standard_deviation"] == pytest.approx(stats.tstd([0.56, 0.6, 0.66]))
-    assert result["arms"]["base"]["standard_deviation"] == pytest.approx(0, abs=1e-12)
-    (difference,) = [one for one in result["comparisons"] if (one["before"], one["after"]) == ("base", "spd")]
-    assert difference["mean"] == pytest.approx(0.2066667)
+    spd = result.arms["spd"]
+    assert result.seeds == [1, 2, 3]
+    assert spd.values == [0.56, 0.6, 0.66]
+    assert spd.mean == pytest.approx(0.6066667)
+    assert spd.standard_deviation == pytest.approx(stats.tstd([0.56, 0.6, 0.66]))
+    assert result.arms["base"].standard_deviation == pytest.approx(0, abs=1e-12)
+    (difference,) = [one for one in result.comparisons if (one.before, one.after) == ("base", "spd")]
+    assert difference.mean == pytest.approx(0.2066667)
     seeds = stats.t.interval(0.95, 2, 0.2066667, stats.sem([0.16, 0.2, 0.26]))
-    assert difference["seed_interval"] == pytest.approx(seeds)
-    assert difference["values"] == pytest.approx([0.16, 0.2, 0.26])
+    assert difference.seed_interval == pytest.approx(seeds)
+    assert difference.values == pytest.approx([0.16, 0.2, 0.26])
 
 
 def test_the_table_shows_every_seed(tmp_path):
@@ -52,7 +54,7 @@ def test_another_task_has_a_column_and_a_line_that_says_where_an_arm_lost(tmp_pa
         write_report(folder, ARMS, Asked("arithmetic", "accuracy", seed, also=(("mmlu", "accuracy"),)))
         folders.append(folder)
     result = over_seeds(folders)
-    assert [(one["arm"], one["value"]) for one in result["other_tasks"]] == [
+    assert [(one.arm, one.value) for one in result.other_tasks] == [
         (arm, pytest.approx(share)) for arm, share in zip(ARMS, (0.6, 89 / 150, 0.2), strict=True)
     ]
     text = seeds_text(result, width=120)
@@ -68,11 +70,14 @@ def test_the_verdict_speaks_of_seeds_and_examples_and_says_no_more_than_is_shown
     assert "SPD, over 3 seeds and 150 examples, against BASE: +20.7 points (95 % interval" in text
     assert "a gain beyond chance over examples and seeds" in text
     unclear = over_seeds([run(tmp_path / f"u{seed}", seed, spd=spd) for seed, spd in ((1, 60), (2, 61))])
-    assert "no difference is shown; this experiment would find about" in unclear["verdict"]
+    assert "no difference is shown; this experiment would find about" in unclear.verdict
 
 
 def test_what_differs_by_chance_does_not_survive_the_correction_of_a_large_family():
-    one = {"before": "base", "after": "spd", "mean": 0.02, "interval": [0.001, 0.039], "p_holm": 0.2}
+    one = SeedsDifference(
+        1.0, None, None, None, None, "base", "spd", 0.02, [0.001, 0.039], 0.04, 0.03, mean=0.02, values=[0.02, 0.02],
+        standard_deviation=0.0, seed_interval=[0.02, 0.02], p_holm=0.2,
+    )  # fmt: skip
     verdict = seeds_verdict([one] * 9, "accuracy", 3, 500)
     assert "does not survive the correction for 9 comparisons" in verdict
     assert seeds_verdict([], "accuracy", 3, 500) == "One arm alone: there is nothing to compare."
@@ -80,14 +85,14 @@ def test_what_differs_by_chance_does_not_survive_the_correction_of_a_large_famil
 
 def test_diagnostics_of_comparisons_are_averaged_over_the_seeds(tmp_path):
     result = over_seeds([run(tmp_path / str(seed), seed, spd=spd) for seed, spd in ((1, 84), (2, 93))])
-    (one,) = [one for one in result["comparisons"] if (one["before"], one["after"]) == ("base", "spd")]
-    assert (one["num_gained"], one["num_lost"]) == (28.5, 0)
-    assert (one["num_gained_by_ending"], one["num_gained_by_form"]) == (0, 28.5)
-    assert one["identical_fraction"] == pytest.approx(1 - 28.5 / 150)
+    (one,) = [one for one in result.comparisons if (one.before, one.after) == ("base", "spd")]
+    assert (one.num_gained, one.num_lost) == (28.5, 0)
+    assert (one.num_gained_by_ending, one.num_gained_by_form) == (0, 28.5)
+    assert one.identical_fraction == pytest.approx(1 - 28.5 / 150)
 
 
 def test_test_problems_in_the_training_rows_are_said_of_the_experiment_too(tmp_path):
-    overlap = {"split": "train", "other": "test", "num_rows": 96, "num_exact": 2, "num_near": 1}
+    overlap = LeakReport("train", "test", num_rows=96, num_exact=2, num_near=1, leaks=())
     folders = [run(tmp_path / str(seed), seed) for seed in (1, 2)]
     for seed, folder in enumerate(folders, 1):
         write_report(folder, ARMS, Asked("arithmetic", "accuracy", seed), [overlap])
@@ -102,8 +107,8 @@ def test_samples_are_counted_over_seeds_as_means(tmp_path):
             write_merged(answers_path(tmp_path / str(seed) / "evaluate", arm, "arithmetic"), rows)
         write_report(tmp_path / str(seed), ARMS, Asked("arithmetic", "accuracy", seed, 0.5))
     result = over_seeds([tmp_path / "1", tmp_path / "2"])
-    assert result["arms"]["base"]["pass_at_k"] == pytest.approx({"1": 0.375, "2": 7 / 12, "4": 0.75})
-    assert result["num_examples"] == 40
+    assert result.arms["base"].pass_at_k == pytest.approx({"1": 0.375, "2": 7 / 12, "4": 0.75})
+    assert result.num_examples == 40
     text = seeds_text(result)
     assert text.splitlines()[0] == "arithmetic: 2 seeds (1, 2), n 40 each, 4 samples at temperature 0.5"
     assert "pass@k, %" in text
@@ -114,15 +119,15 @@ def test_samples_are_counted_over_seeds_as_means(tmp_path):
 
 def test_arms_that_never_differ_are_said_to_show_nothing(tmp_path):
     result = over_seeds([run(tmp_path / str(seed), seed, spd=70) for seed in (1, 2)])
-    assert result["notes"] == [
+    assert result.notes == [
         "Too few examples to find any difference in 4 runs of 5, since so few answers differ: spd - psr."
     ]
 
 
 def test_the_family_of_all_comparisons_is_corrected_by_holm(tmp_path):
     result = over_seeds([run(tmp_path / str(seed), seed, spd=spd) for seed, spd in ((1, 70), (2, 74), (3, 73))])
-    p_values = [one["p_value"] for one in result["comparisons"]]
-    assert [one["p_holm"] for one in result["comparisons"]] == pytest.approx(multipletests(p_values, method="holm")[1])
+    p_values = [one.p_value for one in result.comparisons]
+    assert [one.p_holm for one in result.comparisons] == pytest.approx(multipletests(p_values, method="holm")[1])
     assert len(p_values) == 3
 
 

@@ -4,22 +4,22 @@ import math
 import pytest
 from recording import Recorder
 
-from spd_dist.storage.completions import as_row
+from spd_dist.analysis.report import StageTotal
+from spd_dist.storage.manifests import Manifest, OutputFile
+from spd_dist.storage.records import write_record
+from spd_dist.storage.subspace_file import SiteSummary
 from spd_dist.tracking.metrics import MetricLogger, read_metrics
 from spd_dist.tracking.stage_plots import show_cost, show_stage, show_subspace
 from spd_dist.tracking.wandb_artifacts import product_of
-from spd_dist.types import Completion
-
-CERTIFICATE = {"energy": 14.0, "delta": 0.5, "lost_energy": 0.0, "num_rows": 9, "num_shrinks": 0, "num_dropped_rows": 0}
+from spd_dist.types import Certificate, Completion
 
 
-def site(spectrum, **changes):
-    described = {
-        "width": len(spectrum), "rank": 1, "energy_fraction": 0.5, "num_rows": 9, "sketch_size": 3,
-        "certified_energy_fraction": 1.0, "certified_energy_share": 0.5, "angle_bound": 0.1, "num_null_directions": 0,
-        "certificate": CERTIFICATE, "spectrum": spectrum,
-    }  # fmt: skip
-    return described | changes
+def site(spectrum, angle_bound=0.1):
+    return SiteSummary(
+        module="k_proj", width=len(spectrum), rank=1, energy_fraction=0.5, num_rows=9, sketch_size=3,
+        certificate=Certificate(14.0, 0.5, 0.0, 9), certified_energy_fraction=1.0, certified_energy_share=0.5,
+        angle_bound=angle_bound, num_null_directions=0, spectrum=spectrum,
+    )  # fmt: skip
 
 
 def test_a_subspace_is_shown_as_curves_over_its_directions_and_a_table_of_certificates(tmp_path):
@@ -51,7 +51,7 @@ def test_a_corpus_is_shown_by_lengths_rates_and_samples_under_its_arm(tmp_path):
     mirror, folder = Recorder(), tmp_path / "arms/psr/generate/completions"
     folder.mkdir(parents=True)
     made = [Completion(f"p{n}", 0, 1, (5,), tuple(range(n + 1)), "text", "stop") for n in range(40)]
-    (folder / "completions.jsonl").write_text("".join(json.dumps(as_row(one)) + "\n" for one in made))
+    (folder / "completions.jsonl").write_text("".join(json.dumps(vars(one)) + "\n" for one in made))
     with MetricLogger(tmp_path / "metrics", mirror=mirror) as metrics:
         show_stage(metrics.labelled("psr"), tmp_path, "arms/psr/generate")
     (row,) = read_metrics(tmp_path / "metrics")
@@ -62,7 +62,7 @@ def test_a_corpus_is_shown_by_lengths_rates_and_samples_under_its_arm(tmp_path):
 
 
 def test_the_cost_of_a_stage_without_a_known_peak_is_shown_without_it(tmp_path):
-    cost = {"arms/psr/generate": {"seconds": 2.0, "device_hours": 0.5, "peak_memory_gib": None, "world_size": 4}}
+    cost = {"arms/psr/generate": StageTotal(None, 2.0, 4, 0.5, None, "2026-01-01")}
     with MetricLogger(tmp_path, mirror=Recorder()) as metrics:
         show_cost(metrics, cost)
     (row,) = read_metrics(tmp_path)
@@ -72,12 +72,9 @@ def test_the_cost_of_a_stage_without_a_known_peak_is_shown_without_it(tmp_path):
 def test_what_a_stage_made_says_what_it_was_made_from(tmp_path):
     folder = tmp_path / "arms/psr/finetune"
     (folder / "adapter").mkdir(parents=True)
-    manifest = {
-        "inputs": {"completions": "hash"},
-        "outputs": {"adapter/x": {"bytes": 1, "sha256": "2"}},
-        "world_size": 2,
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    outputs = {"adapter/x": OutputFile(1, "2")}
+    manifest = Manifest("arms/psr/finetune", {"completions": "hash"}, outputs, 1.0, 2.0, 2, "2026-01-01", {})
+    write_record(folder / "manifest.json", manifest)
     product = product_of(tmp_path, "arms/psr/finetune")
     assert (product.name, product.kind, product.is_copied) == ("psr-adapter", "adapter", True)
     assert product.metadata["inputs"] == {"completions": "hash"}

@@ -11,11 +11,11 @@ WORLD = World(0, 2, torch.device("cpu"))
 
 
 def test_a_run_that_ends_well_is_complete_and_was_running_before(tmp_path):
-    assert read_status(tmp_path)["state"] == "absent"
+    assert read_status(tmp_path) is None
     with kept_status(tmp_path / "status.json", WORLD, "evaluate"):
-        assert read_status(tmp_path)["state"] == "running"
+        assert read_status(tmp_path).state == "running"
     status = read_status(tmp_path)
-    assert (status["state"], status["until"], status["world_size"]) == ("complete", "evaluate", 2)
+    assert (status.state, status.until, status.world_size) == ("complete", "evaluate", 2)
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_a_run_that_ends_well_is_complete_and_was_running_before(tmp_path):
 def test_the_reason_of_an_end_is_kept_and_the_error_goes_on(tmp_path, error, state, reason):
     with pytest.raises(type(error)), kept_status(tmp_path / "status.json", WORLD, "evaluate"):
         raise error
-    assert (read_status(tmp_path)["state"], read_status(tmp_path)["reason"]) == (state, reason)
+    assert (read_status(tmp_path).state, read_status(tmp_path).reason) == (state, reason)
 
 
 def test_a_disk_that_failed_does_not_hide_why(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import runpy
 import time
@@ -13,6 +14,8 @@ from answering import ARMS, answers
 
 from spd_dist.reports.run_report import Asked, write_report
 from spd_dist.storage.answers import answers_path, write_merged
+from spd_dist.storage.records import write_record
+from spd_dist.storage.restart import Status
 
 SWEEP = runpy.run_path("spd_dist/launch/sweep.py")
 main, points = SWEEP["main"], SWEEP["points"]
@@ -79,6 +82,9 @@ def test_a_plan_is_not_replaced_by_another(plan, tmp_path, capsys):
     assert "is the plan of another sweep" in error(capsys, "plan", write(tmp_path, grid={"seed": [1]}))
 
 
+STATUS = Status("failed", "DataError: no rows", 1.0, "evaluate", 1, "host", 1, None)
+
+
 def put(file: Path, value: object) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(value))
@@ -86,9 +92,9 @@ def put(file: Path, value: object) -> None:
 
 def test_status_says_of_each_run_how_it_is_and_where(plan, capsys):
     runs = [point.run_dir for point in SWEEP["read_plan"](plan)]
-    put(runs[0] / "status.json", {"state": "failed", "reason": "DataError: no rows"})
+    write_record(runs[0] / "status.json", STATUS)
     for run, age in ((runs[1], 0), (runs[2], 3600)):
-        put(run / "status.json", {"state": "running", "reason": ""})
+        write_record(run / "status.json", dataclasses.replace(STATUS, state="running"))
         put(run / "project" / "manifest.json", {})
         put(run / "heartbeat" / "rank_00000.json", {"place": "generate, 3/9", "time": time.time() - age})
     assert main(["status", str(plan)]) == 0

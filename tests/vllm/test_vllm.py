@@ -301,7 +301,7 @@ asked = dict(seed=1, sampling=dict(temperature=1.0, top_p=0.9, top_k=0, min_p=0.
              max_new_tokens=3, eos_token_ids=[2]))
 assert serve.sampling_of(asked).max_tokens == 3
 settings = dict(model="m", revision=None, dtype="float32", trust_remote_code=False, max_length=9, tensor_parallel=1,
-                pipeline_parallel=1, sites=[], lora_rank=4, options={{}})
+                pipeline_parallel=1, sites=[], lora_rank=4, options='{{}}')
 names = {{field.name for field in dataclasses.fields(EngineArgs)}}
 assert not serve.engine_arguments(settings).keys() - names
 assert "lora_request" in inspect.signature(LLMEngine.add_request).parameters

@@ -90,10 +90,10 @@ class ExternalEngine:
             ConfigError: there is no such program.
         """
         prompts, output, log = (self.scratch / name for name in ("prompts.jsonl", "output.jsonl", "engine.log"))
-        rows = [self._row(request, sampling) for request in requests]
+        lines = [self._line(request, sampling) for request in requests]
         try:
             self.scratch.mkdir(parents=True, exist_ok=True)
-            prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            prompts.write_text("".join(lines), encoding="utf-8")
             output.unlink(missing_ok=True)
             output.touch()
         except OSError as error:
@@ -105,8 +105,9 @@ class ExternalEngine:
                 yield self._decoded(line, waiting, sampling)
             self._check(process.returncode, waiting, log)
 
-    def _row(self, request: Request, sampling: Sampling) -> dict[str, Any]:
-        return {
+    def _line(self, request: Request, sampling: Sampling) -> str:
+        """A line of `{prompts}`: the prompt, as tokens and as text, and how its completion is drawn."""
+        asked = {
             "id": request.id,
             "sample": request.sample,
             "seed": request.seed,
@@ -115,6 +116,7 @@ class ExternalEngine:
             "eos_token_ids": self.policy.eos_token_ids,
             **asdict(sampling),
         }
+        return json.dumps(asked) + "\n"
 
     @contextmanager
     def _running(self, command: Sequence[str], log: Path) -> Generator[subprocess.Popen[bytes]]:

@@ -16,7 +16,6 @@ from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
-from typing import Any
 from urllib.parse import urlsplit
 
 from spd_dist.config import Generate, Server
@@ -156,7 +155,7 @@ class ServerEngine:
         logprobs: int | None = None,
     ) -> _Completed:
         """One answer, of the first of `urls` that gives it."""
-        body = json.dumps(self._body(request, sampling, logprobs)).encode()
+        body = self._body(request, sampling, logprobs)
         pause, said = FIRST_PAUSE_SECONDS, ""
         for attempt in range(self.server.retries + 1):
             url, is_first = urls[attempt % len(urls)], attempt % len(urls) == 0
@@ -179,9 +178,9 @@ class ServerEngine:
             f"last with {said}; {KEPT}"
         )
 
-    def _body(self, request: Request, sampling: Sampling, logprobs: int | None) -> dict[str, Any]:
-        """Every field that may change a token, by name: nothing is left to the server's defaults."""
-        return {
+    def _body(self, request: Request, sampling: Sampling, logprobs: int | None) -> bytes:
+        """Every field that may change a token, by name, as JSON: nothing is left to the server's defaults."""
+        asked = {
             "model": self.model, "prompt": list(request.tokens), "seed": request.seed % 2**63, "n": 1,
             "max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p,
             "top_k": sampling.top_k or -1, "min_p": sampling.min_p, "repetition_penalty": sampling.repetition_penalty,
@@ -189,6 +188,7 @@ class ServerEngine:
             "stop_token_ids": list(self.policy.eos_token_ids), "ignore_eos": False, "logprobs": logprobs,
             "return_token_ids": True, "skip_special_tokens": False, "stream": False,
         }  # fmt: skip
+        return json.dumps(asked).encode()
 
     def _post(self, url: str, body: bytes) -> tuple[int, str, bytes]:
         """Status, Retry-After, and text."""

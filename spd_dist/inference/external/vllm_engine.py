@@ -12,7 +12,7 @@ import json
 from collections import deque
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -22,7 +22,7 @@ from spd_dist.distributed.memory import free_bytes, ranks_here
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError, DataError
 from spd_dist.inference.external.external_engine import decoded_of, environment_of
-from spd_dist.inference.external.vllm_process import INSIDE, EnginePool, VLLMProcess, VLLMSettings
+from spd_dist.inference.external.vllm_process import INSIDE, EnginePool, VLLMProcess, VLLMSettings, VLLMSite
 from spd_dist.inference.requests import Decoded, Request
 from spd_dist.inference.sampling import Sampling
 from spd_dist.models.model_stats import outline_of
@@ -35,11 +35,10 @@ MOST_WEIGHTS = 0.85
 """Share of a device's free memory that weights may take: keys and values need the rest."""
 
 
-def site_settings(site: KVSite, insertion: str) -> tuple[tuple[str, Any], ...]:
+def site_settings(site: KVSite, insertion: str) -> VLLMSite:
     """A site as the plugin finds it in vLLM's model."""
     after_rope = insertion == "rope" and site.kind == "key"
-    found = {"name": site_name(site, insertion), "module": site.module, "kind": site.kind, "width": site.width}
-    return tuple((found | {"after_rope": after_rope}).items())
+    return VLLMSite(site_name(site, insertion), site.module, site.kind, site.width, after_rope)
 
 
 def site_name(site: KVSite, insertion: str) -> str:

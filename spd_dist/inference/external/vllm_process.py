@@ -25,6 +25,17 @@ INSIDE = Path(__file__).with_name("inside_vllm")
 POLL_SECONDS = 0.5
 
 
+@dataclasses.dataclass(frozen=True, order=True)
+class VLLMSite:
+    """A site as the plugin finds it in vLLM's model."""
+
+    name: str
+    module: str
+    kind: str
+    width: int
+    after_rope: bool
+
+
 @dataclasses.dataclass(frozen=True)
 class VLLMSettings:
     """What an engine is started with; one that is at work serves whatever has the same."""
@@ -36,17 +47,12 @@ class VLLMSettings:
     max_length: int
     tensor_parallel: int
     pipeline_parallel: int
-    sites: tuple[tuple[tuple[str, Any], ...], ...]
-    """Those that may be projected: name, module, kind, width, after_rope."""
+    sites: tuple[VLLMSite, ...]
+    """Those that may be projected."""
     lora_rank: int
     """Of the largest adapter; 0 if there is none."""
     options: str
     """Of the user, as JSON."""
-
-    def line(self) -> dict[str, Any]:
-        """As the engine reads it."""
-        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return plain | {"sites": [dict(site) for site in self.sites], "options": json.loads(self.options)}
 
 
 class VLLMProcess:
@@ -84,7 +90,7 @@ class VLLMProcess:
         for work in (self._read, self._write):
             threading.Thread(target=work, name="vllm", daemon=True).start()
         try:
-            self.send(settings.line())
+            self.send(dataclasses.asdict(settings))
             self.version = self.receive("ready")["vllm"]
         except BaseException:
             self.close()
@@ -163,7 +169,7 @@ class EnginePool:
         self.folder = folder
         self.process: VLLMProcess | None = None
         self.num_starts = 0
-        self.sites: tuple[tuple[tuple[str, Any], ...], ...] = ()
+        self.sites: tuple[VLLMSite, ...] = ()
         """Sites that later uses will project."""
         self.lora_rank = 0
         """Of the largest adapter of later uses."""

@@ -14,7 +14,7 @@ import builtins
 import importlib
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from spd_dist.sandbox.inside.wire import Channel, Ended, Outcome, decode, encode
 
@@ -96,7 +96,16 @@ def _number_of(value: Any) -> int:
     raise TypeError(f"a test may give the program plain data and its own objects, not {type(value).__name__}")
 
 
-def verdict(channel: Channel, program: str, tests: Sequence[str], setup: str) -> dict[str, Any]:
+class TestOutcome(NamedTuple):
+    """What the host is told."""
+
+    passed: bool
+    reason: str
+    has_ended: bool
+    """The program's process is gone."""
+
+
+def verdict(channel: Channel, program: str, tests: Sequence[str], setup: str) -> TestOutcome:
     """Whether every assertion of every test was reached and held, and if not, why."""
     candidate = Program(channel)
     namespace: dict[str, Any] = {"__name__": "tests"}
@@ -126,7 +135,7 @@ def verdict(channel: Channel, program: str, tests: Sequence[str], setup: str) ->
     if outcome.error is not None and not has_ended:
         reason = f"{reason}: {type(outcome.error).__name__} {outcome.message}".rstrip()
     passed = outcome.error is None and asserted.held >= asserted.required and bool(asserted.held)
-    return {"passed": passed, "reason": "passed" if passed else reason, "has_ended": has_ended}
+    return TestOutcome(passed, "passed" if passed else reason, has_ended)
 
 
 class _Asserted(ast.NodeTransformer):

@@ -74,6 +74,6 @@ def _play(part: dict[str, Any]) -> None:
         host, program = channels
         host.send(program.receive())
         asked = host.receive()
-        host.send(judge.verdict(program, asked["program"], asked["tests"], asked["setup"]))
+        host.send(judge.verdict(program, asked["program"], asked["tests"], asked["setup"])._asdict())
     else:
         channels[0].send(findings(part["secrets"]))

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from spd_dist.distributed.checkpoint_safety import refuse_code
 from spd_dist.distributed.collectives import any_rank, gather_objects, together
@@ -21,7 +20,8 @@ from spd_dist.distributed.training_engine import (
 from spd_dist.distributed.uneven_work import on_main, wait_for_all_ranks
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError, writing
-from spd_dist.storage.artifacts import clear_folder, read_json, sha256_of, write_json
+from spd_dist.storage.artifacts import clear_folder, sha256_of
+from spd_dist.storage.records import read_record, write_record
 
 log = logging.getLogger(__name__)
 
@@ -72,14 +72,25 @@ UNIVERSAL = ".universal"
 
 
 @dataclass(frozen=True)
+class Marker:
+    """What stands in a checkpoint when it is whole, and not before."""
+
+    step: int
+    identity: str
+    """The hash of all that it depends on."""
+    world_size: int
+    zero_stage: int
+    state: State
+    sha256: Mapping[str, str]
+    """Of its files, by name."""
+
+
+@dataclass(frozen=True)
 class Found:
     """A checkpoint that is whole."""
 
     folder: Path
-    step: int
-    world_size: int
-    zero_stage: int
-    state: Mapping[str, Any]
+    marker: Marker
 
 
 @dataclass(frozen=True)
@@ -88,7 +99,8 @@ class Pending:
 
     engine: DeepSpeedEngine
     folder: Path
-    marker: Mapping[str, Any]
+    marker: Marker
+    """Without the hashes, which are not known yet."""
     best_step: int | None
 
 
@@ -103,26 +115,19 @@ class Checkpoints:
         self.zero_stage, self.keep, self.keep_every = zero_stage, keep, keep_every
         self.pending: Pending | None = None
 
-    def begin(
-        self, engine: DeepSpeedEngine, step: int, state: Mapping[str, Any], *, best_step: int | None = None
-    ) -> None:
+    def begin(self, engine: DeepSpeedEngine, state: State, *, best_step: int | None = None) -> None:
         """Copy weights and optimizer as they are now, and write them while training goes on; `complete` ends it.
 
         Raises:
             DataError: the disk is full or may not be written; earlier checkpoints are kept.
         """
         self.complete()
-        final = self.folder / _name(step)
+        final = self.folder / _name(state.step)
         partial = final.with_name(final.name + PARTIAL)
         on_main("preparing a checkpoint", lambda: self._make_room(partial))
         save_engine(engine, self.folder, partial.name)
-        marker = {
-            "step": step,
-            "identity": self.identity,
-            "world_size": self.world.size,
-            "zero_stage": self.zero_stage,
-            "state": dict(state),
-        }
+        kept = replace(state, epochs=list(state.epochs))  # training goes on
+        marker = Marker(state.step, self.identity, self.world.size, self.zero_stage, kept, sha256={})
         self.pending = Pending(engine, final, marker, best_step)
 
     def complete_if_written(self) -> None:
@@ -172,17 +177,18 @@ class Checkpoints:
             DataError: it was written without ZeRO and should be read with it, or the other way round; or a file of it
                 is not data alone.
         """
-        if bool(found.zero_stage) != bool(self.zero_stage):
+        world_size, zero_stage = found.marker.world_size, found.marker.zero_stage
+        if bool(zero_stage) != bool(self.zero_stage):
             raise DataError(
-                f"{found.folder} was written with distributed.zero_stage={found.zero_stage}, which a run with "
+                f"{found.folder} was written with distributed.zero_stage={zero_stage}, which a run with "
                 f"distributed.zero_stage={self.zero_stage} cannot read; set it back, or delete {self.folder}"
             )
         with together("reading a checkpoint"):
             refuse_code(sorted(found.folder.glob("*.pt"))[self.world.rank :: self.world.size])
-        if not self.zero_stage or (found.world_size, found.zero_stage) == (self.world.size, self.zero_stage):
+        if not self.zero_stage or (world_size, zero_stage) == (self.world.size, self.zero_stage):
             return found.folder
         universal = found.folder.with_name(found.folder.name + UNIVERSAL)
-        log.info("%s is of %d ranks; converting it for %d", found.folder, found.world_size, self.world.size)
+        log.info("%s is of %d ranks; converting it for %d", found.folder, world_size, self.world.size)
 
         def convert() -> None:
             clear_folder(universal)
@@ -205,7 +211,7 @@ class Checkpoints:
 
     def _publish(self, pending: Pending, digests: Mapping[str, str]) -> None:
         partial = pending.folder.with_name(pending.folder.name + PARTIAL)
-        write_json(partial / MARKER, {**pending.marker, "sha256": dict(sorted(digests.items()))})
+        write_record(partial / MARKER, replace(pending.marker, sha256=dict(sorted(digests.items()))))
         shutil.rmtree(pending.folder, ignore_errors=True)
         partial.rename(pending.folder)
         self._prune(pending.best_step)
@@ -213,12 +219,12 @@ class Checkpoints:
     def _checked(self, folder: Path) -> Found | None:
         """What `folder` holds, or None, with the reason in the log, if it is not whole; each rank hashes some files."""
 
-        def read() -> tuple[dict[str, Any], list[str]] | str:
+        def read() -> tuple[Marker, list[str]] | str:
             try:
-                marker = _read_marker(folder / MARKER)
+                marker = read_record(folder / MARKER, Marker)
             except DataError as error:
                 return str(error)
-            return marker, sorted({path.name for path in folder.iterdir()} - {MARKER} | marker["sha256"].keys())
+            return marker, sorted({path.name for path in folder.iterdir()} - {MARKER} | marker.sha256.keys())
 
         found = on_main("reading a checkpoint's marker", read)
         if isinstance(found, str):
@@ -233,11 +239,11 @@ class Checkpoints:
             log.warning("%s is passed over: %s changed since it was written", folder, ", ".join(broken))
             return None
         with together("comparing a checkpoint's settings"):
-            if marker["identity"] != self.identity:
+            if marker.identity != self.identity:
                 raise DataError(
                     f"{folder} was made with other settings, weights or completions; delete {self.folder} to train anew"
                 )
-        return Found(folder, marker["step"], marker["world_size"], marker["zero_stage"], marker["state"])
+        return Found(folder, marker)
 
     def _prune(self, best_step: int | None) -> None:
         """Only after the new one is whole."""
@@ -250,26 +256,11 @@ class Checkpoints:
             clear_folder(leftover)
 
 
-def _read_marker(file: Path) -> dict[str, Any]:
-    """What `Checkpoints` wrote when the checkpoint was whole.
-
-    Raises:
-        DataError: it is missing, or is something else.
-    """
-    marker = read_json(file)
-    kinds = {"step": int, "world_size": int, "zero_stage": int, "identity": str, "state": dict, "sha256": dict}
-    if not isinstance(marker, dict) or any(type(marker.get(name)) is not kind for name, kind in kinds.items()):
-        raise DataError(f"{file} is no marker of a checkpoint: it must name {', '.join(kinds)}")
-    if marker["state"].keys() != {item.name for item in fields(State)}:
-        raise DataError(f"{file} is of another version: its state has the keys {', '.join(marker['state'])}")
-    return marker
-
-
-def _is_whole(folder: Path, name: str, marker: Mapping[str, Any]) -> bool:
+def _is_whole(folder: Path, name: str, marker: Marker) -> bool:
     """Whether a file is one that was written with the checkpoint, and as it was written."""
     path = folder / name
     is_own = Path(name).name == name and path.is_file() and not path.is_symlink()
-    return is_own and marker["sha256"].get(name) == sha256_of(path)
+    return is_own and marker.sha256.get(name) == sha256_of(path)
 
 
 def _name(step: int) -> str:

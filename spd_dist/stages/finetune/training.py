@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from collections.abc import Mapping
@@ -30,7 +29,6 @@ from spd_dist.stages.finetune.checkpoints import Checkpoints, Found, State
 from spd_dist.stages.finetune.sequences import TrainingSequences, lengths_of
 from spd_dist.stages.finetune.step import StepResult, TrainStep, check_student, global_generator_kept
 from spd_dist.tracking.progress import Progress, ProgressReports
-from spd_dist.types import record_of
 
 log = logging.getLogger(__name__)
 
@@ -169,8 +167,8 @@ class Trainer:
         )
         if found is not None and folder is not None:
             self.checkpoints.load(engine, folder)
-            self.state = record_of(State, found.state)
-            log.info("finetune: goes on after step %d of %d", found.step, self.num_steps)
+            self.state = found.marker.state
+            log.info("finetune: goes on after step %d of %d", self.state.step, self.num_steps)
         return engine
 
     def _train(self, engine: DeepSpeedEngine) -> None:
@@ -259,4 +257,4 @@ class Trainer:
 
     def _begin_checkpoint(self, engine: DeepSpeedEngine) -> None:
         best_step = self.state.best_step if self._keeps_best else None
-        self.checkpoints.begin(engine, self.state.step, dataclasses.asdict(self.state), best_step=best_step)
+        self.checkpoints.begin(engine, self.state, best_step=best_step)

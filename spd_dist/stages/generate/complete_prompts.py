@@ -28,7 +28,7 @@ from spd_dist.stages.context import StageContext
 from spd_dist.stages.generate.corpus_requests import Requests, share_of
 from spd_dist.stages.generate.merge_corpus import Attempt, CorpusSummary, check_leakage, merge
 from spd_dist.storage.artifacts import JsonlWriter
-from spd_dist.storage.completions import MERGED, TABLE, as_row, finished_corpus, part_name, parts, read_if_there
+from spd_dist.storage.completions import MERGED, TABLE, finished_corpus, part_name, parts, read_if_there
 from spd_dist.types import Completion, Projection, Prompt
 
 log = logging.getLogger(__name__)
@@ -190,7 +190,7 @@ def _write(decoded: Iterable[Decoded], policy: Policy, config: Generate, context
     num_tokens = 0
     with JsonlWriter(completions / name) as lines:
         for one in decoded:
-            lines.write(as_row(_completion(one, policy)))
+            lines.write(vars(_completion(one, policy)))
             num_tokens += len(one.tokens)
             context.advance(1, len(one.tokens))
             context.stop_alone()

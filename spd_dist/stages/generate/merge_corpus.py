@@ -18,9 +18,9 @@ from spd_dist.inference.engine_table import ENGINES, Opened
 from spd_dist.inference.sampling import suggested_decoding
 from spd_dist.models.policy import Policy
 from spd_dist.stages.generate.corpus_requests import Requests
-from spd_dist.storage.artifacts import read_json, write_json
 from spd_dist.storage.completions import corpus_name, finished_corpus, is_empty, is_repetitive, open_corpus, parts
 from spd_dist.storage.corpus_merge import LocatedLines, remove_parts, write_merged
+from spd_dist.storage.records import read_record, write_record
 from spd_dist.types import Completion, record_of
 
 log = logging.getLogger(__name__)
@@ -194,7 +194,7 @@ def merge(requests: Requests, config: Generate, folder: Path, attempts: Sequence
         merged = finished_corpus(completions)
         if merged is not None and (folder / "summary.json").exists():
             remove_parts(completions)
-            return record_of(CorpusSummary, read_json(folder / "summary.json"))
+            return read_record(folder / "summary.json", CorpusSummary)
         if merged is None:
             with LocatedLines(parts(completions), requests.number_of, len(requests)) as lines:
                 if config.num_tasks > 1 and lines.num_found < len(requests):
@@ -208,7 +208,7 @@ def merge(requests: Requests, config: Generate, folder: Path, attempts: Sequence
             check_rates(counts, config)
         remove_parts(completions)
         summary = record_of(CorpusSummary, {"is_complete": True, **asdict(counts), **described})
-        write_json(folder / "summary.json", asdict(summary))
+        write_record(folder / "summary.json", summary)
         return summary
 
 

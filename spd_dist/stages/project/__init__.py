@@ -4,7 +4,6 @@ subspace.py  moments -> Subspace, the same on every rank
 bounds.py    what its certificate proves of it
 drift.py     how far it moved since earlier rounds
 operators.py Subspace -> Projection, by `project.mode`
-summary.py   what `project/summary.json` says of it
 """
 
 from spd_dist.stages.project.drift import drift
@@ -13,8 +12,8 @@ from spd_dist.stages.project.subspace import (
     angle_bound,
     certified_energy_fraction,
     certified_energy_share,
+    site_summaries,
     subspace,
-    summary,
 )
 
 __all__ = [
@@ -23,6 +22,6 @@ __all__ = [
     "certified_energy_share",
     "drift",
     "projection",
+    "site_summaries",
     "subspace",
-    "summary",
 ]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from spd_dist.analysis.subspace_algebra import overlap, principal_angles
 from spd_dist.config import Project
@@ -15,6 +14,7 @@ from spd_dist.distributed.collectives import gather_objects
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError
 from spd_dist.stages.project.subspace import second_moment
+from spd_dist.storage.subspace_file import SiteDrift
 from spd_dist.types import KVSite, SiteMoments, SiteSubspace, Subspace
 
 
@@ -24,7 +24,7 @@ def drift(
     earlier: Mapping[int, Subspace],
     config: Project,
     world: World,
-) -> dict[str, dict[str, dict[str, Any]]]:
+) -> dict[str, dict[str, SiteDrift]]:
     """What moved, by earlier round and site: principal angles, and how much of this round's energy it holds.
 
     A collective.
@@ -49,8 +49,7 @@ def drift(
     held = held if world.size == 1 else {key: share for rank in gather_objects(held) for key, share in rank.items()}
     return {
         str(number): {
-            str(site): _moved(each.sites[site], part) | {"energy_fraction_held": held[number, str(site)]}
-            for site, part in estimated.sites.items()
+            str(site): _moved(each.sites[site], part, held[number, str(site)]) for site, part in estimated.sites.items()
         }
         for number, each in earlier.items()
     }
@@ -62,14 +61,15 @@ def _held_fraction(moments: SiteMoments, part: SiteSubspace, config: Project) ->
     return ((basis_DR.T @ moment_DD * basis_DR.T).sum() / moment_DD.trace()).item()
 
 
-def _moved(before: SiteSubspace, after: SiteSubspace) -> dict[str, Any]:
+def _moved(before: SiteSubspace, after: SiteSubspace, held_fraction: float) -> SiteDrift:
     angle_R = principal_angles(before, after)
-    return {
-        "angles_degrees": [math.degrees(angle) for angle in angle_R.tolist()],
-        "mean_angle_degrees": math.degrees(angle_R.mean().item()),
-        "largest_angle_degrees": math.degrees(angle_R.max().item()),
-        "overlap_fraction": overlap(before, after),
-        "energy_ratio": after.certificate.energy / before.certificate.energy,
-        "energy_fraction_before": before.energy_fraction,
-        "energy_fraction": after.energy_fraction,
-    }
+    return SiteDrift(
+        angles_degrees=[math.degrees(angle) for angle in angle_R.tolist()],
+        mean_angle_degrees=math.degrees(angle_R.mean().item()),
+        largest_angle_degrees=math.degrees(angle_R.max().item()),
+        overlap_fraction=overlap(before, after),
+        energy_ratio=after.certificate.energy / before.certificate.energy,
+        energy_fraction_before=before.energy_fraction,
+        energy_fraction=after.energy_fraction,
+        energy_fraction_held=held_fraction,
+    )

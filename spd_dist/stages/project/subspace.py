@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from spd_dist.config import Project
 from spd_dist.distributed.collectives import all_equal, broadcast_, gather_objects, together
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError, DataError
-from spd_dist.storage.subspace_file import fingerprint
+from spd_dist.storage.subspace_file import SiteSummary, fingerprint
 from spd_dist.types import KVSite, SiteMoments, SiteSubspace, Subspace, record_of
 
 log = logging.getLogger(__name__)
@@ -206,27 +205,24 @@ def _energies(site: SiteSubspace) -> tuple[int, float, float]:
 NOT_CERTIFIED = "not certified"
 
 
-def summary(whole: Subspace, *, sketch_sizes: Mapping[int, int]) -> dict[str, Any]:
-    """Plain data: `metadata`, and `sites` by name; `sketch_sizes` gives the rows of a sketch by width."""
-    return {
-        "metadata": dict(whole.metadata),
-        "sites": {str(site): _described(site, part, sketch_sizes[site.width]) for site, part in whole.sites.items()},
-    }
+def site_summaries(whole: Subspace, *, sketch_sizes: Mapping[int, int]) -> dict[str, SiteSummary]:
+    """Each site in numbers, by its name; `sketch_sizes` gives the rows of a sketch by width."""
+    return {str(site): _summary(site, part, sketch_sizes[site.width]) for site, part in whole.sites.items()}
 
 
-def _described(site: KVSite, part: SiteSubspace, sketch_size: int) -> dict[str, Any]:
+def _summary(site: KVSite, part: SiteSubspace, sketch_size: int) -> SiteSummary:
     bound = angle_bound(part)
-    return {
-        "module": site.module,
-        "width": site.width,
-        "rank": part.basis_DR.shape[1],
-        "energy_fraction": part.energy_fraction,
-        "num_rows": part.certificate.num_rows,
-        "sketch_size": sketch_size,
-        "certificate": asdict(part.certificate),
-        "certified_energy_fraction": certified_energy_fraction(part),
-        "certified_energy_share": certified_energy_share(part),
-        "angle_bound": NOT_CERTIFIED if bound is None else bound,
-        "num_null_directions": part.num_null_directions,
-        "spectrum": part.eigenvalue_D.tolist(),
-    }
+    return SiteSummary(
+        module=site.module,
+        width=site.width,
+        rank=part.basis_DR.shape[1],
+        energy_fraction=part.energy_fraction,
+        num_rows=part.certificate.num_rows,
+        sketch_size=sketch_size,
+        certificate=part.certificate,
+        certified_energy_fraction=certified_energy_fraction(part),
+        certified_energy_share=certified_energy_share(part),
+        angle_bound=NOT_CERTIFIED if bound is None else bound,
+        num_null_directions=part.num_null_directions,
+        spectrum=part.eigenvalue_D.tolist(),
+    )

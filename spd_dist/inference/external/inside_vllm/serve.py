@@ -75,7 +75,7 @@ def engine_arguments(settings: dict[str, Any]) -> dict[str, Any]:
         arguments["kv_cache_memory_bytes"] = cache_bytes()
         if settings["tensor_parallel"] * settings["pipeline_parallel"] == 1:
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    return arguments | settings["options"]
+    return arguments | json.loads(settings["options"])
 
 
 def cache_bytes() -> int:
