@@ -22,7 +22,8 @@ from spd_dist.distributed.zero import weights_fingerprint
 from spd_dist.errors import ConfigError, DataError
 from spd_dist.models.policy import Policy
 from spd_dist.stages.context import StageContext
-from spd_dist.stages.generate import corpus_requests, generate
+from spd_dist.stages.generate import CorpusSummary, corpus_requests, generate
+from spd_dist.storage.records import read_record
 from spd_dist.types import Projection, Prompt
 
 PLACEMENTS = ("replica", "layerwise")
@@ -97,7 +98,7 @@ def both_placements_and_forms_give_the_corpus_of_one_rank(policy: Policy, folder
             assert summary.placement == placement
             assert min(summary.hook_calls.values()) >= 1
             assert summary.leakage < 1e-5
-            assert json.loads((target / "summary.json").read_text()) == dataclasses.asdict(summary)
+            assert read_record(target / "summary.json", CorpusSummary) == summary
     assert run(policy, folder / "auto").placement == "replica"
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch.distributed as dist
 from ranks import run_on_ranks
 
-from spd_dist.storage.artifacts import write_json
 from spd_dist.storage.manifests import (
     MANIFEST,
+    Manifest,
     described,
     find_finished,
     finished_stages,
@@ -18,6 +18,7 @@ from spd_dist.storage.manifests import (
     take_over,
     why_not_complete,
 )
+from spd_dist.storage.records import write_record
 
 NUM_JOBS, NUM_TIMES = 4, 10
 INPUTS, OTHERS = {"settings": "s1"}, {"settings": "s0"}
@@ -29,7 +30,7 @@ def make(stage: Path, inputs: dict[str, str] = INPUTS) -> Path:
     for name in NAMES:
         (stage / name).write_bytes(name.encode() * 10_000)
     outputs = described(stage, [stage / name for name in NAMES])
-    write_json(stage / MANIFEST, {"stage": stage.name, "inputs": inputs, "outputs": outputs, "seconds": 1.0})
+    write_record(stage / MANIFEST, Manifest(stage.name, inputs, outputs, 1.0, 1.0, 1, "2026-01-01T00:00:00Z", {}))
     return stage
 
 

@@ -58,7 +58,8 @@ def close(found: object, expected: object) -> bool:
 def test_the_files_hold_the_primary_comparison_and_every_row(undisturbed):
     found = results(undisturbed)
     result, details, rows = found["mechanism"], found["details"], found["rows"]
-    assert set(result) == {"num_rows", "num_random", "effect", "interval", "p_value", "matched_kl", "controls"}
+    fields = {"schema", "num_rows", "num_random", "effect", "interval", "p_value", "matched_kl", "controls"}
+    assert set(result) == fields
     assert set(result["matched_kl"]) == {"p_value", "effect", "kl"}
     assert {frozenset(one) for one in result["controls"]} == {frozenset({"name", "effect", "interval", "kl"})}
     names = [one["name"] for one in result["controls"]]

@@ -71,4 +71,4 @@ def test_a_terminal_that_cannot_draw_gets_lines(variables):
 def test_a_file_gets_lines():
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, timeout=120)
     assert "\x1b" not in done.stderr
-    assert done.stderr.count("prompts") == 6
+    assert done.stderr.count("prompts") == 5, "it starts, of four units three, done"
