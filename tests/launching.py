@@ -28,7 +28,7 @@ SMALL = [
 ]  # fmt: skip
 """A run of seconds: seven calibration examples on four shards, ten prompts, six test problems."""
 
-VARY = {"cost", "seconds", "tokens_per_second", "num_new_tokens", "hook_calls", "leakage"}
+VARY = {"cost", "seconds", "tokens_per_second", "num_new_tokens", "hook_calls", "leakage", "batch_size"}
 """Of the report: times, and what is counted of the last attempt only."""
 
 
