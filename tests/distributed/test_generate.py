@@ -174,7 +174,8 @@ def a_program_gets_the_whole_folded_policy(policy: Policy, model: Path, folder: 
     whole, given = policy_of(model, this_world(), zero_stage=0), {}
     for name, one in {"sharded": policy, "whole": whole}.items():
         kept = folder / f"{name}.safetensors"
-        command = f"sh -c 'cp {{model}}/model.safetensors {kept}; echo at work >&2; exit 9' {{prompts}} {{output}}"
+        copy = f"cp {{model}}/model.safetensors {kept}.$$ && mv {kept}.$$ {kept}"  # whole, though one ends the other
+        command = f"sh -c '{copy}; echo at work >&2; exit 9' {{prompts}} {{output}}"
         config = dataclasses.replace(CONFIG, engine="command", command=command)
         with pytest.raises(DataError, match=r"generate.engine=command ended with exit code 9; .*\nat work"):
             run(one, folder / f"program-{name}", config)
