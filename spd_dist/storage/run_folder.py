@@ -19,7 +19,7 @@ from yaml import YAMLError
 
 from spd_dist.distributed.collectives import any_rank
 from spd_dist.distributed.lock import alone_in
-from spd_dist.distributed.uneven_work import on_main
+from spd_dist.distributed.uneven_work import on_main, wait_for_all_ranks
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError, MissingError
 from spd_dist.process.environment import Environment, environment
@@ -168,13 +168,17 @@ class RunFolder:
         return on_main(f"finishing {stage}", finish)
 
     def manifest(self, stage: str) -> Manifest:
-        """What `finish` wrote; every rank sees the files that it names from here on.
+        """What `finish` wrote; every rank sees the files that it names from here on. A collective.
 
         Raises:
-            DataError: the stage is not finished.
+            DataError: the stage is not finished, or a host does not see what it wrote.
         """
-        found = on_main(f"reading the manifest of {stage}", lambda: read_manifest(self.folder(stage)))
-        wait_until_seen(self.folder(stage), found.outputs)
+        folder = self.folder(stage)
+        found = on_main(f"reading the manifest of {stage}", lambda: read_manifest(folder))
+        is_late = not all((folder / name).exists() for name in found.outputs)
+        if any_rank(is_late) if self.world.size > 1 else is_late:
+            with wait_for_all_ranks(f"waiting for what {stage} wrote"):
+                wait_until_seen(folder, found.outputs)
         return found
 
     def output_hash(self, stage: str, *files: str) -> str:

@@ -1,6 +1,7 @@
 """Four ranks see the run folder that one rank sees."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from ranks import run_on_ranks
 
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError, DataError
+from spd_dist.storage import run_folder
 from spd_dist.storage.manifests import read_manifest
 from spd_dist.storage.restart import kept_status
 from spd_dist.storage.run_folder import RunFolder
@@ -43,6 +45,13 @@ def use_the_folder(path: Path) -> None:
         os.remove(stage / "rank_0.txt")
     dist.barrier()
     assert not folder.is_complete("generate", {"config": "c"})
+    # One rank's host never sees a file that the others see: all end, and none goes on alone.
+    if world.rank == 1:
+        run_folder.wait_until_seen = partial(run_folder.wait_until_seen, seconds=0.2)
+    else:
+        run_folder.wait_until_seen = lambda *_: None
+    with pytest.raises(DataError, match=r"rank_0.txt is missing"):
+        folder.manifest("generate")
 
 
 def test_every_rank_hears_what_rank_zero_finds(tmp_path):
