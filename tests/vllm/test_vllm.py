@@ -273,7 +273,7 @@ def test_a_real_server_gives_the_greedy_corpus_and_a_students_answers(policy, mo
     _, expected = made(policy, tmp_path / "hf", HF, None)
     _, found = made(policy, tmp_path / "server", config, None, arm="psr")
     assert agreement(found, expected) >= 0.99
-    with pytest.raises(DataError, match="'plain' gives the log-probability"):
+    with pytest.raises(DataError, match=f"'plain' of {server_url} gives the log-probability"):
         made(policy, tmp_path / "other", config, projection(), arm="psr")
     student = load_replica(Model(str(model)), Distributed(), ALONE, adapter=adapter)
     student.eos_token_ids = policy.eos_token_ids
