@@ -172,7 +172,8 @@ def run(config: Config, arguments: argparse.Namespace, signals: StopSignals) -> 
     """Run the stages."""
     from spd_dist.arms import Scope
     from spd_dist.mechanism.mechanism_stage import check, measure_mechanism
-    from spd_dist.runs.rounds import run_rounds
+    from spd_dist.reports.report_text import next_steps
+    from spd_dist.runs.rounds import folders, run_rounds
     from spd_dist.storage.restart import restart
 
     is_measured = config.mechanism.in_run and arguments.last == STAGES[-1]
@@ -183,12 +184,14 @@ def run(config: Config, arguments: argparse.Namespace, signals: StopSignals) -> 
         if arguments.restart_from:
             restart(Path(config.run_dir), arguments.restart_from, dataclasses.asdict(config))
         text = run_rounds(config, world, signals, Scope(arguments.first, arguments.last))
-        if not is_measured:
+        if arguments.last != STAGES[-1]:
             return text
-        try:
-            return f"{text}\n\n{measure_mechanism(config, world, signals)}"
-        except (ConfigError, DataError) as error:  # the run itself is done, and all that it wrote stays good
-            return f"{text}\n\nThe mechanism test was not done: {error}"
+        if is_measured:
+            try:
+                text += f"\n\n{measure_mechanism(config, world, signals)}"
+            except (ConfigError, DataError) as error:  # the run itself is done, and all that it wrote stays good
+                text += f"\n\nThe mechanism test was not done: {error}"
+        return f"{text}\n{next_steps(folders(config)[-1])}"
 
     return on_every_rank(config, work)
 

@@ -23,7 +23,7 @@ LONG_NAME = 24
 
 
 def report_text(report: Report, run_folder: str | Path, *, width: int = 100) -> str:
-    """The report as a person reads it in a terminal: table, verdict, notes, seconds, where everything is.
+    """The report as a person reads it in a terminal: table, verdict, notes, seconds, where the page is.
 
     In the table, `ended` are the answers that the arm ended by itself, `strict` and `lenient` those that a result could
     be extracted from, and `loops` those that repeat themselves.
@@ -53,20 +53,19 @@ def report_text(report: Report, run_folder: str | Path, *, width: int = 100) -> 
     parts = ", ".join(f"{verb} {each:.0f} s" for verb, each in seconds.items())
     console.print(f"Time: {sum(seconds.values()):.0f} s ({parts})" if parts else "Time: not recorded")
     console.print(f"Report: {Path(run_folder) / 'report.html'}", soft_wrap=True)
-    console.print(f"Next, after `source {shlex.quote(os.path.relpath(sys.prefix))}/bin/activate`:", soft_wrap=True)
-    for command in next_commands(run_folder):
-        console.print(f"  {command}", soft_wrap=True)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
-def next_commands(run_folder: str | Path) -> list[str]:
-    """What one may want to do with a finished run, as commands."""
+def next_steps(run_folder: str | Path) -> str:
+    """What one may want to do with a finished run, as commands to be copied; the last lines of a run."""
     folder = shlex.quote(str(run_folder))
-    return [
+    commands = [
         f"python launchers/corpus.py show {folder} --num 3",
         f"python launchers/spd.py --config {folder}/config.yaml --preview-masks 3",
         "deepspeed launchers/experiment.py --config configs/experiments/arithmetic_smollm2.yaml",
     ]
+    activate = f"source {shlex.quote(os.path.relpath(sys.prefix))}/bin/activate"
+    return "\n  ".join([f"Next, after `{activate}`:", *commands])
 
 
 def arms_table(report: Report) -> Table:
