@@ -19,6 +19,7 @@ DONE = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"}
 ENVIRONMENT = {
     "SLURM_CONF": str(STATE / "slurm.conf"), "SPD_VENV": sys.prefix, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path.cwd()),
+    "SLURM_CPU_BIND": "none",  # the nodes say that they have more CPUs than the machine has
     "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}",
 }  # fmt: skip
 SBATCH = ("--ntasks-per-node=1", "--cpus-per-task=2", "--gpus-per-node=1", "--time=30")
