@@ -109,7 +109,12 @@ def samples_of(answers: Sequence[Answer]) -> int:
 
 def values_by_id(answers: Sequence[Answer], metric: str) -> dict[str, float]:
     """What the metric is the mean of, example by example: of several samples, their mean."""
-    return {key: fmean(_value(answer, metric) for answer in samples) for key, samples in samples_by_id(answers).items()}
+    return {key: fmean(values) for key, values in sample_values(answers, metric).items()}
+
+
+def sample_values(answers: Sequence[Answer], metric: str) -> dict[str, list[float]]:
+    """The metric of every sample, example by example."""
+    return {key: [_value(answer, metric) for answer in samples] for key, samples in samples_by_id(answers).items()}
 
 
 def _value(answer: Answer, metric: str) -> float:

@@ -2,7 +2,7 @@
 
 Arms are compared example by example, on the same examples: different sets of ids are refused.
 
-Shapes: S seeds, N examples.
+Shapes: N examples.
 """
 
 from __future__ import annotations
@@ -64,25 +64,15 @@ class Spread(NamedTuple):
     """Of the mean, by Student's t: it covers the seed, and not which examples were asked."""
 
 
-class Crossed(NamedTuple):
-    """A mean over the same examples under several seeds, with both as sources of chance."""
-
-    mean: float
-    interval: Interval
-    p_value: float
-    """Two-sided, against zero."""
-    detectable: float | None
-    """The smallest mean that such a test finds in four of five cases; None where nothing varies."""
-
-
 def wilson_interval(num_correct: int, num_examples: int, confidence: float = 0.95) -> Interval:
     """Wilson's score interval of a proportion (Wilson 1927): it holds near 0 and 1, where the normal one does not."""
     if not 0 <= num_correct <= num_examples or num_examples == 0:
         raise ValueError(f"{num_correct} of {num_examples} is not a proportion")
-    return _wilson(num_correct / num_examples, num_examples, norm.ppf(0.5 + confidence / 2))
+    return wilson(num_correct / num_examples, num_examples, norm.ppf(0.5 + confidence / 2))
 
 
-def _wilson(share: float, num_examples: float, quantile: Any) -> Interval:
+def wilson(share: float, num_examples: float, quantile: Any) -> Interval:
+    """Wilson's interval of a share, for any number of examples; `quantile` is of the normal distribution."""
     spread = quantile * quantile / num_examples
     middle = share + spread / 2
     half = quantile * math.sqrt(share * (1 - share) / num_examples + spread / (4 * num_examples))
@@ -104,7 +94,7 @@ def share_interval(shares: Sequence[float], num_samples: int = 1, confidence: fl
         return wilson_interval(round(math.fsum(shares)), count, confidence)
     variance = math.fsum((share - mean) ** 2 for share in shares) / count
     size = min(num_samples, mean * (1 - mean) / variance) if variance > 0 else 1
-    return _wilson(mean, count * size, norm.ppf(0.5 + confidence / 2))
+    return wilson(mean, count * size, norm.ppf(0.5 + confidence / 2))
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, Interval]:
@@ -245,56 +235,3 @@ def between_seeds(values: Sequence[float], confidence: float = 0.95) -> Spread:
     mean, interval = mean_interval(values, confidence)
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
     return Spread(mean, deviation, interval)
-
-
-def crossed(by_seed: Sequence[Mapping[str, float]], confidence: float = 0.95) -> Crossed:
-    """The mean of a value, or of a paired difference, over examples and seeds: for other examples and other seeds.
-
-    Two-way random effects without replication (Searle, Casella and McCulloch 1992): the mean's variance is
-    (MS_examples + MS_seeds - MS_rest) / (examples * seeds), and at least that of either source alone; degrees of
-    freedom by Satterthwaite (1946).
-
-    Args:
-        by_seed: The value of each example, by id, under each seed: at least two of both.
-        confidence: Coverage of the interval.
-
-    Raises:
-        DataError: seeds with other examples, or fewer than two of either.
-    """
-    if len(by_seed) < 2 or len(by_seed[0]) < 2 or any(one.keys() != by_seed[0].keys() for one in by_seed):
-        raise DataError(
-            f"{len(by_seed)} seeds of {sorted({len(one) for one in by_seed})} examples make no interval; run at least "
-            "2 seeds on the same examples, at least 2"
-        )
-    value_SN = torch.tensor([[one[key] for key in sorted(one)] for one in by_seed], dtype=torch.float64)
-    num_seeds, num_examples = value_SN.shape
-    mean = value_SN.mean()
-    by_example_N, by_seed_S = value_SN.mean(0) - mean, value_SN.mean(1) - mean
-    rest_SN = value_SN - mean - by_example_N - by_seed_S[:, None]
-    freedoms = num_examples - 1, num_seeds - 1, (num_examples - 1) * (num_seeds - 1)
-    squares = num_seeds * by_example_N.square().sum(), num_examples * by_seed_S.square().sum(), rest_SN.square().sum()
-    parts = [(square / freedom).item() for square, freedom in zip(squares, freedoms, strict=True)]
-    examples, seeds, rest = parts
-    total = max(examples + seeds - rest, examples, seeds)
-    error = math.sqrt(total / value_SN.numel())
-    if not error > 1e-12:
-        return Crossed(mean.item(), Interval(mean.item(), mean.item()), 1.0, None)
-    freedom = total**2 / sum(part**2 / freedom for part, freedom in zip(parts, freedoms, strict=True))
-    half = float(t.ppf(0.5 + confidence / 2, freedom)) * error
-    p_value = float(2 * t.sf(abs(mean.item()) / error, freedom))
-    detectable = half + float(t.ppf(0.8, freedom)) * error
-    return Crossed(mean.item(), Interval(mean.item() - half, mean.item() + half), p_value, detectable)
-
-
-def crossed_share(by_seed: Sequence[Mapping[str, float]], confidence: float = 0.95) -> Crossed:
-    """`crossed` of values in [0, 1]: its interval is Wilson's, for as many examples as have the same variance.
-
-    Raises:
-        DataError: as of `crossed`.
-    """
-    found = crossed(by_seed, confidence)
-    half, quantile = found.interval.high - found.mean, float(norm.ppf(0.5 + confidence / 2))
-    num_examples: float = len(by_seed[0])
-    if half > 0:
-        num_examples = found.mean * (1 - found.mean) * (quantile / half) ** 2
-    return found._replace(interval=_wilson(found.mean, num_examples, quantile))

@@ -6,6 +6,7 @@ One process group does everything. As an array of jobs, each with ranks of its o
     experiment.py --config NAME.yaml --task INDEX --num-tasks N     # in any order, at any time; the last one compares
     experiment.py --config NAME.yaml --report                       # compare what is complete
     experiment.py --config NAME.yaml --list                         # how many jobs there are, and which are unfinished
+    experiment.py --config NAME.yaml --power 2 --pilot RUN_DIR      # before it: what shows 2 points, in how many hours
 
 Keys are those of a run (`finetune.num_epochs=3`), or `folder`, `seeds` and `arms`. `touch FOLDER/PREEMPT` stops every
 job that runs; start the same command again to go on.
@@ -18,6 +19,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spd_dist.config import Experiment
@@ -45,6 +47,8 @@ def main(words: Sequence[str] | None = None) -> int:
             raise ConfigError(
                 f"--task: {arguments.task} is not valid; it must be below --num-tasks {arguments.num_tasks}"
             )
+        if (arguments.power is None) != (arguments.pilot is None) or not (arguments.power or 1.0) > 0:
+            raise ConfigError(f"--power {arguments.power}: give points above 0, and --pilot DIR, a finished run")
         experiment = load_experiment(arguments.config, arguments.overrides)
     except UserError as error:
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
@@ -67,6 +71,10 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--report", action="store_true", help="compare what is complete, and do nothing else")
     parser.add_argument("--list", action="store_true", help="print the jobs and whether they are finished, and exit")
+    parser.add_argument(
+        "--power", type=float, metavar="POINTS", help="plan how much shows this difference, and write it down, and exit"
+    )
+    parser.add_argument("--pilot", type=Path, metavar="DIR", help="a finished run or experiment that --power plans by")
     parser.add_argument("--show-config", action="store_true", help="print the resolved config and exit")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args(words)
@@ -78,6 +86,8 @@ def run(experiment: Experiment, arguments: argparse.Namespace, signals: StopSign
     """The experiment, on all ranks."""
     from spd_dist.runs.experiment import jobs, report, run_experiment, unfinished
 
+    if arguments.power is not None:
+        return plan(experiment, arguments)
     if arguments.list:
         left = unfinished(experiment)
         for index, job in enumerate(jobs(experiment)):
@@ -92,3 +102,17 @@ def run(experiment: Experiment, arguments: argparse.Namespace, signals: StopSign
         return run_experiment(experiment, world, signals, task=arguments.task, num_tasks=arguments.num_tasks)
 
     return on_every_rank(experiment.run, work)
+
+
+def plan(experiment: Experiment, arguments: argparse.Namespace) -> int:
+    """Write down, before the experiment, how much shows the difference; by rank 0, without the others."""
+    from spd_dist.runs.registered_plan import write_protocol
+
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
+        return 0
+    try:
+        print(write_protocol(experiment, arguments.pilot, arguments.power))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    return 0

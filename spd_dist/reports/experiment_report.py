@@ -53,7 +53,7 @@ def write_experiment_page(
 
 
 def write_experiment(
-    folder: Path, places: Mapping[int, Sequence[Path]], questions: Mapping[str, str]
+    folder: Path, places: Mapping[int, Sequence[Path]], questions: Mapping[str, str], protocol: str | None = None
 ) -> ExperimentReport:
     """Compare the arms over the seeds, write `report.json` and `report.html`, and give what the first holds.
 
@@ -63,6 +63,7 @@ def write_experiment(
         folder: The experiment's.
         places: By seed, the folders of its rounds: the run itself first.
         questions: What the arms were asked, by example id.
+        protocol: A sentence on the plan that was written before, if there is one: the first of the notes.
 
     Raises:
         DataError: a run is not complete, or runs have no common denominator.
@@ -77,7 +78,9 @@ def write_experiment(
         "by_seed": {str(seed): _of_one_seed(each) for seed, each in zip(places, reports, strict=True)},
         "later_rounds": [over_seeds(each) for each in list(zip(*places.values(), strict=True))[1:]],
     }
-    report = record_of(ExperimentReport, {**vars(over_seeds(runs)), **own})
+    compared = over_seeds(runs)
+    said = [protocol] if protocol else []
+    report = record_of(ExperimentReport, {**vars(compared), **own, "notes": [*said, *compared.notes]})
     write_record(folder / "report.json", report)
     by_seed = [answers_of(run, each) for run, each in zip(runs, reports, strict=True)]
     write_experiment_page(folder, report, runs, by_seed, questions)

@@ -27,7 +27,8 @@ from spd_dist.analysis.comparison import (
     wanted_of,
 )
 from spd_dist.analysis.forgetting import OtherTask, forgetting_notes
-from spd_dist.analysis.intervals import Crossed, between_seeds, crossed, crossed_share
+from spd_dist.analysis.intervals import between_seeds
+from spd_dist.analysis.random_effects import Crossed, crossed, crossed_share
 from spd_dist.analysis.report import (
     ArmOverSeeds,
     Report,

@@ -25,6 +25,7 @@ from spd_dist.process.signals import StopSignals, task_name
 from spd_dist.process.stopping import watch
 from spd_dist.reports.experiment_report import write_experiment
 from spd_dist.reports.seeds import seeds_text
+from spd_dist.runs.registered_plan import protocol_note
 from spd_dist.runs.rounds import folders, run_rounds
 from spd_dist.storage.manifests import MANIFEST
 from spd_dist.storage.restart import kept_status, status_path
@@ -113,7 +114,7 @@ def compare(experiment: Experiment, world: World, signals: StopSignals) -> str:
     def write() -> ExperimentReport:
         for run, *_ in places.values():
             shutil.rmtree(run / "jobs", ignore_errors=True)  # everything in there was published
-        return write_experiment(Path(experiment.folder), places, questions)
+        return write_experiment(Path(experiment.folder), places, questions, protocol_note(experiment))
 
     found = on_main("comparing the seeds", write)
     return f"{seeds_text(found)}\nFiles: {experiment.folder}/report.html, report.json; a run folder for each seed"

@@ -79,3 +79,10 @@ def test_a_phone_shows_the_page_without_scrolling_sideways(places, tmp_path):
     assert 370 <= client <= 390
     assert scroll <= client
     assert screenshot(page, 390, tmp_path).stat().st_size > 20_000
+
+
+def test_the_plan_that_was_written_before_is_the_first_note(places):
+    folder = places[1][0].parent
+    report = write_experiment(folder, places, {}, "Planned before: done as planned.")
+    assert report.notes[0] == "Planned before: done as planned."
+    assert '<p class="note">Planned before: done as planned.</p>' in (folder / "report.html").read_text()

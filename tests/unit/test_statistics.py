@@ -16,8 +16,6 @@ from statsmodels.stats.weightstats import DescrStatsW
 
 from spd_dist.analysis.intervals import (
     between_seeds,
-    crossed,
-    crossed_share,
     detectable_difference,
     holm,
     mcnemar,
@@ -28,6 +26,7 @@ from spd_dist.analysis.intervals import (
     share_interval,
     wilson_interval,
 )
+from spd_dist.analysis.random_effects import crossed, crossed_share
 from spd_dist.errors import DataError
 
 

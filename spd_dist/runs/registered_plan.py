@@ -1,0 +1,205 @@
+"""The plan of an experiment, written down before it runs: how much is asked, to show what, and in how many hours.
+
+A pilot's answers say where the chance comes from (`spd_dist/analysis/power.py`). The report names the plan by its hash,
+and each setting in which the experiment departed from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from spd_dist.analysis.comparison import amount
+from spd_dist.analysis.power import (
+    Design,
+    DifferenceVariance,
+    PilotCost,
+    detectable,
+    difference_variance,
+    examples_needed,
+    pilot_cost,
+)
+from spd_dist.analysis.report import ExperimentReport, Report, read_report
+from spd_dist.config import Experiment
+from spd_dist.errors import ConfigError, DataError
+from spd_dist.reports.seeds import Answers, answers_of
+from spd_dist.storage.artifacts import content_hash, sha256_of
+from spd_dist.storage.manifests import MANIFEST
+from spd_dist.storage.records import read_fields, read_record, write_record
+from spd_dist.storage.settings import changed, result_settings, settings_by_key
+from spd_dist.types import Json
+
+PROTOCOL = "protocol.json"
+METHOD = "spd"
+SEEDS, SAMPLES = (2, 3, 5, 8), (1, 4, 8, 16)
+"""What the table of a plan has, beside what the config says."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """`protocol.json` of an experiment: the plan."""
+
+    written_at: str
+    pilot: str
+    metric: str
+    before: str
+    after: str
+    difference: float
+    """That is to be shown, in the metric's unit: of shares 0.02 is two points."""
+    variance: DifferenceVariance
+    design: Design
+    """As the config says."""
+    detectable: float
+    """What this design finds in four of five cases."""
+    hours: float
+    """On the pilot's machine and ranks."""
+    settings: Mapping[str, Json]
+    """Those that results depend on, with the arms and the seeds."""
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """Finished runs whose answers a plan is made from."""
+
+    metric: str
+    temperature: float
+    design: Design
+    by_seed: Sequence[Answers]
+    cost: PilotCost
+
+
+def read_pilot(folder: Path) -> Pilot:
+    """A finished run, or experiment.
+
+    Raises:
+        MissingError: it has no report yet.
+        DataError: it is of another version.
+    """
+    file = folder / "report.json"
+    if "experiment" in read_fields(file):
+        whole: Report | ExperimentReport = read_record(file, ExperimentReport)
+        runs = [folder / run for run in whole.runs.values()]
+    else:
+        whole, runs = read_report(folder), [folder]
+    reports = [read_report(run) for run in runs]
+    num_examples = next(iter(reports[0].arms.values())).num_examples
+    design = Design(len(runs), num_examples, whole.num_samples)
+    by_seed = [answers_of(run, report) for run, report in zip(runs, reports, strict=True)]
+    cost = pilot_cost({stage: entry.seconds for stage, entry in whole.cost.items()}, design)
+    return Pilot(whole.metric, whole.temperature, design, by_seed, cost)
+
+
+def write_protocol(experiment: Experiment, pilot_folder: Path, difference: float) -> str:
+    """Write the plan into the experiment's folder, before its first answer; gives the table that a person reads.
+
+    Args:
+        experiment: What is to be run; its first arm is compared with `spd`, or with its last arm.
+        pilot_folder: A finished run or experiment with both arms.
+        difference: That is to be shown, in points, or nats a token.
+
+    Raises:
+        ConfigError: the experiment has answers already, or another plan.
+        DataError: the pilot lacks an arm.
+    """
+    pilot = read_pilot(pilot_folder)
+    before, after = experiment.arms[0], METHOD if METHOD in experiment.arms else experiment.arms[-1]
+    missing = [arm for arm in (before, after) if arm not in pilot.by_seed[0]]
+    if missing:
+        raise DataError(
+            f"--pilot {pilot_folder}: {', '.join(missing)} did not answer in it; it has {', '.join(pilot.by_seed[0])}"
+        )
+    folder = Path(experiment.folder)
+    started = sorted(str(file.parent) for file in folder.glob(f"seed_*/evaluate/*/{MANIFEST}"))
+    if started:
+        raise ConfigError(
+            f"--power: {started[0]} holds answers already, and a plan is written before them; name another folder="
+        )
+    variance = difference_variance([(answers[before], answers[after]) for answers in pilot.by_seed], pilot.metric)
+    evaluate = experiment.run.evaluate
+    design = Design(len(experiment.seeds), experiment.run.data.num_test or pilot.design.examples, evaluate.num_samples)
+    protocol = Protocol(
+        written_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        pilot=str(pilot_folder),
+        metric=pilot.metric,
+        before=before,
+        after=after,
+        difference=difference if pilot.metric == "nll" else difference / 100,
+        variance=variance,
+        design=design,
+        detectable=detectable(variance, design),
+        hours=pilot.cost.hours(design),
+        settings=settings_of(experiment),
+    )
+    _write_once(folder / PROTOCOL, protocol)
+    return plan_text(protocol, pilot, folder / PROTOCOL)
+
+
+def _write_once(file: Path, protocol: Protocol) -> None:
+    if file.exists():
+        before, now = (dataclasses.asdict(one) for one in (read_record(file, Protocol), protocol))
+        other = [name for name in now if name != "written_at" and content_hash(before[name]) != content_hash(now[name])]
+        if other:
+            raise ConfigError(
+                f"--power: {file} is another plan ({', '.join(other)} differ); name another folder=, or remove it"
+            )
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_record(file, protocol)
+
+
+def settings_of(experiment: Experiment) -> dict[str, Json]:
+    """The settings that results depend on, as JSON holds them."""
+    run = result_settings(dataclasses.asdict(experiment.config_of(experiment.seeds[0])))
+    return {**run, "seed": list(experiment.seeds), "evaluate.arms": list(experiment.arms)}
+
+
+def protocol_note(experiment: Experiment) -> str | None:
+    """One sentence of the report: the plan, its hash, and how the experiment departed from it; None without a plan."""
+    file = Path(experiment.folder) / PROTOCOL
+    if not file.exists():
+        return None
+    plan = read_record(file, Protocol)
+    apart = changed(settings_by_key(plan.settings), settings_of(experiment)).values()
+    return (
+        f"Planned at {plan.written_at} (protocol.json, sha256 {sha256_of(file)[:16]}): {plan.after.upper()} against "
+        f"{plan.before.upper()}, {amount(plan.difference, plan.metric, signed=False)} to be shown; "
+        + (f"departed from the plan: {'; '.join(apart)}." if apart else "done as planned.")
+    )
+
+
+def plan_text(plan: Protocol, pilot: Pilot, file: Path) -> str:
+    """The plan for a terminal: what shows the difference, what the config shows, and what neither can know."""
+    text = io.StringIO()
+    console = Console(file=text, width=100, color_system=None, highlight=False)
+    shown, design = amount(plan.difference, plan.metric, signed=False), plan.design
+    console.print(f"To show {shown} of {plan.after.upper()} against {plan.before.upper()} in four of five cases:")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("seeds", "samples", "examples", "hours"):
+        table.add_column(name, justify="right")
+    can_sample = pilot.temperature > 0 and pilot.design.samples > 1
+    for seeds in sorted({*SEEDS, design.seeds}):
+        for samples in sorted({*SAMPLES, design.samples}) if can_sample else [design.samples]:
+            enough = examples_needed(plan.variance, plan.difference, seeds, samples)
+            hours = None if enough is None else pilot.cost.hours(Design(seeds, enough, samples))
+            cells = ["never", ""] if enough is None or hours is None else [f"{enough:,}", f"{hours:.1f}"]
+            table.add_row(str(seeds), str(samples), *cells)
+    console.print(table)
+    console.print(
+        f"This config: {design.seeds} seeds, {design.samples} samples of {design.examples} examples: "
+        f"{amount(plan.detectable, plan.metric, signed=False)}, {plan.hours:.1f} hours."
+    )
+    if plan.variance.seeds is None:
+        console.print("Note: the pilot has one seed; the chance between seeds is not in these numbers, add it.")
+    if not can_sample:
+        console.print("Note: the pilot has one answer an example, which cannot say what more samples would show.")
+    console.print("Hours are the pilot's machine's, seeds one after the other.")
+    console.print(f"Written down: {file}", soft_wrap=True)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())

@@ -1,0 +1,197 @@
+"""Plans of experiments: what a pilot's answers say of a larger one, against the tests that it will be judged by."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import statistics
+
+import pytest
+import torch
+from answering import ARMS, PLAIN, answered_run, sampled
+
+from spd_dist.analysis.intervals import paired_t
+from spd_dist.analysis.power import (
+    Design,
+    DifferenceVariance,
+    PilotCost,
+    detectable,
+    difference_variance,
+    examples_needed,
+    pilot_cost,
+)
+from spd_dist.analysis.random_effects import crossed
+from spd_dist.errors import ConfigError, DataError
+from spd_dist.launch.run_experiment import main
+from spd_dist.overrides import load_experiment
+from spd_dist.reports.run_report import Asked, write_report
+from spd_dist.runs.registered_plan import PROTOCOL, protocol_note, write_protocol
+from spd_dist.storage.answers import answers_path, write_merged
+from spd_dist.storage.artifacts import read_json, sha256_of, write_text
+
+WORDS = ("arms=[base,psr,spd]", "seeds=[1,2]", "data.num_test=100", "model.name=nowhere")
+
+
+def by_id(values):
+    return {f"p{index:05}": float(value) for index, value in enumerate(values)}
+
+
+def answers(rows):
+    """An example a row, its samples right or wrong."""
+    return [
+        dataclasses.replace(PLAIN, id=f"p{index:05}", sample=sample, correct=bool(right))
+        for index, row in enumerate(rows)
+        for sample, right in enumerate(row)
+    ]
+
+
+def drawn(design, *, chance, gain=0.0, seed_spread=0.0):
+    """Answers of two arms: each example has its own chance, each seed its own gain."""
+    found = []
+    base = [chance.uniform(0.2, 0.7) for _ in range(design.examples)]
+    for _ in range(design.seeds):
+        gained = gain + chance.gauss(0, seed_spread)
+        pair = [[[chance.random() < p + more for _ in range(design.samples)] for p in base] for more in (0.0, gained)]
+        found.append((answers(pair[0]), answers(pair[1])))
+    return found
+
+
+def means(rows):
+    values = {}
+    for answer in rows:
+        values.setdefault(answer.id, []).append(float(answer.correct))
+    return {key: statistics.fmean(each) for key, each in values.items()}
+
+
+def test_the_pilot_s_own_design_detects_what_the_test_of_its_answers_says():
+    design = Design(3, 40, 4)
+    pilot = drawn(design, chance=random.Random(0), gain=0.05, seed_spread=0.1)
+    differences = [{key: means(after)[key] - value for key, value in means(before).items()} for before, after in pilot]
+    variance = difference_variance(pilot, "accuracy")
+    assert min(variance.examples, variance.seeds, variance.rest, variance.samples) >= 0
+    if min(variance.examples, variance.rest) > 0:  # otherwise a part was cut at 0
+        assert detectable(variance, design) == pytest.approx(crossed(differences).detectable)
+    [single] = drawn(Design(1, 40, 1), chance=random.Random(1), gain=0.2)
+    once = difference_variance([single], "accuracy")
+    assert once.seeds is None
+    assert detectable(once, Design(1, 40, 1)) == pytest.approx(paired_t(*map(means, single)).detectable)
+
+
+def test_parts_of_the_variance_are_found_from_many_answers():
+    """Samples of a right/wrong answer vary by p (1 - p) an arm, seeds by what was drawn."""
+    found = [
+        difference_variance(drawn(Design(6, 60, 4), chance=random.Random(at), seed_spread=0.1), "accuracy")
+        for at in range(30)
+    ]
+    expected = 2 * torch.linspace(0.2, 0.7, 1001).double().apply_(lambda p: p * (1 - p)).mean().item()
+    assert statistics.fmean(one.samples for one in found) == pytest.approx(expected, rel=0.1)
+    assert statistics.fmean(one.seeds for one in found) == pytest.approx(0.1**2, rel=0.25)
+    assert statistics.fmean(one.examples for one in found) < 0.02, "both arms have the same chance on an example"
+
+
+def test_a_planned_experiment_finds_the_difference_in_about_four_of_five():
+    variance = DifferenceVariance(examples=0.0, seeds=0.0, rest=0.0, samples=2 * 0.45**2)
+    num = examples_needed(variance, 0.08, seeds=2, samples=4)
+    chance = torch.Generator().manual_seed(0)
+    noise = (2 * 0.45**2 / 4) ** 0.5
+    shown = 0
+    for _ in range(300):
+        value_SN = 0.08 + noise * torch.randn(2, num, generator=chance, dtype=torch.float64)
+        shown += crossed([by_id(row) for row in value_SN.tolist()]).interval.low > 0
+    assert 0.7 < shown / 300 < 0.92
+
+
+def test_more_of_each_count_shows_less_and_seeds_that_differ_set_a_floor():
+    variance = DifferenceVariance(examples=0.02, seeds=0.0001, rest=0.01, samples=0.3)
+    shown = [detectable(variance, Design(seeds, 200, samples)) for seeds, samples in ((2, 1), (2, 4), (6, 4))]
+    assert shown == sorted(shown, reverse=True)
+    assert examples_needed(variance, 0.001, seeds=3, samples=8) is None, "seeds alone move it by more"
+    needed = examples_needed(variance, 0.05, seeds=3, samples=8)
+    assert detectable(variance, Design(3, needed, 8)) <= 0.05 < detectable(variance, Design(3, needed - 1, 8))
+
+
+def test_hours_grow_with_answers_and_seeds():
+    cost = pilot_cost(
+        {"project": 60.0, "finetune": 140.0, "evaluate/base": 50.0, "evaluate/spd": 50.0}, Design(1, 100, 2)
+    )
+    assert cost == PilotCost(200.0, 0.5)
+    assert cost.hours(Design(3, 200, 4)) == pytest.approx(3 * (200 + 400) / 3600)
+
+
+def test_a_pilot_of_other_examples_is_refused():
+    one, other = answers([[True], [False]]), answers([[True], [False], [True]])
+    with pytest.raises(DataError, match="the same examples under every seed"):
+        difference_variance([(one, other)], "accuracy")
+
+
+@pytest.fixture
+def pilot(tmp_path):
+    folder = answered_run(tmp_path / "pilot")
+    write_report(folder, ARMS, Asked("arithmetic", "accuracy", 1))
+    return folder
+
+
+def test_the_plan_is_written_before_the_answers_and_the_report_says_what_departed(pilot, tmp_path, capsys):
+    folder = tmp_path / "experiment"
+    words = [*WORDS, f"folder={folder}"]
+    assert main([*words, "--power", "5", "--pilot", str(pilot)]) == 0
+    shown = capsys.readouterr().out
+    for line in ("To show 5.0 points of SPD against BASE", "This config: 2 seeds, 1 samples of 100 examples", PROTOCOL):
+        assert line in shown
+    assert "the pilot has one seed" in shown
+    experiment = load_experiment([], words)
+    plan = read_json(folder / PROTOCOL)
+    assert (plan["before"], plan["after"], plan["difference"]) == ("base", "spd", 0.05)
+    assert plan["variance"]["examples"] == pytest.approx(statistics.variance([1.0] * 30 + [0.0] * 120))
+    note = protocol_note(experiment)
+    assert sha256_of(folder / PROTOCOL)[:16] in note
+    assert note.endswith("done as planned.")
+    later = load_experiment([], [*words, "data.num_test=60", "seeds=[1,2,3]"])
+    note = protocol_note(later)
+    assert "data.num_test is 100 there and 60 now" in note
+    assert "seed is [1, 2] there and [1, 2, 3] now" in note
+    assert write_protocol(experiment, pilot, 5.0), "the same plan again"
+    with pytest.raises(ConfigError, match="is another plan \\(difference"):
+        write_protocol(experiment, pilot, 2.0)
+    assert protocol_note(load_experiment([], [*WORDS, f"folder={tmp_path / 'unplanned'}"])) is None
+
+
+def test_a_plan_after_the_first_answer_is_refused(pilot, tmp_path, capsys):
+    folder = tmp_path / "experiment"
+    write_text(folder / "seed_1" / "evaluate" / "base" / "manifest.json", json.dumps({}))
+    assert main([*WORDS, f"folder={folder}", "--power", "5", "--pilot", str(pilot)]) == 2
+    assert "holds answers already" in capsys.readouterr().err
+    assert not (folder / PROTOCOL).exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--power", "2"], "--power 2.0: give points above 0, and --pilot DIR"),
+        (["--power", "-1", "--pilot", "{pilot}"], "--power -1.0: give points above 0"),
+        (["--power", "2", "--pilot", "{pilot}", "arms=[base,random]"], "random did not answer in it"),
+        (["--power", "2", "--pilot", "{nowhere}"], "report.json"),
+    ],
+)
+def test_what_is_wrong_with_a_plan_is_one_sentence(pilot, tmp_path, capsys, words, message):
+    named = [word.format(pilot=pilot, nowhere=tmp_path / "nowhere") for word in words]
+    assert main([*WORDS, f"folder={tmp_path / 'experiment'}", *named]) in (2, 3)
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("error: ")
+    assert "Traceback" not in error
+
+
+def test_several_samples_say_what_more_of_them_would_show(tmp_path, capsys):
+    folder = answered_run(tmp_path / "pilot")
+    for arm, more in (("base", 0), ("psr", 0), ("spd", 1)):
+        rows = sampled([min(4, right + more) for right in (0, 1, 2, 3) * 10])
+        write_merged(answers_path(folder / "evaluate", arm, "arithmetic"), rows)
+    write_report(folder, ARMS, Asked("arithmetic", "accuracy", 1, 0.8))
+    words = [*WORDS, f"folder={tmp_path / 'e'}", "evaluate.temperature=0.8", "evaluate.num_samples=8"]
+    assert main([*words, "--power", "5", "--pilot", str(folder)]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()[:1].isdigit()]
+    needed = {(int(row[0]), int(row[1])): int(row[2].replace(",", "")) for row in rows}
+    assert needed[2, 16] < needed[2, 8] < needed[2, 1]
+    assert needed[8, 1] < needed[2, 1]
