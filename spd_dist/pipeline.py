@@ -45,6 +45,7 @@ def run_stages(run: Run) -> str:
     arms = chosen(only or run.config.evaluate.arms)
     writers, students = [arm for arm in arms if arm.writes], [arm for arm in arms if arm.trains]
     with run.opened():
+        stage_inputs.check_students(run, students if last in STAGES[5:] else [])
         for arm in {stage_inputs.subspace_stage(run, arm): arm for arm in arms if arm.projects}.values():
             find_subspace(run, arm, wanted=first in STAGES[:4])
         stage_inputs.expect_engines(run, arms if last in STAGES[4:] else [])

@@ -7,10 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
+
 from spd_dist.arms import ARMS, Arm
 from spd_dist.distributed.collectives import together
 from spd_dist.inference.external.vllm_engine import site_settings
 from spd_dist.inference.open_engine import choose_engine
+from spd_dist.models.gguf import is_gguf
+from spd_dist.models.lora import check_targets
+from spd_dist.models.model_stats import meta_model
+from spd_dist.models.policy import load_settings, prepare_model
 from spd_dist.run import Run
 from spd_dist.stages.project import projection
 from spd_dist.storage.artifacts import content_hash
@@ -84,6 +90,24 @@ def projection_of(run: Run, arm: Arm) -> Projection | None:
         return projection(load_subspace(path), run.config_of(arm).project, run.config.seed)
 
 
+def check_students(run: Run, arms: Iterable[Arm]) -> None:
+    """See, before a model is loaded, that the adapters of every student have a place in it. A collective.
+
+    A GGUF file, which is converted first, is looked at when it is loaded.
+
+    Raises:
+        UserError: no such model, or one without the targets of `finetune`.
+    """
+    tuned = [one for arm in arms if (one := run.config_of(arm).finetune).mode == "lora"]
+    if not tuned or is_gguf(run.config.model.name):
+        return
+    prepare_model(run.config.model)
+    with together("looking for the modules that get adapters"):
+        model = meta_model(load_settings(run.config.model), torch.float32)
+        for finetune in tuned:
+            check_targets(model, finetune)
+
+
 def expect_engines(run: Run, arms: Iterable[Arm]) -> None:
     """Let a vLLM engine that one arm starts serve the others, too: with every arm's sites and adapters."""
     config, arms = run.config, list(arms)
@@ -93,4 +117,4 @@ def expect_engines(run: Run, arms: Iterable[Arm]) -> None:
     found = [one for arm in arms if (one := projection_of(run, arm)) is not None]
     sites = {site_settings(site, one.insertion) for one in found for site in one.operators}
     run.engines.sites = tuple(sorted(sites))
-    run.engines.lora_rank = max((one.lora_rank for one in tuned if one.mode == "lora"), default=0)
+    run.engines.lora_rank = max((one.adapter_rank for one in tuned if one.mode == "lora"), default=0)

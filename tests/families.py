@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from tiny import tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from spd_dist.types import KVSite
@@ -146,11 +148,11 @@ FAMILIES = {
 }
 
 
-def family_model(name: str, seed: int = 0) -> PreTrainedModel:
-    """A random model of the family, float32, in eval mode: the same one for the same seed."""
+def family_model(name: str, seed: int = 0, **changes: object) -> PreTrainedModel:
+    """A random model of the family, float32, in eval mode: the same one for the same seed and changes."""
     family = FAMILIES[name]
     common = {key: value for key, value in COMMON.items() if key not in family.without}
-    config = AutoConfig.for_model(family.model_type, **common | family.settings)
+    config = AutoConfig.for_model(family.model_type, **common | family.settings | changes)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=family.attention)
@@ -158,3 +160,11 @@ def family_model(name: str, seed: int = 0) -> PreTrainedModel:
             if path.endswith("bias") or "norm" in path:  # initial biases are zero: a fault with them would not show
                 parameter.data += 0.1 * torch.randn_like(parameter)
     return model.eval()
+
+
+def save_family(name: str, folder: Path) -> Path:
+    """A model of the family that reads and writes the bytes of the tiny tokenizer, as a checkpoint folder."""
+    tokenizer = tiny_tokenizer()
+    family_model(name, vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

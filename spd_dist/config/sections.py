@@ -161,8 +161,18 @@ class Finetune:
     lora_rank: int = setting(8, "rank of the adapters", at_least=1)
     lora_alpha: float = setting(8.0, "scale of the adapters, over the rank", above=0)
     lora_dropout: float = setting(0.05, "dropout in front of the adapters", at_least=0, at_most=1)
-    lora_targets: tuple[str, ...] = setting(("q_proj", "k_proj", "v_proj", "o_proj"), "modules that get an adapter")
+    lora_targets: tuple[str, ...] = setting(
+        ("q_proj", "k_proj", "v_proj", "o_proj"), "modules that get an adapter: names, regex:PATTERN, or all-linear"
+    )
+    lora_parameters: tuple[str, ...] = setting((), "also experts in one tensor: [experts.gate_up_proj, ...]")
     lora_variant: Literal["lora", "rslora", "dora"] = setting("lora", "plain, rank-stabilised, or weight-decomposed")
+    lora_init: Literal["default", "gaussian", "orthogonal", "eva", "olora", "pissa", "corda"] = setting(
+        "default", "what adapters begin as, by PEFT's names; the base weights stay as they are"
+    )
+    lora_init_iterations: int | None = setting(
+        None, "pissa: by so many subspace iterations (PEFT's pissa_niter_N); exact if not given", at_least=1
+    )
+    lora_init_examples: int = setting(32, "eva, corda: sequences of the corpus whose activations count", at_least=1)
     loss_on: Literal["prompt_and_completion", "completion", "thought", "after_thought"] = setting(
         "prompt_and_completion", "Eq. 14 takes both; of a completion also its thought alone, or what follows it"
     )
@@ -187,6 +197,11 @@ class Finetune:
     patience: int | None = setting(None, "stop after N epochs without a lower validation loss", at_least=1)
     merge: bool = setting(False, "lora: write the model with its adapters merged, too")
     liger: bool = setting(False, "fused norms and MLPs of liger-kernel, on an accelerator")
+
+    @property
+    def adapter_rank(self) -> int:
+        """Of the adapter that is saved: with what it begins at, where that is a part of the base weight."""
+        return self.lora_rank * (2 if self.lora_init in ("olora", "pissa", "corda") else 1)
 
 
 @dataclass(frozen=True)

@@ -143,6 +143,8 @@ def full_replica(engine: DeepSpeedEngine | None, module: nn.Module) -> Generator
         return
     optimizer: Any = engine.optimizer
     offload = optimizer if hasattr(optimizer, "forward_hooks") else optimizer.parameter_offload
+    for parameter in module.parameters():  # what a backward pass left, where it ended at an input without a gradient
+        vars(parameter)["ds_active_sub_modules"].clear()
     with deepspeed.zero.GatheredParameters(list(module.parameters())):
         # The last one compares the recorded order of modules with the other ranks': a rank that calls alone would wait.
         for hook in [*offload.forward_hooks, *offload.backward_hooks, offload.fwd_pre_hook]:

@@ -21,7 +21,15 @@ from spd_dist.distributed.zero import linear_of_zero3
 from spd_dist.errors import DataError
 from spd_dist.models.gradient_capture import Capture, capture
 from spd_dist.models.kv_sites import discover_sites
-from spd_dist.models.lora import TokenKeys, add_adapters, key_dropout, token_key
+from spd_dist.models.lora import (
+    TokenKeys,
+    adapted_modules,
+    add_adapters,
+    key_dropout,
+    reads_inputs,
+    summing_inputs,
+    token_key,
+)
 from spd_dist.models.loss import Student
 from spd_dist.models.model_stats import FOREIGN_FAULTS, Outline, first_line, meta_model, outline_of
 from spd_dist.models.policy import load_settings, resolve_dtype
@@ -102,6 +110,22 @@ def finetune_peak(config: PretrainedConfig, finetune: Finetune, dtype: torch.dty
 
     with linear_of_zero3() if is_sharded else nullcontext():
         return _extrapolated(config, dtype, run, config.get_text_config().num_hidden_layers)
+
+
+def inputs_peak(config: PretrainedConfig, finetune: Finetune, dtype: torch.dtype) -> int:
+    """Bytes beside the weights while the adapters' modules are seen at work, for `lora_init` of eva and corda.
+
+    Nearly all of it are sums of the size of the input's width squared, one for each distinct input.
+    """
+
+    def run(model: PreTrainedModel) -> tuple[int, int]:
+        modules, token_BT = adapted_modules(model, finetune), _tokens(1, finetune.max_tokens)
+        with _make_fake_(model), _without_packing(), summing_inputs(modules, scaled=finetune.lora_init == "corda"):
+            with LiveBytes([*model.parameters(), *model.buffers(), token_BT]) as live, torch.no_grad():
+                model(token_BT, use_cache=False)
+            return model.config.get_text_config().num_hidden_layers, live.peak
+
+    return _extrapolated(config, dtype, run, config.get_text_config().num_hidden_layers)
 
 
 def _extrapolated(
@@ -256,6 +280,7 @@ def profile_of(config: Config, device: torch.device | None = None) -> Profile:
     else:
         model.requires_grad_(True)
     is_sharded = config.distributed.zero_stage == 3
+    looking = inputs_peak(settings, config.finetune, dtype) if reads_inputs(config.finetune) else 0
     head = policy.vocabulary_size * policy.hidden_size
     in_layers = policy.num_multiplied - head
     return Profile(
@@ -266,5 +291,5 @@ def profile_of(config: Config, device: torch.device | None = None) -> Profile:
         element_bytes=dtype.itemsize,
         num_captured=head + in_layers * num_above // policy.num_layers,
         calibrate_peak=calibrate_peak(settings, config.calibrate, dtype, num_layers=num_above, is_sharded=is_sharded),
-        finetune_peak=finetune_peak(settings, config.finetune, dtype, is_sharded=is_sharded),
+        finetune_peak=max(looking, finetune_peak(settings, config.finetune, dtype, is_sharded=is_sharded)),
     )

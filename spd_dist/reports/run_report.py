@@ -23,7 +23,7 @@ from spd_dist.analysis.forgetting import forgetting_notes, other_tasks
 from spd_dist.analysis.report import ArmResult, Report, StageTotal
 from spd_dist.analysis.sample_measures import sample_measures
 from spd_dist.analysis.subspace_algebra import angles
-from spd_dist.storage.answers import answers_path, read_answers
+from spd_dist.storage.answers import answers_path, read_answers, router_path
 from spd_dist.storage.artifacts import content_hash
 from spd_dist.storage.manifests import MANIFEST, finished_stages, read_manifest
 from spd_dist.storage.records import read_fields, write_record
@@ -75,6 +75,7 @@ def write_report(
     results = {arm: _result(answers[arm], metric, sentence) for arm, sentence in arms.items()}
     first = next(iter(results.values()))
     found, stages = comparisons(answers, metric, seed), _summaries(run_folder)
+    routed = _routers(run_folder, arms, task)
     controls = decode_controls(answers, metric, seed)
     others = other_tasks(_of_others(run_folder, arms, asked), dict(asked.also), seed)
     report = Report(
@@ -94,13 +95,14 @@ def write_report(
             *blind_notes(found),
             *size_notes(first.num_examples, asked.test_size),
             *overlap_notes(overlaps),
+            *_router_notes(routed),
         ],
         overlaps=list(overlaps),
         arms=results,
         comparisons=found,
         other_tasks=others,
         cost=cost(run_folder, _tokens(stages, results)),
-        stages=stages,
+        stages=stages | {f"evaluate/{arm}": {"routers": one} for arm, one in routed.items()},
         losses=training_losses(run_folder),
         angles=angles(run_folder, arms),
         artifacts=_artifacts(run_folder),
@@ -178,6 +180,30 @@ def _summaries(run_folder: Path) -> dict[str, Mapping[str, Any]]:
         for file in sorted(files)
         if file.parent.name in ("project", "generate", "finetune")
     }
+
+
+def _routers(run_folder: Path, arms: Iterable[str], task: str) -> dict[str, dict[str, Any]]:
+    """What the routers of each arm chose on the same prompts, if the model has any.
+
+    `moved` is the share of choices that the first arm makes otherwise: half the distance of the shares, the mean over
+    layers.
+    """
+    files = {arm: router_path(answers_path(run_folder / "evaluate", arm, task)) for arm in arms}
+    found: dict[str, dict[str, Any]] = {arm: read_fields(file) for arm, file in files.items() if file.exists()}
+    first = next(iter(found.values()), {})
+    for one in found.values():
+        pairs = [zip(own, base, strict=True) for own, base in zip(one["shares"], first["shares"], strict=True)]
+        one["moved"] = sum(abs(a - b) for layer in pairs for a, b in layer) / 2 / max(1, len(first["shares"]))
+    return found
+
+
+def _router_notes(routed: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    parts = [
+        f"{arm} {one['entropy']:.3f} of an even spread, the busiest expert {one['largest_load']:.2f} times its part, "
+        f"{one['num_unused']} of {one['num_layers'] * one['num_experts']} unused, {one['moved']:.1%} moved"
+        for arm, one in routed.items()
+    ]
+    return [f"Routers on the prompts: {'; '.join(parts)}."] if parts else []
 
 
 def _artifacts(run_folder: Path) -> dict[str, str]:

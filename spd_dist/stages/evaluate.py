@@ -29,14 +29,16 @@ from spd_dist.inference.hf_engine import held_to
 from spd_dist.inference.open_engine import open_engine
 from spd_dist.inference.placement import choose_placement, placed
 from spd_dist.inference.requests import Decoded, Request
+from spd_dist.inference.routing import NUM_READ, route_counts, router_summary, routers
 from spd_dist.inference.sampling import Sampling
 from spd_dist.models.loss import example_losses
 from spd_dist.models.policy import Policy
 from spd_dist.seeding import row_seed
 from spd_dist.stages.context import StageContext
-from spd_dist.storage.answers import answers_path, part_path, read_parts, write_merged
+from spd_dist.storage.answers import answers_path, part_path, read_parts, router_path, write_merged
 from spd_dist.storage.artifacts import JsonlWriter
 from spd_dist.storage.completions import Key, is_repetitive
+from spd_dist.storage.records import write_record
 from spd_dist.types import Answer, Completion, Projection, Prompt, SupervisedExample
 
 log = logging.getLogger(__name__)
@@ -73,6 +75,8 @@ def evaluate_arm(
     merged = answers_path(context.folder, arm, test_set.task.name)
     answering = _Answering(policy, test_set, config, context, projection, merged, arm)
     todo = _todo(answering)
+    if todo is not None and answering.decoding.engine in ("hf", "hf_cb"):
+        _write_routers(answering)
     if todo is not None and test_set.choices:
         _choose(answering, todo)
     elif todo is not None:
@@ -147,6 +151,17 @@ def _todo(answering: _Answering) -> list[Request] | None:
         Request(name, sample, tokens[name], row_seed(seed, name, sample), budget, measures_entropy=True)
         for name, sample in own
     ]
+
+
+def _write_routers(answering: _Answering) -> None:
+    """Of a mixture of experts, write how its routers spread the first prompts, unless that is there; a collective."""
+    path, model, world = router_path(answering.merged), answering.policy.model, answering.context.world
+    if routers(model) and not on_main("looking for what routers chose", path.exists):
+        prompts = [prompt.tokens for prompt in answering.test_set.prompts[:NUM_READ]]
+        with answering.read_in_process():
+            counts = route_counts(model, prompts[world.rank :: world.size])
+        everyones = [counts] if world.size == 1 else gather_objects(counts)
+        on_main("writing what routers chose", lambda: write_record(path, router_summary(everyones)))
 
 
 @torch.no_grad()

@@ -21,6 +21,11 @@ def answers_path(folder: Path, arm: str, task: str) -> Path:
     return folder / arm / f"{task}.jsonl"
 
 
+def router_path(merged: Path) -> Path:
+    """Where it says how the routers of a mixture of experts spread the prompts, beside the answers."""
+    return merged.with_suffix(".router.json")
+
+
 def part_path(merged: Path, rank: int, world_size: int) -> Path:
     """What one rank appends to."""
     return merged.with_name(f"{merged.stem}.part-{rank:05d}-of-{world_size:05d}.jsonl")

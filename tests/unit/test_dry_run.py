@@ -13,7 +13,7 @@ from spd_dist.models.kv_sites import discover_sites
 from spd_dist.models.lora import add_adapters, key_dropout, token_key
 from spd_dist.models.loss import Student, example_losses
 from spd_dist.models.model_stats import meta_model, shallow
-from spd_dist.planner.profile import LiveBytes, calibrate_peak, finetune_peak
+from spd_dist.planner.profile import LiveBytes, calibrate_peak, finetune_peak, inputs_peak
 
 CONFIG = tiny_config(hidden_size=64, intermediate_size=176, num_hidden_layers=7, vocab_size=512)
 FINETUNE = Finetune(micro_batch_size=3, max_tokens=80, lora_rank=4)
@@ -78,6 +78,25 @@ def test_linear_layers_of_zero3_keep_the_inputs_of_frozen_weights():
     of_mlps = 4 * 3 * 80 * 7 * (64 + 176)  # one input of gate and up, and that of down
     assert of_mlps < sharded - finetune_peak(CONFIG, FINETUNE, torch.float32) < 1.5 * of_mlps
     assert torch.nn.functional.linear is linear
+
+
+def test_adapters_that_begin_at_their_inputs_hold_a_square_for_each_input():
+    corda = dataclasses.replace(FINETUNE, lora_init="corda")
+    squares = 4 * CONFIG.num_hidden_layers * 2 * CONFIG.hidden_size**2  # one for q, k and v, and one for o
+    assert squares < inputs_peak(CONFIG, corda, torch.bfloat16) < 3 * squares
+    wider = dataclasses.replace(corda, lora_targets=("down_proj",))
+    assert inputs_peak(CONFIG, wider, torch.bfloat16) > 4 * CONFIG.num_hidden_layers * CONFIG.intermediate_size**2
+
+
+def test_experts_with_adapters_are_told_without_weights():
+    """Weights and update of all experts are kept for the backward pass, unless it is checkpointed."""
+    config = family_model("qwen3_moe").config
+    changes = {"lora_parameters": ("experts.gate_up_proj", "experts.down_proj"), "lora_dropout": 0.0, "max_tokens": 32}
+    experts = dataclasses.replace(FINETUNE, **changes)
+    plain = finetune_peak(config, dataclasses.replace(experts, lora_parameters=()), torch.bfloat16)
+    with_experts = finetune_peak(config, experts, torch.bfloat16)
+    assert with_experts > plain + 2 * 4 * 4 * (3 * 32 * 16)  # bytes x layers x experts x weights
+    assert finetune_peak(config, dataclasses.replace(experts, checkpointing=True), torch.bfloat16) < with_experts
 
 
 def test_checkpointing_holds_less_and_a_longer_batch_more():

@@ -24,6 +24,7 @@ from spd_dist.models.lora import (
     merged_tensors,
     remove_adapters,
     save_adapter,
+    saved_parameters,
 )
 from spd_dist.models.model_card import Card, write_card
 from spd_dist.models.policy import Policy, load_policy
@@ -69,7 +70,8 @@ class Export:
         """Write `adapter/`, take the adapters off, and load it as a user does, to see that it is the student."""
         model = self.policy.model
         partial = self._start("adapter")
-        tensors = dict(whole_tensors(adapter_parameters(adapted)))
+        tensors = dict(whole_tensors(saved_parameters(adapted)))
+        num_trained = sum(tensors[name].numel() for name in adapter_parameters(adapted))
         self._on_main(partial, lambda: save_adapter(adapted, tensors, partial))
         remove_adapters(adapted)
         with together("loading the saved adapter"):  # and no rank renames it before all have read it
@@ -80,7 +82,6 @@ class Export:
             engine.destroy()
         remove_adapters(loaded)
         self._finish(partial, difference)
-        num_trained = sum(tensor.numel() for tensor in tensors.values())
         return SavedAdapter(num_trained, difference)
 
     def merged(self, adapted: PeftModel) -> SavedModel:

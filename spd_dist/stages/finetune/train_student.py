@@ -8,17 +8,28 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from spd_dist.config import Finetune
 from spd_dist.distributed.collectives import together
 from spd_dist.distributed.zero import frozen_engine, is_sharded, weights_fingerprint
 from spd_dist.errors import DataError
 from spd_dist.models.forward import use_liger
-from spd_dist.models.lora import PeftModel, TokenKeys, add_adapters, key_dropout
+from spd_dist.models.lora import (
+    InputSums,
+    PeftModel,
+    TokenKeys,
+    adapted_modules,
+    add_adapters,
+    key_dropout,
+    reads_inputs,
+    summing_inputs,
+)
 from spd_dist.models.model_card import Card
 from spd_dist.models.policy import Policy
 from spd_dist.seeding import generator
 from spd_dist.stages.context import StageContext
-from spd_dist.stages.finetune.sequences import held_out, training_sequences
+from spd_dist.stages.finetune.sequences import TrainingSequences, held_out, training_sequences
 from spd_dist.stages.finetune.student_export import Export, SavedAdapter, SavedModel
 from spd_dist.stages.finetune.training import Corpus, Trainer, TrainingResult
 from spd_dist.storage.artifacts import content_hash
@@ -78,10 +89,12 @@ def finetune(
         corpus = _corpus(policy, completions, config, context)
         if config.liger:
             use_liger(policy.model, context.world.device)
+    inputs = _inputs(policy, corpus.train, config, context) if reads_inputs(config) else None
+    with together("adding the adapters"):
         adapted = None
         if config.mode == "lora":
             seeded = generator(context.seed, "finetune", "adapters")
-            adapted = add_adapters(policy.model, config, generator=seeded)
+            adapted = add_adapters(policy.model, config, generator=seeded, inputs=inputs)
         else:
             policy.model.requires_grad_(True)
     keys = key_dropout(adapted) if adapted is not None else TokenKeys()
@@ -135,6 +148,26 @@ def _corpus(policy: Policy, completions: Sequence[Completion], config: Finetune,
     return Corpus(train, validation, content_hash([policy.fingerprint, settings, context.seed, data]))
 
 
+@torch.no_grad()
+def _inputs(
+    policy: Policy, sequences: TrainingSequences, config: Finetune, context: StageContext
+) -> dict[str, InputSums]:
+    """What the modules that get adapters are given by the first sequences: read by every rank, one at a time."""
+    with together("looking for the modules that get adapters"):
+        modules = adapted_modules(policy.model, config)
+    is_scaled = config.lora_init == "corda"
+    engine = frozen_engine(policy.model, context.distributed, policy.model.dtype) if is_sharded(policy.model) else None
+    try:
+        with summing_inputs(modules, scaled=is_scaled) as sums:
+            for sequence in sequences[: config.lora_init_examples]:
+                tokens = sequence.tokens[: sequence.num_attended]
+                policy.model(torch.tensor([tokens], device=context.world.device), use_cache=False)
+    finally:
+        if engine is not None:
+            engine.destroy()
+    return sums
+
+
 def _save(
     policy: Policy,
     adapted: PeftModel | None,
@@ -171,7 +204,6 @@ def _described(config: Finetune) -> str:
     if config.mode == "full":
         return f"all parameters, AdamW, learning rate {config.learning_rate:g}"
     name = {"lora": "LoRA", "rslora": "rank-stabilised LoRA", "dora": "DoRA"}[config.lora_variant]
-    return (
-        f"{name} of rank {config.lora_rank} on {', '.join(config.lora_targets)}, AdamW, "
-        f"learning rate {config.learning_rate:g}"
-    )
+    begins = "" if config.lora_init == "default" else f", from {config.lora_init}"
+    targets = ", ".join((*config.lora_targets, *config.lora_parameters))
+    return f"{name} of rank {config.lora_rank} on {targets}{begins}, AdamW, learning rate {config.learning_rate:g}"

@@ -1,0 +1,50 @@
+"""LoRA adapters by peft.
+
+target_modules  which modules and parameters get one
+initial_values  what they begin as
+keyed_dropout   dropout that depends on no batch and no rank
+adapters        put on a policy, taken off, saved and loaded
+merging         merged into the weights
+"""
+
+from peft import PeftModel
+
+from spd_dist.models.lora.adapters import (
+    adapter_parameters,
+    add_adapters,
+    base_model,
+    key_dropout,
+    load_adapter,
+    remove_adapters,
+    save_adapter,
+    saved_parameters,
+)
+from spd_dist.models.lora.initial_values import InputSums, reads_inputs, summing_inputs
+from spd_dist.models.lora.keyed_dropout import KeyedDropout, TokenKeys, mixed_, token_key, use_keyed_dropout
+from spd_dist.models.lora.merging import LEAST_KEPT, check_kept, merged_tensors
+from spd_dist.models.lora.target_modules import adapted_modules, check_targets
+
+__all__ = [
+    "LEAST_KEPT",
+    "InputSums",
+    "KeyedDropout",
+    "PeftModel",
+    "TokenKeys",
+    "adapted_modules",
+    "adapter_parameters",
+    "add_adapters",
+    "base_model",
+    "check_kept",
+    "check_targets",
+    "key_dropout",
+    "load_adapter",
+    "merged_tensors",
+    "mixed_",
+    "reads_inputs",
+    "remove_adapters",
+    "save_adapter",
+    "saved_parameters",
+    "summing_inputs",
+    "token_key",
+    "use_keyed_dropout",
+]
