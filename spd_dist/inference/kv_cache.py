@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-GROWTH_COLUMNS = 64
+ZEROED_COLUMNS = 64
 
 
 class Window:
@@ -30,6 +30,7 @@ class SlotLayer(CacheLayerMixin):
     """One layer's keys and values, with room for every slot."""
 
     is_sliding = False
+    is_compileable = True  # transformers then reads no mask back to see whether it can do without
     keys: Any  # tensors, once there is room
     values: Any
 
@@ -38,7 +39,7 @@ class SlotLayer(CacheLayerMixin):
         self.window = window
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing: `SlotCache.reserve` makes the room before the first pass."""
+        """Nothing: `SlotCache.admit` makes the room before the first pass."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write one new token a row; give all that the rows may attend to."""
@@ -57,42 +58,47 @@ class SlotLayer(CacheLayerMixin):
         return self.window.num_columns - 1
 
     def get_max_length(self) -> int:
-        """No bound: columns are added as they are needed."""
-        return -1
+        """Columns of a slot."""
+        return self.keys.shape[2]
 
 
 class SlotCache(Cache):
-    """The slots of all layers: `admit` a prefilled row, `move` a row to a free slot, `open` the window for a pass."""
+    """The slots of all layers: `admit` a prefilled row, `move` a row to a free slot, `open` the window for a pass.
 
-    def __init__(self, num_layers: int, num_slots: int) -> None:
+    All memory is taken at the first row, once; what no row reaches is never touched, and so costs a CPU none.
+    """
+
+    def __init__(self, num_layers: int, num_slots: int, num_columns: int) -> None:
+        """`num_columns`: the longest prompt and its completion."""
         self.window = Window()
-        self.num_slots = num_slots
+        self.num_slots, self.num_columns, self.num_zeroed = num_slots, num_columns, 0
         self.slots = [SlotLayer(self.window) for _ in range(num_layers)]
+        self.row_B = torch.arange(num_slots)
         super().__init__(layers=list(self.slots))
 
-    def reserve(self, num_columns: int, like: Cache | None = None) -> None:
-        """Make room for `num_columns`, layer by layer; `like` gives heads and widths the first time."""
-        for index, layer in enumerate(self.slots):
-            if not layer.is_initialized:
-                assert like is not None
-                source: Any = like.layers[index]
-                layer.keys, layer.values = (self._room(tensor, num_columns) for tensor in (source.keys, source.values))
-                layer.is_initialized = True
-            elif layer.keys.shape[2] < num_columns:
-                layer.keys, layer.values = (self._wider(tensor, num_columns) for tensor in (layer.keys, layer.values))
+    def _reserve(self, like: Cache) -> None:
+        """Make the room, layer by layer, of as many heads and as wide as `like`."""
+        for layer, source in zip(self.slots, plain_layers(like), strict=True):
+            layer.keys, layer.values = self._room(source.keys), self._room(source.values)
+            layer.is_initialized = True
+        self.row_B = self.row_B.to(self.slots[0].keys.device)
 
-    def _room(self, like: Tensor, num_columns: int) -> Tensor:
-        """Zeros: what is masked out must at least be finite."""
-        return like.new_zeros(self.num_slots, like.shape[1], num_columns + GROWTH_COLUMNS, like.shape[3])
+    def _room(self, like: Tensor) -> Tensor:
+        return like.new_empty(self.num_slots, like.shape[1], self.num_columns, like.shape[3])
 
-    def _wider(self, old: Tensor, num_columns: int) -> Tensor:
-        wide = self._room(old, num_columns)
-        wide[:, :, : old.shape[2]] = old
-        return wide
+    def _zero(self, num_columns: int) -> None:
+        """So many columns begin as zeros: what is masked out must at least be finite."""
+        if num_columns > self.num_zeroed:
+            first, self.num_zeroed = self.num_zeroed, min(num_columns + ZEROED_COLUMNS, self.num_columns)
+            for layer in self.slots:
+                layer.keys[:, :, first : self.num_zeroed] = 0
+                layer.values[:, :, first : self.num_zeroed] = 0
 
     def admit(self, prefilled: Cache, row: int, slot: int, *, prefix: int, num_columns: int) -> None:
         """Copy a prefilled row to a slot: its first `prefix` columns, and the last ones; padding is in between."""
-        self.reserve(num_columns, like=prefilled)
+        if not self.slots[0].is_initialized:
+            self._reserve(prefilled)
+        self._zero(num_columns)
         for layer, source in zip(self.slots, plain_layers(prefilled), strict=True):
             for kept, made in ((layer.keys, source.keys), (layer.values, source.values)):
                 kept[slot, :, :prefix] = made[row, :, :prefix]
@@ -106,9 +112,9 @@ class SlotCache(Cache):
 
     def open(self, column_N: Tensor, num_columns: int) -> None:
         """Set the window for a pass that adds one token a row, in the columns `column_N`."""
-        self.reserve(num_columns)
+        self._zero(num_columns)
         self.window.num_rows, self.window.num_columns = len(column_N), num_columns
-        self.window.row_N, self.window.column_N = torch.arange(len(column_N), device=column_N.device), column_N
+        self.window.row_N, self.window.column_N = self.row_B[: len(column_N)], column_N
 
 
 def prefill_cache(num_layers: int, prefix: Cache | None = None, num_rows: int = 1) -> Cache:

@@ -10,13 +10,15 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from spd_dist.config import Generate, engine_of
 from spd_dist.distributed.collectives import together
 from spd_dist.distributed.world import World
 from spd_dist.inference.decode import check_context
 from spd_dist.inference.engine_probes import References, check_probes, references
 from spd_dist.inference.engine_table import ENGINES, Engine, EngineSetup, EngineWork, Opened
-from spd_dist.inference.hf_engine import held_to
+from spd_dist.inference.hf_engine import held_to, is_slow_dtype
 from spd_dist.inference.placement import choose_placement, placed, rows_of_a_pass
 from spd_dist.inference.sampling import Sampling
 from spd_dist.models.policy import Policy
@@ -75,6 +77,9 @@ def open_engine(
     with together("looking at the longest prompt"):
         check_context(policy.model, work.longest, config.max_new_tokens, section=work.section)
     max_length = len(work.longest.tokens) + config.max_new_tokens
+    dtype = policy.model.dtype
+    if world.is_main and ENGINES[name].in_process and is_slow_dtype(dtype, world.device, torch.cpu.get_capabilities()):
+        log.warning("%s: this CPU has no instructions for %s; model.dtype=float32 is faster", work.section, dtype)
     placement = choose_placement(policy, config, world, max_length, section=work.section)
     expected = References([], Sampling(), None)
     setup, kind = EngineSetup(policy, projection, config, world, work, placement, expected), ENGINES[name]

@@ -21,7 +21,6 @@ from spd_dist.distributed.world import World
 from spd_dist.distributed.zero import full_replica
 from spd_dist.errors import ConfigError
 from spd_dist.inference.continuous import MAX_PREFILL_TOKENS
-from spd_dist.inference.kv_cache import GROWTH_COLUMNS
 from spd_dist.models.model_stats import Outline, meta_model, outline_of
 from spd_dist.models.policy import Policy, load_adapted, load_replica, load_settings, prepare_model, resolve_dtype
 
@@ -248,10 +247,10 @@ def decode_bytes(
         new_tokens: Of the longest completion.
         element_bytes: Size of a weight, and of an activation.
     """
-    prefill_tokens = min(batch_size * prompt_tokens, max(MAX_PREFILL_TOKENS, prompt_tokens))
-    columns = batch_size * (prompt_tokens + new_tokens + GROWTH_COLUMNS)
+    prefill_tokens = min(batch_size * prompt_tokens, MAX_PREFILL_TOKENS)
+    columns = batch_size * (prompt_tokens + new_tokens)
     # The prompts that were read last stay beside those that are being read: further samples may follow.
-    cache = outline.num_layers * outline.kv_width * (columns + 2 * prefill_tokens)
+    cache = outline.num_layers * outline.kv_width * (columns + 2 * max(prefill_tokens, prompt_tokens))
     # Inside the MLP, or where attention has repeated keys and values for every query head.
     inside = max(3 * outline.intermediate_size, 4 * outline.attention_width)
     layer = prefill_tokens * (4 * outline.hidden_size + inside)

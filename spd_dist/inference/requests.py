@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from spd_dist.errors import DataError
-from spd_dist.inference.sampling import Sampling, choose, entropies, uniforms
+from spd_dist.inference.sampling import Sampling
 from spd_dist.types import ThoughtBudget
 
 log = logging.getLogger(__name__)
@@ -89,63 +85,28 @@ class DecodeSettings:
     pad_token_id: int
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
-    """A request being answered."""
+    """A request being answered, as far as its tokens were read."""
 
     request: Request
-    uniform_T: Tensor
     tokens: list[int] = field(default_factory=list)
-    seen_V: Tensor | None = None
-    is_thinking: bool = False
-    """Known only under a budget."""
+    num_drawn: int = 0
+    """Tokens of it that the device has drawn, or is about to: those that are not read yet, too."""
+    is_done: bool = False
+    """Its completion is known: what else was drawn for it is nothing."""
     entropy: float = 0.0
     """Of all its tokens, in nats, if its request asks for it."""
-
-    def within_budget(self, token: int) -> int:
-        """The next token: the one that was drawn, unless the thought has to end."""
-        budget = self.request.budget
-        if budget is None:
-            return token
-        if self.is_thinking and len(self.tokens) >= budget.num_tokens:
-            token = budget.close_token
-        self.is_thinking = budget.is_open([token], before=self.is_thinking)
-        return token
 
     @property
     def num_cached(self) -> int:
         """Tokens whose keys and values the model has made: all but the newest."""
-        return len(self.request.tokens) + len(self.tokens) - 1
+        return len(self.request.tokens) + self.num_drawn - 1
 
     def finished(self, stopping: DecodeSettings) -> Decoded | None:
-        """The completion, if its newest token was its last."""
-        is_ended = self.tokens[-1] in stopping.eos_token_ids
+        """The completion, if the newest token that was read was its last."""
+        is_ended = bool(self.tokens) and self.tokens[-1] in stopping.eos_token_ids
         if not is_ended and len(self.tokens) < stopping.sampling.max_new_tokens:
             return None
         mean_entropy = self.entropy / len(self.tokens) if self.request.measures_entropy else None
         return Decoded(self.request, tuple(self.tokens), "stop" if is_ended else "length", mean_entropy)
-
-
-def new_row(request: Request, sampling: Sampling, *, vocabulary_size: int, device: torch.device) -> Row:
-    """A row that has drawn nothing yet."""
-    row = Row(request, uniforms(request.seed, sampling.max_new_tokens))
-    row.is_thinking = request.budget is not None and request.budget.is_open(request.tokens)
-    if sampling.repetition_penalty != 1:
-        row.seen_V = torch.zeros(vocabulary_size, dtype=torch.bool, device=device)
-        row.seen_V[list(request.tokens)] = True
-    return row
-
-
-def draw(rows: Sequence[Row], logits_NV: Tensor, sampling: Sampling) -> None:
-    """Append a token to every row."""
-    uniform_N = torch.stack([row.uniform_T[len(row.tokens)] for row in rows])
-    seen = [row.seen_V for row in rows if row.seen_V is not None]  # of all rows or of none
-    seen_NV = torch.stack(seen) if seen else None
-    entropy_N = entropies(logits_NV) if any(row.request.measures_entropy for row in rows) else None
-    for row, drawn in zip(rows, choose(logits_NV, uniform_N, sampling, seen_NV).tolist(), strict=True):
-        token = row.within_budget(drawn)
-        row.tokens.append(token)
-        if row.seen_V is not None:
-            row.seen_V[token] = True
-    for row, entropy in zip(rows, [] if entropy_N is None else entropy_N.tolist(), strict=False):
-        row.entropy += entropy

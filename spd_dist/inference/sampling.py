@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spd_dist.errors import DataError
-
 NUM_CANDIDATES = 64  # the nucleus nearly always lies within so many; where it does not, all tokens are sorted
+ENTROPY_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -50,9 +49,12 @@ def uniforms(seed: int, num_tokens: int) -> Tensor:
 
 
 def entropies(logits_NV: Tensor) -> Tensor:
-    """entropy_N in nats of what each row's logits give the tokens, float32: at temperature 1, before any truncation."""
-    parts = [part.float().softmax(-1) for part in logits_NV.split(1)]  # a row at a time: the copies are as wide as V
-    return torch.stack([torch.special.entr(part).sum() for part in parts])
+    """entropy_N in nats of what each row's logits give the tokens, float32: at temperature 1, before any truncation.
+
+    It is added up in float64: in which order no longer shows, and so neither do the rows beside one.
+    """
+    parts = [part.float().softmax(-1) for part in logits_NV.split(ENTROPY_ROWS)]  # the copies are as wide as V
+    return torch.cat([torch.special.entr(part).sum(-1, dtype=torch.float64).float() for part in parts])
 
 
 UNCERTAIN, NOT_FINITE = -1, -2
@@ -60,9 +62,10 @@ UNCERTAIN, NOT_FINITE = -1, -2
 
 
 def choose(logits_NV: Tensor, uniform_N: Tensor, sampling: Sampling, seen_NV: Tensor | None = None) -> Tensor:
-    """token_N, on the CPU: greedy, or by inverting each row's truncated distribution function at its uniform number.
+    """token_N: greedy, or by inverting each row's truncated distribution function at its uniform number.
 
-    The device is waited for once: for the tokens, in whose place stands what else must be known of a row.
+    The device is not waited for: in a token's place stands what else must be known of its row, `UNCERTAIN`, to which
+    `choose_of_all` gives the token, or `NOT_FINITE`.
 
     Penalty, temperature, top-k, top-p and min-p apply in this order, as in transformers; ties go to the lower token.
     The distribution function runs over token ids, not over ranks: rounding that swaps two nearly equal logits then
@@ -73,31 +76,30 @@ def choose(logits_NV: Tensor, uniform_N: Tensor, sampling: Sampling, seen_NV: Te
         uniform_N: one number in [0, 1) a row, float64; unused when greedy.
         sampling: what is drawn from.
         seen_NV: tokens of the prompt and of the completion so far, for the repetition penalty.
-
-    Raises:
-        DataError: a row has no finite largest logit.
     """
-    score_NV = logits_NV.float()
-    if seen_NV is not None:
-        penalty = sampling.repetition_penalty
-        score_NV = torch.where(seen_NV, torch.where(score_NV < 0, score_NV * penalty, score_NV / penalty), score_NV)
+    score_NV = _penalised(logits_NV, sampling, seen_NV)
     top_N1 = score_NV.amax(-1, keepdim=True)
     if sampling.temperature == 0:
         token_N = score_NV.argmax(-1)
     else:
-        score_NV = (score_NV - top_N1) / sampling.temperature
-        uniform_N = uniform_N.to(score_NV.device)  # drawn on the CPU, so that they are the same on every machine
-        token_N = _draw_once(score_NV, uniform_N, sampling)
-    tokens = token_N.where(top_N1[:, 0].isfinite(), NOT_FINITE).tolist()
-    if NOT_FINITE in tokens:
-        raise DataError("the logits are NaN or infinite; check the weights, and model.dtype (float16 overflows easily)")
-    if UNCERTAIN in tokens:
-        rest = [row for row, token in enumerate(tokens) if token == UNCERTAIN]
-        sorted_NV, order_NV = score_NV[rest].sort(dim=-1, descending=True, stable=True)
-        found = _draw(sorted_NV, order_NV, score_NV[rest], uniform_N[rest], sampling)[0].tolist()
-        for row, token in zip(rest, found, strict=True):
-            tokens[row] = token
-    return torch.tensor(tokens)
+        token_N = _draw_once((score_NV - top_N1) / sampling.temperature, uniform_N, sampling)
+    return token_N.where(top_N1[:, 0].isfinite(), NOT_FINITE)
+
+
+def choose_of_all(logits_NV: Tensor, uniform_N: Tensor, sampling: Sampling, seen_NV: Tensor | None = None) -> Tensor:
+    """token_N of rows that `choose` left uncertain: all tokens are sorted, not a few candidates."""
+    score_NV = _penalised(logits_NV, sampling, seen_NV)
+    score_NV = (score_NV - score_NV.amax(-1, keepdim=True)) / sampling.temperature
+    sorted_NV, order_NV = score_NV.sort(dim=-1, descending=True, stable=True)
+    return _draw(sorted_NV, order_NV, score_NV, uniform_N, sampling)[0]
+
+
+def _penalised(logits_NV: Tensor, sampling: Sampling, seen_NV: Tensor | None) -> Tensor:
+    score_NV = logits_NV.float()
+    if seen_NV is None:
+        return score_NV
+    penalty = sampling.repetition_penalty
+    return torch.where(seen_NV, torch.where(score_NV < 0, score_NV * penalty, score_NV / penalty), score_NV)
 
 
 def _draw_once(score_NV: Tensor, uniform_N: Tensor, sampling: Sampling) -> Tensor:

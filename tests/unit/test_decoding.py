@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import random
 from collections import Counter
 
@@ -11,12 +12,16 @@ import pytest
 import torch
 from families import FAMILIES, family_model
 from tiny import tiny_model
+from waits import Waits
 
 from spd_dist.errors import DataError
+from spd_dist.inference import continuous, drawing
+from spd_dist.inference.continuous import ContinuousBatcher
 from spd_dist.inference.decode import decode
 from spd_dist.inference.kv_cache import SlotCache, num_slot_layers
 from spd_dist.inference.requests import Decoded, DecodeSettings, Request, half_batch
 from spd_dist.inference.sampling import Sampling
+from spd_dist.types import ThoughtBudget
 
 ENDS = frozenset(range(2, 64, 9))
 
@@ -164,41 +169,89 @@ def test_out_of_memory_halves_the_batch_and_keeps_the_samples(family, caplog):
     hook.remove()
 
 
-@pytest.mark.parametrize("num_layers_reserved", [0, 3])
-def test_a_cache_that_finds_no_room_halves_the_batch_and_loses_no_request(caplog, monkeypatch, num_layers_reserved):
+@pytest.mark.parametrize("num_tensors", [0, 3])
+def test_a_cache_that_finds_no_room_halves_the_batch_and_loses_no_request(caplog, monkeypatch, num_tensors):
     model, work = tiny_model(vocab_size=64), requests(20)
     expected = decoded(model, work, SAMPLED, batch_size=4)
     room, made = SlotCache._room, []
 
-    def full(cache, like, num_columns):
+    def full(cache, like):
         made.append(cache.num_slots)
-        if cache.num_slots > 5 and len(made) > 2 * num_layers_reserved:
+        if cache.num_slots > 5 and len(made) > num_tensors:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return room(cache, like, num_columns)
+        return room(cache, like)
 
     monkeypatch.setattr(SlotCache, "_room", full)
     assert decoded(model, work, SAMPLED, batch_size=20) == expected
     assert "generate.batch_size=5" in caplog.text
 
 
-def test_a_cache_that_finds_no_room_for_one_more_column_halves_the_batch_too(caplog, monkeypatch):
-    model, work = tiny_model(vocab_size=64), requests(12)
-    endless = dataclasses.replace(SAMPLED, max_new_tokens=80)  # beyond the columns that are reserved at first
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "phi3", "falcon"])
+def test_a_pass_waits_for_the_device_once_and_takes_no_memory_for_keys_and_values(family, monkeypatch):
+    model, work = family_model(family), requests(8)
+    work = [dataclasses.replace(one, measures_entropy=True, budget=ThoughtBudget(3, 7, 8)) for one in work]
+    sampling = Sampling(0.7, 0.9, repetition_penalty=1.1, max_new_tokens=12)
+    step, found, kept = ContinuousBatcher._step, [], set()
 
-    def tokens(batch_size):
-        found = decode(model, work, DecodeSettings(endless, frozenset(), 0), batch_size=batch_size)
-        return {one.request.id: one.tokens for one in found}
+    def counted(loop):
+        with Waits() as waits:
+            yield from step(loop)
+        found.append(waits.found)
+        kept.add(tuple(tensor.data_ptr() for layer in loop.cache.slots for tensor in (layer.keys, layer.values)))
 
-    expected, wider = tokens(2), SlotCache._wider
+    monkeypatch.setattr(ContinuousBatcher, "_step", counted)
+    endless = DecodeSettings(sampling, frozenset(), 0)
+    assert len(list(decode(model, work, endless, batch_size=4))) == 8
+    assert len(found) >= 22
+    assert all(waits == ["tolist"] for waits in found)
+    assert len(kept) == 1
 
-    def full(cache, old, num_columns):
-        if cache.num_slots > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return wider(cache, old, num_columns)
 
-    monkeypatch.setattr(SlotCache, "_wider", full)
-    assert tokens(8) == expected
-    assert "generate.batch_size=2" in caplog.text
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED, Sampling(1.5, 0.8, 20, 0.01, 1.2, 12), Sampling(2.0, 0.999)])
+@pytest.mark.parametrize("fixed", [None, 300])
+def test_tokens_that_are_read_a_pass_late_are_the_same(sampling, fixed, monkeypatch):
+    model, work = tiny_model(vocab_size=259), requests(14, samples=2)
+    expected = decoded(model, work, sampling, batch_size=5, fixed_columns=fixed)
+    monkeypatch.setattr(drawing, "READ_LATE", {"cpu"})
+    assert decoded(model, work, sampling, batch_size=5, fixed_columns=fixed) == expected
+
+
+@pytest.mark.parametrize("shared", [0, 40])
+def test_a_long_prompt_is_read_in_several_passes_between_which_the_other_rows_go_on(shared, monkeypatch):
+    model, work = tiny_model(vocab_size=64), requests(8, longest=60, shared=shared)
+    work = [dataclasses.replace(work[0], id="short", tokens=work[0].tokens[: shared + 3]), *work]
+    endless = dataclasses.replace(SAMPLED, max_new_tokens=30)
+    expected = decoded(model, work, endless, batch_size=3)
+    monkeypatch.setattr(continuous, "MAX_PREFILL_TOKENS", 16)
+    read = []
+    hook = model.register_forward_pre_hook(
+        lambda _, __, inputs: read.append(inputs["input_ids"].shape), with_kwargs=True
+    )
+    assert decoded(model, work, endless, batch_size=3) == expected
+    hook.remove()
+    assert max(math.prod(shape) for shape in read) <= 16
+    long = [index for index, (_, columns) in enumerate(read) if columns == 16]
+    assert any(read[index + 1][1] == 1 and read[index + 2][1] > 1 for index in long)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("sampling", [GREEDY, dataclasses.replace(SAMPLED, top_p=0.5)])
+def test_a_gpu_decodes_what_a_cpu_decodes_and_no_pass_waits_for_it(sampling, monkeypatch):
+    """But for the event behind the tokens of the pass before, which is no synchronising call."""
+    model, work = tiny_model(vocab_size=64), requests(20)
+    expected = decoded(model, work, sampling, batch_size=6)
+    step = ContinuousBatcher._step
+
+    def unwaited(loop):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield from step(loop)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(ContinuousBatcher, "_step", unwaited)
+    assert decoded(model.cuda(), work, sampling, batch_size=6) == expected
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from spd_dist.inference.engine_table import ENGINES
 from spd_dist.inference.external.external_engine import ExternalEngine, command_of, environment_of
 from spd_dist.inference.external.vllm_process import INSIDE
 from spd_dist.inference.hf_cb import ContinuousBatchingEngine
+from spd_dist.inference.hf_engine import is_slow_dtype
 from spd_dist.inference.open_engine import choose_engine
 from spd_dist.inference.placement import HEADROOM, MOST_ROWS_ON_CPU, largest_batch, needed_bytes, rows_of_a_pass
 from spd_dist.inference.requests import Decoded, Request
@@ -75,6 +76,24 @@ def program(folder: Path, text: str) -> str:
 def external(policy: Policy, folder: Path, text: str) -> ExternalEngine:
     words = command_of(program(folder, text), folder)
     return ExternalEngine("generate.engine=command", words, policy, folder / "scratch", environment_of(ALONE))
+
+
+@pytest.mark.parametrize(("dtype", "capability", "is_slow"), [
+    (torch.float32, "avx2", False), (torch.bfloat16, "avx2", True), (torch.bfloat16, "avx512_bf16", False),
+    (torch.bfloat16, "amx_bf16", False), (torch.float16, "avx512_bf16", True), (torch.float16, "fp16_arith", False),
+])  # fmt: skip
+def test_a_cpu_that_only_stores_a_dtype_is_known(dtype, capability, is_slow):
+    assert is_slow_dtype(dtype, torch.device("cpu"), {"amx_bf16": False, capability: True}) == is_slow
+    assert not is_slow_dtype(dtype, torch.device("cuda"), {})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_slow_dtype_is_named_in_one_line(model, tmp_path, monkeypatch, caplog, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    corpus(model, tmp_path, GREEDY, dtype)
+    warned = [line for line in caplog.messages if "no instructions" in line]
+    expected = "generate: this CPU has no instructions for torch.bfloat16; model.dtype=float32 is faster"
+    assert warned == ([expected] if dtype == "bfloat16" else [])
 
 
 def test_each_name_of_an_engine_has_its_row():

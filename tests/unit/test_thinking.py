@@ -14,7 +14,8 @@ from spd_dist.data.prompts import make_prompts
 from spd_dist.data.tasks.described import DescribedTask, Description
 from spd_dist.data.thinking import Thought, find_thought, learned_parts, thought_budget
 from spd_dist.errors import ConfigError, DataError
-from spd_dist.inference.requests import Request, draw, new_row
+from spd_dist.inference.drawing import Drawer
+from spd_dist.inference.requests import DecodeSettings, Request
 from spd_dist.inference.sampling import Sampling
 from spd_dist.overrides import load_config
 from spd_dist.stages.finetune.sequences import training_sequences
@@ -146,10 +147,11 @@ def test_a_thought_is_closed_at_its_budget_and_the_answer_is_sampled():
 
     def written(prompt, wanted):
         """What comes of it if the model would write `wanted`, token by token."""
-        row = new_row(Request("1", 0, prompt, 0, budget), sampling, vocabulary_size=300, device=torch.device("cpu"))
+        drawer = Drawer(DecodeSettings(sampling, frozenset(), 0), 1, torch.device("cpu"))
+        drawer.admit([Request("1", 0, prompt, 0, budget)], 300)
         for token in wanted:
-            draw([row], torch.nn.functional.one_hot(torch.tensor([token]), 300).float(), sampling)
-        return row.tokens
+            drawer.draw(torch.nn.functional.one_hot(torch.tensor([token]), 300).float())
+        return drawer.rows[0].tokens
 
     assert written((5, 6), [opening, 7, 8, 9, 10]) == [opening, 7, 8, closing, 10]
     assert written((5, opening), [7, 8, 9, 10, 11]) == [7, 8, 9, closing, 11]
