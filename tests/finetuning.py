@@ -47,11 +47,11 @@ def completions(count: int = 22) -> list[Completion]:
 
 
 def train(model: Path, folder: Path, *, distributed: dict[str, Any] | None = None, job: dict[str, Any] | None = None,
-          dtype: str = "auto", **changes: Any) -> Trained:  # fmt: skip
+          dtype: str = "auto", quantization: str = "none", **changes: Any) -> Trained:  # fmt: skip
     """Fine-tune the model of a folder on these ranks; `changes` are of the settings."""
     settings = Distributed(timeout_seconds=60, **(distributed or {}))
     world = join_world(settings)
-    policy = load_policy(Model(name=str(model), dtype=dtype), settings, world)
+    policy = load_policy(Model(name=str(model), dtype=dtype, quantization=quantization), settings, world)
     with MetricLogger(folder / "metrics", world.rank) as metrics:
         done_before = len(read_jsonl(metrics.path))
         work = StageContext(folder=folder, seed=3, world=world, distributed=settings, metrics=metrics, **(job or {}))

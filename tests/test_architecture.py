@@ -120,7 +120,7 @@ UNPACKED = {  # calls whose arguments come out of a mapping: each at the boundar
     "models/forward.py model": "which inputs a Hugging Face model takes differs between architectures",
     "models/kv_tracing.py forward": "a module is called as the model's own code calls it",
     "models/policy.py reader.from_pretrained": "transformers reads what is left out from the model's own config",
-    "planner/profile.py operation": "what torch hands to __torch_dispatch__",
+    "planner/dry_run.py operation": "what torch hands to __torch_dispatch__",
     "sandbox/inside/candidate.py function": "a foreign program's function, called as its test calls it",
     "types.py kind": "a JSON object or a section of YAML becomes a dataclass here, and nowhere else",
 }

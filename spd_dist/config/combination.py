@@ -119,3 +119,13 @@ def parallel_without_vllm(key: str) -> Callable[[Config], bool]:
 def adapts_experts(breaks: Callable[[Config], bool]) -> Callable[[Config], bool]:
     """Whether it breaks, and experts get an adapter, too."""
     return lambda config: config.finetune.mode == "lora" and bool(config.finetune.lora_parameters) and breaks(config)
+
+
+def quantised(breaks: Callable[[Config], bool]) -> Callable[[Config], bool]:
+    """Whether it breaks, and the base weights have few bits."""
+    return lambda config: config.model.quantization != "none" and breaks(config)
+
+
+def loads_itself(section: str) -> Callable[[Config], bool]:
+    """Whether a section has an engine that loads the weights by itself."""
+    return lambda config: value_of(config, f"{section}.engine") not in ("hf", "hf_cb")

@@ -12,7 +12,9 @@ from spd_dist.config.combination import (
     invariant_elsewhere,
     invariant_with_any_batch,
     lacks,
+    loads_itself,
     parallel_without_vllm,
+    quantised,
     several_greedy,
     value_of,
 )
@@ -34,6 +36,8 @@ def check_combinations(config: Config) -> None:
 
 
 _HALF = ("bfloat16", "float16")
+_NF4 = ("model.quantization=nf4", "distributed.zero_stage=2")
+_WHOLE = "model.quantization=none"
 _ON_WEIGHT = ("olora", "pissa", "corda")
 _KEYS_AFTER_ROPE = {"project.insertion": "rope", "project.kinds": ("both", "key")}
 
@@ -225,6 +229,12 @@ COMBINATIONS = (
         ("generate.engine=command", "generate.command=PROGRAM", "project.insertion=rope"),
     ),
     Combination(
+        ("finetune.offload_activations", "finetune.checkpointing"),
+        holds({"finetune.offload_activations": True, "finetune.checkpointing": False}),
+        "without which all activations would be moved", ("finetune.checkpointing=true",),
+        ("finetune.offload_activations=true",),
+    ),
+    Combination(
         ("finetune.merge", "finetune.mode"), holds({"finetune.merge": True, "finetune.mode": "full"}),
         "which has no adapter to merge", ("finetune.mode=lora", "finetune.merge=false"),
         ("finetune.merge=true", "finetune.mode=full"),
@@ -256,6 +266,23 @@ COMBINATIONS = (
         lambda config: config.rounds > 1 and config.finetune.mode == "lora" and config.model.dtype in _HALF,
         "since a round starts from the merged student before it, and rounding would take most of its update away",
         ("model.dtype=float32", "finetune.mode=full", "rounds=1"), ("rounds=2", "model.dtype=bfloat16"),
+    ),
+    *(
+        Combination(("model.quantization", key), quantised(breaks), why, (instead, _WHOLE), (*_NF4, *example))
+        for key, breaks, why, instead, *example in (
+            ("finetune.mode", holds({"finetune.mode": "full"}), "since weights of 4 bits cannot be trained",
+             "finetune.mode=lora", "finetune.mode=full"),
+            ("distributed.zero_stage", holds({"distributed.zero_stage": 3}), "which shards no weights of 4 bits",
+             "distributed.zero_stage=2", "distributed.zero_stage=3"),
+            ("finetune.merge", holds({"finetune.merge": True}), "since 4 bits would round the update away",
+             "finetune.merge=false", "finetune.merge=true"),
+            ("generate.apply_as", holds({"generate.apply_as": "fold"}), "since 4 bits hold no folded weights",
+             "generate.apply_as=hook", "generate.apply_as=fold"),
+            ("rounds", lambda config: config.rounds > 1, "since a round starts from the merged student before it",
+             "rounds=1", "rounds=2", "model.dtype=float32"),
+            *((f"{section}.engine", loads_itself(section), "which would load the weights whole",
+               f"{section}.engine=hf", f"{section}.engine=server") for section in ("generate", "evaluate")),
+        )
     ),
     Combination(
         ("mechanism.in_run", "project.insertion"),

@@ -17,7 +17,6 @@ from typing import Any, cast
 import deepspeed
 import torch
 from deepspeed.checkpoint import ds_to_universal
-from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
@@ -25,7 +24,8 @@ from torch import nn
 from spd_dist.config import Distributed
 from spd_dist.distributed.checkpoint_safety import data_alone
 from spd_dist.distributed.collectives import accelerator
-from spd_dist.distributed.zero import check_offload, merge_settings, whole_shape
+from spd_dist.distributed.optimizers import OptimizerKind, make_optimizer, parameter_groups
+from spd_dist.distributed.zero import check_offload, merge_settings
 from spd_dist.errors import ConfigError, DataError
 from spd_dist.types import Json
 
@@ -147,23 +147,23 @@ def _without_auto(settings: Mapping[str, Json]) -> Mapping[str, Json]:
 
 
 def training_engine(
-    module: nn.Module, settings: Mapping[str, Any], *, learning_rate: float, weight_decay: float
+    module: nn.Module,
+    settings: Mapping[str, Any],
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    kind: OptimizerKind = "adamw",
 ) -> DeepSpeedEngine:
-    """An engine that trains the parameters of `module` that want gradients, with AdamW unless `settings` name another.
+    """An engine that trains the parameters of `module` that want gradients, by `kind` unless `settings` name another.
 
     Vectors (biases, norms) are not decayed.
 
     Raises:
         ConfigError: DeepSpeed does not take the settings.
     """
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if len(whole_shape(p)) > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if len(whole_shape(p)) <= 1], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    groups = parameter_groups(module, weight_decay)
     on_host = settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device") == "cpu"
-    ours = None if "optimizer" in settings else _adamw(groups, learning_rate, on_host=on_host)
+    ours = None if "optimizer" in settings else make_optimizer(groups, learning_rate, kind, on_host=on_host)
     parameters: Any = groups if ours is None else None  # groups, too, which DeepSpeed's type does not say
     try:
         engine, *_ = deepspeed.initialize(
@@ -182,23 +182,6 @@ def training_engine(
     for group in _groups(engine):
         group["initial_lr"] = group["lr"]
     return engine
-
-
-def _adamw(groups: list[dict[str, Any]], learning_rate: float, *, on_host: bool) -> torch.optim.Optimizer:
-    """AdamW: fused on an accelerator; DeepSpeed's for states in the hosts' memory, where it builds.
-
-    DeepSpeed compiles its own at first use. On a machine without accelerators that takes minutes and saves nothing.
-    """
-    if accelerator().device_name() == "cpu":
-        return torch.optim.AdamW(groups, lr=learning_rate)
-    if not on_host:
-        return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
-    try:
-        return DeepSpeedCPUAdam(groups, lr=learning_rate, adamw_mode=True)
-    except (RuntimeError, ImportError, OSError) as error:  # no compiler, or none that fits
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        log.warning("DeepSpeed's CPU Adam does not build here (%s); torch's is used, which is slower", reason)
-        return torch.optim.AdamW(groups, lr=learning_rate)
 
 
 def writer_of(engine: DeepSpeedEngine) -> BackgroundWriter:

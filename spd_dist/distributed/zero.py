@@ -6,7 +6,7 @@ A module is sharded if its parameters carry DeepSpeed's `ds_tensor`: the flat sl
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -96,7 +96,7 @@ def frozen_engine(module: nn.Module, config: Distributed, dtype: torch.dtype) ->
     return engine
 
 
-def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+def whole_shape(parameter: Tensor) -> tuple[int, ...]:
     """The shape of a parameter that may be sharded."""
     fields = vars(parameter)  # where DeepSpeed puts what it knows of a shard
     return tuple(fields["ds_shape"]) if "ds_shape" in fields else tuple(parameter.shape)
@@ -166,7 +166,7 @@ def weights_fingerprint(module: nn.Module) -> str:
     Each rank mixes the words that it holds with their positions and sums them modulo 2**64; the sums of all ranks add
     up, so that no parameter is gathered.
     """
-    named = list(module.named_parameters())
+    named = list(_named_tensors(module))
     sums = torch.stack([_mixed_sum(*_held_words(parameter)) for _, parameter in named])
     if is_sharded(module):
         sums = sums.to(collective_device())
@@ -177,7 +177,19 @@ def weights_fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _held_words(parameter: nn.Parameter) -> tuple[Tensor, int]:
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters, and the scales of those that bitsandbytes stores as codes, which mean nothing without."""
+    for name, parameter in module.named_parameters():
+        yield name, parameter
+        state = vars(parameter).get("quant_state")
+        if state is not None:
+            yield f"{name}.absmax", state.absmax
+            if state.nested:
+                yield f"{name}.absmax.absmax", state.state2.absmax
+                yield f"{name}.absmax.offset", state.offset
+
+
+def _held_words(parameter: Tensor) -> tuple[Tensor, int]:
     """The words of `parameter` that this rank holds, as integers, and the position of the first."""
     flat, start = parameter.detach().reshape(-1), 0
     if hasattr(parameter, "ds_tensor"):
@@ -232,7 +244,7 @@ def restored_on_exit(parameters: Iterable[nn.Parameter]) -> Generator[None]:
                     parameter.data.copy_(data)
 
 
-def _slice(parameter: nn.Parameter) -> Tensor:
+def _slice(parameter: Tensor) -> Tensor:
     """The flat slice of a sharded parameter that this rank holds."""
     return vars(parameter)["ds_tensor"]
 

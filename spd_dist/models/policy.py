@@ -31,7 +31,7 @@ from spd_dist.distributed.zero import DeepSpeedEngine, frozen_engine, sharding_s
 from spd_dist.errors import DataError
 from spd_dist.models.gguf import converted, find_gguf, is_gguf
 from spd_dist.models.gguf_header import check_gguf
-from spd_dist.models.lora import load_adapter
+from spd_dist.models.lora import check_adapter, keep_codes_, load_adapter, quantised
 
 WEIGHTS = ("*.safetensors", "*.bin")
 
@@ -138,16 +138,17 @@ def load_policy(config: Model, distributed: Distributed, world: World) -> Policy
     with together("reading the model's configuration"):
         settings = _read(AutoConfig, source, config)
         tokenizer = _read(AutoTokenizer, source, config)
-    dtype = resolve_dtype(config.dtype, world.device)
+        dtype = resolve_dtype(config.dtype, world.device)
+        options = {"config": settings, "dtype": dtype} | quantised(config, dtype, world.device)
     sharded = distributed.zero_stage == 3
     # transformers keeps a weak reference: while this object lives, from_pretrained loads into ZeRO-3 shards.
     sharding = HfDeepSpeedConfig(sharding_settings(distributed, dtype)) if sharded else None
-    attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
-    model = _read(AutoModelForCausalLM, source, config, {"config": settings, "dtype": dtype} | attention)
+    options |= {} if config.attention == "auto" else {"attn_implementation": config.attention}
+    model = _read(AutoModelForCausalLM, source, config, options)
     del sharding
-    if not sharded:
+    if not sharded and config.quantization == "none":  # else it is there
         model.to(world.device)
-    model.eval().requires_grad_(False)
+    keep_codes_(model.eval().requires_grad_(False))
     engine = frozen_engine(model, distributed, dtype) if sharded else None
     eos = eos_token_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
@@ -238,16 +239,6 @@ def load_adapted(config: Model, distributed: Distributed, world: World, *, adapt
     policy.engine = frozen_engine(policy.model, distributed, policy.model.dtype)
     policy.adapter = adapter
     return policy
-
-
-def check_adapter(folder: Path) -> None:
-    """See that there is one.
-
-    Raises:
-        DataError: there is none.
-    """
-    if not (folder / "adapter_config.json").is_file():
-        raise DataError(f"{folder} holds no adapter_config.json; run the finetune stage again with --from finetune")
 
 
 def load_settings(config: Model) -> PretrainedConfig:

@@ -17,6 +17,8 @@ Placement = Literal["replica", "layerwise", "offload"]
 FLOAT32, FLOAT64 = 4, 8
 OPTIMIZER_BYTES = 4 * FLOAT32
 """Of a trained element: AdamW's two moments, the float32 weight, and its gradient."""
+EIGHT_BIT_BYTES = 2 * FLOAT32 + 2
+"""The same with moments of 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def _weights(
     """Frozen weights, and what of them is gathered."""
     size = profile.element_bytes
     if placement == "replica":
-        return Need({"weights": size * sum(outline.frozen)})
+        return Need(_replica(profile, profile.element_bytes * sum(outline.frozen)))
     shards = size * zero.shards(outline.frozen, cluster.num_ranks)
     if backward is None:
         whole = zero.gathered_forward(outline.frozen)
@@ -73,6 +75,14 @@ def _weights(
     if placement == "offload":
         return Need({"gathered": gathered}, {"shards": shards})
     return Need({"shards": shards, "gathered": gathered})
+
+
+def _replica(profile: Profile, num_bytes: int) -> dict[str, int]:
+    """A whole copy of weights that take `num_bytes` as passes use them, and one of those in 4 bits made whole."""
+    if not profile.four_bits:
+        return {"weights": num_bytes}
+    saved = profile.policy.num_parameters * profile.element_bytes - profile.weight_bytes
+    return {"weights": num_bytes - saved, "one weight whole": max(profile.four_bits) * profile.element_bytes}
 
 
 def _calibrate(placement: Placement, profile: Profile, config: Config, cluster: Cluster) -> Need:
@@ -134,25 +144,32 @@ def _finetune(placement: Placement, profile: Profile, config: Config, cluster: C
 
 def _training(placement: Placement, profile: Profile, config: Config, cluster: Cluster) -> Need:
     zero, student, size = Zero.of(config.distributed), profile.student, profile.element_bytes
+    activations, kept = profile.finetune_peak, {}
+    if config.finetune.offload_activations:  # each layer's input but that of the one at work
+        num_tokens = config.finetune.micro_batch_size * config.finetune.max_tokens
+        kept = {"activations": size * num_tokens * student.hidden_size * (student.num_layers - 1)}
+        activations = max(0, activations - kept["activations"])
     num_trained = sum(student.trained)
+    state_bytes = OPTIMIZER_BYTES if config.finetune.optimizer == "adamw" else EIGHT_BIT_BYTES
     if placement == "replica":
         divided = cluster.num_ranks if zero.stage in (1, 2) else 1
-        optimizer = OPTIMIZER_BYTES * num_trained // divided
-        device = {"weights": size * student.num_parameters, "gradients": size * num_trained, "optimizer": optimizer}
-        return Need({**device, "activations": profile.finetune_peak})
+        optimizer = state_bytes * num_trained // divided
+        weights = _replica(profile, size * student.num_parameters)
+        device = {**weights, "gradients": size * num_trained, "optimizer": optimizer}
+        return Need({**device, "activations": activations}, kept)
     backward = Backward(student.num_parameters, config.finetune.checkpointing)
     weights = _weights(student, placement, profile, cluster, zero, backward)
     own = zero.shards(student.trained, cluster.num_ranks)
     trained = {"trained": size * (own + zero.persistent(student.trained)) + size * own}  # and their gradients
-    optimizer = {"optimizer": OPTIMIZER_BYTES * own}
+    optimizer = {"optimizer": state_bytes * own}
     if config.finetune.mode == "full":
         whole = size * zero.gathered_backward(student.trained, reused=num_trained)
         trained["trained"] += whole
     bucket = min(zero.reduce_bucket_size, num_trained) if cluster.is_cpu else zero.reduce_bucket_size
-    device = {**weights.device, **trained, "buckets": size * bucket, "activations": profile.finetune_peak}
+    device = {**weights.device, **trained, "buckets": size * bucket, "activations": activations}
     if placement == "offload":
-        return Need(device, {**weights.host, **optimizer})
-    return Need({**device, **optimizer}, weights.host)
+        return Need(device, {**weights.host, **optimizer, **kept})
+    return Need({**device, **optimizer}, {**weights.host, **kept})
 
 
 STAGES: dict[str, Callable[[Placement, Profile, Config, Cluster], Need]] = {

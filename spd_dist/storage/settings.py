@@ -30,6 +30,7 @@ MAY_CHANGE = (
     "generate.max_unfinished_rate",
     "finetune.micro_batch_size",
     "finetune.checkpointing",
+    "finetune.offload_activations",
     "finetune.checkpoint_every",
     "finetune.keep_checkpoints",
     "finetune.keep_every",

@@ -1,8 +1,11 @@
 """Mixtures of experts through the whole method, sharded over two ranks, with adapters in their experts."""
 
+import importlib.util
+
 import pytest
 from families import save_family
 from launching import SMALL, launch
+from tiny import save_tiny_model
 
 from spd_dist.storage.artifacts import read_json, read_jsonl
 from spd_dist.storage.subspace_file import load_subspace
@@ -30,6 +33,20 @@ def test_a_mixture_is_calibrated_completed_trained_and_evaluated(tmp_path, name)
     assert routed["spd"]["shares"] != routed["base"]["shares"], "the student routes otherwise"
     assert "Routers on the prompts: base" in " ".join(output.split())
     assert "<h2>Routers</h2>" in (run / "report.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="the extra quantized is not installed")
+def test_a_policy_of_4_bits_goes_through_the_whole_method(tmp_path):
+    run, widths = tmp_path / "run", {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    model = save_tiny_model(tmp_path / "model", **widths)
+    words = [*SMALL, f"model.name={model}", f"run_dir={run}", "data.task=arithmetic", "evaluate.arms=[base,spd]"]
+    words += ["model.quantization=nf4", "finetune.lora_init=pissa"]
+    output = launch(2, words, tmp_path / "refused", code=2)
+    assert "model.quantization: nf4 is not valid with distributed.zero_stage=3" in output
+    launch(2, [*words, "distributed.zero_stage=2"], tmp_path / "log")
+    assert load_subspace(run / "project" / "subspace.safetensors").sites
+    assert len(read_jsonl(run / "evaluate" / "spd" / "arithmetic.jsonl")) == 6
 
 
 def test_experts_that_no_adapter_reaches_end_the_run_before_a_model_is_loaded(tmp_path):

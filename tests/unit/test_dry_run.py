@@ -13,7 +13,7 @@ from spd_dist.models.kv_sites import discover_sites
 from spd_dist.models.lora import add_adapters, key_dropout, token_key
 from spd_dist.models.loss import Student, example_losses
 from spd_dist.models.model_stats import meta_model, shallow
-from spd_dist.planner.profile import LiveBytes, calibrate_peak, finetune_peak, inputs_peak
+from spd_dist.planner.dry_run import LiveBytes, calibrate_peak, finetune_peak, inputs_peak
 
 CONFIG = tiny_config(hidden_size=64, intermediate_size=176, num_hidden_layers=7, vocab_size=512)
 FINETUNE = Finetune(micro_batch_size=3, max_tokens=80, lora_rank=4)

@@ -11,7 +11,7 @@ from spd_dist.inference.placement import decode_bytes
 from spd_dist.inference.requests import DecodeSettings, Request
 from spd_dist.inference.sampling import Sampling
 from spd_dist.models.model_stats import meta_model, outline_of
-from spd_dist.planner.profile import LiveBytes
+from spd_dist.planner.dry_run import LiveBytes
 
 OTHERWISE = {"qwen3_next", "gpt_neox"}
 """A cache with states of linear attention, too; a test config with a number of KV heads that means nothing to it."""

@@ -85,6 +85,34 @@ def test_full_fine_tuning_holds_sixteen_bytes_of_optimizer_for_each_parameter(co
     assert whole["optimizer"] == 2 * profile.policy.num_parameters
 
 
+def test_weights_of_4_bits_and_the_one_that_is_made_whole_are_counted(config):
+    whole = changed(config, "distributed", zero_stage=2)
+    four_bits = changed(whole, "model", quantization="nf4")
+    profiles = [profile_of(one) for one in (whole, four_bits)]
+    linear = 16 * (2 * 2048 * 2048 + 2 * 2048 * 512 + 3 * 2048 * 5632)
+    assert sum(profiles[1].four_bits) == linear
+    for stage in STAGES:
+        needed, less = (
+            need(stage, "replica", profile, one, CLUSTER).device
+            for profile, one in zip(profiles, (whole, four_bits), strict=True)
+        )
+        assert needed["weights"] - less["weights"] == pytest.approx(linear * (2 - 0.516), rel=1e-3)
+        assert less["one weight whole"] == 2 * 2048 * 5632
+    assert profiles[0].weight_bytes - profiles[1].weight_bytes == pytest.approx(linear * (2 - 0.516), rel=1e-3)
+
+
+def test_activations_that_wait_on_the_host_and_states_of_8_bits_are_counted(profile, config):
+    waiting = changed(config, "finetune", offload_activations=True)
+    for placement in ("replica", "layerwise", "offload"):
+        here, there = (need("finetune", placement, profile, one, CLUSTER) for one in (config, waiting))
+        moved = there.host["activations"]
+        assert moved == 2 * 64 * 2048 * 15, "of all layers but the one at work"
+        assert here.device["activations"] - there.device["activations"] == moved
+    full = changed(config, "finetune", mode="full", optimizer="adamw_8bit")
+    needed = need("finetune", "layerwise", profile_of(full), full, CLUSTER).device
+    assert 8 * needed["optimizer"] == pytest.approx(10 * profile.policy.num_parameters, rel=1e-3)
+
+
 def test_placements_follow_the_config(config):
     assert placements("generate", config) == ["replica", "layerwise", "offload"]
     assert placements("finetune", config) == ["layerwise", "offload"]

@@ -13,16 +13,16 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
-from peft.utils.other import transpose
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
-from transformers.pytorch_utils import Conv1D
 
 from spd_dist.config import Finetune
 from spd_dist.distributed.zero import gather_as_one, gathered, is_sharded
+from spd_dist.errors import DataError
 from spd_dist.models.lora.initial_values import InputSums, initial_factors, is_taken_off
 from spd_dist.models.lora.keyed_dropout import TokenKeys, use_keyed_dropout
+from spd_dist.models.lora.quantised_base import whole_weight
 from spd_dist.models.lora.target_modules import check_targets, peft_targets
 from spd_dist.models.save_weights import save_tensors
 
@@ -102,8 +102,8 @@ def _initialise_(
         return
     plain: Any = layer.get_base_layer()
     with gathered([plain.weight]):
-        weight_OI = transpose(plain.weight.detach(), isinstance(plain, Conv1D))
-        factors = initial_factors(weight_OI, config, layer.scaling[ADAPTER], generator=generator, sums=inputs)
+        scaling, weight_OI = layer.scaling[ADAPTER], whole_weight(plain)
+        factors = initial_factors(weight_OI, config, scaling, generator=generator, sums=inputs)
     down.copy_(factors.down_RI)
     up.copy_(factors.up_OR)
     if TAKEN_OFF in layer.lora_A:
@@ -170,6 +170,16 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     _let_layers_read_weights(adapted)
     _keep_order_of_parameters(adapted)
     return adapted
+
+
+def check_adapter(folder: Path) -> None:
+    """See that there is one.
+
+    Raises:
+        DataError: there is none.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        raise DataError(f"{folder} holds no adapter_config.json; run the finetune stage again with --from finetune")
 
 
 def lora_layers(adapted: nn.Module) -> list[tuple[str, LoraLayer]]:

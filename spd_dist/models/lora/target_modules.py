@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from spd_dist.config import Finetune
 from spd_dist.distributed.zero import whole_shape
 from spd_dist.errors import ConfigError
+from spd_dist.models.lora.quantised_base import width_of
 
 ALL_LINEAR = "all-linear"
 PATTERN = "regex:"
@@ -109,7 +110,7 @@ def _check_rank(modules: Mapping[str, nn.Module], config: Finetune) -> None:
     if config.lora_init not in ("eva", "olora", "pissa", "corda"):
         return
     for name, module in modules.items():
-        width = min(whole_shape(module.weight))  # pyright: ignore[reportArgumentType]  # of a linear module
+        width = width_of(module)
         if config.lora_rank > width:
             raise ConfigError(
                 f"finetune.lora_rank: {config.lora_rank} is not valid with finetune.lora_init={config.lora_init}, "

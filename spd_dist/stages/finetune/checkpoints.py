@@ -170,6 +170,11 @@ class Checkpoints:
                 raise DataError(f"{self.folder / _name(step)} is not whole; delete {self.folder} and start again")
         return found
 
+    def is_of_others(self, found: Found) -> bool:
+        """Whether its states were divided among another number of ranks, or in another way."""
+        written = found.marker.world_size, found.marker.zero_stage
+        return bool(self.zero_stage) and written != (self.world.size, self.zero_stage)
+
     def loadable(self, found: Found) -> Path:
         """The folder to load at this world size and stage: the checkpoint, or its universal form, made now if need be.
 
@@ -185,7 +190,7 @@ class Checkpoints:
             )
         with together("reading a checkpoint"):
             refuse_code(sorted(found.folder.glob("*.pt"))[self.world.rank :: self.world.size])
-        if not self.zero_stage or (world_size, zero_stage) == (self.world.size, self.zero_stage):
+        if not self.is_of_others(found):
             return found.folder
         universal = found.folder.with_name(found.folder.name + UNIVERSAL)
         log.info("%s is of %d ranks; converting it for %d", found.folder, world_size, self.world.size)

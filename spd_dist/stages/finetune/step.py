@@ -119,7 +119,10 @@ class TrainStep:
     def _forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         on_device = batch.to(self.world.device)
         self.keys.key_BT = token_key(on_device.seed_BT, on_device.position_BT)
-        return self.engine(on_device.token_BT, on_device.source_N, on_device.label_N, on_device.context)
+        on_host = self.config.offload_activations
+        pinned = self.world.device.type != "cpu"
+        with torch.autograd.graph.save_on_cpu(pin_memory=pinned) if on_host else contextlib.nullcontext():
+            return self.engine(on_device.token_BT, on_device.source_N, on_device.label_N, on_device.context)
 
     def _check_finite(self, value: float, what: str, step: int, find: Callable[[], set[int]]) -> None:
         """`value` is the same on all ranks; `find` gives the sequences of this rank that may have caused it."""

@@ -39,7 +39,8 @@ from spd_dist.types import Completion
 log = logging.getLogger(__name__)
 
 NOT_OF_RESULTS = {
-    "micro_batch_size", "packing", "checkpointing", "checkpoint_every", "keep_checkpoints", "keep_every", "merge",
+    "micro_batch_size", "packing", "checkpointing", "offload_activations", "checkpoint_every", "keep_checkpoints",
+    "keep_every", "merge",
 }  # fmt: skip
 """Settings of `finetune` that change no trained weight."""
 

@@ -159,11 +159,22 @@ class Trainer:
         settings = training_settings(
             self.context.distributed, self.policy.model.dtype, max_grad_norm=config.max_grad_norm
         )
+        with together("reading a checkpoint"):
+            if found is not None and config.optimizer == "adamw_8bit" and self.checkpoints.is_of_others(found):
+                raise DataError(
+                    f"{found.folder} holds states of 8 bits for {found.marker.world_size} ranks under "
+                    f"distributed.zero_stage={found.marker.zero_stage}, which no others can share; go on with as many, "
+                    f"or delete {self.checkpoints.folder}"
+                )
         folder = None if found is None else self.checkpoints.loadable(found)
         if found is not None and folder != found.folder:
             settings["checkpoint"] = {**settings.get("checkpoint", {}), "load_universal": True}
         engine = training_engine(
-            self.student, settings, learning_rate=config.learning_rate, weight_decay=config.weight_decay
+            self.student,
+            settings,
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            kind=config.optimizer,
         )
         if found is not None and folder is not None:
             self.checkpoints.load(engine, folder)
