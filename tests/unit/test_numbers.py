@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spd_dist.data.scoring.numbers import last_number, marked_number, number_answers, parse_number, same_number
+from spd_dist.data.scoring.numbers import parse_number, same_number
+from spd_dist.data.scoring.statements import last_number, marked_number, number_answers
 from spd_dist.data.tasks import find_task
 from spd_dist.data.tasks.described import DescribedTask, Description
 
@@ -193,7 +194,7 @@ def test_no_long_text_takes_for_ever(unit):
     number_answers("#### " + unit * (50_000 // len(unit)))
 
 
-@pytest.mark.parametrize("text", [None, "", "five", "1/0", "5 apples", "\u0663", "--5", "1e999999999", "9" * 9999])
+@pytest.mark.parametrize("text", [None, "", "five", "1/0", "5 apples", "--5", "1e999999999", "9" * 9999])
 def test_what_is_no_number_equals_none(text):
     assert not same_number(text, "5")
     assert not same_number(text, text or "")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 
-from spd_dist.data.scoring.numbers import plain
-from spd_dist.data.scoring.thoughts import settled
+from spd_dist.data.scoring.numbers import parse_number, plain
+from spd_dist.data.scoring.statements import ANSWER_VERBS, ANSWER_WORDS
+from spd_dist.data.scoring.thoughts import TURNED, settled
 
 _NEGATED = re.compile(
     r"\b(?i:not|isn't|neither|nor|never|rather than|instead of|rule out|eliminate)\s+(?:option |choice |answer )?"
@@ -22,6 +23,7 @@ _ANSWER = (
     r"\s*(?:is|was|would be|must be|should be|:|=|-|\u2014)(?:\s+but\b)?\W*?"
     r"(?:(?:the |an? )?(?:correct |right |best )?(?:option|choice|letter|answer)\b[\s:]*(?:is\b)?\W*)?"
 )
+_FOREIGN = rf"(?i:{ANSWER_WORDS}(?: correct[aeo])?\s*{ANSWER_VERBS})\W*?"
 _AFTER_OPENING = (
     r"(?=[).:,;\]\"*/]|\s*[=(]|\s*[-\u2014]\s|\s*\n|\s*$|\s+(?:or|and|&|/)\s"
     r"|\s+(?:is|because|since|as|seems|would)\b)"
@@ -38,6 +40,10 @@ _CONCLUDED = (
 )
 _HEADED = r"(?m:^)\W*(?i:(?:the )?(?:final |correct )?answer)[ \t]*\n\s*"
 """A heading with the answer below it."""
+_DENIED = re.compile(
+    r"\b(?:not|no|never|neither|nor|cannot|wrong|incorrect|false|except|than|unlike|if|could|might|may)\b|n't\b"
+)
+"""In a sentence with one of these a choice's text is no answer."""
 _TAKEN_BACK = r"\b(?i:no|wait|actually|sorry|rather)[,:]\s+"
 _END = r"(?=\s*(?:[.,;:!)*\"]|$|\n)|\s+(?:because|since|as)\b)"
 
@@ -48,26 +54,64 @@ def committed_letter(text: str, letters: str, choices: Sequence[str] = ()) -> st
     `Answer: B`, `(B)`, `B.`, `the answer is b`, `B is correct`, or the text of one of `choices` alone. Of two letters
     none, unless the first is taken back: `A or B` is no answer, `not A but B` is B.
     """
-    given = _all_given(text, letters)
+    given = _all_given(text, letters, choices)
     if any(letter is not None for _, letter in given):  # what was stated is the answer, and of several that differ none
-        return stated_letter(text, letters)
+        return stated_letter(text, letters, choices)
     return _by_text(text, letters, choices) or _in_brackets(text, letters, choices)
 
 
-def stated_letter(text: str, letters: str) -> str | None:
-    """The letter that `text` opens with, or says the answer to be."""
-    return settled(_all_given(text, letters), _spelled(text), str.__eq__)
+def stated_letter(text: str, letters: str, choices: Sequence[str] = ()) -> str | None:
+    """The letter that `text` opens with, or says the answer to be; none, where another choice's text stands behind."""
+    found = settled(_all_given(text, letters, choices), _spelled(text), str.__eq__)
+    by_letter, by_text = _named_by_lines(text, letters, choices)
+    beside = by_letter | (by_text if len(by_text) == 1 else set())  # several texts are the choices once more
+    return None if found and beside - {found} and not TURNED.search(text) else found
 
 
-def _all_given(text: str, letters: str) -> list[tuple[int, str | None]]:
-    return sorted(_given(_spelled(text), letters), key=lambda one: one[0])
+def _named_by_lines(text: str, letters: str, choices: Sequence[str]) -> tuple[set[str], set[str]]:
+    """The letters that stand alone in a line, and those whose choice's text does, or is said to be the answer."""
+    spelled, both = _spelled(text), f"{letters}{letters.lower()}"
+    by_letter = set(
+        re.findall(rf"^\W*(?:(?:[Oo]ption|[Ll]etter) )?\(?([{both}])(?:[^\w?\n]*$|,? because\b)", spelled, re.MULTILINE)
+    )
+    names = {
+        name: letter
+        for letter, choice in zip(letters, choices, strict=False)
+        for name in (_bare(str(choice)), _bare(f"{letter} {choice}"), _bare(f"{letter}. {choice}"))
+    }
+    said = [re.sub(r"^\W*(\w)[).:]*\s+[-\u2014]\s|^\W*(\w)[).:]+\s", r"\1\2 ", line) for line in spelled.splitlines()]
+    said += [*(match[1] for match in re.finditer(rf"{_ANSWER}([^\n]*)", spelled))]
+    return {letter.upper() for letter in by_letter}, {
+        names[name] for name in map(_bare, said) if name and name in names
+    }
+
+
+def _all_given(text: str, letters: str, choices: Sequence[str]) -> list[tuple[int, str | None]]:
+    spelled = _spelled(text)
+    given = sorted(_given(spelled, letters, choices), key=lambda one: one[0])
+    return [
+        (place, letter if _is_its_own(letter, spelled[place:], letters, choices) else None) for place, letter in given
+    ]
+
+
+def _is_its_own(letter: str | None, rest: str, letters: str, choices: Sequence[str]) -> bool:
+    """Whether the text behind a letter is not that of another choice: `B. Rome`, where Rome is C."""
+    following = re.match(r"\W*\w[).:\]\"*]*\s+([^\n]+)", rest)
+    if letter is None or following is None or letters.index(letter) >= len(choices):
+        return True
+    said = {_bare(following[1]), _bare(re.split(r"[.,;:(]\s|\.$", following[1])[0])} - {""}
+    own, *_ = texts = [_bare(str(choices[letters.index(letter)])), *(_bare(str(choice)) for choice in choices)]
+    is_own = own != "" and any(one.startswith(own) for one in said)
+    return is_own or not said & set(texts[1:])
 
 
 def _spelled(text: str) -> str:
-    return _NEGATED.sub(" ", _unboxed(plain(text))).strip()
+    spelled = re.sub(r"^[ \t]*\|[-:| \t]+\|?[ \t]*$\n?", "", plain(text), flags=re.MULTILINE)  # a table's rule
+    spelled = re.sub(r"^[ \t]*\|[ \t]*|[ \t]*\|[ \t]*$", "", spelled, flags=re.MULTILINE)
+    return _NEGATED.sub(" ", spelled).strip()
 
 
-def _given(text: str, letters: str) -> Iterator[tuple[int, str | None]]:
+def _given(text: str, letters: str, choices: Sequence[str]) -> Iterator[tuple[int, str | None]]:
     both = f"{letters}{letters.lower()}"
     alone = re.fullmatch(rf"[^\w?]*(?:\d+[.)]\s*)?_*([{both}])_*[^\w?]*", text)
     if alone:
@@ -81,10 +125,11 @@ def _given(text: str, letters: str) -> Iterator[tuple[int, str | None]]:
         and (re.search(rf"{_ANSWER}[\s*\"'\[(]*[{both}](?![\w'?])", text))
     )  # `A is a letter; the answer is D`
     is_word = opening and _is_word(opening[1], text[opening.end() :])
-    if opening and not is_told and not is_word and not _lists(text, letters, opening[1]):
+    if opening and not is_told and not is_word and not _lists(text, letters, opening[1], choices):
         yield 0, _alone(opening[1], text[opening.end() :], letters)
     for pattern, taken, end in (
         (_ANSWER, both, ""),
+        (_FOREIGN, letters, ""),
         (_HEADED, both, r"(?=[).]*\s*(?:\n|$))"),
         (_CHOSEN, letters, ""),
         *((one, letters, _END) for one in (_IT_IS, _CONCLUDED, _TAKEN_BACK)),
@@ -102,11 +147,30 @@ def _given(text: str, letters: str) -> Iterator[tuple[int, str | None]]:
         yield match.start(), _alone(match[1] or match[2], "", letters)
 
 
-def _lists(text: str, letters: str, first: str) -> bool:
-    """Whether the text opens with the choices once more: `A. one`, line by line, or `A. B. C.`."""
-    lines = set(re.findall(rf"^[\s*]*\(?([{letters}])[).:]", text, re.MULTILINE)) - {first.upper()}
+def _lists(text: str, letters: str, first: str, choices: Sequence[str]) -> bool:
+    """Whether the text opens with the choices once more: `A. one`, line by line, or `A. one B. two C. three`."""
+    found = re.findall(rf"^[\s*]*\(?([{letters}])[).:][ \t]*([^\n]*)", text, re.MULTILINE)
+    lines = {
+        letter for letter, said in found if first.upper() == letters[0] or _is_choice(said, letter, letters, choices)
+    }
     only = set(re.findall(rf"^\W*([{letters}])\W*$", text, re.MULTILINE))
-    return bool(lines) or len(only) > 1 or re.match(rf"\W*[{letters}][.)]\s+\(?[{letters}][.)]", text) is not None
+    line = set(re.findall(rf"(?<!\w)\(?([{letters}])[).:]\s", text.partition("\n")[0]))
+    own = {letter for letter in line if re.search(_enumerated(letter, letters, choices), text, re.IGNORECASE)}
+    is_row = len(line) > 2 or len(own) > 1 or (line == set(letters) and len(line) > 1)
+    beside = re.match(rf"\W*[{letters}][.)]\s+\(?[{letters}][.)]", text) is not None
+    return bool(lines - {first.upper()}) or len(only) > 1 or beside or is_row
+
+
+def _enumerated(letter: str, letters: str, choices: Sequence[str]) -> str:
+    """The pattern of a letter with its own text: `A) Paris`."""
+    place = letters.index(letter)
+    return rf"(?<!\w){letter}[).:]\s+" + re.escape(str(choices[place])) if place < len(choices) else r"(?!)"
+
+
+def _is_choice(said: str, letter: str, letters: str, choices: Sequence[str]) -> bool:
+    """Whether this is the choice itself and not a word about it."""
+    place = letters.index(letter)
+    return place >= len(choices) or _bare(said) in ("", _bare(str(choices[place])))
 
 
 def _is_word(letter: str, rest: str) -> bool:
@@ -118,22 +182,50 @@ def _is_word(letter: str, rest: str) -> bool:
 
 def _alone(letter: str, rest: str, letters: str) -> str | None:
     """The letter, if no other one stands beside it as an alternative."""
-    other = re.match(rf"[).\]\"*]*\s*(?:or|and|&|/|,)\s*(?:option |choice )?\(?([{letters}])(?![\w'])", rest)
-    is_other = other is not None and other[1] != letter.upper() and not _is_word(other[1], rest[other.end() :])
+    other = re.match(
+        rf"[).\]\"*]*(?:\s*(?:\b(?:or|and)\b|[&/,+;|])\s*(?:or |and )?"
+        r"(?:(?:maybe|perhaps|possibly|even|could be|might be|may be) )?(?:option |choice )?\(?"
+        rf"([{letters}])(?![\w'])|[)\]]?[ \t]*\(([{letters}])\)|[ \t]+([{letters}])(?=[.,;)]?\s*$|[.,;)]?\s*\n))",
+        rest,
+    )
+    said = next(filter(None, other.groups())) if other else ""
+    is_other = other is not None and said != letter.upper() and not _is_word(said, rest[other.end() :])
     return None if is_other else letter.upper()
 
 
 def _by_text(text: str, letters: str, choices: Sequence[str]) -> str | None:
     """The letter of the choice whose text is the whole answer."""
+    text = plain(text)
+    if len(_named_by_lines(text, letters, choices)[1]) > 1:
+        return None
     said = {_bare(text), _bare(text.strip().partition("\n")[0])}
     said |= {re.sub(r"^(?:it|that|this)(?: is|'s) ", "", one) for one in said}
     said |= {_bare(match[1]) for match in re.finditer(rf"{_ANSWER}([^\n]*)", text)}
+    said |= {_bare(re.split(r",? (?:and |but )?(?:not|rather than|instead of) ", one)[0]) for one in said}
     named = (
         (letter, {_bare(str(choice)), _bare(f"{letter} {choice}")})
         for letter, choice in zip(letters, choices, strict=False)
     )
     found = {letter for letter, names in named if names & (said - {""})}
+    found = found or _by_number(said, letters, choices)
     return found.pop() if len(found) == 1 else None
+
+
+def _by_number(said: Set[str], letters: str, choices: Sequence[str]) -> set[str]:
+    """The letters of the choices that are the number that is said, written otherwise: `1,000` and `1000`."""
+    values = {parse_number(one) for one in said} - {None}
+    return {letter for letter, choice in zip(letters, choices, strict=False) if parse_number(str(choice)) in values}
+
+
+def letter_in_a_sentence(text: str, letters: str, choices: Sequence[str]) -> str | None:
+    """The letter of the choice that a single sentence ends in, where it names no other, denies and doubts nothing."""
+    bare = _bare(text)
+    names = {letter: _bare(str(choice)) for letter, choice in zip(letters, choices, strict=False)}
+    named = {letter for letter, name in names.items() if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", bare)}
+    ends = {letter for letter in named if bare.endswith(f" {names[letter]}") and not names[letter].isdigit()}
+    is_plain = not re.search(r"[.!?;:]\s|\n", text.strip()) and not _unsure(bare) and not _DENIED.search(bare)
+    inside = {letter for letter in named - ends if any(names[letter] in names[one] for one in ends)}
+    return ends.pop() if is_plain and len(ends) == 1 and named - inside == ends else None
 
 
 def _in_brackets(text: str, letters: str, choices: Sequence[str]) -> str | None:
@@ -153,10 +245,6 @@ def _in_brackets(text: str, letters: str, choices: Sequence[str]) -> str | None:
 
 def _unsure(text: str) -> bool:
     return re.search(r"\b(?:or|not sure|unsure|don't know|cannot|maybe|perhaps)\b", text, re.IGNORECASE) is not None
-
-
-def _unboxed(text: str) -> str:
-    return re.sub(r"\\f?boxed\s*\{([^{}]*)\}", r" answer: \1 ", text)
 
 
 def _bare(text: str) -> str:

@@ -20,7 +20,8 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 from spd_dist.data.scoring.extract import all_boxed
-from spd_dist.data.scoring.numbers import last_number, parse_number, segment_number, stated_answers
+from spd_dist.data.scoring.numbers import parse_number
+from spd_dist.data.scoring.statements import last_number, segment_number, stated_answers
 from spd_dist.data.scoring.thoughts import settled
 
 CPU_SECONDS = 5.0
@@ -57,6 +58,8 @@ _REWRITTEN = tuple((re.compile(pattern), instead) for pattern, instead in (
     (r"\\frac\s*\{\s*-\s*([^{}]*)\}", r"-\\frac{\1}"),
     (r"([\^_])\s*\{\s*(\w)\s*\}", r"\1\2"),
     (r"\\(?:cdot|times)(?![a-z])", "*"),
+    (r"\\varnothing", r"\\emptyset"),
+    (r"\{:\}", ":"),
     (r"\\pmatrix", "pmatrix"),
     (r"[bp]matrix", "matrix"),
     (r"^\s*\(([A-Za-z])\)\s*$", r"\1"),  # a choice's letter
@@ -166,8 +169,17 @@ def _differs_in_kind(answer: str, gold: str) -> bool:
     bases = {match[1] for match in map(_BASE.search, map(_rewritten, pair)) if match}
     if len(bases) > 1:
         return True
+    for one, other in (pair, pair[::-1]):
+        if parse_number(_rewritten(one).strip()) is not None and _is_list(other):
+            return True
     kinds = {_bracket(text) for text in pair}
     return "set" in kinds and len(kinds & {"tuple", "interval"}) > 0
+
+
+def _is_list(text: str) -> bool:
+    """Whether it is several values: `5, 6`, `(5, 6)`."""
+    bare = _rewritten(_rewritten(text).replace("\\,", "")).strip()
+    return re.search(r",(?!\d{3}(?!\d))", bare) is not None
 
 
 def _bracket(text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from spd_dist.data.scoring.numbers import last_number
+from spd_dist.data.scoring.statements import last_number
 from spd_dist.data.scoring.thoughts import settled
 
 _CALCULATOR = re.compile(r"<<[^<>\n]*>>")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import itertools
 import re
 import textwrap
 import warnings
@@ -29,6 +30,8 @@ _MARK_LINE = re.compile(
 )
 """Lines that some prompts and models put around a program in place of a fence."""
 _FIRST_LINE_OF_CODE = re.compile(r"^(def |import |from |class |@|async def )", re.MULTILINE)
+_FIRST_INDENTED_LINE_OF_CODE = re.compile(r"^([ \t]+)(?:def |import |from |class |@|async def )", re.MULTILINE)
+_DONE = re.compile(r"^[ \t]*\[DONE\]", re.MULTILINE)
 
 
 def called_by(tests: Sequence[str]) -> set[str]:
@@ -57,6 +60,12 @@ def program_in(candidates: Sequence[str], called: Set[str]) -> str | None:
 def with_imports(program: str) -> str:
     """The program after the usual imports, which `from __future__` must precede."""
     return program if "from __future__" in program else f"{IMPORTS}\n{program}"
+
+
+def until_done(text: str) -> str:
+    """What stands before the mark with which MBPP's prompts end a program, if one does."""
+    done = _DONE.search(text)
+    return text[: done.start()] if done and re.search(r"\bdef\b|\blambda\b", text[: done.start()]) else text
 
 
 def python_blocks(text: str) -> list[str]:
@@ -92,7 +101,9 @@ def until_needed(program: str, called: Set[str]) -> str:
 
 
 def _names_of(node: ast.stmt) -> set[str]:
-    """The names that a statement defines."""
+    """The names that a statement defines, also where it stands under a condition."""
+    if isinstance(node, ast.If | ast.Try | ast.With):
+        return {name for one in ast.iter_child_nodes(node) if isinstance(one, ast.stmt) for name in _names_of(one)}
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return {node.name}
     targets = node.targets if isinstance(node, ast.Assign) else []
@@ -111,7 +122,7 @@ def _unquoted(lines: list[str]) -> list[str]:
 
 
 def _dedented(block: str) -> str:
-    lines = _unquoted(block.replace("\t", "    ").rstrip().splitlines())
+    lines = _unquoted(block.rstrip().splitlines())
     while lines and not lines[0].strip():
         lines = lines[1:]
     return textwrap.dedent("\n".join(lines)) + "\n" if lines else ""
@@ -142,8 +153,13 @@ def python_in(text: str) -> str | None:
     block = next((one for one in python_blocks(text) if one.strip()), None)
     if block is not None:
         return block if parses(block) else longest_program(block.splitlines())
-    start = _FIRST_LINE_OF_CODE.search(text)
-    return longest_program(text[start.start() :].splitlines()) if start else None
+    if start := _FIRST_LINE_OF_CODE.search(text):
+        return longest_program(text[start.start() :].splitlines())
+    if start := _FIRST_INDENTED_LINE_OF_CODE.search(text):
+        lines = text[start.start() :].splitlines()
+        inside = itertools.takewhile(lambda line: line.startswith(start[1]) or not line.strip(), lines)
+        return longest_program(textwrap.dedent("\n".join(inside)).splitlines())
+    return None
 
 
 def longest_program(lines: Sequence[str], after: str = "") -> str | None:

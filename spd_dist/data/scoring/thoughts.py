@@ -7,24 +7,38 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 _MARKS = (
-    (re.compile(r"<(?:think|thinking|thought|reasoning)>", re.IGNORECASE),
-     re.compile(r"</(?:think|thinking|thought|reasoning)>", re.IGNORECASE)),
+    (re.compile(r"<(?:(?:seed:)?think|thinking|thoughts?|reasoning|scratchpad)>", re.IGNORECASE),
+     re.compile(r"</(?:(?:seed:)?think|thinking|thoughts?|reasoning|scratchpad)>", re.IGNORECASE)),
+    (re.compile(r"\u25c1think\u25b7"), re.compile(r"\u25c1/think\u25b7")),
+    (re.compile(r"<\|START_THINKING\|>"), re.compile(r"<\|END_THINKING\|>")),
     (re.compile(r"\[THINK\]"), re.compile(r"\[/THINK\]")),
     (re.compile(r"<\|channel\|>analysis"), re.compile(r"<\|channel\|>final(?:<\|message\|>)?")),
     (re.compile(r"<\|begin_of_thought\|>"), re.compile(r"<\|end_of_thought\|>")),
 )  # fmt: skip
-_TURNED = re.compile(
+TURNED = re.compile(
     r"\b(?:wait|no(?=[,.!\s]*\n|[,.!])|nope|actually|correction|corrected|sorry|mistake|oops"
     r"|scratch that|let me (?:re|fix))",
     re.IGNORECASE,
 )
+"""What takes an earlier answer back."""
 
 
 _END_MARK = re.compile(
-    r"<\|(?:im_end|eot_id|eom_id|endoftext|end_of_text|end|return)\|>|</s>|<eos>|<end_of_turn>|<\uff5cend\u2581of\u2581sentence\uff5c>"
+    r"<\|(?:im_end|im_start|eot_id|eom_id|endoftext|end_of_text|end_of_turn|start_header_id|end|return|user)\|>"
+    r"|</s>|<eos>|<(?:end|start)_of_turn>|\[/?INST\]|<\uff5c(?:end\u2581of\u2581sentence|User)\uff5c>"
 )
 """Marks of an end that stand in the text itself: what follows was not meant to be read."""
-_NEXT_QUESTION = re.compile(r"\n\s*(?:Question|Q|Problem|Human|User)\s*\d*\s*:")
+_INVISIBLE = re.compile(r"[\u200b\u2060\ufeff]")
+"""Spaces without width, and byte order marks."""
+_NEXT_QUESTION = re.compile(
+    r"\n\s*(?:[*_#>]+[ \t]*)*"
+    r"(?:(?:(?:Next|New|Another)\s+)?(?:Question|Q|Problem|Exercise|Human|User|Instruction)\s*\d*[*_]*\s*[:\uff1a]"
+    r"|The following are multiple choice questions\b|\[(?:Question|Problem)\])"
+)
+
+
+MIN_ECHO = 12
+"""Characters of a question that is looked for at the beginning of its answer."""
 
 
 class Spoken(NamedTuple):
@@ -60,7 +74,7 @@ def is_thinking_mark(token: str, marks: Sequence[str]) -> bool:
 
 def without_thoughts(output: str) -> Spoken:
     """The part of `output` that answers: what stands between the marks of thinking never does."""
-    text = output
+    text = _INVISIBLE.sub("", output)
     for opening, closing in _MARKS:
         closed = list(closing.finditer(text))
         if closed:
@@ -71,10 +85,19 @@ def without_thoughts(output: str) -> Spoken:
     return Spoken(text[: ended.start()] if ended else text, is_unfinished=False)
 
 
-def until_next_question(text: str) -> str:
-    """What stands before a next question that the model went on to ask itself (lm-evaluation-harness stops there)."""
+def until_next_question(text: str, asked: str = "") -> str:
+    """What stands before a next question that the model went on to ask itself (lm-evaluation-harness stops there).
+
+    The question that was `asked` may be repeated before the answer.
+    """
     begun = re.search(r"\S", text)
-    following = _NEXT_QUESTION.search(text, begun.end()) if begun else None
+    if begun is None:
+        return text
+    start = begun.end()
+    echo = text.find(asked.strip()) if len(asked.strip()) >= MIN_ECHO else -1
+    if echo >= 0 and not re.search(r"\d|\banswer\b", text[:echo], re.IGNORECASE):
+        text, start = text[echo + len(asked.strip()) :], 0
+    following = _NEXT_QUESTION.search(text, start)
     return text[: following.start()] if following else text
 
 
@@ -99,5 +122,5 @@ def settled(given: Sequence[tuple[int, str | None]], text: str, same: Callable[[
     first, last = answers[0], answers[-1]
     if first is not None and all(one is not None and same(one, first) for one in answers):
         return first
-    is_taken_back = len(given) > 1 and _TURNED.search(text, given[-2][0], given[-1][0]) is not None
+    is_taken_back = len(given) > 1 and TURNED.search(text, given[-2][0], given[-1][0]) is not None
     return last if is_taken_back else None

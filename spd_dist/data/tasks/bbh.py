@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 import string
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from spd_dist.data import spans
-from spd_dist.data.scoring.choices import committed_letter, stated_letter
-from spd_dist.data.scoring.numbers import number_answers, plain, same_number, segment_number, stated_answers
-from spd_dist.data.scoring.thoughts import settled, until_next_question, without_thoughts
+from spd_dist.data.scoring.choices import committed_letter, letter_in_a_sentence, stated_letter
+from spd_dist.data.scoring.numbers import plain, same_number
+from spd_dist.data.scoring.statements import number_answers, segment_number, stated_answers
+from spd_dist.data.scoring.thoughts import TURNED, settled, until_next_question, without_thoughts
 from spd_dist.data.spans import Span
 from spd_dist.data.tasks.protocol import Metric, Row, Score, Split, scored
 
@@ -29,6 +31,8 @@ SUBTASKS = (
 WORDS = ("true", "false", "yes", "no", "valid", "invalid")
 """Answers that are one of two words."""
 _ONLY_A_WORD = re.compile(rf"^\W*({'|'.join(WORDS)})\W*$", re.IGNORECASE | re.MULTILINE)
+_NO = re.compile(r"\bno\b", re.IGNORECASE)
+"""An answer here, and no sign that another one is taken back."""
 _UNSURE = re.compile(
     r"\b(?:not sure|unsure|uncertain|don't know|maybe|perhaps|cannot (?:say|tell|determine))\b", re.IGNORECASE
 )
@@ -71,14 +75,16 @@ class Bbh:
         """Strict: the first line, or what is said to be the answer. Lenient: whatever has the target's form."""
         gold, spoken = row["target"], without_thoughts(output)
         strict, lenient = _read(
-            gold, until_next_question(spoken.text), re.findall(r"^\([A-Z]\) (.+)$", row["input"], re.MULTILINE)
+            gold,
+            until_next_question(spoken.text, row["input"]),
+            re.findall(r"^\([A-Z]\) (.+)$", row["input"], re.MULTILINE),
         )
         return scored(gold, strict, lenient, same=same_answer, is_unfinished=spoken.is_unfinished)
 
 
 def same_answer(left: str, right: str) -> bool:
-    """Equality as numbers, else as text; lists of words word by word."""
-    return same_number(left, right) or same_text(left, right)
+    """Equality as numbers, else as text; lists of words word by word, with or without an `and` before the last."""
+    return same_number(left, right) or same_text(left, right) or same_text(re.sub(r",\s*and\b", ",", left), right)
 
 
 def same_text(left: str, right: str) -> bool:
@@ -87,11 +93,12 @@ def same_text(left: str, right: str) -> bool:
 
 
 def _plain(text: str) -> str:
-    if listed := re.fullmatch(r"\s*\[((?:\s*(?:'[^']*'|\"[^\"]*\")\s*,?)+)\]\s*\.?", text):  # Python's
+    if listed := re.fullmatch(r"[\s*_]*\[((?:\s*(?:'[^']*'|\"[^\"]*\")\s*,?)+)\][\s*_]*\.?", text):  # Python's
         text = re.sub(r"['\"]", "", listed[1])
     if re.fullmatch(r"\s*1[.)] .*", text, re.DOTALL):
         text = re.sub(r"(?:^|(?<=\s))\d+[.)]\s+", " ", text)
-    bare = re.sub(r"[\s,;\"`]+", " ", text.casefold()).strip(" .*'")
+    text = text.strip("*_ \n")
+    bare = re.sub(r"[\s,;\"`]+", " ", unicodedata.normalize("NFC", text).casefold()).strip(" .*'")
     return bare if re.search(r"\w", bare) else bare.replace(" ", "")
 
 
@@ -99,31 +106,41 @@ def _read(gold: str, text: str, choices: Sequence[str]) -> tuple[str | None, str
     """The strict and the lenient answer of `text`, in the form that `gold` has."""
     if re.fullmatch(r"\([A-Z]\)", gold):
         letters = string.ascii_uppercase
-        strict, lenient = stated_letter(text, letters), committed_letter(text, letters, choices)
+        strict, lenient = stated_letter(text, letters, choices), committed_letter(text, letters, choices)
+        lenient = lenient or letter_in_a_sentence(text, letters, choices)
         return strict and f"({strict})", lenient and f"({lenient})"
-    said = _said(text)
-    if gold.casefold() in WORDS and len({line.casefold() for line in _ONLY_A_WORD.findall(text)}) > 1:
+    text = text.replace("__", "")
+    said, stated = _said(text), stated_answers(plain(text))
+    if stated and not said:
         return None, None
     if gold.casefold() in WORDS:
+        words = [*_ONLY_A_WORD.findall(text), *filter(None, (_word(one) for _, one in stated)), _word(said) or ""]
+        if len({word.casefold() for word in words if word}) > 1 and not TURNED.search(_NO.sub("  ", text)):
+            return None, None
         return _word(said), _word(said) or _concluded(text) or _lone_word(text)
     if re.fullmatch(r"-?\d+", gold):
         marked, lenient = number_answers(text)
-        return marked or segment_number(said), lenient
+        return marked or (segment_number(said) if lenient or not stated else None), lenient
     listed = _one_word_a_line(text)
     last = next((line for line in reversed(text.splitlines()) if line.strip()), "")
-    return listed or _after_colon(said), listed or _after_colon(said if stated_answers(plain(text)) else last)
+    return listed or _after_colon(said), listed or _after_colon(said if stated else last)
 
 
 def _said(text: str) -> str:
     """What is said to be the answer, else the first line; nothing where two sayings differ."""
     spelled = plain(text).strip()
     stated = stated_answers(spelled)
-    return (settled(stated, spelled, same_answer) or "") if stated else spelled.partition("\n")[0].strip()
+    return (
+        (settled(stated, _NO.sub("  ", spelled), same_answer) or "") if stated else spelled.partition("\n")[0].strip()
+    )
 
 
 def _word(said: str) -> str | None:
     """One of the two words, where `said` begins with it."""
-    match = re.match(rf"\W*({'|'.join([*WORDS, *_SLANG])})\b(?!\s+(?:or|and)\b)", said, re.IGNORECASE)
+    said = re.sub(rf"\bnot\s+(?:{'|'.join(WORDS)})\s*,?\s+but\s+", "", said, flags=re.IGNORECASE)
+    match = re.match(
+        rf"\W*({'|'.join([*WORDS, *_SLANG])})\b(?!\s+(?:or|and|one|doubt|idea|clue|way)\b)", said, re.IGNORECASE
+    )
     return _SLANG.get(match[1].casefold(), match[1]) if match else None
 
 
@@ -136,6 +153,7 @@ def _concluded(text: str) -> str | None:
 def _lone_word(text: str) -> str | None:
     """The word of the answer's form that stands anywhere, if it is the only one and not negated."""
     text = re.sub(rf",\s*(?:and )?not ({'|'.join(WORDS)})\b", "", text, flags=re.IGNORECASE)
+    text = re.sub(r"\bno (?:one|doubt|idea|clue|way)\b", " ", text, flags=re.IGNORECASE)
     found = {word.casefold() for word in re.findall(rf"\b({'|'.join(WORDS)})\b", text, re.IGNORECASE)}
     is_negated = re.search(rf"\b(?:not|neither)\s+(?:{'|'.join(WORDS)})\b", text, re.IGNORECASE)
     return found.pop() if len(found) == 1 and not is_negated and not _UNSURE.search(text) else None

@@ -9,7 +9,7 @@ from typing import Any
 from spd_dist.data import spans
 from spd_dist.data.scoring.expressions import expression_answers, same_expression
 from spd_dist.data.scoring.extract import boxed
-from spd_dist.data.scoring.thoughts import without_thoughts
+from spd_dist.data.scoring.thoughts import until_next_question, without_thoughts
 from spd_dist.data.spans import Span
 from spd_dist.data.tasks.protocol import Metric, Row, Score, Split, scored
 
@@ -59,7 +59,7 @@ class CompetitionMath:
     def score(self, row: Row, output: str) -> Score:
         """Strict: the last box, where several agree. Lenient: else what is said to be the answer."""
         spoken = without_thoughts(output)
-        strict, lenient = expression_answers(spoken.text)
+        strict, lenient = expression_answers(until_next_question(spoken.text, row["problem"]))
         return scored(row["answer"], strict, lenient, same=same_expression, is_unfinished=spoken.is_unfinished)
 
 

@@ -11,9 +11,10 @@ from spd_dist.data.patterns import compiled
 from spd_dist.data.scoring.choices import committed_letter, stated_letter
 from spd_dist.data.scoring.expressions import expression_answers, same_expression
 from spd_dist.data.scoring.extract import boxed_answers
-from spd_dist.data.scoring.numbers import number_answers, parse_number, same_number
+from spd_dist.data.scoring.numbers import parse_number, same_number
 from spd_dist.data.scoring.programs import called_by
-from spd_dist.data.scoring.thoughts import without_thoughts
+from spd_dist.data.scoring.statements import number_answers
+from spd_dist.data.scoring.thoughts import until_next_question, without_thoughts
 from spd_dist.data.spans import Span, find_mask
 from spd_dist.data.tasks.bbh import same_text
 from spd_dist.data.tasks.description import (
@@ -163,10 +164,11 @@ class DescribedTask:
         if kind == "regex":
             found = compiled(pattern, "data.task, extraction").last(text)
             return found, found
+        text = text if kind in ("text", "whole") else until_next_question(text)
         if kind == "letter":
             choices = self.choices_of(row)
             letters = LETTERS[: len(choices) or _LETTERS_OF_NO_LIST]
-            return stated_letter(text, letters), committed_letter(text, letters, choices)
+            return stated_letter(text, letters, choices), committed_letter(text, letters, choices)
         if kind == "boxed" and self.description.metric == "math":
             return expression_answers(text)
         return EXTRACT[kind](text)
@@ -256,13 +258,9 @@ class DescribedProgram(DescribedTask):
         return list(tests)
 
 
-def _matches(text: str, gold: str) -> bool:
-    return bool(compiled(gold, "gold").spans(text))
-
-
 SAME: Mapping[str, Callable[[str, str], bool]] = {
     "exact": same_text, "numeric": same_number, "math": same_expression, "choice": str.__eq__, "likelihood": str.__eq__,
-    "regex": _matches,
+    "regex": lambda text, gold: bool(compiled(gold, "gold").spans(text)),
 }  # fmt: skip
 """Metric -> whether an extraction and the gold are the same."""
 

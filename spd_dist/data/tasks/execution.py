@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence, Set
 from typing import Protocol
 
-from spd_dist.data.scoring.programs import parses, program_in, python_blocks, unfenced, until_needed, with_imports
+from spd_dist.data.scoring.programs import (
+    parses,
+    program_in,
+    python_blocks,
+    unfenced,
+    until_done,
+    until_needed,
+    with_imports,
+)  # fmt: skip
 from spd_dist.data.scoring.thoughts import Spoken
 from spd_dist.data.tasks.protocol import Score, Task
 from spd_dist.errors import ConfigError
@@ -41,6 +49,7 @@ def judged_by_tests(
     *,
     called: Set[str],
     complete: Callable[[str], str] = with_imports,
+    is_whole: Callable[[str], bool] = lambda program: True,
     otherwise: Callable[[str], str | None] = lambda text: None,
 ) -> Score:
     """The score of an output by its tests. Strict: a fenced block is the program. Lenient: what reads as Python.
@@ -51,13 +60,14 @@ def judged_by_tests(
         execute: Runs a whole program against the tests.
         called: The names that the tests call.
         complete: What makes a block a whole program.
+        is_whole: Whether a block needs nothing before it that the prompt has.
         otherwise: The program in a text that holds none of its own.
     """
-    blocks = python_blocks(spoken.text)
-    strict = program_in(blocks, called)
-    lenient = strict or program_in(unfenced(spoken.text), called) or otherwise(spoken.text)
-    lenient = lenient or next(filter(str.strip, blocks), None)
-    ran = None if lenient is None else _ran(lenient, called, lambda program: execute(complete(program)))
+    text = until_done(spoken.text)
+    blocks = python_blocks(text)
+    strict, bare = (_if_whole(program_in(found, called), is_whole) for found in (blocks, unfenced(text)))
+    lenient = strict or bare or otherwise(text) or next(filter(str.strip, blocks), None)
+    ran = None if lenient is None else _ran(complete(lenient), called, execute)
     correct = ran is not None and ran.passed
     if correct:
         reason = "right"
@@ -67,6 +77,10 @@ def judged_by_tests(
         reason = "no answer" if ran is None else ran.kind
     in_form = correct and strict is not None
     return Score(correct, lenient, gold, strict, lenient, in_form, correct, reason)
+
+
+def _if_whole(program: str | None, is_whole: Callable[[str], bool]) -> str | None:
+    return program if program is not None and is_whole(program) else None
 
 
 def _ran(program: str, called: Set[str], execute: Callable[[str], Ran]) -> Ran:

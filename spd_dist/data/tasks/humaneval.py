@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spd_dist.data import spans
-from spd_dist.data.scoring.programs import longest_program, with_imports
+from spd_dist.data.scoring.programs import longest_program, parses, python_blocks, with_imports
 from spd_dist.data.scoring.thoughts import without_thoughts
 from spd_dist.data.spans import Span
 from spd_dist.data.tasks.execution import Execute, allowed, judged_by_tests
@@ -72,20 +72,31 @@ class HumanEval:
         execute, name = allowed(self.name, self.execute), row["entry_point"]
         tests = [f"{row['test']}\n\ncheck({name})"]
 
+        def is_whole(block: str) -> bool:
+            defined = rf"^(?:async )?def {re.escape(name)}\b|^{re.escape(name)} *="
+            return re.search(defined, block, re.MULTILINE) is not None
+
         def complete(block: str) -> str:
-            is_whole = re.search(rf"^(?:async )?def {re.escape(name)}\b|^{re.escape(name)} *=", block, re.MULTILINE)
             above = row["prompt"].rpartition(f"def {name}")[0]
-            return with_imports(f"{above}\n{block}" if is_whole else f"{row['prompt'].rstrip()}\n{block}")
+            return with_imports(f"{above}\n{block}" if is_whole(block) else f"{row['prompt'].rstrip()}\n{block}")
 
         def continued(text: str) -> str | None:
-            lines = text.partition("```")[0].strip("\n").splitlines()
-            body = lines if not lines or lines[0][:1].isspace() else [f"    {line}" for line in lines[:1]] + lines[1:]
-            return longest_program(body, after=row["prompt"].rstrip())
+            blocks = [block for block in python_blocks(text) if block.strip()]
+            lines = (blocks[-1] if blocks else text.partition("```")[0]).strip("\n").splitlines()
+            return longest_program(_as_body(lines), after=row["prompt"].rstrip())
 
         return judged_by_tests(
             without_thoughts(output), row["solution"], lambda program: execute(program, tests, ""),
-            called={name}, complete=complete, otherwise=continued,
+            called={name}, complete=complete, is_whole=is_whole, otherwise=continued,
         )  # fmt: skip
+
+
+def _as_body(lines: list[str]) -> list[str]:
+    """Lines that go on from a signature, indented as its body also where their first or every indentation is lost."""
+    if not lines or lines[0][:1].isspace():
+        return lines
+    is_lost_everywhere = parses("\n".join(["def f():", *(f"    {line}" for line in lines)]))
+    return [f"    {line}" for line in lines] if is_lost_everywhere else [f"    {lines[0]}", *lines[1:]]
 
 
 HUMANEVAL = HumanEval("humaneval", {"test": "openai/openai_humaneval::test"})

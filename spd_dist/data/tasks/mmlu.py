@@ -59,9 +59,9 @@ class Mmlu:
     def score(self, row: Row, output: str) -> Score:
         """Strict: the output opens with a letter, or says what the answer is. Lenient: or is a choice's text alone."""
         letters, spoken = _letters(row), without_thoughts(output)
-        text = until_next_question(spoken.text)
+        text = until_next_question(spoken.text, row["question"])
         lenient = committed_letter(text, letters, row["choices"])
-        strict = stated_letter(text, letters)
+        strict = stated_letter(text, letters, row["choices"])
         return scored(row["answer"], strict, lenient, same=str.__eq__, is_unfinished=spoken.is_unfinished)
 
 

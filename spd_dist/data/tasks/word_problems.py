@@ -9,7 +9,8 @@ from typing import Any
 
 from spd_dist.data import spans
 from spd_dist.data.scoring.extract import without_calculator
-from spd_dist.data.scoring.numbers import MARKER, number_answers, same_number
+from spd_dist.data.scoring.numbers import MARKER, same_number
+from spd_dist.data.scoring.statements import number_answers
 from spd_dist.data.scoring.thoughts import until_next_question, without_thoughts
 from spd_dist.data.spans import Span
 from spd_dist.data.tasks.protocol import Metric, Row, Score, Split, scored
@@ -64,7 +65,7 @@ class WordProblems:
     def score(self, row: Row, output: str) -> Score:
         """Strict: the number after `####`. Lenient: the number that is said to be the answer, else the last one."""
         spoken = without_thoughts(output)
-        strict, lenient = number_answers(until_next_question(spoken.text))
+        strict, lenient = number_answers(until_next_question(spoken.text, row["question"]))
         return scored(row["answer"], strict, lenient, same=same_number, is_unfinished=spoken.is_unfinished)
 
 
