@@ -44,7 +44,7 @@ _DENIED = re.compile(
     r"\b(?:not|no|never|neither|nor|cannot|wrong|incorrect|false|except|than|unlike|if|could|might|may)\b|n't\b"
 )
 """In a sentence with one of these a choice's text is no answer."""
-_TAKEN_BACK = r"\b(?i:no|wait|actually|sorry|rather)[,:]\s+"
+_TAKEN_BACK = r"\b(?i:no|wait|actually|sorry|rather)[,:.!]\s+"
 _END = r"(?=\s*(?:[.,;:!)*\"]|$|\n)|\s+(?:because|since|as)\b)"
 
 
@@ -88,7 +88,7 @@ def _named_by_lines(text: str, letters: str, choices: Sequence[str]) -> tuple[se
 
 def _all_given(text: str, letters: str, choices: Sequence[str]) -> list[tuple[int, str | None]]:
     spelled = _spelled(text)
-    given = sorted(_given(spelled, letters, choices), key=lambda one: one[0])
+    given = sorted(set(_given(spelled, letters, choices)), key=lambda one: one[0])
     return [
         (place, letter if _is_its_own(letter, spelled[place:], letters, choices) else None) for place, letter in given
     ]
@@ -138,6 +138,8 @@ def _given(text: str, letters: str, choices: Sequence[str]) -> Iterator[tuple[in
             rest = text[match.end() :]
             if not _is_word(match[1], rest):
                 yield match.start(1), _alone(match[1], rest, letters)
+    if match := re.search(rf"(?<=\w{{3}}[.!?])\s+\(?([{letters}])\)?[.!]?\s*$", text):  # a sentence of its own
+        yield match.start(1), match[1]
     for match in re.finditer(
         rf"(?<!\w)(?:\(?([{letters}])\)?|\(([{both}])\))(?:(?:[.):]?[ \t]+[\w']+){{0,4}}?"
         r" (?:is|must be|seems) (?:the )?"
@@ -185,7 +187,9 @@ def _alone(letter: str, rest: str, letters: str) -> str | None:
     other = re.match(
         rf"[).\]\"*]*(?:\s*(?:\b(?:or|and)\b|[&/,+;|])\s*(?:or |and )?"
         r"(?:(?:maybe|perhaps|possibly|even|could be|might be|may be) )?(?:option |choice )?\(?"
-        rf"([{letters}])(?![\w'])|[)\]]?[ \t]*\(([{letters}])\)|[ \t]+([{letters}])(?=[.,;)]?\s*$|[.,;)]?\s*\n))",
+        rf"([{letters}])(?![\w'])|[)\]]?[ \t]*\(([{letters}])\)"
+        rf"|[)\]]?,?\s+(?:but|though)\s+\(?([{letters}])\)?\s+(?:is also|is possible|could|may|might)"
+        rf"|[ \t]+([{letters}])(?=[.,;)]?\s*$|[.,;)]?\s*\n))",
         rest,
     )
     said = next(filter(None, other.groups())) if other else ""
