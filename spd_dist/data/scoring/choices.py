@@ -82,7 +82,7 @@ def _named_by_lines(text: str, letters: str, choices: Sequence[str]) -> tuple[se
     said = [re.sub(r"^\W*(\w)[).:]*\s+[-\u2014]\s|^\W*(\w)[).:]+\s", r"\1\2 ", line) for line in spelled.splitlines()]
     said += [*(match[1] for match in re.finditer(rf"{_ANSWER}([^\n]*)", spelled))]
     return {letter.upper() for letter in by_letter}, {
-        names[name] for name in map(_bare, said) if name and name in names
+        names[name] for name in map(_bare, said) if name in names and not re.fullmatch(r"[a-z]?", name)
     }
 
 
