@@ -38,7 +38,7 @@ MAY_IMPORT = {  # besides itself
     "stages": BELOW | MODEL | FILES | {"data"},
     "mechanism": BELOW | MODEL | FILES | {"arms", "data", "pipeline", "process", "reports", "run", "stages"},
     "planner": BELOW | MODEL | {"stages", "arms"},
-    "preflight": BELOW | {"data", "models", "process", "storage"},
+    "preflight": BELOW | {"data", "models", "process", "sandbox", "storage"},
     "python_api": BELOW | MODEL | FILES | {"arms", "data", "hub", "process", "runs", "stages", "overrides"},
     "run": BELOW | MODEL | FILES | {"stages", "data", "process", "arms", "overrides", "judging"},
     "stage_inputs": BELOW | MODEL | {"arms", "run", "stages", "storage"},

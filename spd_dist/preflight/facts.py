@@ -17,13 +17,14 @@ from typing import Any
 import spd_dist
 from spd_dist.config import Config, Model
 from spd_dist.data.sources import load_rows
-from spd_dist.data.tasks import find_task
+from spd_dist.data.tasks import find_task, runs_code
 from spd_dist.data.tasks.protocol import SPLITS
 from spd_dist.distributed.memory import describe_device
 from spd_dist.errors import UserError
 from spd_dist.models.gguf import PACKAGE
 from spd_dist.models.policy import locate_model
 from spd_dist.process.environment import PACKAGES, home_of, is_writable, version_of
+from spd_dist.sandbox import open_sandbox, what_holds
 from spd_dist.storage.artifacts import content_hash
 from spd_dist.storage.settings import result_settings
 
@@ -91,6 +92,8 @@ class Facts:
     free_disk_gib: Mapping[str, float]
     """By what the disk is for: `run_dir`, `temporary`."""
     model_gib: float = 0.0
+    sandbox: str = ""
+    """Of a task that runs programs: which one holds here, and what holds its limits."""
     reachable: Mapping[str, str] = field(default_factory=dict)
     """What was found of model and data; two hosts should have found the same."""
     faults: Mapping[str, str] = field(default_factory=dict)
@@ -102,6 +105,7 @@ def gather_facts(config: Config, environment: Mapping[str, str]) -> Facts:
     local_rank = int(environment.get("LOCAL_RANK", environment.get("SLURM_LOCALID", "0")))
     local_size = int(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or 1)
     reachable, faults, model_gib = _find_inputs(config) if local_rank == 0 else ({}, {}, 0.0)
+    sandbox, unheld = _try_sandbox(config) if local_rank == 0 else ("", {})
     disks, unwritable = _disks(Path(config.run_dir))
     device = describe_device(local_rank, local_size)
     has_gpu = device.num_visible > 0
@@ -120,8 +124,9 @@ def gather_facts(config: Config, environment: Mapping[str, str]) -> Facts:
         free_memory_gib=device.free_bytes / 2**30,
         free_disk_gib=disks,
         model_gib=model_gib,
+        sandbox=sandbox,
         reachable=reachable,
-        faults=faults | unwritable | places,
+        faults=faults | unwritable | places | unheld,
     )
 
 
@@ -140,6 +145,16 @@ def _find_inputs(config: Config) -> tuple[dict[str, str], dict[str, str], float]
         except UserError as error:
             faults[f"{split} rows"] = str(error)
     return found, faults, model_gib
+
+
+def _try_sandbox(config: Config) -> tuple[str, dict[str, str]]:
+    try:
+        if not runs_code(find_task(config.data.task)):
+            return "", {}
+        sandbox = open_sandbox()
+    except UserError as error:
+        return "", {"sandbox": str(error)}
+    return f"{sandbox.isolation.name}; {what_holds(sandbox.hierarchies)}", {}
 
 
 def _disks(run_dir: Path) -> tuple[dict[str, float], dict[str, str]]:

@@ -42,6 +42,7 @@ def judge(facts: Sequence[Facts], meeting: Meeting | None, needs: Needs) -> list
         *_memory(facts, needs),
         *_disks(facts, needs),
         *_inputs(facts),
+        *_sandboxes(facts),
     ]
     if meeting is not None and len(facts) > 1:
         found += [*_folder(facts, meeting), *_network(facts, meeting, needs), *_clocks(facts, meeting, needs)]
@@ -132,6 +133,12 @@ def _inputs(facts: Sequence[Facts]) -> Iterator[Finding]:
         having = [one for one in facts if name in one.reachable]
         if having:
             yield from _same(name, having, lambda one, name=name: one.reachable[name], "the hosts see other files")
+
+
+def _sandboxes(facts: Sequence[Facts]) -> Iterator[Finding]:
+    """What holds the limits of programs; hosts may differ in it."""
+    for held in dict.fromkeys(one.sandbox for one in facts if one.sandbox):
+        yield Finding("sandbox", True, _hosts(one for one in facts if one.sandbox == held), held)
 
 
 def _folder(facts: Sequence[Facts], meeting: Meeting) -> Iterator[Finding]:

@@ -6,10 +6,8 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import logging
 import os
 import select
-import signal
 import socket
 import subprocess
 import tempfile
@@ -18,24 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spd_dist.errors import ConfigError
-from spd_dist.sandbox.inside.confine import can_filter
-from spd_dist.sandbox.inside.supervisor import EXIT_CODES
+from spd_dist.sandbox.cgroups import Group, Hierarchy, group_in
 from spd_dist.sandbox.inside.wire import Channel, Ended
 from spd_dist.sandbox.isolation import (
     GUEST,
     ISOLATED_PYTHON,
-    Bubblewrap,
     Isolation,
-    Namespaces,
     interpreter,
     layout,
     packages,
     things_of_the_user,
 )
+from spd_dist.sandbox.process_tree import how_it_ended, kill, last_words, supervised
 from spd_dist.sandbox.turns import STARVED_FRACTION, alone, among_others, waited_seconds
-
-log = logging.getLogger(__name__)
 
 FIRST_USER = 1879048192
 """The first of 2 ** 28 user numbers that no system hands out (systemd's table of ranges)."""
@@ -89,9 +82,11 @@ class SandboxError(RuntimeError):
 class Sandbox:
     """Runs programs, several at once if it is called from several threads. It keeps nothing between two programs."""
 
-    def __init__(self, isolation: Isolation, limits: Limits | None = None) -> None:
-        """Use `isolation` as it is: `open_sandbox` looks first whether it holds."""
-        self.isolation = isolation
+    def __init__(
+        self, isolation: Isolation, limits: Limits | None = None, hierarchies: Sequence[Hierarchy] = ()
+    ) -> None:
+        """Use `isolation` and cgroups as they are: `open_sandbox` looks first whether they hold."""
+        self.isolation, self.hierarchies = isolation, hierarchies
         self.limits = limits or Limits()
         self._layout = layout(self.limits.file_mib)
         self._counter = itertools.count()
@@ -126,12 +121,14 @@ class Sandbox:
         with contextlib.ExitStack() as stack:
             for end in (host, *ends):
                 stack.enter_context(end)
-            candidate = stack.enter_context(self._started("candidate", [program_to_judge]))
-            judge = stack.enter_context(self._started("judge", [judge_to_host, judge_to_program]))
+            candidate, of_candidate = stack.enter_context(self._started("candidate", [program_to_judge]))
+            judge, of_judge = stack.enter_context(self._started("judge", [judge_to_host, judge_to_program]))
             for end in ends:
                 end.close()
             if _received(host, START_SECONDS) != {"is_ready": True}:  # said before the program is loaded
-                raise SandboxError(f"a sandbox did not start: {_last_words(judge, candidate)}")
+                raise SandboxError(f"a sandbox did not start: {last_words(judge, candidate)}")
+            for process, group in ((candidate, of_candidate), (judge, of_judge)):
+                _enter(group, process)
             Channel(host).send({"program": program, "tests": list(tests), "setup": setup})
             limit, spent, waited = self.limits.wall_seconds, 0.0, 0.0
             answer = select.poll()  # `select` refuses descriptors from 1024 on, and a rank may hold many
@@ -147,7 +144,7 @@ class Sandbox:
             if found is None:
                 return Verdict(False, "the judge ended")
             if found["has_ended"]:
-                return Verdict(False, f"{found['reason']}: {_how_it_ended(candidate)}")
+                return Verdict(False, f"{found['reason']}: {how_it_ended(candidate)}")
             return Verdict(found["passed"] is True, found["reason"])
 
     def inspect(self) -> list[str]:
@@ -161,37 +158,46 @@ class Sandbox:
             secret = stack.enter_context(tempfile.NamedTemporaryFile(prefix="spd-secret-")).name
             for end in (host, guest):
                 stack.enter_context(end)
-            process = stack.enter_context(
+            process, _ = stack.enter_context(
                 self._started("inspection", [guest], secrets=[secret, *things_of_the_user(self._layout)])
             )
             guest.close()
             found = _received(host, START_SECONDS)
             if found is None:
-                raise SandboxError(f"a sandbox did not start: {_last_words(process)}")
+                raise SandboxError(f"a sandbox did not start: {last_words(process)}")
             return found
 
     @contextlib.contextmanager
-    def _started(self, name: str, sockets: Sequence[socket.socket], **more: Any) -> Generator[subprocess.Popen[bytes]]:
-        """One sandbox at work; it and all that is in it are dead at the end."""
+    def _started(
+        self, name: str, sockets: Sequence[socket.socket], **more: Any
+    ) -> Generator[tuple[subprocess.Popen[bytes], Group]]:
+        """One sandbox at work, and the group for what it will run; both are gone at the end."""
         user = self._next_user() if _may_become_others() else None
-        part = {
-            "name": name, "num_sockets": len(sockets), "user": user, "guest": GUEST, "packages": packages(),
-            "limits": dataclasses.asdict(self.limits), **more,
-        }  # fmt: skip
-        inner = [interpreter(), *ISOLATED_PYTHON, "-c", _BOOT, json.dumps(part)]
-        process = subprocess.Popen(
-            self.isolation.command(self._layout, user, inner),
-            stdin=sockets[0].fileno(),
-            stdout=sockets[1].fileno() if len(sockets) > 1 else subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            env=_environment(),
-            start_new_session=True,  # a share of the processor of its own, and no terminal
-        )
-        with process:
+        with contextlib.ExitStack() as stack:
             try:
-                yield process
-            finally:
-                _kill(process)
+                group = stack.enter_context(group_in(self.hierarchies))
+                group.limit(memory_mib=self.limits.memory_mib, num_processes=self.limits.num_processes)
+                counters = stack.enter_context(group.counters())
+            except OSError as error:
+                raise SandboxError(f"a sandbox did not start: no cgroup of its own: {error}") from error
+            part = {
+                "name": name, "num_sockets": len(sockets), "user": user, "guest": GUEST, "packages": packages(),
+                "limits": dataclasses.asdict(self.limits), "counters": counters, **more,
+            }  # fmt: skip
+            inner = [interpreter(), *ISOLATED_PYTHON, "-c", _BOOT, json.dumps(part)]
+            process = stack.enter_context(
+                subprocess.Popen(
+                    self.isolation.command(self._layout, user, inner),
+                    stdin=sockets[0].fileno(),
+                    stdout=sockets[1].fileno() if len(sockets) > 1 else subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    env=_environment(),
+                    pass_fds=[counter.descriptor for counter in counters.values()],
+                    start_new_session=True,  # a share of the processor of its own, and no terminal
+                )
+            )
+            stack.callback(kill, process)
+            yield process, group
 
     def _next_user(self) -> int:
         """A user of this sandbox's own, so that the kernel counts its processes apart; 64 at once for any process."""
@@ -213,6 +219,19 @@ def _environment() -> dict[str, str]:
     return {"HOME": "/tmp", "LANG": "C.UTF-8", "PATH": "/usr/bin:/bin", "OPENBLAS_NUM_THREADS": "1"} | own | same_sets
 
 
+def _enter(group: Group, process: subprocess.Popen[bytes]) -> None:
+    """Move what the supervisor started to its group; it has not yet seen the program."""
+    workers = supervised(process) if group.folders else []
+    try:
+        group.take(workers)
+    except OSError as error:
+        raise SandboxError(f"a sandbox did not start: what runs in it can't be moved to a cgroup: {error}") from error
+    if group.folders and not workers:
+        raise SandboxError(
+            "a sandbox did not start: the kernel does not tell what runs in it (/proc/PID/task/*/children)"
+        )
+
+
 def _received(connection: socket.socket, seconds: float) -> Any:
     """The next message, or None if none came in time or none will come."""
     connection.settimeout(seconds)
@@ -220,80 +239,3 @@ def _received(connection: socket.socket, seconds: float) -> Any:
         return Channel(connection).receive()
     except (Ended, TimeoutError):
         return None
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill the first process inside and wait for the one outside, which ends when all the others have."""
-    if process.poll() is not None:
-        return
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    inner = children.read_text().split() if children.exists() else []
-    for child in inner:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int(child), signal.SIGKILL)
-    try:
-        process.wait(10 if inner else 0)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def _how_it_ended(candidate: subprocess.Popen[bytes]) -> str:
-    try:
-        code = candidate.wait(1)
-    except subprocess.TimeoutExpired:
-        return "the program closed its connection"
-    limits = [name for name, limit_code in EXIT_CODES.items() if limit_code == code]
-    if limits:
-        return f"the program exceeded {limits[0]}"
-    return f"the program was ended by signal {code - 128}" if code > 128 else "the program ended by itself"
-
-
-def _last_words(*processes: subprocess.Popen[bytes]) -> str:
-    for process in processes:
-        _kill(process)
-    said = [process.stderr.read().decode(errors="replace").split("\n") for process in processes if process.stderr]
-    last = [lines[-1] for lines in ([line for line in text if line.strip()] for text in said) if lines]
-    return "; ".join(dict.fromkeys(last)) or f"exit codes {', '.join(str(one.returncode) for one in processes)}"
-
-
-def open_sandbox(
-    limits: Limits | None = None, isolations: Sequence[Isolation] = (Bubblewrap(), Namespaces())
-) -> Sandbox:
-    """A sandbox that holds on this machine: of bubblewrap, else of namespaces; each is tried before it is trusted.
-
-    Raises:
-        ConfigError: neither holds; it says why.
-    """
-    faults = []
-    for isolation in isolations:
-        sandbox = Sandbox(isolation, limits)
-        fault = isolation.missing() or _fault_of(sandbox)
-        if fault is None:
-            log.info(
-                "model-written code runs in a sandbox of %s%s", isolation.name, "".join(f"; {one}" for one in faults)
-            )
-            if not can_filter():
-                log.warning(
-                    "the system calls of %s are not known here: the sandbox does not filter them, and its limits on "
-                    "CPU time and memory hold only for programs that do not work around them",
-                    os.uname().machine,
-                )
-            return sandbox
-        faults.append(f"{isolation.name}: {fault}")
-    raise ConfigError(
-        f"evaluate.allow_code_execution: true, but no sandbox holds on this machine ({'; '.join(faults)}); install "
-        "bubblewrap, allow unprivileged user namespaces, or evaluate a task that runs no code"
-    )
-
-
-def _fault_of(sandbox: Sandbox) -> str | None:
-    """What is wrong with a sandbox, found by trying it; None if it holds and works."""
-    try:
-        found = sandbox.inspect()
-        trial = sandbox.run(
-            "import fractions\ndef half(x):\n    return fractions.Fraction(x, 2)", ["assert half(4) == 2"]
-        )
-    except SandboxError as error:
-        return str(error)
-    return ", ".join(found) or (None if trial.passed else f"a right program is judged wrong: {trial.reason}")

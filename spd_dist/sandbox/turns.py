@@ -11,10 +11,11 @@ import fcntl
 import os
 import stat
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 from spd_dist.errors import ConfigError
+from spd_dist.sandbox.process_tree import threads
 
 NANOSECONDS = 1e9
 STARVED_FRACTION = 0.1
@@ -28,7 +29,7 @@ def waited_seconds(*processes: int, otherwise: float) -> float:
     """
     found = []
     for process in processes:
-        for thread in _threads(process):
+        for thread in threads(process):
             with contextlib.suppress(OSError, ValueError):  # it has ended, or ends while it is read
                 _, waited, _ = Path(f"/proc/{thread}/schedstat").read_text().split()
                 found.append(int(waited) / NANOSECONDS)
@@ -80,16 +81,3 @@ def _folder() -> Path:
             f"{folder}: must be a folder of this user's alone; remove it, or set TMPDIR to another folder"
         )
     return folder
-
-
-def _threads(process: int) -> Iterator[str]:
-    """`PID/task/TID` of every thread of a process and of all that come of it."""
-    try:
-        tasks = os.listdir(f"/proc/{process}/task")
-    except OSError:  # it has ended
-        return
-    for task in tasks:
-        yield f"{process}/task/{task}"
-        with contextlib.suppress(OSError):
-            for child in Path(f"/proc/{process}/task/{task}/children").read_text().split():
-                yield from _threads(int(child))

@@ -127,3 +127,16 @@ def test_a_model_without_weights_is_named(tmp_path):
         locate_model(load_config(overrides=[f"model.name={folder}"]).model)
     with pytest.raises(DataError, match="nowhere/model is no folder here, not in this host's cache"):
         locate_model(load_config(overrides=["model.name=nowhere/model"]).model)
+
+
+def test_what_holds_the_limits_of_programs_is_said_of_tasks_that_run_them(tmp_path):
+    model = save_tiny_model(tmp_path / "model")
+    words = [*SMALL, f"model.name={model}", f"run_dir={tmp_path / 'run'}"]
+    assert gather_facts(load_config(overrides=words), {}).sandbox == ""
+    nowhere = [f"data.{split}={tmp_path}/nowhere.jsonl" for split in ("train", "test", "calibration")]
+    facts = gather_facts(load_config(overrides=[*words, "data.task=mbpp", *nowhere]), {})
+    assert ("CPU time by " in facts.sandbox) != ("sandbox" in facts.faults)
+    (found,) = [
+        one for one in judge(hosts(sandbox="bubblewrap; CPU time by watcher"), FINE, Needs()) if one.what[:2] == "bu"
+    ]
+    assert (found.check, found.is_right, found.where) == ("sandbox", True, "b")

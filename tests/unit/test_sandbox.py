@@ -264,7 +264,8 @@ def test_locks_in_a_folder_that_others_may_write_are_refused(sandbox, tmp_path, 
 
 
 def test_a_machine_whose_system_calls_are_not_known_is_named(sandbox, caplog, monkeypatch):
-    monkeypatch.setattr("spd_dist.sandbox.sandbox.can_filter", lambda: False)
+    monkeypatch.setattr("spd_dist.sandbox.trial.can_filter", lambda: False)
+    monkeypatch.setattr("spd_dist.sandbox.trial.find_hierarchies", lambda: ())
     with caplog.at_level(logging.WARNING):
         open_sandbox(SHORT, [sandbox.isolation])
     assert f"the system calls of {os.uname().machine} are not known here" in caplog.text

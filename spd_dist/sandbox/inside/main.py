@@ -12,7 +12,7 @@ from typing import Any
 
 from spd_dist.sandbox.inside import candidate, judge
 from spd_dist.sandbox.inside.confine import can_filter, give_up_privileges
-from spd_dist.sandbox.inside.supervisor import supervise
+from spd_dist.sandbox.inside.supervisor import Counter, supervise
 from spd_dist.sandbox.inside.wire import Channel
 
 
@@ -59,7 +59,8 @@ def main() -> None:
     sys.argv = ["program"]
     sys.path[:] = [path for path in sys.path if path != part["guest"]] + part["packages"]
     give_up_privileges(part["user"])
-    supervise(lambda: _play(part), part["limits"])
+    counters = {name: Counter(*each) for name, each in part["counters"].items()}
+    supervise(lambda: _play(part), part["limits"], counters)
 
 
 def _play(part: dict[str, Any]) -> None:

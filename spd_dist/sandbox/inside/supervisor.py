@@ -30,6 +30,21 @@ _FILE_MIB, _SOCKET_MIB, _LOCK_MIB = 1280 / _MIB, 213_000 / _MIB, 256 / _MIB
 """What the kernel keeps for one, at most: an inode and a long name; a full queue; a record."""
 
 
+class Counter(NamedTuple):
+    """A file in which the kernel counts what a group of processes uses or has met."""
+
+    descriptor: int
+    key: str
+    """The word before the number; empty if the number stands alone."""
+    unit: float
+    """What the number is counted in."""
+
+    def value(self) -> float:
+        """As it is now."""
+        words = os.pread(self.descriptor, 4096, 0).decode().split()
+        return self.unit * int(words[words.index(self.key) + 1 if self.key else 0])
+
+
 class Usage(NamedTuple):
     """What all processes but the supervisor use."""
 
@@ -41,8 +56,11 @@ class Usage(NamedTuple):
     """In the folders that can be written to."""
 
 
-def supervise(work: Callable[[], None], limits: Mapping[str, int]) -> NoReturn:
-    """Do `work` in a child, under the limits; end when it ends, or when all together exceed one."""
+def supervise(work: Callable[[], None], limits: Mapping[str, int], counters: Mapping[str, Counter]) -> NoReturn:
+    """Do `work` in a child, under the limits; end when it ends, or when all together exceed one.
+
+    `counters` are of the child's group, where it has one: its CPU time, and how often it had no more memory.
+    """
     die_with_parent()
     hide_memory()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # with no handler, no signal from inside reaches the first process
@@ -52,6 +70,8 @@ def supervise(work: Callable[[], None], limits: Mapping[str, int]) -> NoReturn:
     if child == 0:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
         hide_memory(False)
+        for counter in counters.values():
+            os.close(counter.descriptor)
         limit_resources(limits)
         if can_filter():
             refuse_system_calls()
@@ -60,14 +80,17 @@ def supervise(work: Callable[[], None], limits: Mapping[str, int]) -> NoReturn:
         os._exit(0)
     for descriptor in range(3):
         os.close(descriptor)
-    os._exit(_watch(child, limits))
+    os._exit(_watch(child, limits, counters))
 
 
-def _watch(child: int, limits: Mapping[str, int]) -> int:
+def _watch(child: int, limits: Mapping[str, int], counters: Mapping[str, Counter]) -> int:
     """The code to end with."""
     while True:
         signal.sigtimedwait({signal.SIGCHLD}, _WATCH_SECONDS)
         ended = _ended()
+        for name, counter in counters.items():
+            if counter.value() > (limits[name] if name == "cpu_seconds" else 0):
+                return EXIT_CODES[name]
         if child in ended:
             return 0 if ended[child] >= 0 else 128 - ended[child]
         for name, used in usage()._asdict().items():
