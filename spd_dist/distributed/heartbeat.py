@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import socket
 import threading
@@ -124,7 +125,13 @@ class Heartbeat:
         return self.folder / f"rank_{rank:05d}.json"
 
 
-_FIELDS: Mapping[str, Callable[[Any], Any]] = {"place": str, "time": float, "host": str, "pid": int}
+def _a_time(value: Any) -> float:
+    if not math.isfinite(seconds := float(value)):
+        raise ValueError(f"{value} is no time")
+    return seconds
+
+
+_FIELDS: Mapping[str, Callable[[Any], Any]] = {"place": str, "time": _a_time, "host": str, "pid": int}
 
 
 def _is_alive(pid: int) -> bool:

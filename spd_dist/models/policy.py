@@ -31,7 +31,7 @@ from spd_dist.distributed.zero import DeepSpeedEngine, frozen_engine, sharding_s
 from spd_dist.errors import DataError
 from spd_dist.models.gguf import converted, find_gguf, is_gguf
 from spd_dist.models.gguf_header import check_gguf
-from spd_dist.models.lora import check_adapter, keep_codes_, load_adapter, quantised
+from spd_dist.models.lora import keep_codes_, load_adapter, quantised
 
 WEIGHTS = ("*.safetensors", "*.bin")
 
@@ -218,7 +218,6 @@ def load_replica(config: Model, distributed: Distributed, world: World, *, adapt
     policy = load_policy(config, dataclasses.replace(distributed, zero_stage=0), world)
     if adapter is not None:
         with together("loading the adapter"):
-            check_adapter(adapter)
             load_adapter(policy.model, adapter)
         policy.model.requires_grad_(False)
         policy.adapter = adapter
@@ -234,7 +233,6 @@ def load_adapted(config: Model, distributed: Distributed, world: World, *, adapt
     policy = load_policy(config, distributed, world)
     policy.release()
     with together("loading the adapter"):
-        check_adapter(adapter)
         load_adapter(policy.model, adapter)
     policy.engine = frozen_engine(policy.model, distributed, policy.model.dtype)
     policy.adapter = adapter

@@ -13,7 +13,8 @@ from pathlib import Path
 from spd_dist.errors import DataError
 from spd_dist.storage.artifacts import as_json, read_jsonl, write_text
 from spd_dist.storage.completions import Key
-from spd_dist.types import Answer, record_of
+from spd_dist.storage.records import parse_record
+from spd_dist.types import Answer
 
 
 def answers_path(folder: Path, arm: str, task: str) -> Path:
@@ -48,7 +49,7 @@ def read_answers(path: Path) -> list[Answer]:
         if row.keys() != names:
             wrong = ", ".join(sorted(row.keys() ^ names))
             raise DataError(f"{path}, line {number}: not an answer ({wrong} missing or unknown); delete that file")
-        answers.append(record_of(Answer, row))
+        answers.append(parse_record(Path(f"{path}, line {number}"), Answer, row))
     return answers
 
 

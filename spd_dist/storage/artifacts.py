@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import socket
@@ -91,6 +92,22 @@ def as_json(value: Any, indent: int | None = None) -> str:
     return text
 
 
+def parse_json(text: str | bytes) -> Any:
+    """The data of a JSON text that we wrote; Python would also take NaN and infinity, which we write nowhere.
+
+    Raises:
+        ValueError: it is none.
+    """
+    return json.loads(text, parse_constant=_finite, parse_float=_finite)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no finite number")
+    return value
+
+
 def read_json(path: str | Path) -> Any:
     """The data of a JSON file.
 
@@ -98,7 +115,7 @@ def read_json(path: str | Path) -> Any:
         DataError: the file is missing or not JSON.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return parse_json(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise missing(path) from error
     except (ValueError, RecursionError) as error:
@@ -233,7 +250,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except (ValueError, RecursionError) as error:
             raise corrupt(f"{path}, line {number}", error) from error
         if not isinstance(row, dict):

@@ -125,12 +125,18 @@ def parse_line(line: bytes) -> Completion:
 NAMES = {field.name for field in dataclasses.fields(Completion)}
 
 
+_KINDS = {"id": str, "sample": int, "seed": int, "text": str, "finish_reason": str}
+
+
 def _completion_of(row: Mapping[str, Any]) -> Completion:
     if set(row) != NAMES:
         wrong = ", ".join(sorted(row.keys() ^ NAMES))
         raise DataError(f"not a completion ({wrong} missing or unknown); delete that file")
-    tokens = {name: tuple(row[name]) for name in ("prompt_tokens", "tokens")}
-    return record_of(Completion, {**row, **tokens})
+    tokens = {name: row[name] for name in ("prompt_tokens", "tokens")}
+    is_right = all(isinstance(row[name], kind) for name, kind in _KINDS.items())
+    if not is_right or any(type(ids) is not list or not set(map(type, ids)) <= {int} for ids in tokens.values()):
+        raise DataError("not a completion (a number, a text or a list of tokens is something else); delete that file")
+    return record_of(Completion, {**row, **{name: tuple(ids) for name, ids in tokens.items()}})
 
 
 def _completion(file: Path, number: int, row: Mapping[str, Any]) -> Completion:

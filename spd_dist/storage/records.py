@@ -6,6 +6,7 @@ A file of another version is refused by one sentence, never read in part: a fold
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -104,11 +105,16 @@ def _parsed(value: Any, hint: Any) -> Any:
 
 
 def _dataclass(value: Any, kind: Any) -> Any:
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     names = {item.name for item in dataclasses.fields(kind)}
     if _of(value, Mapping).keys() != names:
         raise ValueError(f"{', '.join(sorted(names ^ value.keys()))}: missing or unknown")
     return record_of(kind, {name: _parsed(value[name], hints[name]) for name in names})
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
 
 
 def _one_of(value: Any, choices: Sequence[Any]) -> Any:

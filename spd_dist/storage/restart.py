@@ -197,7 +197,7 @@ def forget_metrics(folder: Path, target: Path, stages: Iterable[str]) -> None:
     stages = set(stages)
     for file in sorted(folder.glob("*.jsonl")):
         rows = read_jsonl(file)
-        kept = [row for row in rows if row["stage"] not in stages]
+        kept = [row for row in rows if row.get("stage") not in stages]
         if len(kept) == len(rows):
             continue
         target.mkdir(parents=True, exist_ok=True)

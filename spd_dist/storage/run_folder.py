@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -252,10 +252,12 @@ def read_config(file: Path) -> Mapping[str, Json]:
     """The config of a run folder, as plain data.
 
     Raises:
-        DataError: it is not YAML.
+        DataError: it is not YAML, or no config.
     """
     try:
         config: Any = OmegaConf.to_container(load_yaml(file))
-        return config
-    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        if not isinstance(config, dict):
+            raise ValueError("a list, where a config has sections")
+        return cast("dict[str, Json]", config)
+    except (YAMLError, ValueError, OmegaConfBaseException) as error:  # text that is not UTF-8 is a ValueError
         raise corrupt(file, error) from error

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from spd_dist.errors import DataError
 from spd_dist.storage.artifacts import JsonlWriter, read_jsonl
 
 Value = float | int | str | bool
@@ -128,9 +129,21 @@ class MetricLogger:
 
 
 def read_metrics(folder: str | Path, files: str = "*.jsonl") -> list[dict[str, Any]]:
-    """All ranks' rows of a run's `metrics/`, in the order of their times; or those of some files."""
-    rows = [row for path in sorted(Path(folder).glob(files)) for row in read_jsonl(path)]
+    """All ranks' rows of a run's `metrics/`, in the order of their times; or those of some files.
+
+    Raises:
+        DataError: a line is no row of metrics.
+    """
+    rows = [row for path in sorted(Path(folder).glob(files)) for row in _read_rows(path)]
     return sorted(rows, key=lambda row: row["time"])
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    rows = read_jsonl(path)
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get("time"), int | float) or type(row.get("step")) is not int:
+            raise DataError(f"{path}, line {number}: no row of metrics, which has a time and a step; delete that line")
+    return rows
 
 
 def _as_json(value: Value) -> Value:

@@ -12,19 +12,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny import tiny_model
 
+from spd_dist.config import Finetune
 from spd_dist.distributed.heartbeat import Heartbeat
 from spd_dist.distributed.world import World
 from spd_dist.errors import UserError
+from spd_dist.models.lora import adapter_parameters, add_adapters, load_adapter, save_adapter
+from spd_dist.models.save_weights import whole_tensors
+from spd_dist.stages.finetune.checkpoints import MARKER, Checkpoints, Marker, State
 from spd_dist.storage.answers import read_answers
-from spd_dist.storage.artifacts import read_json, read_jsonl, write_json
+from spd_dist.storage.artifacts import sha256_of, write_json
 from spd_dist.storage.attempts import stage_cost
 from spd_dist.storage.completions import read_completions
-from spd_dist.storage.manifests import Manifest, OutputFile, described, why_not_complete
-from spd_dist.storage.records import SCHEMA, write_record
+from spd_dist.storage.manifests import Manifest, OutputFile, described, read_manifest, why_not_complete
+from spd_dist.storage.records import SCHEMA, read_record, write_record
+from spd_dist.storage.restart import Status, read_status
 from spd_dist.storage.run_folder import read_config
 from spd_dist.storage.subspace_file import load_subspace, save_subspace
+from spd_dist.tracking.metrics import read_metrics
 from spd_dist.types import Answer, Certificate, Completion, KVSite, SiteSubspace, Subspace
 
 WIDTH, RANK = 8, 3
@@ -61,6 +69,11 @@ def manifest(file: Path) -> None:
     write_record(file, Manifest("x", {"a": "b"}, outputs, 1.0, 1.0, 1, "2026-01-01", {}))
 
 
+def answers(file: Path) -> None:
+    one = Answer("a", "x", "x", "x", True, "stop", 3, "x", "x", True, True, False)
+    file.write_text(json.dumps(dataclasses.asdict(one)) + "\n")
+
+
 def complete(file: Path) -> object:
     reason = why_not_complete(file.parent, {"a": "b"})
     if reason is not None:
@@ -75,44 +88,185 @@ def beats(file: Path) -> object:
     return lines
 
 
+def status(file: Path) -> None:
+    write_record(file, Status("running", "", 1.0, "evaluate", 2, "host", 1, None))
+
+
+def checkpoint(file: Path) -> None:
+    """One of one rank, without ZeRO, as far as it is looked at before an engine reads it."""
+    torch.save({"module": {"weight": torch.ones(3)}}, file)
+    marker = Marker(4, "identity", 1, 0, State(), {file.name: sha256_of(file)})
+    write_record(file.with_name(MARKER), marker)
+
+
+def resumed(file: Path) -> object:
+    found = checkpoints(file.parent.parent)
+    newest = found.newest()
+    if newest is None:
+        raise UserError(f"{file}: passed over")
+    return found.loadable(newest)
+
+
+def checkpoints(folder: Path, identity: str = "identity") -> Checkpoints:
+    return Checkpoints(folder, identity, World(0, 1, torch.device("cpu")), zero_stage=0, keep=1)
+
+
+def adapter(file: Path) -> None:
+    config = dataclasses.replace(Finetune(), lora_rank=2, lora_targets=("q_proj",))
+    adapted = add_adapters(tiny_model(), config, generator=torch.Generator().manual_seed(0))
+    file.parent.mkdir(exist_ok=True)
+    save_adapter(adapted, dict(whole_tensors(adapter_parameters(adapted))), file.parent)
+
+
 ATTEMPT = {"task": None, "seconds": 1.0, "world_size": 2}
 BEAT = {"place": "x", "time": 1.0, "host": "h", "pid": 1}
 ARTIFACTS: dict[str, tuple[str, Callable[[Path], None], Callable[[Path], object]]] = {
     "subspace": ("subspace.safetensors", subspace, load_subspace),
+    "adapter": ("adapter_model.safetensors", adapter, lambda file: load_adapter(tiny_model(), file.parent)),
+    "adapter's settings": ("adapter_config.json", adapter, lambda file: load_adapter(tiny_model(), file.parent)),
+    "checkpoint": ("step_00000004/mp_rank_00_model_states.pt", checkpoint, resumed),
     "corpus": ("completions.jsonl", completions, read_completions),
-    "metrics": ("rank_00000.jsonl", lambda file: file.write_text('{"step": 1}\n'), read_jsonl),
+    "answers": ("answers.jsonl", answers, read_answers),
+    "metrics": (
+        "rank_00000.jsonl",
+        lambda file: file.write_text('{"time": 1.0, "stage": "finetune", "step": 1}\n'),
+        lambda file: read_metrics(file.parent),
+    ),
     "manifest": ("manifest.json", manifest, complete),
-    "status": ("status.json", lambda file: write_json(file, {"state": "running"}), read_json),
+    "status": ("status.json", status, lambda file: read_status(file.parent)),
     "config": ("config.yaml", lambda file: file.write_text("layers: [3]\n"), read_config),
     "attempt": ("attempts/1.json", lambda file: write_json(file, ATTEMPT), lambda file: stage_cost(file.parent.parent)),
     "heartbeat": ("rank_00000.json", lambda file: write_json(file, BEAT), beats),
 }
 """By name: its file, what writes it well, and what a run reads it by."""
 
-ATTACKS: dict[str, Callable[[Path], None]] = {
-    "code": lambda file: file.write_bytes(pickle.dumps(Runs()) + b"\n"),
-    "yaml that builds an object": lambda file: file.write_text("a: !!python/object/apply:os.mkdir [code-ran]\n"),
-    "cut": lambda file: file.write_bytes(file.read_bytes().rstrip()[:-2] + b"\n"),
-    "not text": lambda file: file.write_bytes(b"\xff\xfe\x00{" * 30 + b"\n"),
-    "too deep": lambda file: file.write_text('{"a":' + "[" * 100_000 + "]" * 100_000 + "}\n"),
-    "a huge header": lambda file: file.write_bytes(struct.pack("<Q", 2**62) + file.read_bytes() + b"\n"),
+NUMBERS = {"corpus": "seed", "answers": "num_tokens", "metrics": "time", "manifest": "seconds", "status": "time",
+           "attempt": "seconds", "heartbeat": "time"}  # fmt: skip
+"""What is a number in those that are JSON."""
+
+
+def with_value(file: Path, artifact: str, value: str) -> None:
+    """Its number, or the first of its tensors, becomes something else."""
+    line = json.loads(file.read_text()) | {NUMBERS[artifact]: 4711}
+    file.write_text(json.dumps(line).replace("4711", value) + "\n")
+
+
+def with_tensor(file: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    if file.suffix == ".pt":
+        torch.save({"module": {"weight": change(torch.ones(3))}}, file)
+        return
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(file)
+    save_file(tensors | {name: change(tensors[name]).contiguous() for name in sorted(tensors)[:1]}, file, metadata)
+
+
+def spoil(text: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path, str], None]:
+    def act(file: Path, artifact: str) -> None:
+        if artifact in NUMBERS:
+            with_value(file, artifact, text)
+        else:
+            with_tensor(file, change)
+
+    return act
+
+
+def swapped(file: Path, artifact: str) -> None:
+    """By what another run has there: valid, and of the same form."""
+    if artifact == "manifest":
+        write_record(file, dataclasses.replace(read_manifest(file.parent), inputs={"a": "of another run"}))
+    elif artifact == "checkpoint":
+        marker = file.with_name(MARKER)
+        write_record(marker, dataclasses.replace(read_record(marker, Marker), identity="another run"))
+    elif artifact == "adapter's settings":
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": 4711}))
+    elif artifact in NUMBERS:
+        with_value(file, artifact, "4712")
+    else:
+        with_tensor(file, lambda tensor: tensor + 1)
+
+
+def symlink(file: Path, artifact: str) -> None:
+    """To what another run has there; of a checkpoint, to the same."""
+    if artifact != "checkpoint":
+        swapped(file, artifact)
+    other = file.with_name(f"of-another-run-{file.name}")
+    file.rename(other)
+    file.symlink_to(other)
+
+
+ATTACKS: dict[str, Callable[[Path, str], object]] = {
+    "code": lambda file, _: file.write_bytes(pickle.dumps(Runs()) + b"\n"),
+    "yaml that builds an object": lambda file, _: file.write_text("a: !!python/object/apply:os.mkdir [code-ran]\n"),
+    "cut": lambda file, _: file.write_bytes(file.read_bytes().rstrip()[:-2] + b"\n"),
+    "not text": lambda file, _: file.write_bytes(b"\xff\xfe\x00{" * 30 + b"\n"),
+    "too deep": lambda file, _: file.write_text('{"a":' + "[" * 100_000 + "]" * 100_000 + "}\n"),
+    "a huge header": lambda file, _: file.write_bytes(struct.pack("<Q", 2**62) + file.read_bytes() + b"\n"),
+    "NaN": spoil("NaN", lambda tensor: tensor * float("nan")),
+    "a number without end": spoil("1e999", lambda tensor: tensor * float("inf")),
+    "wrong type": spoil('"many"', lambda tensor: tensor.long()),
+    "wrong shape": spoil("[1, [2]]", lambda tensor: tensor.reshape(-1)[:-1]),
+    "a list in its place": lambda file, _: file.write_text("[3]\n"),
+    "another run's": swapped,
+    "a symlink to another run's": symlink,
 }
-OF_JSON_ALONE = {"yaml that builds an object", "cut", "too deep"}
+OTHER_RUN = ("another run's", "a symlink to another run's")
+BY_MANIFEST = ("subspace", "adapter", "adapter's settings", "corpus", "answers")
+"""What another run has there is read; the manifest of the stage, which has the hashes, tells it apart."""
+_VALUES = ("NaN", "a number without end", "wrong type", "wrong shape")
+_SHOWN = "it is shown to people, and no result depends on it"
+NOT_TRIED = {
+    **{("config", attack): "any other value is another config, which test_run_folder refuses" for attack in _VALUES},
+    **{("config", attack): "another run's config is refused by its keys, in test_run_folder" for attack in OTHER_RUN},
+    **{(one, attack): _SHOWN for one in ("metrics", "status", "attempt", "heartbeat") for attack in OTHER_RUN},
+    **{("adapter's settings", attack): "it has no number that peft reads as one" for attack in _VALUES},
+}
+"""Cells without a test, and why."""
+CELLS = [(one, attack) for one in ARTIFACTS for attack in ATTACKS if (one, attack) not in NOT_TRIED]
 
 
-@pytest.mark.parametrize("attack", ATTACKS)
-@pytest.mark.parametrize("artifact", ARTIFACTS)
-def test_a_spoiled_artifact_is_refused_by_its_name_and_runs_nothing(tmp_path, monkeypatch, artifact, attack):
+@pytest.mark.parametrize(("artifact", "attack"), CELLS, ids=[f"{one}, {attack}" for one, attack in CELLS])
+def test_a_spoiled_artifact_is_refused_by_its_name_and_runs_nothing(tmp_path, monkeypatch, caplog, artifact, attack):
     monkeypatch.chdir(tmp_path)
     name, write, read = ARTIFACTS[artifact]
-    file = tmp_path / name
-    file.parent.mkdir(exist_ok=True)
+    file = tmp_path / "stage" / name
+    file.parent.mkdir(parents=True)
     write(file)
     read(file)  # the control: unspoiled, it is taken
-    ATTACKS[attack](file)
-    with pytest.raises(UserError, match=file.name):
+    if artifact in BY_MANIFEST and attack in OTHER_RUN:
+        outputs = described(file.parent, [file])
+        write_record(file.parent / "manifest.json", Manifest("x", {"a": "b"}, outputs, 1.0, 1.0, 1, "2026-01-01", {}))
+        complete(file)
+        read = complete
+    ATTACKS[attack](file, artifact)
+    with pytest.raises(UserError) as refused:
         read(file)
+    folder = {"adapter": "stage", "adapter's settings": "stage", "checkpoint": "step_00000004"}.get(artifact, file.name)
+    assert folder in str(refused.value)
     assert not (tmp_path / "code-ran").exists()
+
+
+def test_an_adapter_of_another_depth_is_refused(tmp_path):
+    adapter(tmp_path / "adapter_model.safetensors")
+    for depth, says in ((2, "0 tensors are missing and 4 have no place"), (6, "4 tensors are missing and 0 have no")):
+        with pytest.raises(UserError, match=rf"{tmp_path} is an adapter of another model: {says}"):
+            load_adapter(tiny_model(num_hidden_layers=depth), tmp_path)
+
+
+def test_an_adapter_that_is_a_pickle_is_read_as_data_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    adapter(tmp_path / "adapter_model.safetensors")
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_model.safetensors").unlink()
+    torch.save(tensors, tmp_path / "adapter_model.bin")
+    load_adapter(tiny_model(), tmp_path)
+    torch.save(tensors | {"more": Runs()}, tmp_path / "adapter_model.bin")
+    with pytest.raises(UserError, match=rf"{tmp_path} is no adapter that this model can take \(UnpicklingError"):
+        load_adapter(tiny_model(), tmp_path)
+    assert not (tmp_path / "code-ran").exists()
+    (tmp_path / "adapter_model.bin").unlink()
+    with pytest.raises(UserError, match=r"holds no adapter_model.safetensors; run the finetune stage again"):
+        load_adapter(tiny_model(), tmp_path)
 
 
 def changed(tensors: dict[str, torch.Tensor], suffix: str, value: Callable[[torch.Tensor], torch.Tensor]) -> dict:

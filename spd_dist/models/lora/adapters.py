@@ -20,6 +20,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from spd_dist.config import Finetune
 from spd_dist.distributed.zero import gather_as_one, gathered, is_sharded
 from spd_dist.errors import DataError
+from spd_dist.models.lora.adapter_files import check_fits, naming_adapter, read_adapter
 from spd_dist.models.lora.initial_values import InputSums, initial_factors, is_taken_off
 from spd_dist.models.lora.keyed_dropout import TokenKeys, use_keyed_dropout
 from spd_dist.models.lora.quantised_base import whole_weight
@@ -159,14 +160,20 @@ def save_adapter(adapted: PeftModel, tensors: Mapping[str, Tensor], folder: Path
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """`model` with the frozen adapter of `folder`, in eval mode; `model` itself is changed."""
-    with torch.random.fork_rng(devices=[]), _peft_gathers(model):
+    """`model` with the frozen adapter of `folder`, in eval mode; `model` itself is changed.
+
+    Raises:
+        DataError: there is none, it is broken, or it is another model's.
+    """
+    tensors = read_adapter(folder)
+    with torch.random.fork_rng(devices=[]), _peft_gathers(model), naming_adapter(folder):
         adapted = PeftModel.from_pretrained(
             model,
             str(folder),
             autocast_adapter_dtype=False,
             torch_device="cpu",  # or every rank opens the first GPU
         ).eval()
+    check_fits(adapted, tensors, folder)
     _let_layers_read_weights(adapted)
     _keep_order_of_parameters(adapted)
     return adapted
