@@ -123,7 +123,7 @@ def _handler(fake: FakeWandb) -> type[BaseHTTPRequestHandler]:
 
         def do_GET(self) -> None:
             self.body()
-            self.answer({})
+            self.answer({}, 500 if fake.fails("GET") else 200)
 
         def do_PUT(self) -> None:
             self.body()

@@ -39,7 +39,7 @@ STAGES = ("start", "calibrate", "generate", "finetune", "evaluate")
 BOUND_SECONDS = 150.0
 """By then all ranks have ended, or the case counts as a hang; a collective may take `TIMEOUT_SECONDS` of it."""
 BOUND_OF_RUN = 300.0
-"""The same, of a run that goes on: W&B, which does not answer, may take 120 s at its end."""
+"""The same, of a run that goes on: W&B, which does not answer, may take 30 s at its end."""
 RUN_SECONDS = 300
 """An undisturbed run, on a machine that is busy."""
 RELATIVE = 1e-5

@@ -6,20 +6,18 @@ import hashlib
 import importlib
 import json
 import logging
-import netrc
 import os
 import re
-import socket
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-from urllib.parse import urlsplit
 
 from spd_dist.config import Metrics
 from spd_dist.storage.artifacts import content_hash
 from spd_dist.storage.settings import result_settings
 from spd_dist.tracking.metrics import Product, Value
+from spd_dist.tracking.wandb_server import FINISH_SECONDS, ServerLimits, modes, waiting_while_it_answers
 
 log = logging.getLogger(__name__)
 
@@ -31,15 +29,18 @@ QUIET: dict[str, Any] = {
     "disable_job_creation": True,
     "x_disable_meta": True,
     "x_transaction_log_flush_interval": 0.5,  # a killed run loses half a second, not 15
+    "finish_timeout_raises": True,  # so that it is told
 }
 
 
 class WandbMirror:
     """One W&B run, written by one process."""
 
-    def __init__(self, wandb: Any, run: Any, failures: tuple[type[Exception], ...], folder: Path) -> None:
-        """Adopt an open run of a run folder; `failures` are the exceptions that only warn."""
-        self._wandb, self._run, self._failures, self._folder = wandb, run, failures, folder
+    def __init__(
+        self, wandb: Any, run: Any, failures: tuple[type[Exception], ...], folder: Path, limits: ServerLimits | None
+    ) -> None:
+        """Adopt an open run of a folder; `failures` are the exceptions that only warn, `limits` those of a server."""
+        self._wandb, self._run, self._failures, self._folder, self._limits = wandb, run, failures, folder, limits
         self._defined: set[str] = set()
         self._ill: set[str] = set()
         """What failed once: it is not tried again, and told once."""
@@ -63,9 +64,10 @@ class WandbMirror:
 
     def finish(self, exit_code: int) -> None:
         """Close the run with `exit_code`; what the server does not take in time stays in the run's folder."""
-        self._try("finishing", lambda: self._run.finish(exit_code=exit_code))
-        # Waits for its service, which may still be writing an offline run.
-        self._try("closing", lambda: self._wandb.teardown(exit_code))
+        with waiting_while_it_answers(self._limits):
+            self._try("finishing", lambda: self._run.finish(exit_code=exit_code))
+            # Waits for its service, which may still be writing an offline run.
+            self._try("closing", lambda: self._wandb.teardown(exit_code))
         log.info("W&B: to upload what the server has not: python launchers/wandb_sync.py %s", self._folder)
 
     def _product(self, product: Product, is_input: bool) -> None:
@@ -128,7 +130,7 @@ def open_mirror(
     *,
     job: str = "pipeline",
     init_seconds: float = 60.0,
-    finish_seconds: float = 120.0,
+    finish_seconds: float = FINISH_SECONDS,
 ) -> WandbMirror | None:
     """The W&B run of `metrics.wandb`, or None if there is none to have: then a line of the log says why.
 
@@ -156,10 +158,10 @@ def open_mirror(
     except failures as error:
         log.warning("W&B: cannot start: %s; metrics are in %s/metrics", error, run_folder)
         return None
-    limits = {"init_timeout": init_seconds, "finish_timeout": finish_seconds, "base_url": server}
+    limits = ServerLimits(server, init_seconds, finish_seconds)
     folder = Path(run_folder).resolve()
     identity = _identity(config, folder, settings, job)
-    for mode in _modes(config.wandb, server):
+    for mode in modes(config.wandb, server):
         try:
             run = _init(wandb, config, settings, identity, mode, limits)
         except failures as error:
@@ -167,7 +169,7 @@ def open_mirror(
             wandb.teardown()  # or its service holds the id that the next mode wants
             continue
         log.info("W&B: %s, %s", mode, run.url if mode == "online" else f"files in {folder}/wandb")
-        return WandbMirror(wandb, run, failures, folder)
+        return WandbMirror(wandb, run, failures, folder, limits if mode == "online" else None)
     return None
 
 
@@ -185,10 +187,11 @@ def _init(
     settings: Mapping[str, Any],
     identity: _Identity,
     mode: Literal["online", "offline"],
-    limits: Mapping[str, float | str],
+    limits: ServerLimits,
 ) -> Any:
     """The W&B run of this identity, open; what it is stands in its `wandb/NAME.json`, for the upload later on."""
     quiet = {name: value for name, value in QUIET.items() if name in wandb.Settings.model_fields}
+    times = {"init_timeout": limits.init_seconds, "finish_timeout": limits.finish_seconds, "base_url": limits.server}
     run = wandb.init(
         project=config.project,
         entity=config.entity,
@@ -198,15 +201,27 @@ def _init(
         resume="allow",
         job_type=identity.job,
         tags=_tags(settings),
-        settings=wandb.Settings.model_validate({**limits, **quiet}),
+        settings=wandb.Settings.model_validate({**times, **quiet}),
         group=identity.group,
         id=identity.id,
         name=identity.name,
     )
+    if mode == "online":
+        _ask_at_once(run)
     described = {"group": identity.group, "id": identity.id, "name": identity.name, "mode": mode}
     described["task_index"] = settings.get("generate", {}).get("task_index", 0)
     (identity.folder / "wandb" / f"{identity.name}.json").write_text(json.dumps(described), encoding="utf-8")
     return run
+
+
+def _ask_at_once(run: Any) -> None:
+    """Let W&B log in now, and not ask its server anything when an artifact or a table is logged.
+
+    It would ask each time whether the type is the one that the name had before, and wait 19 s for a server that is
+    slow; ours have one type a name. What is logged is sent in the background.
+    """
+    run._public_api()  # it is kept
+    run._assert_can_log_artifact = lambda artifact: None
 
 
 def _identity(config: Metrics, folder: Path, settings: Mapping[str, Any], job: str) -> _Identity:
@@ -230,44 +245,3 @@ def _failures(wandb: Any) -> tuple[type[Exception], ...]:
     plumbing = vars(importlib.import_module("wandb.sdk.mailbox.mailbox_handle")) | vars(wandb.sdk.mailbox)
     private = [item for item in plumbing.values() if isinstance(item, type) and issubclass(item, Exception)]
     return (wandb.errors.Error, OSError, TimeoutError, RuntimeError, ValueError, TypeError, *private)
-
-
-def _modes(wanted: str, server: str) -> list[Literal["online", "offline"]]:
-    """The modes to try, in order."""
-    if wanted == "auto":
-        wanted = os.environ.get("WANDB_MODE", "auto")
-    if wanted == "disabled":
-        return []
-    if wanted not in ("auto", "online"):
-        return ["offline"]
-    reason = None
-    if not _has_key(server):
-        reason = "no key (WANDB_API_KEY, or `wandb login`)"
-    elif not _answers(server):
-        reason = f"{server} does not answer"
-    if reason is None:
-        return ["online", "offline"]
-    log.log(logging.WARNING if wanted == "online" else logging.INFO, "W&B: offline, since there is %s", reason)
-    return ["offline"]
-
-
-def _has_key(server: str) -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        file = os.environ.get("NETRC") or Path.home() / ".netrc"
-        return netrc.netrc(file).authenticators(urlsplit(server).hostname or "") is not None
-    except (OSError, RuntimeError, netrc.NetrcParseError):  # RuntimeError: there is no home folder
-        return False
-
-
-def _answers(server: str, seconds: float = 5.0) -> bool:
-    """Whether someone listens there: a node without a network is found out at once, and not by a time-out."""
-    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
-        return True
-    address = urlsplit(server)
-    try:
-        socket.create_connection((address.hostname, address.port or 443), seconds).close()
-    except OSError:
-        return False
-    return True

@@ -159,6 +159,25 @@ def test_a_slow_server_costs_the_time_that_it_was_given_once(tmp_path, caplog, s
     assert len(read_offline_run(tmp_path).history) == 2
 
 
+def test_no_table_and_no_artifact_asks_the_server_anything_that_a_run_would_wait_for(tmp_path, server):
+    """What is asked is counted when it comes in, so the answers need not be waited for."""
+    (tmp_path / "weights").write_text("weights")
+    mirror = open_mirror(Metrics(wandb="online"), tmp_path, SETTINGS, init_seconds=3.0, finish_seconds=2.0)
+    asked = server.operations["Viewer"] + server.operations["ViewerFull"]
+    server.delay_seconds = 60.0
+    mirror.table("generate/samples", ["id"], [["a"], ["b"]])
+    mirror.product(Product("adapter", "adapter", (tmp_path / "weights",), {}), is_input=False)
+    mirror.product(Product("subspace", "subspace", (tmp_path / "weights",), {}), is_input=True)
+    assert server.operations["Viewer"] + server.operations["ViewerFull"] == asked
+    assert server.operations["ArtifactType"] == 0
+    mirror.finish(0)
+
+
+def test_what_the_server_did_not_take_in_time_is_told(tmp_path, caplog, server):
+    go_on(tmp_path, range(4), disturb=lambda: vars(server).update(delay_seconds=60.0), finish_seconds=1.0)
+    assert "W&B: finishing failed, no more of that is sent; all is in the run's folder: Timed out" in caplog.text
+
+
 def test_what_stages_make_are_artifacts_with_lineage(tmp_path):
     (tmp_path / "adapter").mkdir()
     for name in ("subspace.safetensors", "adapter/weights", "corpus.jsonl"):
