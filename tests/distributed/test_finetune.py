@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from families import COMMON, FAMILIES
 from finetuning import TINY, completions, train
 from peft import PeftModel
 from ranks import run_on_ranks
-from tiny import save_tiny_model, tiny_model
+from safetensors.torch import load_file
+from tiny import save_tiny_model, tiny_model, tiny_tokenizer
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from spd_dist.config import Distributed, Model
 from spd_dist.distributed.training_engine import (
@@ -222,6 +224,46 @@ def test_a_merge_that_bfloat16_rounds_away_is_refused_and_the_adapter_is_saved_w
 @pytest.mark.slow
 def test_every_mode_learns_and_saves_what_it_learned(model, tmp_path):
     run_on_ranks(2, tmp_path / "store", train_in_every_mode, model, tmp_path / "run")
+
+
+def save_tied_experts(folder: Path) -> None:
+    """A mixture of experts whose head is its embedding, with the vocabulary of the completions."""
+    config = AutoConfig.for_model("qwen3_moe", **COMMON | FAMILIES["qwen3_moe"].settings | {"vocab_size": 259})
+    config.tie_word_embeddings = True
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+
+
+def train_experts(model: Path, folder: Path) -> None:
+    """LoRA that is merged, and full: both on shards."""
+    sharded = {"zero_stage": 3, "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
+    targets = ("q_proj", "k_proj", "v_proj")
+    train(model, folder / "lora", distributed=sharded, num_epochs=1, merge=True, lora_targets=targets)
+    train(model, folder / "full", distributed=sharded, num_epochs=1, mode="full", learning_rate=1e-3)
+
+
+def test_experts_that_were_trained_on_shards_are_whole_tied_and_merged_as_the_adapter(tmp_path):
+    model, run = tmp_path / "model", tmp_path / "run"
+    save_tied_experts(model)
+    run_on_ranks(2, tmp_path / "store", train_experts, model, run)
+    base = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    for name in ("lora", "full"):
+        tensors = load_file(run / name / "model" / "model.safetensors")
+        assert all(tensor.numel() for tensor in tensors.values())
+        assert "lm_head.weight" not in tensors, "it is the embedding"
+        loaded, info = AutoModelForCausalLM.from_pretrained(run / name / "model", output_loading_info=True)
+        assert not info["missing_keys"]
+        assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+        found = loaded.state_dict()
+        assert {key: tensor.shape for key, tensor in found.items()} == {key: base[key].shape for key in base}
+        assert any(not torch.equal(found[key], base[key]) for key in base)
+    adapter = load_file(run / "lora" / "adapter" / "adapter_model.safetensors")
+    assert all(tensor.any() for key, tensor in adapter.items() if "lora_B" in key)
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(run / "lora" / "model").eval()(TOKENS).logits
+    torch.testing.assert_close(merged, plain_logits(model, run / "lora"), atol=3e-5, rtol=0)
 
 
 @pytest.mark.slow

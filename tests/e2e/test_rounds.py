@@ -1,9 +1,11 @@
 """Rounds: each on the student of the one before, its subspace estimated anew or kept, every one resumed as a run."""
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from generating import PROGRAM
 from launching import SMALL, Launch, launch
 from tiny import save_tiny_model
 
@@ -65,6 +67,29 @@ def test_a_frozen_subspace_is_that_of_the_first_round(words, tmp_path):
     assert set(third["drift"]) == {"1", "2"}
     assert third["drift"]["1"] == third["drift"]["2"], "both are the subspace of round 1"
     assert all(site["largest_angle_degrees"] > 0 for site in third["drift"]["1"].values()), "the gradients still move"
+
+
+HASHING = """
+import hashlib, os, sys
+name = os.path.join(sys.argv[1], "model.safetensors")
+with open(HASHES, "a") as file:
+    file.write(hashlib.sha256(open(name, "rb").read()).hexdigest() + "\\n")
+"""
+
+
+@pytest.mark.slow
+def test_an_engine_of_the_user_gets_another_model_in_the_second_round(words, tmp_path):
+    hashes = tmp_path / "hashes"
+    (tmp_path / "engine.py").write_text(HASHING.replace("HASHES", repr(str(hashes))) + PROGRAM)
+    command = f"{sys.executable} {tmp_path / 'engine.py'} {{model}} {{prompts}} {{output}}"
+    engine = ["generate.engine=command", f"generate.command='{command}'", "generate.temperature=0.0"]
+    run_dir = f"run_dir={tmp_path / 'run'}"
+    launch(1, [*words, *engine, run_dir], tmp_path / "log-1")
+    first = set(hashes.read_text().split())
+    launch(1, [*words, *engine, run_dir, "rounds=2"], tmp_path / "log-2")
+    both = set(hashes.read_text().split())
+    assert first
+    assert both > first, "no rollout of the second round is of the policy of the first"
 
 
 def test_the_config_of_a_round_is_that_of_the_run_but_for_folder_and_model(tmp_path):

@@ -338,6 +338,20 @@ def test_the_opening_token_of_a_plain_text_is_no_target():
     assert chat.tokens[:2] != (1, 1), "the chat template has the opening token already"
 
 
+def test_a_token_that_template_and_tokenizer_both_write_opens_a_text_once():
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|pad|> $A", special_tokens=[("<|pad|>", 0)]
+    )
+    tokenizer.chat_template = "<|pad|>" + tokenizer.chat_template
+    assert tokenizer("a")["input_ids"][0] == 0
+    for data in (CHAT, PLAIN):
+        [prompt] = make_prompts(ROWS[:1], TASK, tokenizer, data)
+        [example], _ = make_examples(ROWS[:1], TASK, tokenizer, data, CALIBRATE)
+        for tokens in (prompt.tokens, example.tokens):
+            assert (tokens[0], tokens.count(0)) == (0, 1)
+
+
 def printed(rows, task, calibrate, *, colour):
     console = Console(file=StringIO(), force_terminal=colour, width=200, color_system="standard" if colour else None)
     for text in preview_masks(rows, task, TOKENIZER, CHAT, calibrate, colour=colour):

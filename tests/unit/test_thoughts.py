@@ -36,6 +36,8 @@ def tokenizer():
         ("?<think>\n", "it is #### 5", (), False, "unfinished"),
         ("?<think>\n", "is it #### 6?\n</think>\n#### 5", (), True, "right"),
         ("?<think>\n\n</think>\n", "#### 5", (), True, "right"),
+        ("?", "maybe #### 6, no.</think> #### 5", (), True, "right"),
+        ("?", "#### 5 </think> I can't tell", (), False, "no answer"),
         ("?", "<muse>#### 6</muse>#### 5", ("<muse>", "</muse>"), True, "right"),
         ("?", "<muse>#### 5", ("<muse>", "</muse>"), False, "unfinished"),
         ("?<muse>", "#### 5", ("<muse>", "</muse>"), False, "unfinished"),
