@@ -10,6 +10,7 @@
 # make docs          builds docs/ with the API reference as a site, build/site; a broken link is an error
 # make release       checks version, changelog and tree, builds and tries what is released, into dist/
 # make test-faults   kills, stops and starves runs of a tiny model, and compares what they end in; test-faults-large does 240
+# make soak          runs a tiny model again and again in one process for SECONDS (480), and says what of it grows
 # make test-cluster  passes those on two emulated hosts with a real SLURM: needs root, installs SLURM and pdsh by apt-get;
 #                    make test-cluster-slow those of them that take minutes
 PYTHON ?= python3
@@ -32,7 +33,7 @@ endif
 IN_VENV := PATH="$$(cd "$(VENV)" && pwd)/bin:$$PATH" TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBYTECODE=
 PYTEST := $(IN_VENV) DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 python -m pytest
 
-.PHONY: install doctor quickstart test test-fast test-slow test-vllm test-gpu bench-gpu qwen vllm-env docs release test-cluster test-cluster-slow test-faults test-faults-large lint types
+.PHONY: install doctor quickstart test test-fast test-slow test-vllm test-gpu bench-gpu qwen vllm-env docs release test-cluster test-cluster-slow test-faults test-faults-large soak lint types
 
 install:
 	@$(PYTHON) launchers/install.py --venv "$(VENV)"
@@ -103,6 +104,11 @@ test-faults: install
 test-faults-large: install
 	@mkdir -p $(dir $(STATE))
 	@$(FAULTS) --kills $(KILLS) --others $(OTHERS) --seed $(SEED) --state $(STATE) --out docs/reliability.md
+
+SECONDS := 480
+
+soak: install
+	@$(IN_VENV) DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 PYTHONPATH=tests:. python tests/soak.py --seconds $(SECONDS)
 
 # What is strict and what is left out stands in pyproject.toml.
 types: install

@@ -21,6 +21,8 @@ from pathlib import Path
 
 EXTRAS = ("dashboard", "bench")
 """Those that are resolved; flash needs a GPU's compiler, so only its metadata are looked at."""
+FROM_SOURCE = ("deepspeed",)
+"""Those that are built where they are installed, by what the others are: without isolation, and so after them."""
 IN_WHEEL = ("spd_dist/py.typed", "spd_dist/configs/quickstart.yaml", "spd_dist/models/card.md.j2")
 """Files beside modules that would be missed last."""
 
@@ -117,15 +119,34 @@ def extra_faults(root: Path) -> list[str]:
     return found
 
 
-def lock_faults(root: Path) -> list[str]:
-    """Whether pip finds a file with one of the hashes for every line of requirements.lock; it installs nothing."""
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "--no-deps",
-               "--require-hashes", "-r", str(root / "requirements.lock")]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode == 0:
-        return []
-    said = [line for line in done.stderr.splitlines() if line.strip() and "WARNING" not in line]
-    return [f"requirements.lock: pip --require-hashes refuses it: {' '.join(said[-6:]) or 'and says no reason'}"]
+def lock_faults(root: Path, wheel: Path | None = None) -> list[str]:
+    """Install every line of requirements.lock by its hash into an empty environment; and what does not start there.
+
+    The wheel, if one is given, is added without its dependencies: the lock must have them all.
+    """
+    lock = root / "requirements.lock"
+    with tempfile.TemporaryDirectory() as place:
+        python = Path(place) / "venv" / "bin" / "python"
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", python.parent.parent], check=True)
+        first = Path(place) / "first.lock"
+        of_source = rf"^(?:{'|'.join(FROM_SOURCE)})==.*?(?=^\S|\Z)"
+        first.write_text(re.sub(of_source, "", lock.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL))
+        pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps"]
+        for words in (["-r", first], ["--no-build-isolation", "-r", lock]):
+            done = subprocess.run([*pip, "--require-hashes", *words], capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                said = [line for line in done.stderr.splitlines() if line.strip() and "WARNING" not in line]
+                reason = " ".join(said[-6:]) or "and says no reason"
+                return [f"requirements.lock: pip --require-hashes refuses it: {reason}"]
+        if wheel is None:
+            return []
+        subprocess.run([*pip, wheel], check=True)
+        show = ["-m", "spd_dist.launch", "run", "--config", "package:quickstart", "--show-config"]
+        for words in (show, ["-c", "import spd_dist.pipeline"]):
+            done = subprocess.run([python, "-P", *words], cwd=place, capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                return [f"requirements.lock: with it, {words[1]} ends with {done.returncode}: {done.stderr[-300:]}"]
+    return []
 
 
 def _output(*command: str) -> str:
@@ -146,7 +167,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if not wrong:
         with tempfile.TemporaryDirectory() as place:
             archive, wheel = build(root, Path(place))
-            wrong = wheel_faults(wheel, root) + extra_faults(root) + lock_faults(root)
+            wrong = wheel_faults(wheel, root) + extra_faults(root) + lock_faults(root, wheel)
             if not wrong:
                 (root / "dist").mkdir(exist_ok=True)
                 for file in (archive, wheel):
