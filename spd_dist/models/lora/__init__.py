@@ -5,6 +5,7 @@ initial_values  what they begin as
 keyed_dropout   dropout that depends on no batch and no rank
 quantised_base  base weights of 4 bits beneath them
 adapters        put on a policy, taken off, saved and loaded
+adapter_files   as they lie on disk, which may be a stranger's
 merging         merged into the weights
 """
 
