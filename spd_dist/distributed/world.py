@@ -108,7 +108,10 @@ def leave_world() -> None:
     if dist.is_initialized():
         dist.barrier()
         leave_ranks()
-        dist.destroy_process_group()
+        if deepspeed.comm.is_initialized():
+            deepspeed.comm.destroy_process_group()  # and its groups, which it would take for those of the next world
+        else:
+            dist.destroy_process_group()
 
 
 def rendezvous(environment: Mapping[str, str]) -> dict[str, str]:

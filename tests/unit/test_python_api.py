@@ -103,12 +103,14 @@ def test_the_whole_method_runs_from_a_config(folder, tmp_path, monkeypatch):
     words += [f"model.name={folder}", f"run_dir={tmp_path / 'run'}", "distributed.zero_stage=0"]
     script = (
         "import spd_dist as spd, sys; config = spd.load_config([], sys.argv[1:]); assert type(config) is spd.Config;"
-        "print(sorted(spd.run_pipeline(config).arms), spd.run_pipeline(config).task)"
+        "print(sorted(spd.run_pipeline(config).arms), spd.run_pipeline(config).task);"
+        "other = spd.load_config([], [*sys.argv[1:], 'run_dir=' + config.run_dir + '-2', 'evaluate.arms=[spd]']);"
+        "print(list(spd.run_pipeline(other).arms))"
     )
     command = [sys.executable, "-c", script, *words, "metrics.wandb=disabled", "distributed.threads=1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "['base', 'projected', 'psr', 'spd'] arithmetic"
+    assert done.stdout.splitlines()[-2:] == ["['base', 'projected', 'psr', 'spd'] arithmetic", "['spd']"]
 
 
 def test_what_is_wrong_is_named(model):
