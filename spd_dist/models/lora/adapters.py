@@ -19,7 +19,6 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from spd_dist.config import Finetune
 from spd_dist.distributed.zero import gather_as_one, gathered, is_sharded
-from spd_dist.errors import DataError
 from spd_dist.models.lora.adapter_files import check_fits, naming_adapter, read_adapter
 from spd_dist.models.lora.initial_values import InputSums, initial_factors, is_taken_off
 from spd_dist.models.lora.keyed_dropout import TokenKeys, use_keyed_dropout
@@ -177,16 +176,6 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     _let_layers_read_weights(adapted)
     _keep_order_of_parameters(adapted)
     return adapted
-
-
-def check_adapter(folder: Path) -> None:
-    """See that there is one.
-
-    Raises:
-        DataError: there is none.
-    """
-    if not (folder / "adapter_config.json").is_file():
-        raise DataError(f"{folder} holds no adapter_config.json; run the finetune stage again with --from finetune")
 
 
 def lora_layers(adapted: nn.Module) -> list[tuple[str, LoraLayer]]:
