@@ -1,6 +1,7 @@
 """The pictures of the README and the guide: `python docs/pictures.py [RUN_DIR]`.
 
-`images/method.svg` is drawn here; `images/report.png` is what Chromium shows of RUN_DIR/report.html, if it is given.
+`images/method.svg` is drawn here; `images/report.png` and `images/completions.png` are what Chromium shows of
+RUN_DIR/report.html, if it is given: its top, and its completions.
 """
 
 from __future__ import annotations
@@ -48,14 +49,26 @@ def method() -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def report(page: Path, image: Path) -> None:
-    """A screenshot of a report's page in a real browser."""
+ALONE = "<style>main > :not(#completions) { display: none }</style></head>"
+"""In place of the end of a page's head: its completions alone are seen."""
+
+
+def report(page: str, image: Path) -> None:
+    """A screenshot of a report's page, given as text, in a real browser."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         sys.exit("error: neither chromium nor google-chrome is installed; without one, leave RUN_DIR out")
-    with tempfile.TemporaryDirectory() as profile:
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}"]
-        shot = [f"--screenshot={image.resolve()}", "--window-size=1000,900", page.resolve().as_uri()]
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "report.html"
+        copy.write_text(page, encoding="utf-8")
+        flags = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            f"--user-data-dir={folder}/profile",
+        ]
+        shot = [f"--screenshot={image.resolve()}", "--window-size=1000,900", copy.as_uri()]
         subprocess.run([browser, *flags, *shot], check=True, capture_output=True)
 
 
@@ -63,4 +76,6 @@ if __name__ == "__main__":
     IMAGES.mkdir(exist_ok=True)
     (IMAGES / "method.svg").write_text(method(), encoding="utf-8")
     if len(sys.argv) > 1:
-        report(Path(sys.argv[1]) / "report.html", IMAGES / "report.png")
+        page = (Path(sys.argv[1]) / "report.html").read_text(encoding="utf-8")
+        report(page, IMAGES / "report.png")
+        report(page.replace("</head>", ALONE, 1), IMAGES / "completions.png")

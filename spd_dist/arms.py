@@ -140,3 +140,5 @@ class Scope:
     """As of `RunFolder`: what this process is called, if several share the folder."""
     others: tuple[Path, ...] = ()
     """As of `RunFolder`: runs whose finished stages are as good as one's own."""
+    scores_tokens: bool = True
+    """Whether completions are read token by token for the page, before all arms answer."""

@@ -31,6 +31,7 @@ from spd_dist.stages.sketch import ShardPlan, Unfinished, plan_sketches, sketch
 from spd_dist.storage.completions import corpus_name
 from spd_dist.storage.records import write_record
 from spd_dist.storage.subspace_file import SubspaceSummary, load_subspace, save_subspace
+from spd_dist.token_effects import write_token_effects
 from spd_dist.types import KVSite, SiteMoments, SupervisedExample
 
 
@@ -53,6 +54,8 @@ def run_stages(run: Run) -> str:
             write_completions(run, arm, wanted="generate" in stages)
         for arm in students if last in STAGES[5:] else []:
             train_student(run, arm, wanted="finetune" in stages)
+        if last == "evaluate" and not only and run.scope.scores_tokens:
+            write_token_effects(run, arms)
         for arm in arms if last == "evaluate" else []:
             answer(run, arm)
         if last == "evaluate" and not only:

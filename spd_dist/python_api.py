@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from spd_dist.analysis.notebook import table_html
 from spd_dist.analysis.report import Report, read_report
 from spd_dist.analysis.subspace_algebra import overlap as overlap_of_sites
 from spd_dist.analysis.subspace_algebra import shared_sites
@@ -51,6 +52,15 @@ _TASK = DescribedTask(Description(name="rows", prompt="{prompt}", answer=" {answ
 @dataclass(frozen=True)
 class CapabilitySubspace(Subspace):
     """A subspace and what one does with it; `sites` maps each key or value site to its directions."""
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: each site, its rank, and what its directions hold."""
+        rows = [
+            (site, site.width, part.basis_DR.shape[1], part.energy_fraction, part.num_null_directions)
+            for site, part in sorted(self.sites.items())
+        ]
+        title = f"Capability subspace of {self.metadata.get('base_model') or 'a model'}"
+        return table_html(title, ("site", "width", "rank", "energy kept", "null directions"), rows)
 
     def save(self, path: str | Path) -> None:
         """Write it to a safetensors file, which `load_subspace` and every launcher read."""

@@ -232,6 +232,21 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class TokenEffects:
+    """A line of `token_effects/ARM.jsonl`: what the projection changes at each token of a completion."""
+
+    id: str
+    """The prompt's id."""
+    sample: int
+    pieces: tuple[str, ...]
+    """The text of each token, special ones too; a letter of several tokens stands at the last of them."""
+    base_nll: tuple[float, ...]
+    """Negative log-likelihood of each token under the untouched policy, nats; in thousandths."""
+    projected_nll: tuple[float, ...]
+    """The same under the projected one."""
+
+
+@dataclass(frozen=True)
 class Leak:
     """Two rows with the same problem, and how alike they are."""
 

@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from spd_dist.storage.answers import answers_path, write_merged
+from spd_dist.storage.answers import answers_path
 from spd_dist.storage.artifacts import write_json
+from spd_dist.storage.keyed_parts import write_merged
 from spd_dist.storage.manifests import Manifest
 from spd_dist.storage.records import SCHEMA, write_record
 from spd_dist.types import Answer

@@ -5,6 +5,7 @@ They are forked from the server of `ranks`, so that a launch takes a second and 
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import runpy
@@ -40,10 +41,21 @@ def free_port() -> int:
 
 
 def results(run: Path) -> dict[str, object]:
-    """What must not depend on ranks or kills: corpus and answers to the byte, and every number of the report."""
+    """What must not depend on ranks or kills: corpus, tokens, answers to the byte, and every number of the report."""
     files = [*run.glob("**/completions.jsonl"), *run.glob("evaluate/*/*.jsonl")]
     texts = {str(file.relative_to(run)): file.read_text() for file in files}
-    return {"report": without(read_json(run / "report.json"), VARY), **texts}
+    effects = {f"token effects of {file.stem}": tokens(file) for file in run.glob("token_effects/*.jsonl")}
+    return {"report": without(read_json(run / "report.json"), VARY), **texts, **effects}
+
+
+def tokens(file: Path) -> list[list[object]]:
+    """What the projection changes, each token with its likelihoods: to a digit that rounding does not reach."""
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    pairs = [zip(one["pieces"], one["base_nll"], one["projected_nll"], strict=True) for one in lines]
+    return [
+        [one["id"], *([piece, round(a, 1), round(b, 1)] for piece, a, b in rows)]
+        for one, rows in zip(lines, pairs, strict=True)
+    ]
 
 
 def without(value: object, names: set[str]) -> object:

@@ -48,7 +48,7 @@ def comparisons(answers: Mapping[str, Sequence[Answer]], metric: str, seed: int)
             f"arms with different numbers of answers an example cannot be compared ({counts}); evaluate all with one "
             "evaluate.num_samples"
         )
-    found = [_compared(before, after, answers, metric, seed) for before, after in arm_pairs(list(answers))]
+    found = [paired(before, after, answers, metric, seed) for before, after in arm_pairs(list(answers))]
     return corrected(found)
 
 
@@ -98,9 +98,12 @@ def _changes(arm: str) -> frozenset[str]:
     return frozenset(arm.split("@")[1:])
 
 
-def _compared(
-    before: str, after: str, answers: Mapping[str, Sequence[Answer]], metric: str, seed: int
-) -> RunDifference:
+def paired(before: str, after: str, answers: Mapping[str, Sequence[Answer]], metric: str, seed: int) -> RunDifference:
+    """The paired difference of two arms, by the names of their answers; `p_holm` is of itself alone.
+
+    Raises:
+        DataError: they did not answer the same examples.
+    """
     values = values_by_id(answers[before], metric), values_by_id(answers[after], metric)
     outcome = paired_bootstrap(*values, seed)
     if metric == "nll" or samples_of(answers[before]) > 1:

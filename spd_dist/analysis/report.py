@@ -10,6 +10,7 @@ from typing import Any
 from spd_dist.analysis.answer_summary import AnswersSummary
 from spd_dist.analysis.decode_control import DecodeControl
 from spd_dist.analysis.forgetting import OtherTask
+from spd_dist.analysis.notebook import table_html
 from spd_dist.analysis.sample_measures import Measured
 from spd_dist.storage.records import read_record
 from spd_dist.storage.subspace_file import SiteDrift
@@ -164,6 +165,16 @@ class Report:
     """If the method was done several times, each on the student of the one before."""
     progress: list[RunDifference] | None = None
     """The student of each round against the first model."""
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the arms, the verdict and the notes."""
+        columns = ("arm", self.metric, "low", "high", "n", "ended", "loops", "mean tokens")
+        rows = [
+            (name, arm.value, *arm.interval, arm.num_examples, arm.ended_fraction, arm.repetition_fraction,
+             arm.mean_tokens)
+            for name, arm in self.arms.items()
+        ]  # fmt: skip
+        return table_html(f"{self.task}, seed {self.seed}", columns, rows, [self.verdict, *self.notes])
 
 
 def read_report(run_folder: Path) -> Report:

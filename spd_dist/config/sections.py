@@ -237,6 +237,7 @@ class Evaluate:
     batch_invariant: bool = setting(False, "engine hf: bf16 answers depend on no rank, kill or placement; costs speed")
     placement: Literal["auto", "replica", "layerwise"] = setting("auto", "as generate.placement")
     allow_code_execution: bool = setting(False, "run model-written code, in the sandbox")
+    num_coloured: int = setting(64, "completions an arm whose tokens report.html colours; 0 for none", at_least=0)
 
     def decoding(self, generate: Generate | None = None) -> Generate:
         """The settings of an engine that answers; `generate` says how one with a process of its own is set up."""

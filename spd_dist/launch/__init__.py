@@ -15,6 +15,7 @@ LAUNCHERS = {
     "mechanism": "run_method:measure",
     "evaluate": "evaluate_model:main",
     "compare": "compare:main",
+    "report": "write_report:main",
     "corpus": "show_corpus:main",
     "export": "export_policy:main",
     "push": "push_product:main",

@@ -10,12 +10,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pyarrow
 import pyarrow.parquet
 import torch
 
+from spd_dist.analysis.mechanism_verdict import MechanismDetails, MechanismResult
 from spd_dist.analysis.subspace_algebra import fix_signs
 from spd_dist.arms import ARMS, Scope
 from spd_dist.config import Config
@@ -38,9 +39,10 @@ from spd_dist.pipeline import find_subspace
 from spd_dist.process.signals import StopSignals
 from spd_dist.process.stopping import watch
 from spd_dist.reports.mechanism_page import write_mechanism_page
+from spd_dist.reports.run_end import renew_page
 from spd_dist.run import Run
 from spd_dist.storage.artifacts import content_hash, replacing, sha256_of
-from spd_dist.storage.records import read_fields, write_record
+from spd_dist.storage.records import read_record, write_record
 from spd_dist.storage.subspace_file import load_subspace, save_subspace
 from spd_dist.tracking.metrics import MetricLogger
 from spd_dist.tracking.wandb_artifacts import MECHANISM_FILES
@@ -86,8 +88,11 @@ def measure_mechanism(config: Config, world: World, signals: StopSignals) -> str
             on_main("writing the mechanism test", lambda: write(folder, outcome, candidates, run.metrics))
 
         run.run_stage(STAGE, inputs_of(run, rows), [*MECHANISM_FILES, CANDIDATES], work)
+        renew_page(run)
         folder = run.folder.folder(STAGE)
-        text = on_main("reading the mechanism test", lambda: read_fields(folder / "details.json")["sentence"])
+        text = on_main(
+            "reading the mechanism test", lambda: read_record(folder / "details.json", MechanismDetails).sentence
+        )
     return f"{text}\n{folder / 'mechanism.html'}"
 
 
@@ -217,24 +222,23 @@ def write(folder: Path, outcome: MechanismOutcome, candidates: Mapping[str, Subs
     (folder / CANDIDATES).mkdir(exist_ok=True)
     for name, subspace in candidates.items():
         save_subspace(folder / CANDIDATES / f"{name}.safetensors", subspace)
-    result, details = dataclasses.asdict(outcome.result), dataclasses.asdict(outcome.details)
     write_record(folder / "mechanism.json", outcome.result)
     write_record(folder / "details.json", outcome.details)
     columns = list(outcome.rows[0])
     table = pyarrow.table({name: [row[name] for row in outcome.rows] for name in columns})
     with replacing(folder / "rows.parquet") as partial:
         pyarrow.parquet.write_table(table, partial)
-    write_mechanism_page(folder / "mechanism.html", result, details)
-    log_metrics(metrics, result, details)
+    write_mechanism_page(folder / "mechanism.html", outcome.result, outcome.details)
+    log_metrics(metrics, outcome.result, outcome.details)
     for part in folder.glob(PARTS):
         part.unlink()
 
 
-def log_metrics(metrics: MetricLogger, result: Mapping[str, Any], details: Mapping[str, Any]) -> None:
+def log_metrics(metrics: MetricLogger, result: MechanismResult, details: MechanismDetails) -> None:
     """The verdict as numbers, and every subspace as a row of a table."""
-    matched = {f"matched_{name}": value for name, value in result["matched_kl"].items()}
-    low, high = result["interval"]
-    values = {name: result[name] for name in ("effect", "p_value", "num_rows", "num_random")}
-    metrics.log(STAGE, {**values, "effect_low": low, "effect_high": high, **matched}, result["num_rows"])
-    columns = [name for name in details["variants"][0] if name != "interval"]
-    metrics.table(STAGE, "subspaces", columns, [[one[name] for name in columns] for one in details["variants"]])
+    matched = {f"matched_{name}": value for name, value in vars(result.matched_kl).items()}
+    low, high = result.interval
+    values = {name: vars(result)[name] for name in ("effect", "p_value", "num_rows", "num_random")}
+    metrics.log(STAGE, {**values, "effect_low": low, "effect_high": high, **matched}, result.num_rows)
+    columns = [name for name in vars(details.variants[0]) if name != "interval"]
+    metrics.table(STAGE, "subspaces", columns, [[vars(one)[name] for name in columns] for one in details.variants])

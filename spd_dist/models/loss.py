@@ -180,3 +180,21 @@ def example_losses(model: PreTrainedModel, tokens_BT: Tensor, attention_BT: Tens
     num_targets_B = target_BT.sum(dim=1)
     owner_S = torch.arange(len(num_targets_B), device=loss_S.device).repeat_interleave(num_targets_B)
     return loss_S.new_zeros(len(num_targets_B)).index_add(0, owner_S, loss_S) / num_targets_B
+
+
+@torch.no_grad()
+def token_losses(model: PreTrainedModel, tokens_BT: Tensor, attention_BT: Tensor, target_BT: Tensor) -> Tensor:
+    """The negative log-likelihood of each target, float32, one after the other in row-major order; no gradient.
+
+    Args:
+        model: As of `example_losses`, and so are the others.
+        tokens_BT: Right-padded.
+        attention_BT: 1 at tokens and 0 at pads.
+        target_BT: True where the token is looked at: never at position 0.
+    """
+    with supervised_rows(model, target_BT.roll(-1, dims=1)):
+        logit_SV = model(tokens_BT, attention_mask=attention_BT, use_cache=False).logits
+    label_S = tokens_BT[target_BT]
+    size = max(1, CHUNK_BYTES.get(logit_SV.device.type, CHUNK_BYTES["cpu"]) // (4 * logit_SV.shape[1]))
+    chunks = zip(logit_SV.split(size), label_S.split(size), strict=True)
+    return torch.cat([cross_entropy(logit_CV.float(), label_C, reduction="none") for logit_CV, label_C in chunks])

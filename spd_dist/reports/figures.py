@@ -6,13 +6,13 @@ Shapes: D width of a site, R rank of its subspace.
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from spd_dist.analysis.comparison import amount
+from spd_dist.analysis.notebook import visible
 from spd_dist.analysis.report import Difference, RoundResult, SeedsDifference
 from spd_dist.tracking.metrics import Losses
 
@@ -35,14 +35,6 @@ NUM_BARS = 24
 WIDTH_INCHES = 5.2
 Lengths = Sequence[tuple[int, bool]]
 """Tokens of each answer, and whether it ended by itself."""
-
-
-_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
-
-
-def visible(text: str) -> str:
-    """`text` with what a page must not hold, or what turns the order of what it shows, as the number of the letter."""
-    return _UNSEEN.sub(lambda found: f"[U+{ord(found[0]):04X}]", text)
 
 
 def svg(name: str, figure: Figure) -> str:

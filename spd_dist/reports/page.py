@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,12 +11,18 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from spd_dist.analysis.answer_summary import manner, samples_by_id
+from spd_dist.analysis.mechanism_verdict import MechanismDetails
+from spd_dist.analysis.notebook import visible
 from spd_dist.analysis.report import ExperimentReport, Report, SeedDetails
 from spd_dist.config import Config
 from spd_dist.reports import figures
+from spd_dist.reports.browser import browser, written_by
+from spd_dist.reports.difference import difference_of
+from spd_dist.reports.mechanism_page import drawings
 from spd_dist.storage.answers import answers_path, read_answers
 from spd_dist.storage.artifacts import write_text
 from spd_dist.storage.completions import finished_corpus, open_corpus
+from spd_dist.storage.records import read_record
 from spd_dist.storage.run_folder import read_config, read_environment
 from spd_dist.storage.settings import settings_by_key
 from spd_dist.storage.tables import column_of, num_tokens_of
@@ -35,7 +41,7 @@ def render(template: str, report: Report | ExperimentReport, run_folder: Path, s
         loader=loader,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=lambda value: figures.visible(value) if type(value) is str else value,
+        finalize=lambda value: visible(value) if type(value) is str else value,
     )
     is_nll = report.metric == "nll"
     everywhere = {
@@ -80,32 +86,54 @@ NUM_SHOWN = 200
 """Examples on a page; those on which arms differ come first."""
 
 
-def write_page(run_folder: Path, report: Report, questions: Mapping[str, str]) -> None:
-    """Write `report.html` beside `report.json`: figures, tables and answers inside, nothing loaded from elsewhere.
+@dataclasses.dataclass(frozen=True)
+class Questions:
+    """What a run's rows ask, by their ids."""
+
+    test: Mapping[str, str]
+    train: Callable[[], Mapping[str, str]] = dict
+    """Gives them to who writes the page: there may be a million."""
+
+
+def write_page(
+    run_folder: Path, report: Report, questions: Questions, *, against: Path | None = None, out: Path | None = None
+) -> Path:
+    """Write `report.html` beside `report.json`: figures, tables, completions and answers inside; nothing is loaded.
 
     Args:
         run_folder: The run's.
         report: As `report.json` holds it.
-        questions: What the arms were asked, by example id.
+        questions: What the arms were asked.
+        against: Another run's folder, to be compared with.
+        out: The file, if it is to stand elsewhere.
 
     Raises:
-        DataError: an artifact that the page shows is corrupt.
+        DataError: an artifact that the page shows is corrupt, or the two runs cannot be compared.
     """
     answers = {arm: read_answers(answers_path(run_folder / "evaluate", arm, report.task)) for arm in report.arms}
     found = [
         *drawn_comparisons(report, {arm: [lengths_of(rows)] for arm, rows in answers.items()}),
         *_drawn_training(run_folder, report),
         *drawn_subspaces(report),
+        *_drawn_mechanism(run_folder / "mechanism" / "details.json"),
     ]
+    columns, difference = written_by(run_folder, report.arms), None
+    if against is not None:
+        difference = difference_of(run_folder, report, against)
+        columns += written_by(against, difference.both, difference.other)
     shown = {
         "title": f"{report.task}, seed {report.seed}: {len(report.arms)} arms",
         "figures": [one for one in found if one.svg],
-        "examples": side_by_side([answers], questions)[:NUM_SHOWN],
+        "examples": side_by_side([answers], questions.test)[:NUM_SHOWN],
         "num_examples": next(iter(report.arms.values())).num_examples,
         "num_seeds": 1,
         "learned": learned(report),
+        "browser": browser(columns, questions.train() if columns else {}),
+        "difference": difference,
     }
-    write_text(run_folder / "report.html", render("page.html.j2", report, run_folder, shown))
+    file = run_folder / "report.html" if out is None else out
+    write_text(file, render("page.html.j2", report, run_folder, shown))
+    return file
 
 
 class AnsweredExample(NamedTuple):
@@ -169,6 +197,14 @@ def _drawn_training(run_folder: Path, report: Report) -> list[PageFigure]:
         found.append(drawn("Completions: lengths and endings", sentence, figures.lengths("corpora", corpora)))
     drawing = figures.curves(report.losses)
     return [*found, drawn("Training", "Loss of each student on its own corpus.", drawing)]
+
+
+def _drawn_mechanism(file: Path) -> list[PageFigure]:
+    """The curves of the mechanism test, if it was done."""
+    if not file.exists():
+        return []
+    details = read_record(file, MechanismDetails)
+    return [drawn(f"Mechanism: {title.lower()}", words, drawing) for title, words, drawing in drawings(details)]
 
 
 def drawn_subspaces(report: Report | SeedDetails) -> list[PageFigure]:

@@ -14,13 +14,13 @@ from rich.table import Table
 
 from spd_dist.analysis.comparison import amount, comparisons
 from spd_dist.analysis.report import ArmInRound, Report, RoundResult, read_report
-from spd_dist.reports.page import write_page
+from spd_dist.reports.page import Questions, write_page
 from spd_dist.storage.answers import answers_path, read_answers
 from spd_dist.storage.records import read_record, write_record
 from spd_dist.storage.subspace_file import SiteDrift, SubspaceSummary
 
 
-def add_rounds(folders: Sequence[Path], questions: Mapping[str, str]) -> Report:
+def add_rounds(folders: Sequence[Path], questions: Questions) -> Report:
     """Put all rounds into the report of the first, as data and as a page; give that report. On one rank only.
 
     Args:

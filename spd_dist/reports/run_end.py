@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from spd_dist.analysis.answer_summary import AnswersSummary, answers_summary
-from spd_dist.arms import Arm
+from spd_dist.analysis.report import read_report
+from spd_dist.arms import Arm, chosen
 from spd_dist.data.sources import check_leaks, published_size
 from spd_dist.data.tasks.protocol import Task
 from spd_dist.distributed.uneven_work import on_main
-from spd_dist.reports.page import write_page
+from spd_dist.reports.page import Questions, write_page
 from spd_dist.reports.report_text import report_text
 from spd_dist.reports.run_report import Asked, log_report, write_report
 from spd_dist.run import Run
@@ -29,11 +30,11 @@ class EvaluateSummary:
     """By arm, and task."""
 
 
-def report(run: Run, arms: Iterable[Arm]) -> str:
+def report(run: Run, arms: Sequence[Arm]) -> str:
     """Write the comparison of the arms, as data and as a page; the text for a terminal is given on every rank."""
     config, folder, task = run.config, run.folder.path, run.task
     sentences = {arm.name: arm.sentence for arm in arms}
-    questions = run.questions()
+    questions = questions_of(run, arms)
     others = [run.other_test(word)[0] for word in config.evaluate.also]
     sum_up_answers(run, sentences)
 
@@ -50,6 +51,20 @@ def report(run: Run, arms: Iterable[Arm]) -> str:
         return report_text(found, folder)
 
     return on_main("writing the report", write)
+
+
+def questions_of(run: Run, arms: Iterable[Arm]) -> Questions:
+    """What a run's rows ask: of the test set, and of the training prompts if an arm writes to them. A collective."""
+    rows = run.rows("train") if any(arm.writes for arm in arms) else []
+    return Questions(run.questions(), lambda: {row["id"]: run.task.prompt(row) for row in rows})
+
+
+def renew_page(run: Run) -> None:
+    """Write the page again, if there is a report: with what was measured since. A collective."""
+    folder = run.folder.path
+    if on_main("looking for a report", (folder / "report.json").exists):
+        questions = questions_of(run, chosen(run.config.evaluate.arms))
+        on_main("writing the page", lambda: write_page(folder, read_report(folder), questions))
 
 
 def sum_up_answers(run: Run, arms: Iterable[str]) -> None:

@@ -62,7 +62,7 @@ def run_experiment(
     watch(signals, top, None if num_tasks == 1 else task)
     with kept_status(status_path(top, "" if num_tasks == 1 else task_name(task)), world, STAGES[-1]):
         if num_tasks == 1:
-            return compare(experiment, world, signals)
+            return compare(experiment, world, signals, scores_tokens=True)
         for job in jobs(experiment)[task::num_tasks]:
             log.info("seed %d: %s", job.seed, ", ".join(job.arms))
             only = job.arms if experiment.run.rounds == 1 else ()
@@ -73,10 +73,18 @@ def run_experiment(
         return compare(experiment, world, signals)
 
 
-def run_seed(experiment: Experiment, seed: int, world: World, signals: StopSignals, *, only: Sequence[str] = ()) -> str:
+def run_seed(
+    experiment: Experiment,
+    seed: int,
+    world: World,
+    signals: StopSignals,
+    *,
+    only: Sequence[str] = (),
+    scores_tokens: bool = False,
+) -> str:
     """The run of one seed, or some arms of it as a job of their own; what other seeds have finished is taken over."""
     others = tuple(folders(experiment.config_of(other))[0] for other in experiment.seeds if other != seed)
-    scope = Scope(only=tuple(only), job="_".join(only), others=others)
+    scope = Scope(only=tuple(only), job="_".join(only), others=others, scores_tokens=scores_tokens)
     return run_rounds(experiment.config_of(seed), world, signals, scope)
 
 
@@ -103,11 +111,11 @@ def report(experiment: Experiment, world: World, signals: StopSignals) -> str:
     return compare(experiment, world, signals)
 
 
-def compare(experiment: Experiment, world: World, signals: StopSignals) -> str:
-    """Finish every seed's run with its own report, then write the experiment's."""
+def compare(experiment: Experiment, world: World, signals: StopSignals, *, scores_tokens: bool = False) -> str:
+    """Finish every seed's run with its own report, then write the experiment's; without a model if all is answered."""
     for seed in experiment.seeds:
         log.info("seed %d", seed)
-        run_seed(experiment, seed, world, signals)
+        run_seed(experiment, seed, world, signals, scores_tokens=scores_tokens)
     places = {seed: folders(experiment.config_of(seed)) for seed in experiment.seeds}
     questions = _questions(experiment.config_of(experiment.seeds[0]))
 

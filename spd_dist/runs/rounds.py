@@ -27,7 +27,9 @@ from spd_dist.models.save_weights import save_model
 from spd_dist.pipeline import run_stages
 from spd_dist.process.signals import StopSignals
 from spd_dist.process.stopping import watch
+from spd_dist.reports.page import Questions
 from spd_dist.reports.rounds_report import add_rounds, rounds_text
+from spd_dist.reports.run_end import questions_of
 from spd_dist.run import Run
 from spd_dist.tracking.progress import RunPart
 
@@ -48,7 +50,7 @@ def run_rounds(config: Config, world: World, signals: StopSignals, scope: Scope)
         _check(config, scope.first, scope.last)
         _check_dtype(config, world)
     texts, places = [], folders(config)
-    questions: dict[str, str] = {}
+    questions = Questions({})
     watch(signals, places[0])
     with ExitStack() as whole:
         for number in range(1, config.rounds + 1):
@@ -62,7 +64,7 @@ def run_rounds(config: Config, world: World, signals: StopSignals, scope: Scope)
             arms = chosen(scope.only or run.config.evaluate.arms)
             run.estimate.expect(parts_of(run.config, arms, world.size, scope.last))
             texts.append(run_stages(run))
-            questions = run.questions() if number == config.rounds > 1 else {}
+            questions = questions_of(run, arms) if number == config.rounds > 1 else questions
         if config.rounds == 1:
             return texts[0]
         found = on_main("writing the report of the rounds", lambda: add_rounds(places, questions))

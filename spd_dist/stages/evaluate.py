@@ -35,9 +35,10 @@ from spd_dist.models.loss import example_losses
 from spd_dist.models.policy import Policy
 from spd_dist.seeding import row_seed
 from spd_dist.stages.context import StageContext
-from spd_dist.storage.answers import answers_path, part_path, read_parts, router_path, write_merged
+from spd_dist.storage.answers import answers_path, router_path
 from spd_dist.storage.artifacts import JsonlWriter
-from spd_dist.storage.completions import Key, is_repetitive
+from spd_dist.storage.completions import is_repetitive
+from spd_dist.storage.keyed_parts import Key, part_path, read_parts, write_merged
 from spd_dist.storage.records import write_record
 from spd_dist.types import Answer, Completion, Projection, Prompt, SupervisedExample
 
@@ -134,7 +135,7 @@ def _todo(answering: _Answering) -> list[Request] | None:
     keys, world, seed = answering.keys(), answering.context.world, answering.test_set.seed
 
     def missing() -> list[Key]:
-        done = read_parts(answering.merged)
+        done = read_parts(answering.merged, Answer)
         return [key for key in keys if key not in done]
 
     left = on_main("reading what was answered before", missing)
@@ -286,13 +287,12 @@ def _judged(decoded: Decoded, policy: Policy, test_set: TestSet, row: Row, nll: 
 def _merge(answering: _Answering) -> AnswersSummary:
     """Write the merged file, unless it is there; give the arm's summary."""
     merged, keys, test_set = answering.merged, answering.keys(), answering.test_set
-    by_key = read_parts(merged)
+    by_key = read_parts(merged, Answer)
     if by_key.keys() != set(keys):
         wrong = sorted(by_key.keys() ^ set(keys))
         raise DataError(
             f"{merged} has {len(by_key)} answers and the test set {len(test_set.prompts)} examples for "
-            f"{answering.config.num_samples} each ({wrong[0]!r} is in one only); delete {merged.parent} and start the "
-            "same command again"
+            f"{answering.config.num_samples} each ({wrong[0]!r} is in one only); delete {merged.parent}, start again"
         )
     answers = [by_key[key] for key in keys]
     if not merged.exists():

@@ -17,6 +17,7 @@ from typing import Any
 
 from spd_dist.errors import DataError
 from spd_dist.storage.artifacts import as_json, read_jsonl, replacing
+from spd_dist.storage.keyed_parts import Key, without_repeats
 from spd_dist.storage.tables import Table
 from spd_dist.types import Completion, record_of
 
@@ -26,7 +27,6 @@ CORPUS = f"completions/{MERGED}"
 """The one as text, in a stage's folder."""
 MOST_AS_TEXT = 100_000
 """Completions that are merged to text, which people read; more become a table."""
-Key = tuple[str, int]
 
 
 def corpus_name(num_completions: int) -> str:
@@ -78,22 +78,8 @@ def gathered(folder: Path) -> dict[Key, Completion]:
     if finished_corpus(folder) is None:
         found = [one for part in parts(folder) for one in read_if_there(part)]
         if finished_corpus(folder) is None:
-            return without_repeats(found)
-    return without_repeats(open_corpus(folder))
-
-
-def without_repeats(completions: Iterable[Completion]) -> dict[Key, Completion]:
-    """By key. Workers that share a folder may have made one twice; it must then be the same.
-
-    Raises:
-        DataError: two that differ.
-    """
-    by_key: dict[Key, Completion] = {}
-    for completion in completions:
-        key = (completion.id, completion.sample)
-        if by_key.setdefault(key, completion) != completion:
-            raise differing(*key)
-    return by_key
+            return without_repeats(found, differing)
+    return without_repeats(open_corpus(folder), differing)
 
 
 def differing(prompt: str, sample: int) -> DataError:

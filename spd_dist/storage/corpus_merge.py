@@ -17,7 +17,8 @@ import numpy as np
 
 from spd_dist.errors import DataError
 from spd_dist.storage.artifacts import corrupt, replacing
-from spd_dist.storage.completions import TABLE, Key, differing, parse_line, parts
+from spd_dist.storage.completions import TABLE, differing, parse_line, parts
+from spd_dist.storage.keyed_parts import Key
 from spd_dist.storage.tables import TableWriter
 from spd_dist.types import Completion
 

@@ -166,6 +166,8 @@ def refuse_stale_stages(path: Path, stage: str, changes: Mapping[str, str]) -> N
 def made_from(path: Path, stage: str) -> Iterator[Path]:
     """What a run folder holds of `stage` and of all later ones, later ones first."""
     yield from (path / name for name in ("report.json", "report.html", "rounds", "jobs"))
+    if folder_of(stage) in ("project", "generate"):
+        yield path / "token_effects"
     if folder_of(stage) == "project":
         yield path / "mechanism"
     order = list(READ_BY)

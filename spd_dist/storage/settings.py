@@ -40,6 +40,7 @@ MAY_CHANGE = (
     "evaluate.temperatures",
     "evaluate.allow_code_execution",
     "evaluate.batch_size",
+    "evaluate.num_coloured",  # among the inputs of what it counts
     "evaluate.placement",
     "mechanism",  # a stage beside the method: its settings are among its own inputs
     "distributed.zero_stage",

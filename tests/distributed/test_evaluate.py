@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 import sys
 from pathlib import Path
 
@@ -24,8 +25,10 @@ from spd_dist.errors import ConfigError, DataError
 from spd_dist.models.policy import Policy, load_adapted, load_policy, load_replica
 from spd_dist.stages.context import StageContext
 from spd_dist.stages.evaluate import evaluate_arm
-from spd_dist.storage.answers import answers_path, part_path, parts, read_answers
-from spd_dist.types import KVSite, Projection, SiteOperator
+from spd_dist.stages.score_tokens import score_tokens
+from spd_dist.storage.answers import answers_path, effects_path, read_answers
+from spd_dist.storage.keyed_parts import part_path, parts
+from spd_dist.types import Completion, KVSite, Projection, SiteOperator
 
 SMALL_SHARDS = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 CONFIG = Evaluate(max_new_tokens=12, batch_size=3)
@@ -82,7 +85,40 @@ def expected(model, tmp_path_factory) -> dict[str, bytes]:
         evaluate_arm(policy, test_set, CONFIG, context_in(folder), arm=arm, projection=held_to)
     evaluate_arm(policy, test_set, SAMPLED, context_in(folder), arm="sampled")
     student_answers(model, folder, Distributed(zero_stage=0), "student")
-    return {arm: answers_path(folder, arm, TASK.name).read_bytes() for arm in (*ARMS, "student")}
+    effects_of(policy, folder)
+    found = {arm: answers_path(folder, arm, TASK.name).read_bytes() for arm in (*ARMS, "student")}
+    return found | {"token effects": effects_path(folder, "spd").read_bytes()}
+
+
+def effects_of(policy: Policy, folder: Path, placement: str = "auto") -> None:
+    """Completions of unequal lengths, in three batches."""
+    rng = random.Random(3)
+    completions = [
+        Completion(f"r{index}", sample, 0, some_tokens(rng, 40 * index + 9), some_tokens(rng, 150 + sample), "", "stop")
+        for index in range(6)
+        for sample in range(2)
+    ]
+    score_tokens(
+        policy, completions, projection(), dataclasses.replace(CONFIG, placement=placement), context_in(folder)
+    )
+
+
+def some_tokens(rng: random.Random, count: int) -> tuple[int, ...]:
+    return tuple(rng.randrange(3, 259) for _ in range(count))
+
+
+def effects_are_those_of_one_rank(policy: Policy, folder: Path, expected: bytes) -> None:
+    """Also where another attempt left two lines, in both placements."""
+    lines = expected.splitlines(keepends=True)
+    for placement in ("replica", "layerwise"):
+        merged = effects_path(folder / placement, "spd")
+        if world_of_this_process().is_main and placement == "layerwise":
+            merged.parent.mkdir(parents=True)
+            part_path(merged, 0, 3).write_bytes(lines[5] + lines[1] + lines[2][:30])
+        dist.barrier()
+        effects_of(policy, folder / placement, placement)
+        assert merged.read_bytes() == expected, placement
+        assert parts(merged) == []
 
 
 def student_answers(model: Path, folder: Path, distributed: Distributed, arm: str, **changes: object) -> bytes:
@@ -153,6 +189,7 @@ def answers_are_those_of_one_rank(model: Path, folder: Path, expected: dict[str,
     resume_from_what_another_world_left(policy, test_set, folder / "resumed", expected["base"])
     samples_are_those_of_one_rank(policy, test_set, folder / "sampled", expected["sampled"])
     likelihoods_are_those_of_one_rank(policy, test_set, folder / "likely")
+    effects_are_those_of_one_rank(policy, folder / "effects", expected["token effects"])
     bfloat16_students_answer_as_on_one_rank(model, folder / "bfloat16", expected["student"])
     failing = TestSet(FailingTask(), test_set.rows, test_set.prompts)
     with pytest.raises(DataError, match="r3 cannot be judged"):  # judged by one rank, raised by all

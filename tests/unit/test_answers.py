@@ -5,8 +5,9 @@ import pytest
 from spd_dist.analysis.answer_summary import answers_summary, manner, values_by_id
 from spd_dist.analysis.intervals import wilson_interval
 from spd_dist.errors import DataError
-from spd_dist.storage.answers import answers_path, part_path, parts, read_answers, read_parts, write_merged
+from spd_dist.storage.answers import answers_path, read_answers
 from spd_dist.storage.artifacts import JsonlWriter
+from spd_dist.storage.keyed_parts import part_path, parts, read_parts, write_merged
 from spd_dist.types import Answer
 
 RIGHT = Answer("a", "#### 4", "4", "4", True, "stop", 10, "4", "4", True, True, False)
@@ -23,18 +24,30 @@ def test_answers_come_back_and_parts_go_when_they_are_merged(tmp_path):
             part.write(vars(answer))
     with open(part_path(merged, 0, 2), "a") as part:
         part.write('{"id": "torn')
-    assert read_parts(merged) == {("a", 0): RIGHT, ("b", 0): LENIENT}
+    assert read_parts(merged, Answer) == {("a", 0): RIGHT, ("b", 0): LENIENT}
     write_merged(merged, [RIGHT, LENIENT])
     assert parts(merged) == []
     assert read_answers(merged) == [RIGHT, LENIENT]
-    assert read_parts(merged) == {("a", 0): RIGHT, ("b", 0): LENIENT}
+    assert read_parts(merged, Answer) == {("a", 0): RIGHT, ("b", 0): LENIENT}
 
 
 def test_parts_of_one_task_are_not_those_of_another(tmp_path):
     part = part_path(answers_path(tmp_path, "base", "mmlu"), 0, 1)
     with JsonlWriter(part) as writer:
         writer.write(vars(RIGHT))
-    assert read_parts(answers_path(tmp_path, "base", "mmlu_pro")) == {}
+    assert read_parts(answers_path(tmp_path, "base", "mmlu_pro"), Answer) == {}
+
+
+def test_two_answers_of_one_key_that_differ_are_refused_and_the_same_one_twice_is_one(tmp_path):
+    merged = answers_path(tmp_path, "base", "arithmetic")
+    for rank, answer in enumerate((RIGHT, RIGHT)):
+        with JsonlWriter(part_path(merged, rank, 2)) as part:
+            part.write(vars(answer))
+    assert read_parts(merged, Answer) == {("a", 0): RIGHT}
+    with JsonlWriter(part_path(merged, 2, 3)) as part:
+        part.write(vars(dataclasses.replace(RIGHT, output="#### 5")))
+    with pytest.raises(DataError, match=r"arithmetic.jsonl: two lines of 'a', sample 0, differ.*delete .*base"):
+        read_parts(merged, Answer)
 
 
 def test_a_line_that_is_no_answer_is_named(tmp_path):
@@ -83,7 +96,7 @@ def test_parts_hold_every_sample(tmp_path):
     with JsonlWriter(part_path(merged, 0, 1)) as part:
         for answer in shares_right(0.5, 1.0):
             part.write(vars(answer))
-    assert len(read_parts(merged)) == 8
+    assert len(read_parts(merged, Answer)) == 8
 
 
 def test_how_the_answers_were_drawn_is_put_in_words():

@@ -12,6 +12,7 @@ from spd_dist.errors import DataError
 from spd_dist.storage.completions import (
     TABLE,
     corpus_name,
+    differing,
     gathered,
     is_empty,
     is_repetitive,
@@ -20,9 +21,9 @@ from spd_dist.storage.completions import (
     parts,
     read_completions,
     to_text,
-    without_repeats,
 )
 from spd_dist.storage.corpus_merge import LocatedLines, remove_parts, write_merged
+from spd_dist.storage.keyed_parts import without_repeats
 from spd_dist.storage.tables import Table
 from spd_dist.types import Completion
 
@@ -116,7 +117,7 @@ def test_lines_that_come_after_the_merged_file_are_no_part_of_the_corpus(tmp_pat
 def test_two_different_completions_of_one_key_are_an_error():
     other = dataclasses.replace(SOME[1], tokens=(9,))
     with pytest.raises(DataError, match=r"two completions of prompt 'p1', sample 0, differ"):
-        without_repeats([*SOME, other])
+        without_repeats([*SOME, other], differing)
 
 
 def test_lines_of_one_key_are_merged_if_they_are_the_same(tmp_path):

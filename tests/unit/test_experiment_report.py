@@ -10,7 +10,8 @@ from browsing import CHROMIUM, screenshot, widths
 from spd_dist.analysis.report import ExperimentReport, RunsTotal, StageTotal, read_report
 from spd_dist.reports.experiment_report import total_cost, write_experiment
 from spd_dist.reports.run_report import Asked, write_report
-from spd_dist.storage.answers import answers_path, write_merged
+from spd_dist.storage.answers import answers_path
+from spd_dist.storage.keyed_parts import write_merged
 from spd_dist.storage.records import read_record
 from spd_dist.tracking.metrics import MetricLogger
 

@@ -12,9 +12,10 @@ from spd_dist.analysis.report import ArmInRound, Difference, RoundResult, read_r
 from spd_dist.distributed.world import World
 from spd_dist.overrides import load_config, to_yaml
 from spd_dist.process.environment import environment
-from spd_dist.reports.page import NUM_SHOWN, side_by_side, write_page
+from spd_dist.reports.page import NUM_SHOWN, Questions, side_by_side, write_page
 from spd_dist.reports.run_report import Asked, write_report
-from spd_dist.storage.answers import answers_path, write_merged
+from spd_dist.storage.answers import answers_path
+from spd_dist.storage.keyed_parts import write_merged
 from spd_dist.storage.records import write_record
 from spd_dist.storage.subspace_file import SiteDrift, save_subspace
 from spd_dist.tracking.metrics import MetricLogger, mean_losses, training_losses
@@ -24,7 +25,7 @@ from spd_dist.types import Certificate, KVSite, LeakReport, SiteSubspace, Subspa
 def page_of(folder):
     overlap = LeakReport("train", "test", num_rows=96, num_exact=2, num_near=1, leaks=())
     report = write_report(folder, ARMS, Asked("arithmetic", "accuracy", 1), [overlap])
-    write_page(folder, report, {"p65": "How many <b>apples</b>?"})
+    write_page(folder, report, Questions({"p65": "How many <b>apples</b>?"}))
     return (folder / "report.html").read_text()
 
 
@@ -127,7 +128,7 @@ def test_angles_and_losses_are_in_the_report_and_the_page_draws_them_from_there(
     assert report.losses["psr"] == {"steps": list(range(1, 9)), "losses": [3.0 / step for step in range(1, 9)]}
     for title in ("Training", "Principal angles between sites", "Principal angles between arms"):
         assert f"<h2>{title}</h2>" in text
-    write_page(folder, dataclasses.replace(report, losses={}, angles={"sites": {}, "arms": {}}), {})
+    write_page(folder, dataclasses.replace(report, losses={}, angles={"sites": {}, "arms": {}}), Questions({}))
     assert "<h2>Training</h2>" not in (folder / "report.html").read_text()
     assert "Principal angles" not in (folder / "report.html").read_text()
 
@@ -151,7 +152,7 @@ def test_rounds_are_a_table_and_a_figure(folder):
     arms = {arm: ArmInRound(0.5, [0.4, 0.6]) for arm in ARMS}
     one = RoundResult(1, "run", "", arms, energy_fraction={"layers.1.key": 0.8}, drift={})
     two = dataclasses.replace(one, round=2, drift={"1": {"layers.1.key": site}})
-    write_page(folder, dataclasses.replace(report, rounds=[one, two], progress=report.comparisons), {})
+    write_page(folder, dataclasses.replace(report, rounds=[one, two], progress=report.comparisons), Questions({}))
     text = (folder / "report.html").read_text()
     assert "<th>round 2</th>" in text
     assert "<td>layers.1.key</td><td>4.5</td><td>20.0</td>" in text
@@ -162,7 +163,7 @@ def test_the_page_runs_nothing_and_shows_letters_that_would_turn_or_cut_what_it_
     """A question of a data set, with a NUL, a right-to-left override, half a surrogate pair and a script."""
     write_report(folder, ARMS, Asked("arithmetic", "accuracy", 1), [])
     hostile = "a\0b \u202egnp.exe \ud800 <script>alert(1)</script>"
-    write_page(folder, read_report(folder), {"p65": hostile})
+    write_page(folder, read_report(folder), Questions({"p65": hostile}))
     text = (folder / "report.html").read_text()
     assert "a[U+0000]b [U+202E]gnp.exe [U+D800] &lt;script&gt;alert(1)&lt;/script&gt;" in text
     assert not set(text) & {"\0", "\u202e"}

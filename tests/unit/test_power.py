@@ -27,8 +27,9 @@ from spd_dist.launch.run_experiment import main
 from spd_dist.overrides import load_experiment
 from spd_dist.reports.run_report import Asked, write_report
 from spd_dist.runs.registered_plan import PROTOCOL, protocol_note, write_protocol
-from spd_dist.storage.answers import answers_path, write_merged
+from spd_dist.storage.answers import answers_path
 from spd_dist.storage.artifacts import read_json, sha256_of, write_text
+from spd_dist.storage.keyed_parts import write_merged
 
 WORDS = ("arms=[base,psr,spd]", "seeds=[1,2]", "data.num_test=100", "model.name=nowhere")
 

@@ -166,3 +166,13 @@ def test_the_architecture_of_the_guide_is_held_to_its_subspace(apply_as):
         assert shares[0] > 0.3
         assert len(shares) >= 4
         assert max(shares[1:]) < 1e-5
+
+
+def test_a_notebook_shows_a_subspace_site_by_site_and_what_its_names_say_as_text(model):
+    subspace = spd.find_subspace(model, tiny_tokenizer(), ROWS, ["project.rank_rule=fixed", "project.rank=4"])
+    named = spd.CapabilitySubspace(subspace.sites, {**subspace.metadata, "base_model": "<b>me</b>\u202e"})
+    shown = named._repr_html_()
+    assert "Capability subspace of &lt;b&gt;me&lt;/b&gt;[U+202E]" in shown
+    site, part = next(iter(subspace.sites.items()))
+    assert f"<td>{site}</td><td>16</td><td>4</td><td>{part.energy_fraction:.3f}</td><td>0</td>" in shown
+    assert shown.count("<tr>") == 1 + len(subspace.sites)

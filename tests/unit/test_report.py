@@ -7,10 +7,11 @@ from recording import Recorder
 
 from spd_dist.analysis.report import read_report
 from spd_dist.errors import DataError
-from spd_dist.reports.page import write_page
+from spd_dist.reports.page import Questions, write_page
 from spd_dist.reports.report_text import next_steps, report_text
 from spd_dist.reports.run_report import Asked, log_report, write_report
-from spd_dist.storage.answers import answers_path, write_merged
+from spd_dist.storage.answers import answers_path
+from spd_dist.storage.keyed_parts import write_merged
 from spd_dist.tracking.metrics import MetricLogger, read_metrics
 
 
@@ -35,6 +36,15 @@ def test_the_report_on_disk_holds_every_number(run_folder):
     assert report.cost["arms/psr/generate"].tokens == 1234
     assert report.artifacts["the adapter"] == "finetune/adapter"
     assert report.verdict.startswith("SPD against BASE: +20.0 points")
+
+
+def test_a_notebook_shows_a_report_as_a_table_with_the_verdict_and_names_as_text(run_folder):
+    report = report_of(run_folder)
+    shown = dataclasses.replace(report, notes=["<script>alert(1)</script>"])._repr_html_()
+    assert "<td>spd</td><td>0.600</td>" in shown
+    assert report.verdict in shown
+    assert "<p>&lt;script&gt;alert(1)&lt;/script&gt;</p>" in shown
+    assert shown.count("<tr>") == 1 + len(ARMS)
 
 
 def test_the_same_answers_give_the_same_report(run_folder):
@@ -79,7 +89,7 @@ def test_several_samples_make_a_table_of_pass_at_k(run_folder):
     assert lines[0] == "arithmetic: 3 arms, 4 samples at temperature 0.8, seed 1"
     (row,) = [line.split() for line in lines if line.split()[:2] == ["base", "37.5"] and len(line.split()) == 4]
     assert row == ["base", "37.5", "58.3", "75.0"]
-    write_page(run_folder, report, {})
+    write_page(run_folder, report, Questions({}))
     page = (run_folder / "report.html").read_text()
     assert "<td>base</td><td>37.5</td><td>58.3</td><td>75.0</td>" in page
     assert "Answers (4 samples at temperature 0.8) to the same 40 examples" in page

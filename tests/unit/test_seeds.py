@@ -7,7 +7,8 @@ from spd_dist.analysis.report import SeedsDifference
 from spd_dist.errors import DataError
 from spd_dist.reports.run_report import Asked, write_report
 from spd_dist.reports.seeds import over_seeds, seeds_text, seeds_verdict
-from spd_dist.storage.answers import answers_path, write_merged
+from spd_dist.storage.answers import answers_path
+from spd_dist.storage.keyed_parts import write_merged
 from spd_dist.types import LeakReport
 
 

@@ -13,7 +13,8 @@ import pytest
 from answering import ARMS, answers
 
 from spd_dist.reports.run_report import Asked, write_report
-from spd_dist.storage.answers import answers_path, write_merged
+from spd_dist.storage.answers import answers_path
+from spd_dist.storage.keyed_parts import write_merged
 from spd_dist.storage.records import write_record
 from spd_dist.storage.restart import Status
 
