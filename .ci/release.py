@@ -19,7 +19,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-EXTRAS = ("dashboard", "bench")
+EXTRAS = ("dashboard", "bench", "quantized")
 """Those that are resolved; flash needs a GPU's compiler, so only its metadata are looked at."""
 FROM_SOURCE = ("deepspeed",)
 """Those that are built where they are installed, by what the others are: without isolation, and so after them."""

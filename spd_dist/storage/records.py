@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 
-SCHEMA = 2
+SCHEMA = 3
 """The version of what is written into run folders; a change of any record's fields raises it."""
 KEY = "schema"
 

@@ -10,6 +10,7 @@ from spd_dist.config import Config
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError, DataError, StopRequested
 from spd_dist.storage.attempts import AttemptClock, stage_cost
+from spd_dist.storage.records import SCHEMA
 from spd_dist.storage.run_folder import RunFolder
 from spd_dist.storage.settings import MAY_CHANGE, result_settings, settings_hash
 
@@ -61,11 +62,11 @@ def test_the_environment_keeps_what_earlier_attempts_ran_on(tmp_path):
 def test_a_folder_of_another_version_is_refused_with_both_versions_and_the_remedy(tmp_path):
     opened(tmp_path / "run")
     file = tmp_path / "run" / "environment.json"
-    file.write_text(file.read_text().replace('"schema": 2', '"schema": 7'))
-    with pytest.raises(DataError, match=r"run.environment.json is of version 7 .* version 2; .* another run_dir"):
+    file.write_text(file.read_text().replace(f'"schema": {SCHEMA}', '"schema": 7'))
+    with pytest.raises(DataError, match=rf"run.environment.json is of version 7 .* version {SCHEMA}; .* another run_dir"):
         opened(tmp_path / "run")
     file.unlink()  # before there were versions
-    with pytest.raises(DataError, match=r"run is of version 1 .* version 2; .* another run_dir"):
+    with pytest.raises(DataError, match=rf"run is of version 1 .* version {SCHEMA}; .* another run_dir"):
         opened(tmp_path / "run")
 
 
