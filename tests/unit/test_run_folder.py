@@ -63,7 +63,9 @@ def test_a_folder_of_another_version_is_refused_with_both_versions_and_the_remed
     opened(tmp_path / "run")
     file = tmp_path / "run" / "environment.json"
     file.write_text(file.read_text().replace(f'"schema": {SCHEMA}', '"schema": 7'))
-    with pytest.raises(DataError, match=rf"run.environment.json is of version 7 .* version {SCHEMA}; .* another run_dir"):
+    with pytest.raises(
+        DataError, match=rf"run.environment.json is of version 7 .* version {SCHEMA}; .* another run_dir"
+    ):
         opened(tmp_path / "run")
     file.unlink()  # before there were versions
     with pytest.raises(DataError, match=rf"run is of version 1 .* version {SCHEMA}; .* another run_dir"):
