@@ -55,7 +55,7 @@ def committed_letter(text: str, letters: str, choices: Sequence[str] = ()) -> st
     none, unless the first is taken back: `A or B` is no answer, `not A but B` is B.
     """
     given = _all_given(text, letters, choices)
-    if any(letter is not None for _, letter in given):  # what was stated is the answer, and of several that differ none
+    if given:  # what was stated is the answer, and of several that differ none
         return stated_letter(text, letters, choices)
     return _by_text(text, letters, choices) or _in_brackets(text, letters, choices)
 
@@ -96,7 +96,7 @@ def _all_given(text: str, letters: str, choices: Sequence[str]) -> list[tuple[in
 
 def _is_its_own(letter: str | None, rest: str, letters: str, choices: Sequence[str]) -> bool:
     """Whether the text behind a letter is not that of another choice: `B. Rome`, where Rome is C."""
-    following = re.match(r"\W*\w[).:\]\"*]*\s+([^\n]+)", rest)
+    following = re.match(r"\W*\w[).:\]\"*]*[ \t]+([^\n]+)", rest)
     if letter is None or following is None or letters.index(letter) >= len(choices):
         return True
     said = {_bare(following[1]), _bare(re.split(r"[.,;:(]\s|\.$", following[1])[0])} - {""}
@@ -138,7 +138,7 @@ def _given(text: str, letters: str, choices: Sequence[str]) -> Iterator[tuple[in
             rest = text[match.end() :]
             if not _is_word(match[1], rest):
                 yield match.start(1), _alone(match[1], rest, letters)
-    if match := re.search(rf"(?<=\w{{3}}[.!?])\s+\(?([{letters}])\)?[.!]?\s*$", text):  # a sentence of its own
+    if match := re.search(rf"(?<=\w{{3}}[.!?])\s+\(?([{letters}])\)?[.!]?[\s*`]*$", text):  # a sentence of its own
         yield match.start(1), match[1]
     for match in re.finditer(
         rf"(?<!\w)(?:\(?([{letters}])\)?|\(([{both}])\))(?:(?:[.):]?[ \t]+[\w']+){{0,4}}?"
@@ -241,7 +241,8 @@ def _in_brackets(text: str, letters: str, choices: Sequence[str]) -> str | None:
         rf"(?<!\w)\(([{letters}])\)|\b(?:[Oo]ption|[Cc]hoice|[Ll]etter|[Aa]nswer) ([{letters}{letters.lower()}])\b",
         spelled,
     )
-    given = [(match.start(), (match[1] or match[2]).upper()) for match in found]
+    places = [(max(match.start(1), match.start(2)), (match[1] or match[2]).upper()) for match in found]
+    given = [(place, one if _is_its_own(one, spelled[place:], letters, choices) else None) for place, one in places]
     for choice in choices:
         spelled = spelled.replace(str(choice), " " * len(str(choice)))  # `or` may stand in one
     return None if _unsure(spelled) else settled(given, spelled, str.__eq__)
