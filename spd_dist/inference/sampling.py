@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 NUM_CANDIDATES = 64  # the nucleus nearly always lies within so many; where it does not, all tokens are sorted
-ENTROPY_ROWS = 16
+ENTROPY_ROWS = {"cpu": 1}
+"""Rows whose probabilities are held at a time, by device: a core's cache holds no more. Elsewhere 16: few launches."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,9 @@ def uniforms(seed: int, num_tokens: int) -> Tensor:
 
 
 def entropies(logits_NV: Tensor) -> Tensor:
-    """entropy_N in nats of what each row's logits give the tokens, float32: at temperature 1, before any truncation.
-
-    It is added up in float64: in which order no longer shows, and so neither do the rows beside one.
-    """
-    parts = [part.float().softmax(-1) for part in logits_NV.split(ENTROPY_ROWS)]  # the copies are as wide as V
-    return torch.cat([torch.special.entr(part).sum(-1, dtype=torch.float64).float() for part in parts])
+    """entropy_N in nats of what each row's logits give the tokens, float32: at temperature 1, before any truncation."""
+    parts = logits_NV.split(ENTROPY_ROWS.get(logits_NV.device.type, 16))  # the copies are as wide as V
+    return torch.cat([torch.special.entr(part.float().softmax(-1)).sum(-1) for part in parts])
 
 
 UNCERTAIN, NOT_FINITE = -1, -2
