@@ -41,7 +41,7 @@ install:
 # Looks for what is wrong with this machine; also where the set-up failed.
 doctor:
 	@$(PYTHON) launchers/install.py --venv "$(VENV)" --check; code=$$?; \
-	if [ ! -f "$(VENV)/.installed" ]; then echo "the packages are not installed yet: make install"; exit $$code; fi; \
+	if [ ! -f "$(VENV)/.installed" ]; then echo "the packages are not installed yet: make install"; exit 1; fi; \
 	$(IN_VENV) $(ON_CPU) python launchers/doctor.py --config configs/quickstart.yaml && exit $$code
 
 quickstart: install

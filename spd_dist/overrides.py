@@ -144,6 +144,8 @@ def shipped_config(name: str) -> Path:
 def _read_file(path: str | Path) -> tuple[str, Any]:
     if str(path).startswith(SHIPPED):
         path = shipped_config(str(path).removeprefix(SHIPPED))
+    if Path(path).is_dir():
+        raise ConfigError(f"--config {path}: is a folder; name a YAML file in it")
     if not Path(path).is_file():
         raise ConfigError(
             f"{path}: no such file (from {Path.cwd()}), and no override, which is written section.key=value; name a "
@@ -202,8 +204,10 @@ def _nearest(prefix: str, name: str, section: type) -> str:
         for item in dataclasses.fields(hint)
     ]
     same_name = [key for key in anywhere if key.rpartition(".")[2] == name]
+    initials = [key for key in known if "".join(word[0] for word in key.rpartition(".")[2].split("_")) == name]
     close = (
         same_name
+        or ([" or ".join(initials)] if initials else [])
         or difflib.get_close_matches(prefix + name, known, 1)
         or difflib.get_close_matches(prefix + name, anywhere, 1, 0)
     )

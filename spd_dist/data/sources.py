@@ -121,8 +121,13 @@ def _load_all(task: Task, split: Split, config: Data) -> list[Row]:
     if sources is None:
         raise DataError(f"data.{split}: the task {task.name!r} has no {split} split of its own; set data.{split}=PATH")
     default = "train" if split == "calibration" else split
-    located = [item for text in sources.split(",") for item in _read(parse_source(text.strip(), default), config.seed)]
-    rows = list(_normalised(task, located, f"data.{split}"))
+    key = "data.train" if split == "calibration" and config.train and not config.calibration else f"data.{split}"
+    named = [parse_source(text.strip(), default) for text in sources.split(",")]
+    try:
+        located = [item for source in named for item in _read(source, config.seed)]
+    except DataError as error:
+        raise DataError(f"{key}: {error}") from error
+    rows = list(_normalised(task, located, key))
     if not rows:
         raise DataError(f"data.{split}: {sources} holds no rows; name a source that does")
     return rows

@@ -113,7 +113,10 @@ def subspace_file(name: str | Path, revision: str | None = None) -> Path:
         DataError: the hub has no such subspace, or does not answer.
     """
     if is_hub_name(str(name)):
-        return download(str(name), FILE_NAME, revision)
+        try:
+            return download(str(name), FILE_NAME, revision)
+        except DataError as error:
+            raise DataError(f"{name}: no such folder here (from {Path.cwd()}), and of the hub: {error}") from error
     if revision is not None:
         raise ConfigError(f"revision {revision!r}: {name} is here and has no revisions; leave it out")
     path = Path(name)

@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from spd_dist.errors import UserError
+from spd_dist.errors import DataError, UserError
 from spd_dist.overrides import load_config
 
 
@@ -46,6 +46,11 @@ def parse_arguments() -> argparse.Namespace:
 
 def export(arguments: argparse.Namespace) -> str:
     """Write the export; the words to print say what was done and how well it agrees."""
+    if not (arguments.base / "config.json").is_file():
+        raise DataError(
+            f"--base {arguments.base}: no folder of a model, for it has no config.json; give the untouched "
+            "model's, with its safetensors"
+        )
     is_run = arguments.subspace.is_dir()
     config_file = arguments.subspace / "config.yaml"
     config = load_config([config_file] if is_run and config_file.is_file() else [], arguments.overrides)

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from spd_dist.config import Config
-from spd_dist.errors import UserError
+from spd_dist.errors import ConfigError, UserError
 from spd_dist.overrides import load_config, split_words
 
 if TYPE_CHECKING:
@@ -90,9 +90,15 @@ def read_cluster(arguments: argparse.Namespace) -> Cluster:
     """What there is to run on.
 
     Raises:
-        ConfigError: a GPU that is not known.
+        ConfigError: a GPU that is not known, or a number that no cluster has.
     """
     from spd_dist.planner import Cluster, device_named
+
+    for option, smallest in (("nodes", 1), ("gpus_per_node", 1), ("gpu_memory", 1), ("host_memory", 0)):
+        value = vars(arguments)[option]
+        if not value >= smallest:
+            name = option.replace("_", "-")
+            raise ConfigError(f"--{name}: {value:g} is not valid; it must be {smallest} or more")
 
     return Cluster(
         nodes=arguments.nodes,

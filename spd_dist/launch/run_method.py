@@ -116,9 +116,23 @@ def parser() -> argparse.ArgumentParser:
         help="do this stage and all later ones again, under this config; what they made is moved to RUN_DIR/replaced",
     )  # fmt: skip
     parser.add_argument("--until", dest="last", choices=STAGES, default=STAGES[-1], help="stop after this stage")
-    parser.add_argument("--preview-masks", type=int, metavar="N", help="print N examples, kept tokens marked")
-    parser.add_argument("--preview-scoring", type=int, metavar="N", help="print N test rows, their references judged")
+    for option, shown in (
+        ("--preview-masks", "examples, kept tokens marked"),
+        ("--preview-scoring", "test rows, their references judged"),
+    ):
+        parser.add_argument(option, type=at_least_one, metavar="N", help=f"print N {shown}, and exit")
     return parser
+
+
+def at_least_one(text: str) -> int:
+    """The number of an option that counts something.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none, or below 1.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid; it must be 1 or more")
+    return int(text)
 
 
 def check_restart(config: Config, arguments: argparse.Namespace) -> None:

@@ -268,6 +268,8 @@ def _read(reader: Any, source: str, model: Model, settings: dict[str, Any] | Non
         options["revision"] = model.revision
     if (source, model.revision) in _fetched:
         options["local_files_only"] = True
+    if source.startswith(("/", "./", "../", "~")) and not Path(source).exists():
+        raise DataError(f"model.name: {model.name}: no such folder or file (from {Path.cwd()}); correct the path")
     try:
         if "local_files_only" not in options and not Path(source).exists() and _in_cache(model) is None:
             _ask_hub(model)

@@ -14,6 +14,7 @@ from spd_dist.overrides import load_config, to_yaml
 FAULTS = {
     "finetune.num_epoch=3": r"finetune\.num_epoch: unknown key \(value 3\); the nearest .* is finetune\.num_epochs",
     "num_epochs=3": r"num_epochs: unknown key .* nearest valid key is finetune\.num_epochs",
+    "finetune.lr=1e-4": r"finetune\.lr: unknown key \(value 0\.0001\); the nearest .* is .*finetune\.learning_rate",
     "fintune.num_epochs=2": r"fintune: unknown key .* nearest valid key is finetune",
     "finetune.num_epochs=many": r"finetune\.num_epochs: 'many' is not valid; it must be an integer",
     "finetune.num_epochs=0": r"finetune\.num_epochs: 0 is out of bounds; it must be at least 1",

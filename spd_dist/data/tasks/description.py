@@ -17,6 +17,7 @@ sources: {train: train.jsonl, test: test.jsonl}
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -82,6 +83,8 @@ def read_description(path: str) -> Description:
     Raises:
         ConfigError: the file cannot be read, or a key is missing, unknown or not valid.
     """
+    if not Path(path).expanduser().is_file():
+        raise ConfigError(f"data.task: {path}: no such file (from {Path.cwd()}); correct the path, or name a task")
     try:
         values = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, RecursionError, UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
@@ -90,8 +93,11 @@ def read_description(path: str) -> Description:
     has_both = isinstance(values, dict) and "name" in values and ("prompt" in values) != ("messages" in values)
     if not has_both or not values.keys() <= set(known):
         given = ", ".join(map(str, values)) if isinstance(values, dict) else shown(values)
+        unknown = [str(key) for key in values if key not in known] if isinstance(values, dict) else []
+        nearest = [difflib.get_close_matches(key, known, 1, 0)[0] for key in unknown[:1]]
         raise ConfigError(
             f"data.task: {path} has the keys {given}; it needs name and prompt (or messages), of {', '.join(known)}"
+            + (f"; {unknown[0]} is none of them, the nearest is {nearest[0]}" if nearest else "")
         )
     for key, value in values.items():
         _check_type(key, value, path)
