@@ -139,7 +139,9 @@ def load_policy(config: Model, distributed: Distributed, world: World) -> Policy
         settings = _read(AutoConfig, source, config)
         tokenizer = _read(AutoTokenizer, source, config)
         dtype = resolve_dtype(config.dtype, world.device)
-        options = {"config": settings, "dtype": dtype} | quantised(config, dtype, world.device)
+        options: dict[str, Any] = {"config": settings, "dtype": dtype}
+        if (stored := quantised(config, dtype)) is not None:
+            options |= {"quantization_config": stored, "device_map": {"": world.device}}
     sharded = distributed.zero_stage == 3
     # transformers keeps a weak reference: while this object lives, from_pretrained loads into ZeRO-3 shards.
     sharding = HfDeepSpeedConfig(sharding_settings(distributed, dtype)) if sharded else None

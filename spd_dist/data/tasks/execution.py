@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass
 from typing import Protocol
 
 from spd_dist.data.scoring.programs import (
@@ -42,15 +43,28 @@ def runs_code(task: Task) -> bool:
     return getattr(task, "execute", runs_code) is not runs_code
 
 
+@dataclass(frozen=True)
+class ProgramForm:
+    """What an output may leave out of a program, since the prompt has it."""
+
+    complete: Callable[[str], str] = with_imports
+    """What makes a block a whole program."""
+    is_whole: Callable[[str], bool] = lambda program: True
+    """Whether a block needs nothing before it that the prompt has."""
+    otherwise: Callable[[str], str | None] = lambda text: None
+    """The program in a text that holds none of its own."""
+
+
+WHOLE_PROGRAM = ProgramForm()
+
+
 def judged_by_tests(
     spoken: Spoken,
     gold: str,
     execute: Callable[[str], Ran],
     *,
     called: Set[str],
-    complete: Callable[[str], str] = with_imports,
-    is_whole: Callable[[str], bool] = lambda program: True,
-    otherwise: Callable[[str], str | None] = lambda text: None,
+    form: ProgramForm = WHOLE_PROGRAM,
 ) -> Score:
     """The score of an output by its tests. Strict: a fenced block is the program. Lenient: what reads as Python.
 
@@ -59,15 +73,13 @@ def judged_by_tests(
         gold: The reference program.
         execute: Runs a whole program against the tests.
         called: The names that the tests call.
-        complete: What makes a block a whole program.
-        is_whole: Whether a block needs nothing before it that the prompt has.
-        otherwise: The program in a text that holds none of its own.
+        form: What the output may leave out.
     """
     text = until_done(spoken.text)
     blocks = python_blocks(text)
-    strict, bare = (_if_whole(program_in(found, called), is_whole) for found in (blocks, unfenced(text)))
-    lenient = strict or bare or otherwise(text) or next(filter(str.strip, blocks), None)
-    ran = None if lenient is None else _ran(complete(lenient), called, execute)
+    strict, bare = (_if_whole(program_in(found, called), form.is_whole) for found in (blocks, unfenced(text)))
+    lenient = strict or bare or form.otherwise(text) or next(filter(str.strip, blocks), None)
+    ran = None if lenient is None else _ran(form.complete(lenient), called, execute)
     correct = ran is not None and ran.passed
     if correct:
         reason = "right"

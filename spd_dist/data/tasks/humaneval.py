@@ -11,7 +11,7 @@ from spd_dist.data import spans
 from spd_dist.data.scoring.programs import longest_program, parses, python_blocks, with_imports
 from spd_dist.data.scoring.thoughts import without_thoughts
 from spd_dist.data.spans import Span
-from spd_dist.data.tasks.execution import Execute, allowed, judged_by_tests
+from spd_dist.data.tasks.execution import Execute, ProgramForm, allowed, judged_by_tests
 from spd_dist.data.tasks.protocol import Metric, Row, Score, Split
 from spd_dist.errors import DataError
 
@@ -87,7 +87,7 @@ class HumanEval:
 
         return judged_by_tests(
             without_thoughts(output), row["solution"], lambda program: execute(program, tests, ""),
-            called={name}, complete=complete, is_whole=is_whole, otherwise=continued,
+            called={name}, form=ProgramForm(complete, is_whole, continued),
         )  # fmt: skip
 
 

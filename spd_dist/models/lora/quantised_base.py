@@ -7,7 +7,6 @@ output layer, norms and experts in one tensor stay as they are. A pass makes one
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
 
 import torch
 from peft.utils.integrations import dequantize_module_weight
@@ -23,27 +22,26 @@ BYTES_OF_FOUR_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)
 PACKAGES = ("bitsandbytes", "accelerate")
 
 
-def quantised(config: Model, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """What `from_pretrained` is told for `model.quantization`; nothing where weights stay as they are.
+def quantised(config: Model, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """How `from_pretrained` stores weights for `model.quantization`; None where they stay as they are.
 
     Raises:
         ConfigError: a package of the extra `quantized` is missing.
     """
     if config.quantization == "none":
-        return {}
+        return None
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
             f"model.quantization: {config.quantization} needs {' and '.join(missing)}; pip install "
             "'spd_dist[quantized]', or set model.quantization=none"
         )
-    blocks = BitsAndBytesConfig(
+    return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=config.quantization,
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_use_double_quant=True,
     )
-    return {"quantization_config": blocks, "device_map": {"": device}}
 
 
 def keep_codes_(model: nn.Module) -> None:
