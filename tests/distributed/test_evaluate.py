@@ -295,7 +295,7 @@ def judged(lines: bytes) -> list[dict]:
     return [json.loads(line) for line in lines.splitlines()]
 
 
-@pytest.mark.parametrize("engine", ["hf_cb", "command"])
+@pytest.mark.parametrize("engine", ["hf_cb", pytest.param("command", marks=pytest.mark.slow)])
 def test_another_engine_gives_the_same_answers(model, expected, tmp_path, engine):
     """Of the policy as it is, and projected."""
     (tmp_path / "program.py").write_text(PROGRAM)
