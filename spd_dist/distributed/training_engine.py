@@ -25,7 +25,7 @@ from spd_dist.config import Distributed
 from spd_dist.distributed.checkpoint_safety import data_alone
 from spd_dist.distributed.collectives import accelerator
 from spd_dist.distributed.optimizers import OptimizerKind, make_optimizer, parameter_groups
-from spd_dist.distributed.zero import check_offload, merge_settings
+from spd_dist.distributed.zero import check_offload, end_engine, merge_settings
 from spd_dist.errors import ConfigError, DataError
 from spd_dist.types import Json
 
@@ -193,7 +193,7 @@ def writer_of(engine: DeepSpeedEngine) -> BackgroundWriter:
 def close_engine(engine: DeepSpeedEngine) -> None:
     """Take the engine off its module, for the next one."""
     writer_of(engine).close()
-    engine.destroy()
+    end_engine(engine)
 
 
 def _groups(engine: DeepSpeedEngine) -> list[dict[str, Any]]:

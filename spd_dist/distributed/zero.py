@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.runtime.zero.partition_parameters import DS_Z3_GATHERED_PARAM_CONTEXT_DEPTH_ATTR as HELD
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
@@ -89,11 +90,19 @@ def sharding_settings(config: Distributed, dtype: torch.dtype) -> dict[str, Any]
 def frozen_engine(module: nn.Module, config: Distributed, dtype: torch.dtype) -> DeepSpeedEngine:
     """Shard `module` over all ranks, without an optimizer.
 
-    Call `engine.module(...)`: outputs of the engine itself refuse to be differentiated. `engine.destroy()` frees the
-    module for the next engine.
+    Call `engine.module(...)`: outputs of the engine itself refuse to be differentiated. `end_engine` frees the module
+    for the next engine.
     """
     engine, *_ = deepspeed.initialize(model=module, config=sharding_settings(config, dtype))
     return engine
+
+
+def end_engine(engine: DeepSpeedEngine) -> None:
+    """Take an engine off its module, for the next one or to be freed: a list of DeepSpeed's would hold it for ever."""
+    module: Any = engine.module
+    parts = set(module.modules())
+    engine.destroy()
+    FWD_MODULE_STACK[:] = [held for held in FWD_MODULE_STACK if held not in parts]
 
 
 def whole_shape(parameter: Tensor) -> tuple[int, ...]:

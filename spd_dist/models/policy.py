@@ -27,7 +27,7 @@ from spd_dist.config import Distributed, Model
 from spd_dist.distributed.collectives import gather_objects, together
 from spd_dist.distributed.uneven_work import wait_for_all_ranks
 from spd_dist.distributed.world import World
-from spd_dist.distributed.zero import DeepSpeedEngine, frozen_engine, sharding_settings, weights_fingerprint
+from spd_dist.distributed.zero import DeepSpeedEngine, end_engine, frozen_engine, sharding_settings, weights_fingerprint
 from spd_dist.errors import DataError
 from spd_dist.models.gguf import converted, find_gguf, is_gguf
 from spd_dist.models.gguf_header import check_gguf
@@ -117,7 +117,7 @@ class Policy:
     def release(self) -> None:
         """Take ZeRO's hooks off the module; its parameters stay sharded, ready for another engine."""
         if self.engine is not None:
-            self.engine.destroy()
+            end_engine(self.engine)
             self.engine = None
 
 

@@ -1,6 +1,8 @@
 """A policy loads the same whole and sharded, at every world size, and a replica comes and goes without a trace."""
 
 import dataclasses
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,10 @@ def check_sharded_equals_whole(folder: Path) -> None:
     assert weights_fingerprint(sharded.model) == whole.fingerprint
     sharded.release()
     assert sharded.engine is None
+    model = weakref.ref(sharded.model)
+    del sharded
+    gc.collect()
+    assert model() is None, "DeepSpeed holds nothing of a model whose engine has ended"
 
 
 def check_replica(sharded, expected, rank) -> None:

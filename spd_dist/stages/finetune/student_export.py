@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from spd_dist.config import Model
 from spd_dist.distributed.collectives import together
 from spd_dist.distributed.uneven_work import on_main
-from spd_dist.distributed.zero import frozen_engine, is_sharded
+from spd_dist.distributed.zero import end_engine, frozen_engine, is_sharded
 from spd_dist.errors import DataError, writing
 from spd_dist.models.lora import (
     PeftModel,
@@ -79,7 +79,7 @@ class Export:
         engine = frozen_engine(loaded, self.context.distributed, model.dtype) if is_sharded(model) else None
         difference = self._difference(probe_logits(loaded, self.probe, self.context.world.device))
         if engine is not None:
-            engine.destroy()
+            end_engine(engine)
         remove_adapters(loaded)
         self._finish(partial, difference)
         return SavedAdapter(num_trained, difference)

@@ -12,7 +12,7 @@ import torch
 
 from spd_dist.config import Finetune
 from spd_dist.distributed.collectives import together
-from spd_dist.distributed.zero import frozen_engine, is_sharded, weights_fingerprint
+from spd_dist.distributed.zero import end_engine, frozen_engine, is_sharded, weights_fingerprint
 from spd_dist.errors import DataError
 from spd_dist.models.forward import use_liger
 from spd_dist.models.lora import (
@@ -165,7 +165,7 @@ def _inputs(
                 policy.model(torch.tensor([tokens], device=context.world.device), use_cache=False)
     finally:
         if engine is not None:
-            engine.destroy()
+            end_engine(engine)
     return sums
 
 
