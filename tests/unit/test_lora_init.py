@@ -214,3 +214,15 @@ def test_targets_are_names_patterns_or_all_linear_modules(tmp_path, targets, exp
 def test_a_pattern_that_means_nothing_is_an_error(target, message):
     with pytest.raises(ConfigError, match=rf"finetune\.lora_targets: {message}"):
         add_adapters(tiny_model(), Finetune(lora_targets=(target,)), generator=torch.Generator())
+
+
+@pytest.mark.parametrize("target", ["all-linear", r"regex:.*self_attn\.[qv]_proj"])
+def test_a_part_is_taken_off_modules_that_a_pattern_chose(tmp_path, target):
+    """Adapters are linear modules, too, and must not get adapters of their own."""
+    model, adapted = adapted_model("pissa", lora_targets=(target,))
+    torch.testing.assert_close(model.eval()(TOKENS).logits, tiny_model()(TOKENS).logits, atol=1e-4, rtol=1e-4)
+    train_a_little(adapted)
+    expected = model(TOKENS).logits
+    save_adapter(adapted, dict(whole_tensors(saved_parameters(adapted))), tmp_path / "adapter")
+    plain = PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter").eval()
+    torch.testing.assert_close(plain(TOKENS).logits, expected, atol=1e-4, rtol=1e-4)

@@ -54,11 +54,12 @@ def add_adapters(
         ConfigError: a target is not in the model, or experts that are one tensor would be passed by.
     """
     check_targets(model, config)
+    targets = peft_targets(model, config)  # before there are adapters, which are linear modules, too
     # peft initialises from the global generator; ours overwrites it below.
     with torch.random.fork_rng(devices=[]), _peft_gathers(model):
-        adapted = get_peft_model(model, _peft_config(model, config), autocast_adapter_dtype=False)
+        adapted = get_peft_model(model, _peft_config(targets, config), autocast_adapter_dtype=False)
         if is_taken_off(config):
-            adapted.add_adapter(TAKEN_OFF, _peft_config(model, config, dropout=False), autocast_adapter_dtype=False)
+            adapted.add_adapter(TAKEN_OFF, _peft_config(targets, config, dropout=False), autocast_adapter_dtype=False)
             tuner: Any = adapted.base_model
             tuner.set_adapter([ADAPTER, TAKEN_OFF])  # which lets both be trained
             adapted.requires_grad_(False)
@@ -73,12 +74,12 @@ def add_adapters(
     return adapted
 
 
-def _peft_config(model: PreTrainedModel, config: Finetune, *, dropout: bool = True) -> LoraConfig:
+def _peft_config(targets: list[str], config: Finetune, *, dropout: bool = True) -> LoraConfig:
     return LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,  # pyright: ignore[reportArgumentType]  # peft divides by it, whole or not
         lora_dropout=config.lora_dropout if dropout else 0.0,
-        target_modules=peft_targets(model, config),
+        target_modules=targets,
         target_parameters=list(config.lora_parameters) or None,
         use_rslora=config.lora_variant == "rslora",
         use_dora=config.lora_variant == "dora",
