@@ -261,7 +261,10 @@ def load_tokenizer(config: Model) -> PreTrainedTokenizerFast:
 
 def _local_source(config: Model) -> str:
     gguf = find_gguf(config.name)
-    return config.name if gguf is None else str(converted(gguf, config.cache_dir))
+    if gguf is not None:
+        return str(converted(gguf, config.cache_dir))
+    folder = Path(config.name).expanduser()
+    return str(folder) if folder.is_dir() else config.name
 
 
 def _read(reader: Any, source: str, model: Model, settings: dict[str, Any] | None = None) -> Any:

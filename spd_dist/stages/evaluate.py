@@ -38,7 +38,7 @@ from spd_dist.stages.context import StageContext
 from spd_dist.storage.answers import answers_path, router_path
 from spd_dist.storage.artifacts import JsonlWriter
 from spd_dist.storage.completions import is_repetitive
-from spd_dist.storage.keyed_parts import Key, part_path, read_parts, write_merged
+from spd_dist.storage.keyed_parts import Key, merge_parts, part_path, read_parts
 from spd_dist.storage.records import write_record
 from spd_dist.types import Answer, Completion, Projection, Prompt, SupervisedExample
 
@@ -286,15 +286,7 @@ def _judged(decoded: Decoded, policy: Policy, test_set: TestSet, row: Row, nll: 
 
 def _merge(answering: _Answering) -> AnswersSummary:
     """Write the merged file, unless it is there; give the arm's summary."""
-    merged, keys, test_set = answering.merged, answering.keys(), answering.test_set
-    by_key = read_parts(merged, Answer)
-    if by_key.keys() != set(keys):
-        wrong = sorted(by_key.keys() ^ set(keys))
-        raise DataError(
-            f"{merged} has {len(by_key)} answers and the test set {len(test_set.prompts)} examples for "
-            f"{answering.config.num_samples} each ({wrong[0]!r} is in one only); delete {merged.parent}, start again"
-        )
-    answers = [by_key[key] for key in keys]
-    if not merged.exists():
-        write_merged(merged, answers)
+    test_set = answering.test_set
+    expected = f"{answering.config.num_samples} answers to each of {len(test_set.prompts)} examples"
+    answers = merge_parts(answering.merged, Answer, answering.keys(), expected)
     return answers_summary(answers, test_set.task.metric)

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from spd_dist.config import Evaluate
 from spd_dist.data.batches import PaddedBatch, pad
 from spd_dist.data.templates import Tokenizer
 from spd_dist.distributed.uneven_work import on_main
-from spd_dist.errors import DataError
 from spd_dist.inference.placement import choose_placement, placed
 from spd_dist.models.loss import token_losses
 from spd_dist.models.policy import Policy
@@ -22,7 +21,7 @@ from spd_dist.projection.hooks import projected
 from spd_dist.stages.context import StageContext
 from spd_dist.storage.answers import effects_path
 from spd_dist.storage.artifacts import JsonlWriter
-from spd_dist.storage.keyed_parts import Key, part_path, read_parts, write_merged
+from spd_dist.storage.keyed_parts import Key, merge_parts, part_path, read_parts
 from spd_dist.types import Completion, Projection, SupervisedExample, TokenEffects
 
 MOST_POSITIONS = 2048
@@ -144,19 +143,10 @@ def pieces_of(tokenizer: Tokenizer, tokens: Sequence[int]) -> Iterator[str]:
         before, start = start, stop
 
 
-def _merge(context: StageContext, keys: Iterable[Key]) -> EffectsSummary:
+def _merge(context: StageContext, keys: Sequence[Key]) -> EffectsSummary:
     """Write the merged file, unless it is there; give its summary."""
-    merged, wanted = effects_path(context.folder, context.arm), list(keys)
-    by_key = read_parts(merged, TokenEffects)
-    if by_key.keys() != set(wanted):
-        wrong = sorted(by_key.keys() ^ set(wanted))
-        raise DataError(
-            f"{merged} has {len(by_key)} completions, not {len(wanted)} ({wrong[0]!r} is in one only); delete "
-            f"{merged.parent} and start the same command again"
-        )
-    found = [by_key[key] for key in wanted]
-    if not merged.exists():
-        write_merged(merged, found)
+    merged = effects_path(context.folder, context.arm)
+    found = merge_parts(merged, TokenEffects, keys, f"{len(keys)} completions")
     base = [loss for one in found for loss in one.base_nll]
     changed = [loss for one in found for loss in one.projected_nll]
     return EffectsSummary(len(found), len(base), statistics.fmean(base), statistics.fmean(changed))

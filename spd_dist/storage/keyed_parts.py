@@ -8,7 +8,7 @@ line, of one key there is one content.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -98,6 +98,31 @@ def without_repeats(records: Iterable[K], differing: Callable[[str, int], DataEr
         if by_key.setdefault(key, record) != record:
             raise differing(*key)
     return by_key
+
+
+def merge_parts(merged: Path, kind: type[K], keys: Sequence[Key], expected: str) -> list[K]:
+    """The records of `keys`, in that order, and the merged file of them, which is written unless it is there.
+
+    Args:
+        merged: Where it is, or will be.
+        kind: Of the records.
+        keys: Of all that there must be, each once.
+        expected: What that is, in words: `12 completions`.
+
+    Raises:
+        DataError: a line is no such record, two of one key differ, or there are others than those of `keys`.
+    """
+    by_key = read_parts(merged, kind)
+    if by_key.keys() != set(keys):
+        wrong = sorted(by_key.keys() ^ set(keys))
+        raise DataError(
+            f"{merged} has {len(by_key)} lines, and there must be {expected} ({wrong[0]!r} is in one only); delete "
+            f"{merged.parent} and start the same command again"
+        )
+    found = [by_key[key] for key in keys]
+    if not merged.exists():
+        write_merged(merged, found)
+    return found
 
 
 def write_merged(merged: Path, records: Iterable[Keyed]) -> None:

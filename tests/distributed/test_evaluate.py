@@ -287,7 +287,7 @@ def test_an_empty_test_set_and_answers_to_other_examples_are_refused(tmp_path, m
         evaluate_arm(policy, TestSet(TASK, [], []), CONFIG, context_in(tmp_path), arm="base")
     evaluate_arm(policy, test_set, CONFIG, context_in(tmp_path), arm="base")
     fewer = TestSet(TASK, test_set.rows[:4], test_set.prompts[:4])
-    with pytest.raises(DataError, match="has 11 answers and the test set 4 examples"):
+    with pytest.raises(DataError, match="has 11 lines, and there must be 1 answers to each of 4 examples"):
         evaluate_arm(policy, fewer, CONFIG, context_in(tmp_path), arm="base")
 
 

@@ -67,7 +67,7 @@ def test_what_is_there_is_not_computed_again_and_other_completions_are_refused(p
     context = StageContext(tmp_path, 1, ALONE)
     first = score_tokens(policy, COMPLETIONS, four_sites(), Evaluate(), context)
     assert score_tokens(None, COMPLETIONS, None, Evaluate(), context) == first
-    with pytest.raises(DataError, match=r"spd.jsonl has 3 completions, not 2 \(.*p0.*; delete"):
+    with pytest.raises(DataError, match=r"spd.jsonl has 3 lines, and there must be 2 completions \(.*p0.*; delete"):
         score_tokens(None, COMPLETIONS[:2], None, Evaluate(), context)
 
 

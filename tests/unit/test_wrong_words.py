@@ -6,6 +6,7 @@ import logging
 import sys
 
 import pytest
+from tiny import save_tiny_model
 
 from spd_dist.config import Data, Model
 from spd_dist.data.sources import load_rows
@@ -77,6 +78,12 @@ def test_a_task_that_is_not_there_and_a_key_that_is_spelled_wrong(tmp_path):
 def test_a_model_that_is_a_path_is_not_asked_of_the_hub():
     with pytest.raises(DataError, match=r"^model\.name: /tmp/nope: no such folder or file .* correct the path"):
         load_tokenizer(Model("/tmp/nope"))
+
+
+def test_a_model_below_the_home_folder_is_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_tiny_model(tmp_path / "model")
+    assert load_tokenizer(Model("~/model")).eos_token_id is not None
 
 
 @pytest.mark.parametrize("split", ["train", "calibration"])

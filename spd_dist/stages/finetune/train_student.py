@@ -91,13 +91,12 @@ def finetune(
         if config.liger:
             use_liger(policy.model, context.world.device)
     inputs = _inputs(policy, corpus.train, config, context) if reads_inputs(config) else None
-    with together("adding the adapters"):
-        adapted = None
-        if config.mode == "lora":
-            seeded = generator(context.seed, "finetune", "adapters")
-            adapted = add_adapters(policy.model, config, generator=seeded, inputs=inputs)
-        else:
-            policy.model.requires_grad_(True)
+    adapted = None
+    if config.mode == "lora":  # it gathers shards, so a rank that fails alone must end, and not wait for the others
+        seeded = generator(context.seed, "finetune", "adapters")
+        adapted = add_adapters(policy.model, config, generator=seeded, inputs=inputs)
+    else:
+        policy.model.requires_grad_(True)
     keys = key_dropout(adapted) if adapted is not None else TokenKeys()
     outcome = Trainer(policy, corpus, config, context, keys=keys).run()
     saved_adapter, saved_model = _save(policy, adapted, corpus, config, context, outcome=outcome)
