@@ -54,9 +54,16 @@ def some_projection(layer: int = 2, *, keep: float = 0.0) -> Projection:
     return Projection(operators)
 
 
-def policy_of(folder: Path, world: World = ALONE, zero_stage: int = 0, dtype: str = "auto") -> Policy:
+def policy_of(
+    folder: Path,
+    world: World = ALONE,
+    zero_stage: int = 0,
+    dtype: str = "auto",
+    distributed: Distributed | None = None,
+) -> Policy:
     """The tiny policy, with more tokens that end a sequence: a random model seldom says one."""
-    policy = load_policy(Model(str(folder), dtype=dtype), Distributed(zero_stage=zero_stage), world)
+    settings = distributed or Distributed(zero_stage=zero_stage)
+    policy = load_policy(Model(str(folder), dtype=dtype), settings, world)
     policy.eos_token_ids = tuple(range(2, 259, 17))
     return policy
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from ranks import ends_of_ranks, run_on_ranks
 from safetensors.torch import load_file
 from tiny import save_tiny_model
 
-from spd_dist.config import Generate
+from spd_dist.config import Distributed, Generate
 from spd_dist.distributed.collectives import gather_objects
 from spd_dist.distributed.world import World
 from spd_dist.distributed.zero import weights_fingerprint
@@ -68,6 +69,7 @@ def on_two_ranks(model: Path, folder: Path, expected: bytes, expected_bfloat16: 
     a_rank_without_prompts_keeps_the_others_company(policy, folder)
     each_prompt_is_rendered_by_one_rank(folder)
     the_projection_of_rank_0_is_used(policy, folder, expected)
+    a_layers_shards_are_gathered_while_the_one_before_computes(model, folder, expected)
     an_error_of_one_rank_is_raised_on_all_and_leaves_nothing_behind(policy, folder, expected, untouched)
     an_error_while_merging_is_raised_on_all(policy, folder)
     a_program_gets_the_whole_folded_policy(policy, model, folder)
@@ -145,6 +147,33 @@ def a_rank_without_prompts_keeps_the_others_company(policy: Policy, folder: Path
 def the_projection_of_rank_0_is_used(policy: Policy, folder: Path, expected: bytes) -> None:
     other = some_projection() if this_world().is_main else Projection({})
     assert merged(folder / "other", run(policy, folder / "other", projection=other)) == expected
+
+
+def a_layers_shards_are_gathered_while_the_one_before_computes(model: Path, folder: Path, expected: bytes) -> None:
+    """Once a pass has shown the order of modules; and not where DeepSpeed is told to gather nothing ahead."""
+    for ahead in (2000, 0):  # elements; a layer has 7744
+        settings = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": ahead}
+        shards = Distributed(zero_stage=3, deepspeed={"zero_optimization": settings})
+        policy = policy_of(model, this_world(), distributed=shards)
+        seen = watched(policy)
+        config = dataclasses.replace(CONFIG, placement="layerwise")
+        assert merged(folder / f"ahead-{ahead}", run(policy, folder / f"ahead-{ahead}", config)) == expected
+        later = seen[4 * 3 :]  # after the first passes, which are recorded
+        assert len(later) > 30
+        assert all("INFLIGHT" in one for one in later) if ahead else not any("INFLIGHT" in one for one in later)
+        policy.release()
+
+
+def watched(policy: Policy) -> list[set[str]]:
+    """At each computation of a layer's last product, how far the next layer's shards are gathered."""
+    seen, layers = [], policy.model.model.layers
+    for layer, following in itertools.pairwise(layers):
+
+        def look(*_: object, following: torch.nn.Module = following) -> None:
+            seen.append({parameter.ds_status.name for parameter in following.parameters()})
+
+        layer.mlp.down_proj.register_forward_pre_hook(look)  # after ZeRO's own, which waits for this product's weights
+    return seen
 
 
 def an_error_of_one_rank_is_raised_on_all_and_leaves_nothing_behind(
