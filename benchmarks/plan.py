@@ -34,6 +34,7 @@ from spd_dist.stages.finetune import finetune
 from spd_dist.stages.generate import generate
 from spd_dist.stages.project import projection, subspace
 from spd_dist.stages.reduce import reduce
+from spd_dist.stages.score_tokens import rows_of_length, score_tokens
 from spd_dist.stages.sketch import ShardPlan, sketch
 from spd_dist.types import Completion, Projection, Prompt, SupervisedExample
 
@@ -56,6 +57,8 @@ STAGES = {
     "calibrate": ("calibrate", "layerwise", {}),
     "generate, layerwise": ("generate", "layerwise", {}),
     "generate, replica": ("generate", "replica", {}),
+    "token effects, layerwise": ("token_effects", "layerwise", {}),
+    "token effects, replica": ("token_effects", "replica", {}),
     "finetune": ("finetune", "layerwise", {}),
     "finetune, checkpointing": ("finetune", "layerwise", {"checkpointing": True}),
     "finetune, full": ("finetune", "layerwise", {"checkpointing": True, "mode": "full"}),
@@ -186,6 +189,11 @@ def run_stages(size: str, folder: Path, world: World, meter: Meter) -> None:
         if verb == "generate":
             settings = dataclasses.replace(config.generate, placement=placement)
             meter.peak(stage, partial(generate, policy, prompts, held, settings, StageContext(scratch, 0, world)))
+        if verb == "token_effects":
+            settings = dataclasses.replace(config.evaluate, placement=placement)
+            scratch.mkdir(exist_ok=True)
+            job = StageContext(scratch, 0, world, arm="spd")
+            meter.peak(stage, partial(score_tokens, policy, first_completions(config), held, settings, job))
         if verb == "finetune":
             settings = config_of(size, folder, stage).finetune
             job = StageContext(scratch, 0, world, config.distributed)
@@ -211,6 +219,13 @@ def find_projection(policy: Any, config: Config, world: World) -> Projection:
     sketches = sketch(gradients, sites, config.sketch, world, plan)
     moments = reduce(sketches, sites, config.reduce, num_shards=settings.num_shards, world=world)
     return projection(subspace(moments, sites, config.project, world), config.project, 0)
+
+
+def first_completions(config: Config) -> list[Completion]:
+    """Two batches a rank, of completions that are as long as they may be with their prompts."""
+    prompt, new = config.data.max_prompt_tokens, config.generate.max_new_tokens
+    count = 2 * RANKS * rows_of_length(prompt + new)
+    return [Completion(str(index), 0, 0, tokens(prompt), tokens(new), "", "length") for index in range(count)]
 
 
 def completions(settings: Finetune) -> list[Completion]:

@@ -194,7 +194,11 @@ def token_losses(model: PreTrainedModel, tokens_BT: Tensor, attention_BT: Tensor
     """
     with supervised_rows(model, target_BT.roll(-1, dims=1)):
         logit_SV = model(tokens_BT, attention_mask=attention_BT, use_cache=False).logits
-    label_S = tokens_BT[target_BT]
+    return losses_of(logit_SV, tokens_BT[target_BT])
+
+
+def losses_of(logit_SV: Tensor, label_S: Tensor) -> Tensor:
+    """The negative log-likelihood of each label, float32, of which a chunk is made at a time."""
     size = max(1, CHUNK_BYTES.get(logit_SV.device.type, CHUNK_BYTES["cpu"]) // (4 * logit_SV.shape[1]))
     chunks = zip(logit_SV.split(size), label_S.split(size), strict=True)
     return torch.cat([cross_entropy(logit_CV.float(), label_C, reduction="none") for logit_CV, label_C in chunks])

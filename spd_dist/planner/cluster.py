@@ -145,14 +145,16 @@ class Zero:
     def gathered_backward(self, sizes: Iterable[int], *, reused: int, checkpointing: bool = False) -> int:
         """Whole at the turn of a forward and backward pass: the last layers stay, as they are used again at once.
 
-        `reused` are the elements that the backward pass uses again. With checkpointing, activations are few when a
-        bucket arrives, and it is there beside its copies even if all weights are.
+        `reused` are the elements that the backward pass uses again; what only the forward pass uses is gone. If all of
+        them stay, nothing is fetched at the turn. With checkpointing, activations are few when a bucket arrives, and it
+        is there beside its copies even if all weights are.
         """
         sizes = [size for size in sizes if size >= self.param_persistence_threshold]
-        whole = sum(sizes)
+        whole, bucket = sum(sizes), 0
         if checkpointing:
-            whole += min(self.prefetch_bucket_size, whole - max(sizes, default=0))
-        return min(whole, self.gathered_forward(sizes) + min(reused, self.max_reuse_distance // 2))
+            bucket = min(self.prefetch_bucket_size, whole - max(sizes, default=0))
+        stays = min(reused, self.max_reuse_distance // 2)
+        return min(whole + bucket, stays + (bucket if stays == reused else self.gathered_forward(sizes)))
 
 
 def _is_on_host(offload: Any) -> bool:

@@ -28,7 +28,7 @@ from spd_dist.models.lora import (
     summing_inputs,
     token_key,
 )
-from spd_dist.models.loss import Student
+from spd_dist.models.loss import Student, losses_of
 from spd_dist.models.model_stats import FOREIGN_FAULTS, first_line, meta_model
 from spd_dist.types import KVSite
 
@@ -107,6 +107,20 @@ def finetune_peak(config: PretrainedConfig, finetune: Finetune, dtype: torch.dty
 
     with linear_of_zero3() if is_sharded else nullcontext():
         return _extrapolated(config, dtype, run, config.get_text_config().num_hidden_layers)
+
+
+def score_peak(config: PretrainedConfig, dtype: torch.dtype, *, batch: tuple[int, int], num_targets: int) -> int:
+    """Bytes beside the weights while a batch of (rows, tokens) is read without a gradient, and its targets scored."""
+
+    def run(model: PreTrainedModel) -> tuple[int, int]:
+        token_BT = _tokens(*batch)
+        with _make_fake_(model), LiveBytes([*model.parameters(), *model.buffers(), token_BT]) as live, torch.no_grad():
+            with _first_rows_alone(model, num_targets):
+                logit_SV = model(token_BT, attention_mask=torch.ones_like(token_BT), use_cache=False).logits
+            losses_of(logit_SV, token_BT.flatten()[:num_targets])
+        return model.config.get_text_config().num_hidden_layers, live.peak
+
+    return _extrapolated(config, dtype, run, config.get_text_config().num_hidden_layers)
 
 
 def inputs_peak(config: PretrainedConfig, finetune: Finetune, dtype: torch.dtype) -> int:
@@ -203,17 +217,26 @@ def _capture(model: PreTrainedModel, caught: Capture, calibrate: Calibrate) -> i
     """As the stage does; only that its masks, whose size depends on values, are replaced by counts."""
     token_BT = _tokens(calibrate.batch_size, calibrate.max_tokens)
     num_targets = token_BT.numel() // 2
-    head: Any = model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].flatten(0, 1)[:num_targets].clone(),))
     with LiveBytes([*model.parameters(), *model.buffers(), token_BT]) as live, torch.enable_grad():
-        logit_SV = model(token_BT, attention_mask=torch.ones_like(token_BT), use_cache=False).logits
+        with _first_rows_alone(model, num_targets):
+            logit_SV = model(token_BT, attention_mask=torch.ones_like(token_BT), use_cache=False).logits
         loss_S = cross_entropy(logit_SV.float(), token_BT.flatten()[:num_targets], reduction="none")
         del logit_SV
         grads = torch.autograd.grad(loss_S.sum(), caught.outputs)
         rows = [grad.clone() for grad in grads]
         del grads, rows
-    handle.remove()
     return live.peak
+
+
+@contextmanager
+def _first_rows_alone(model: PreTrainedModel, count: int) -> Generator[None]:
+    """As `supervised_rows`, by a count."""
+    head: Any = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].flatten(0, 1)[:count].clone(),))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _train(student: Student, keys: TokenKeys | None, finetune: Finetune) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from spd_dist.arms import chosen
 from spd_dist.config import Config
 from spd_dist.inference.placement import HEADROOM
 from spd_dist.planner.cluster import GIB, Cluster, Workload, Zero
@@ -13,6 +14,7 @@ from spd_dist.planner.seconds import Cost, cost
 from spd_dist.planner.stage_memory import STAGES, Need, Placement, need
 
 MAX_NODES = 1024
+TOKEN_EFFECTS = "token_effects"
 REMEDIES = {
     ("calibrate", "activations"): "set calibrate.checkpointing=true, or lower calibrate.batch_size",
     ("calibrate", "sketches"): "lower calibrate.num_shards or sketch.memory_gib",
@@ -22,6 +24,7 @@ REMEDIES = {
     ("finetune", "optimizer"): "use more ranks, or set finetune.mode=lora",
     ("finetune", "trained"): "use more ranks, or set finetune.mode=lora",
     ("finetune", "saved model"): "set finetune.mode=lora and finetune.merge=false",
+    ("token_effects", "activations"): "lower generate.max_new_tokens, or set evaluate.num_coloured=0",
     ("evaluate", "cache"): "lower evaluate.batch_size, evaluate.max_new_tokens or data.max_prompt_tokens",
     ("evaluate", "activations"): "lower evaluate.batch_size",
 }
@@ -60,8 +63,15 @@ class Plan:
 
 def plan_run(profile: Profile, config: Config, cluster: Cluster, workload: Workload) -> Plan:
     """Each stage in the first placement that fits: whole on every rank, sharded, or sharded in the hosts' memory."""
-    stages = tuple(_stage_plan(stage, profile, config, cluster, workload) for stage in STAGES)
+    stages = tuple(_stage_plan(stage, profile, config, cluster, workload) for stage in stages_of(config))
     return Plan(cluster, stages, tuple(_advice(stages, profile, config, cluster)))
+
+
+def stages_of(config: Config) -> list[str]:
+    """Those of a run of `config`: tokens are scored if it says how many, one arm is projected, and one writes."""
+    arms = chosen(config.evaluate.arms)
+    scores = config.evaluate.num_coloured and any(arm.projects for arm in arms) and any(arm.writes for arm in arms)
+    return [stage for stage in STAGES if stage != TOKEN_EFFECTS or scores]
 
 
 def smallest_cluster(profile: Profile, config: Config, cluster: Cluster, *, offload: bool = False) -> Cluster | None:
@@ -74,7 +84,7 @@ def smallest_cluster(profile: Profile, config: Config, cluster: Cluster, *, offl
 
     def runs_on(index: int) -> bool:
         sized = cluster.sized(*sizes[index])
-        chosen = (_first_fit(stage, profile, config, sized) for stage in STAGES)
+        chosen = (_first_fit(stage, profile, config, sized) for stage in stages_of(config))
         return all(fits and (offload or placement != "offload") for placement, _, fits in chosen)
 
     low, high = 0, len(sizes)  # more ranks hold less each
@@ -90,7 +100,7 @@ def placements(stage: str, config: Config) -> list[Placement]:
     if zero.stage < 3:
         return ["replica"]
     sharded: list[Placement] = ["offload"] if zero.offloads_parameters else ["layerwise", "offload"]
-    if stage not in ("generate", "evaluate"):
+    if stage not in ("generate", TOKEN_EFFECTS, "evaluate"):
         return sharded
     wanted = config.generate.placement if stage == "generate" else config.evaluate.placement
     by_wish: dict[str, list[Placement]] = {

@@ -11,7 +11,8 @@ from spd_dist.models.kv_sites import discover_sites
 from spd_dist.models.lora import BYTES_OF_FOUR_BITS, add_adapters, quantised_sizes, reads_inputs
 from spd_dist.models.model_stats import Outline, meta_model, outline_of
 from spd_dist.models.policy import load_settings, resolve_dtype
-from spd_dist.planner.dry_run import calibrate_peak, finetune_peak, inputs_peak
+from spd_dist.planner.dry_run import calibrate_peak, finetune_peak, inputs_peak, score_peak
+from spd_dist.stages.score_tokens import rows_of_length
 from spd_dist.types import KVSite
 
 
@@ -33,6 +34,9 @@ class Profile:
     """Bytes beside the weights while one micro-batch's gradients are captured."""
     finetune_peak: int
     """Bytes beside parameters, gradients and optimizer while one micro-batch is trained on."""
+
+    score_peak: int
+    """Bytes beside the weights while a batch of completions is read for its tokens' effects."""
 
     four_bits: tuple[int, ...] = ()
     """Elements of each weight that is stored in 4 bits."""
@@ -66,6 +70,9 @@ def profile_of(config: Config, device: torch.device | None = None) -> Profile:
     looking = inputs_peak(settings, config.finetune, dtype) if reads_inputs(config.finetune) else 0
     head = policy.vocabulary_size * policy.hidden_size
     in_layers = policy.num_multiplied - head
+    longest = config.data.max_prompt_tokens + config.generate.max_new_tokens
+    rows = rows_of_length(longest)
+    num_targets = rows * config.generate.max_new_tokens
     return Profile(
         name=config.model.name,
         policy=policy,
@@ -76,4 +83,5 @@ def profile_of(config: Config, device: torch.device | None = None) -> Profile:
         num_captured=head + in_layers * num_above // policy.num_layers,
         calibrate_peak=calibrate_peak(settings, config.calibrate, dtype, num_layers=num_above, is_sharded=is_sharded),
         finetune_peak=max(looking, finetune_peak(settings, config.finetune, dtype, is_sharded=is_sharded)),
+        score_peak=score_peak(settings, dtype, batch=(rows, longest), num_targets=num_targets),
     )

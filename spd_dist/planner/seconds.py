@@ -17,6 +17,7 @@ from spd_dist.models.model_stats import Outline
 from spd_dist.planner.cluster import Cluster, Workload, Zero
 from spd_dist.planner.profile import Profile
 from spd_dist.planner.stage_memory import FLOAT64, Placement
+from spd_dist.stages.score_tokens import rows_of_length
 
 COMPUTE_FRACTION = 0.4
 MEMORY_FRACTION = 0.7
@@ -214,10 +215,31 @@ def _flops(outline: Outline, length: int) -> float:
     return outline.forward_flops + 2 * outline.num_layers * outline.attention_width * length
 
 
+def _token_effects(job: _Job) -> list[Phase]:
+    """What each arm wrote first, read twice: under the policy as it is, and held to the projection."""
+    workload, outline = job.workload, job.profile.policy
+    num_arms = len({arm.made_as for arm in chosen(job.config.evaluate.arms) if arm.writes})
+    length = workload.prompt_tokens + workload.completion_tokens
+    num_rows = num_arms * min(job.config.evaluate.num_coloured, workload.num_train * job.config.generate.num_samples)
+    num_batches = 2 * math.ceil(math.ceil(num_rows / rows_of_length(length)) / job.cluster.num_ranks)
+    is_gathered = job.placement == "replica" and job.zero.stage == 3
+    num_gathers = num_batches if job.is_sharded else float(is_gathered)
+    network, host = job.gathers(num_gathers * outline.num_parameters)
+    phase = Phase(
+        flops=num_batches * rows_of_length(length) * length * _flops(outline, length),
+        memory_bytes=num_batches * job.profile.weight_bytes,
+        layer_calls=num_batches * outline.num_layers,
+        network_bytes=network,
+        host_bytes=host,
+    )
+    return [phase]
+
+
 STAGES: dict[str, Callable[[_Job], list[Phase]]] = {
     "calibrate": _calibrate,
     "generate": _generate,
     "finetune": _finetune,
+    "token_effects": _token_effects,
     "evaluate": _evaluate,
 }
 

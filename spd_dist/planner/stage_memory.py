@@ -86,6 +86,7 @@ def _replica(profile: Profile, num_bytes: int) -> dict[str, int]:
 
 
 def _calibrate(placement: Placement, profile: Profile, config: Config, cluster: Cluster) -> Need:
+    """The turn of a pass, or what is gathered on the way there, where no activation is kept."""
     zero, calibrate = Zero.of(config.distributed), config.calibrate
     weights = _weights(profile.policy, placement, profile, cluster, zero, Backward(profile.num_captured))
     plans = plan_sketches(
@@ -97,21 +98,34 @@ def _calibrate(placement: Placement, profile: Profile, config: Config, cluster: 
     # Gradients at the sites and their rows; the dry run has those of one layer's keys and values.
     num_tokens = calibrate.batch_size * calibrate.max_tokens
     rows = 2 * profile.element_bytes * num_tokens * sum(widths[2:])
-    # The moments of the sites in flight: packed and joined to be sent, and received of all shards to be summed.
-    in_flight = min(len(widths), cluster.num_ranks)
-    exchange = FLOAT64 * widths[0] ** 2 * (2 * in_flight * own_shards + calibrate.num_shards + 1)
+    # The moments of the sites in flight: packed and joined to be sent, and received of a shard a rank to be summed.
+    in_flight, num_sending = (min(count, cluster.num_ranks) for count in (len(widths), calibrate.num_shards))
+    exchange = FLOAT64 * widths[0] ** 2 * (2 * in_flight + num_sending + 1)
     working = max(profile.calibrate_peak + rows, exchange)
-    return Need({**weights.device, "sketches": sketches, "activations": working}, weights.host)
+    turn = Need({**weights.device, "sketches": sketches, "activations": working}, weights.host)
+    reading = _weights(profile.policy, placement, profile, cluster, zero)
+    way = Need({**reading.device, "sketches": sketches, "activations": 0}, reading.host)
+    return max(turn, way, key=lambda one: one.device_bytes)
 
 
 def _generate(placement: Placement, profile: Profile, config: Config, cluster: Cluster) -> Need:
-    """A replica is gathered beside the shards, which stay."""
-    zero, generate = Zero.of(config.distributed), config.generate
+    generate, weights = config.generate, _placed(placement, profile, config, cluster)
+    return _decoding(weights, profile, config, planned_rows(generate.batch_size), generate.max_new_tokens)
+
+
+def _placed(placement: Placement, profile: Profile, config: Config, cluster: Cluster) -> Need:
+    """The policy's weights: a replica is gathered beside the shards, which stay."""
+    zero = Zero.of(config.distributed)
     weights = _weights(profile.policy, placement, profile, cluster, zero)
     if placement == "replica" and zero.stage == 3:
         shards = profile.element_bytes * zero.shards(profile.policy.frozen, cluster.num_ranks)
-        weights = Need({"shards": shards, **weights.device})
-    return _decoding(weights, profile, config, planned_rows(generate.batch_size), generate.max_new_tokens)
+        return Need({"shards": shards, **weights.device})
+    return weights
+
+
+def _token_effects(placement: Placement, profile: Profile, config: Config, cluster: Cluster) -> Need:
+    weights = _placed(placement, profile, config, cluster)
+    return Need({**weights.device, "activations": profile.score_peak}, weights.host)
 
 
 def _evaluate(placement: Placement, profile: Profile, config: Config, cluster: Cluster) -> Need:
@@ -176,6 +190,7 @@ STAGES: dict[str, Callable[[Placement, Profile, Config, Cluster], Need]] = {
     "calibrate": _calibrate,
     "generate": _generate,
     "finetune": _finetune,
+    "token_effects": _token_effects,
     "evaluate": _evaluate,
 }
 """Those that load a policy; `calibrate` stands for all that stream into the subspace."""

@@ -36,7 +36,7 @@ def reduce(
 
     Owners get one float64 Gram matrix a shard and add them in shard order, without a further shrink. So no error is
     added to that of the sketches, certificates add up, and the result has the same bits at every world size. As many
-    sites as ranks are on the way at a time. A collective.
+    sites as ranks, and one shard of each rank, are on the way at a time. A collective.
 
     Args:
         sketches: shard -> moments of every site, for the shards that this rank owns: s with s % world.size == rank.
@@ -66,23 +66,25 @@ def reduce(
 def _exchange(
     sketches: Mapping[int, Mapping[KVSite, SiteMoments]], in_flight: Sequence[KVSite], num_shards: int, world: World
 ) -> SiteMoments:
-    """Send each owner its site's moments of my shards; the sum over all shards of the site that I own, if any."""
-    shards_of = [range(rank, num_shards, world.size) for rank in range(world.size)]
+    """Send each owner its site's moments of my shards; the sum over all shards of the site that I own, if any.
+
+    Shard s is rank s % world.size's: of a round, one of each rank, the next shards arrive in their order.
+    """
     numels = [_numel(site.width) for site in in_flight] + [0] * (world.size - len(in_flight))
-    mine = shards_of[world.rank]
     device = torch.device("cpu") if world.size == 1 else collective_device()
-    parts = [_packed(sketches, shard, site).to(device) for site in in_flight for shard in mine]
-    received = _all_to_all(
-        torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device=device),
-        sent=[numel * len(mine) for numel in numels],
-        received=[numels[world.rank] * len(shards) for shards in shards_of],
-        world=world,
-    )
-    blocks = received.view(num_shards, numels[world.rank])
-    arrived = {shard: row for row, shard in enumerate(shard for shards in shards_of for shard in shards)}
-    total = torch.zeros_like(blocks[0])
-    for shard in range(num_shards):
-        total += blocks[arrived[shard]]
+    total = torch.zeros(numels[world.rank], dtype=torch.float64, device=device)
+    for first in range(0, num_shards, world.size):
+        num_sending = min(world.size, num_shards - first)
+        is_sending = world.rank < num_sending
+        parts = [_packed(sketches, first + world.rank, site).to(device) for site in in_flight if is_sending]
+        received = _all_to_all(
+            torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device=device),
+            sent=[numel * is_sending for numel in numels],
+            received=[numels[world.rank] * (rank < num_sending) for rank in range(world.size)],
+            world=world,
+        )
+        for of_shard in received.view(num_sending, len(total)):
+            total += of_shard
     return _unpacked(total, in_flight[world.rank].width if world.rank < len(in_flight) else 0)
 
 

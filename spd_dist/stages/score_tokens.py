@@ -86,12 +86,17 @@ def score_tokens(
     return on_main("merging the token effects", lambda: _merge(context, keys))
 
 
+def rows_of_length(width: int) -> int:
+    """Completions of a batch whose longest has so many tokens with its prompt."""
+    return max(1, MOST_POSITIONS // width)
+
+
 def divided(completions: Sequence[Completion]) -> Iterator[list[Completion]]:
     """Batches of at most `MOST_POSITIONS`, longest first: the same whoever runs them."""
     batch: list[Completion] = []
     width = 0
     for one in sorted(completions, key=lambda one: -len(one.prompt_tokens) - len(one.tokens)):
-        if batch and width * (len(batch) + 1) > MOST_POSITIONS:
+        if batch and len(batch) == rows_of_length(width):
             yield batch
             batch = []
         width = width if batch else len(one.prompt_tokens) + len(one.tokens)

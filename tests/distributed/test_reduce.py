@@ -17,7 +17,7 @@ from spd_dist.stages.project.subspace import check_same
 from spd_dist.stages.reduce import reduce
 from spd_dist.stages.sketch import ShardPlan, sketch
 from spd_dist.storage.subspace_file import fingerprint, load_subspace, save_subspace
-from spd_dist.types import GradientBatch, Subspace
+from spd_dist.types import Certificate, GradientBatch, SiteMoments, Subspace
 
 NUM_SHARDS = 3  # on 4 ranks one has no shard
 NARROW = [kv_site(layer, kind, 12) for layer in (0, 1) for kind in ("key", "value")]
@@ -63,6 +63,26 @@ def test_subspace_has_the_same_bits_at_every_world_size(world_size, tmp_path):
         for name, config in {"plain": Project(), "centered": Project(centered=True, rank_rule="energy")}.items():
             save_subspace(tmp_path / f"{method}_{name}.safetensors", cut(alone, method, config))
     run_on_ranks(world_size, tmp_path / "store", compare_with_one_rank, tmp_path)
+
+
+def sum_many_shards() -> None:
+    world, site, arrived = this_world(), NARROW[0], []
+    shards = {
+        shard: {site: SiteMoments(torch.eye(12).double() * shard, torch.zeros(12).double(), Certificate(12.0 * shard))}
+        for shard in range(world.rank, 7, world.size)
+    }
+    exchange = dist.all_to_all_single
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_to_all_single", lambda *args: [arrived.append(args[0].numel()), exchange(*args)])
+        owned = reduce(shards, [site], Reduce(), num_shards=7, world=world)
+    if world.rank == 0:
+        assert torch.equal(owned[site].gram_DD, torch.eye(12).double() * sum(range(7)))
+        moments = 12 * 12 + 12 + 6  # matrix, sum and certificate
+        assert arrived == [2 * moments, 2 * moments, 2 * moments, moments], "of each rank one shard at a time"
+
+
+def test_an_owner_holds_a_shard_of_each_rank_at_a_time_however_many_there_are(tmp_path):
+    run_on_ranks(2, tmp_path / "store", sum_many_shards)
 
 
 def fail_together() -> None:

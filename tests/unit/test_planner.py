@@ -181,6 +181,26 @@ def test_one_rank_receives_nothing_and_layers_receive_the_model_at_each_step(pro
     assert received("evaluate", "replica", CLUSTER) == 0
 
 
+def test_scoring_tokens_is_planned_where_a_run_does_it_and_reads_each_batch_twice(profile, config):
+    def stages(**values):
+        return [one.stage for one in plan_run(profile, changed(config, "evaluate", **values), CLUSTER, WORKLOAD).stages]
+
+    assert stages() == ["calibrate", "generate", "finetune", "token_effects", "evaluate"]
+    assert "token_effects" not in stages(num_coloured=0) + stages(arms=("base", "psr"))
+    placed = [need("token_effects", name, profile, config, CLUSTER).device for name in ("layerwise", "replica")]
+    assert placed[1]["weights"] == profile.weight_bytes
+    batch = 2048 // (64 + 16)
+    targets = batch * 16
+    logits = targets * profile.policy.vocabulary_size * 2
+    assert placed[0]["activations"] == placed[1]["activations"] > logits
+    received = [
+        cost("token_effects", name, profile, config, cluster=CLUSTER, workload=WORKLOAD).network_bytes
+        for name in ("layerwise", "replica")
+    ]
+    passes = 2 * 2  # two batches a rank, of 2 x 64 completions of 128 + 16 tokens
+    assert received == [pytest.approx(count * profile.weight_bytes * 7 / 8) for count in (passes, 1)]
+
+
 def test_slower_networks_and_devices_take_longer_and_are_named(profile, config):
     def taken(stage, placement, **changes):
         cluster = Cluster(2, 4, device=dataclasses.replace(device_named("H100"), **changes))
@@ -209,6 +229,9 @@ def test_deepspeeds_settings_are_heeded():
     assert zero.gathered_forward([10, 3_000_000, 4_000_000]) == 7_000_000
     huge = [200_000_000] * 20
     assert zero.gathered_backward(huge, reused=sum(huge)) == 200_000_000 + 10_000_000 + 500_000_000
+    few = [10_000_000] * 10
+    assert zero.gathered_backward(few, reused=30_000_000) == 30_000_000, "the other layers are gone at the turn"
+    assert zero.gathered_backward(few, reused=100_000_000, checkpointing=True) == 105_000_000, "and a bucket"
     assert zero.shards([10, 11], 4) == 6
 
 
