@@ -50,7 +50,7 @@ def able_to_judge(task: Task, *, allowed: bool) -> Task:
     return with_execution(task, open_sandbox().run)
 
 
-def other_test(word: str, config: Config) -> tuple[Task, list[Row]]:
+def other_test(word: str, config: Config) -> tuple[Task, Sequence[Row]]:
     """A task of `evaluate.also` (TASK, or TASK=SOURCE) and its test rows, as many as `data.num_test`.
 
     Raises:

@@ -94,7 +94,7 @@ class Run:
         self.metrics = MetricLogger(metrics, world.rank, opening=opening if world.is_main else None, prefix=prefix)
         self.heartbeat = Heartbeat(self.folder.path / "heartbeat" / self.part, world)
         self.engines = EnginePool(self.folder.workplace("") / "engines" / f"rank-{world.rank:05d}")
-        self._rows: dict[Split, list[Row]] = {}
+        self._rows: dict[Split, Sequence[Row]] = {}
         self._policy: Policy | None = None
         self.rounds_before = tuple(rounds_before)
         self._student_before = on_main("reading the round before", self._hash_of_student_before)
@@ -112,7 +112,7 @@ class Run:
         """Within, `status.json` says how the run up to its last stage stands; each of several jobs has its own."""
         return kept_status(status_path(self.folder.path, self.part), self.world, self.scope.last)
 
-    def rows(self, split: Split) -> list[Row]:
+    def rows(self, split: Split) -> Sequence[Row]:
         """The rows of a split, the same on every rank.
 
         Raises:
@@ -170,7 +170,7 @@ class Run:
         with together("rendering the test prompts"):
             return make_test_set(rows, task, load_tokenizer(self.config.model), self.config)
 
-    def other_test(self, word: str) -> tuple[Task, list[Row]]:
+    def other_test(self, word: str) -> tuple[Task, Sequence[Row]]:
         """The task and the rows of a word of `evaluate.also`."""
         with together(f"reading the rows of {word}"):
             return self.memoize(("also", word), lambda: other_test(word, self.config))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from spd_dist.data.tasks.protocol import Row, Task
 from spd_dist.types import Leak, LeakReport
@@ -33,10 +33,10 @@ def find_leaks(splits: Mapping[str, Sequence[Row]], task: Task, *, similarity: f
     ]
 
 
-def without_leaks(rows: Sequence[Row], reports: Iterable[LeakReport]) -> list[Row]:
+def without_leaks(rows: Iterable[Row], reports: Iterable[LeakReport]) -> Iterator[Row]:
     """The rows that no report names as one whose problem stands in another split."""
     leaked = {leak.id for report in reports for leak in report.leaks}
-    return [row for row in rows if row["id"] not in leaked]
+    return (row for row in rows if row["id"] not in leaked)
 
 
 def _ngrams(text: str) -> frozenset[Ngram]:

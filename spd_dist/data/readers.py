@@ -51,15 +51,15 @@ def is_file_name(text: str) -> bool:
     return text.endswith(endings) or text.startswith(("/", "./", "../", "~")) or re.search(r"[*?]", text) is not None
 
 
-def read_rows(name: str) -> list[Located]:
-    """The rows of a file, or of all files that a pattern names, in the order of their names.
+def read_rows(name: str) -> Iterator[Located]:
+    """The rows of a file, or of all files that a pattern names, in the order of their names; each as it is read.
 
     A row without `id` takes its number in its file.
 
     Raises:
         DataError: no such file, another format, or a row that cannot be read; it names the place.
     """
-    return [row for path in _paths(name) for row in _read_file(path)]
+    return (row for path in _paths(name) for row in _read_file(path))
 
 
 def _paths(name: str) -> list[str]:
@@ -75,7 +75,7 @@ def _paths(name: str) -> list[str]:
 _Reader = Callable[[IO[bytes], str], Numbered]
 
 
-def _read_file(name: str) -> list[Located]:
+def _read_file(name: str) -> Iterator[Located]:
     path = Path(name).expanduser()
     packing = path.suffix if path.suffix in COMPRESSIONS else ""
     bare = path.with_suffix("") if packing else path
@@ -88,8 +88,8 @@ def _read_file(name: str) -> list[Located]:
         )
     try:
         with _opened(path, packing) as stream:
-            rows = _READERS[bare.suffix](stream, name)
-            return [located(name, place, row, (bare.stem, str(bare), number)) for number, place, row in rows]
+            for number, place, row in _READERS[bare.suffix](stream, name):
+                yield located(name, place, row, (bare.stem, str(bare), number))
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         kind = f" as {packing}" if packing else ""
         raise DataError(f"{name}: not readable{kind}: {error}; write it again") from error

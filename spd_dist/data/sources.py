@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,7 +24,7 @@ from spd_dist.data.readers import (
     text_of,
 )
 from spd_dist.data.tasks.protocol import Row, Split, Task
-from spd_dist.data.text_files import shown
+from spd_dist.data.text_files import held, shown
 from spd_dist.errors import DataError
 
 
@@ -39,7 +40,7 @@ class Source:
     """Branch, tag or commit on the hub."""
 
 
-def load_rows(task: Task, split: Split, config: Data) -> list[Row]:
+def load_rows(task: Task, split: Split, config: Data) -> Sequence[Row]:
     """The rows of a split, each with an `id` of its own, in the order of their source.
 
     Calibration examples are the task's own split where it has one, else the training rows from the first on, whatever
@@ -52,7 +53,7 @@ def load_rows(task: Task, split: Split, config: Data) -> list[Row]:
     rows = _load_all(task, split, config)
     for other in _kept_apart(task, split, config):
         both = {split: rows, other: _load_all(task, other, config)}
-        rows = without_leaks(rows, find_leaks(both, task, similarity=config.leak_similarity))
+        rows = held(without_leaks(rows, find_leaks(both, task, similarity=config.leak_similarity)))
         if not rows:
             raise DataError(
                 f"data.leaks={config.leaks}: every {split} row is also in the {other} split; correct data.{split}"
@@ -116,21 +117,26 @@ def _digest(task: Task, rows: Iterable[Row]) -> str:
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 
-def _load_all(task: Task, split: Split, config: Data) -> list[Row]:
+def _load_all(task: Task, split: Split, config: Data) -> Sequence[Row]:
     sources = sources_of(task, split, config)
     if sources is None:
         raise DataError(f"data.{split}: the task {task.name!r} has no {split} split of its own; set data.{split}=PATH")
     default = "train" if split == "calibration" else split
     key = "data.train" if split == "calibration" and config.train and not config.calibration else f"data.{split}"
     named = [parse_source(text.strip(), default) for text in sources.split(",")]
-    try:
-        located = [item for source in named for item in _read(source, config.seed)]
-    except DataError as error:
-        raise DataError(f"{key}: {error}") from error
-    rows = list(_normalised(task, located, key))
+    located = (item for source in named for item in _read(source, config.seed))
+    rows = held(_normalised(task, _named(located, key), key))
     if not rows:
         raise DataError(f"data.{split}: {sources} holds no rows; name a source that does")
     return rows
+
+
+def _named(rows: Iterable[Located], key: str) -> Iterator[Located]:
+    """The same rows; what can't be read is said to be of `key`."""
+    try:
+        yield from rows
+    except DataError as error:
+        raise DataError(f"{key}: {error}") from error
 
 
 def parse_source(text: str, split: str) -> Source:
@@ -145,21 +151,24 @@ def parse_source(text: str, split: str) -> Source:
     return Source(name, subset, named_split or split, rows, revision or None)
 
 
-def _read(source: Source, seed: int) -> list[Located]:
+def _read(source: Source, seed: int) -> Iterable[Located]:
     if source.name == "builtin":
         if source.subset != "arithmetic" or source.split not in SPLIT_SIZES:
             raise DataError(
                 f"source builtin:{source.subset}:{source.split}: not built in; "
                 f"there is builtin:arithmetic:SPLIT, of {', '.join(SPLIT_SIZES)}"
             )
-        rows = [Located("builtin:arithmetic", "", row) for row in generate_rows(source.split, seed)]
+        rows = (Located("builtin:arithmetic", "", row) for row in generate_rows(source.split, seed))
     elif is_file_name(source.name) and not is_folder(source.name):
         rows = read_rows(source.name)
     elif is_saved(source.name):
-        rows = list(read_saved(source.name, source.split))
+        rows = read_saved(source.name, source.split)
     else:
-        rows = list(_read_hub(source))
-    return rows[source.rows]
+        rows = _read_hub(source)
+    start, stop = source.rows.start or 0, source.rows.stop
+    if start < 0 or (stop is not None and stop < 0):  # counted from the end, which is only known there
+        return list(rows)[source.rows]
+    return islice(rows, start, stop)
 
 
 def _read_hub(source: Source) -> Iterator[Located]:

@@ -1,14 +1,19 @@
-"""Rows of text files, JSON Lines, JSON, CSV and TSV: read strictly, each with its line."""
+"""Rows of text files, JSON Lines, JSON, CSV and TSV: read strictly, each with its line; and many rows on the disk."""
 
 from __future__ import annotations
 
 import ast
 import csv
 import io
+import itertools
 import json
+import mmap
+import pickle
 import re
-from collections.abc import Iterator, Sequence
-from typing import IO, Any
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from typing import IO, Any, overload
 
 from spd_dist.errors import DataError
 
@@ -18,6 +23,52 @@ Numbered = Iterator[tuple[int, str, dict[str, Any]]]
 """Rows, each with its number in the file and the words for its place."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _LIST_CELL = re.compile(r"\s*\[\s*(?:['\"{].*)?\]\s*", re.DOTALL)
+
+
+MOST_IN_MEMORY = 100_000
+"""Rows; each takes some 2 KiB as Python objects, on every rank."""
+
+
+def held(rows: Iterable[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    """`rows` in memory, or, if they are more than `MOST_IN_MEMORY`, in a file without a name that this process maps."""
+    rows = iter(rows)
+    first = list(itertools.islice(rows, MOST_IN_MEMORY + 1))
+    return first if len(first) <= MOST_IN_MEMORY else FiledRows.of(itertools.chain(first, rows))
+
+
+class FiledRows(Sequence[dict[str, Any]]):
+    """Rows of a file, each made when it is asked for; a slice of many shares the file."""
+
+    def __init__(self, text: mmap.mmap, ends: array[int], places: range) -> None:
+        """`ends[i]` is where row i ends, and the next begins; `places` are the rows that are meant."""
+        self.text, self.ends, self.places = text, ends, places
+
+    @classmethod
+    def of(cls, rows: Iterable[dict[str, Any]]) -> FiledRows:
+        """Write them; the file ends with this process."""
+        ends = array("q", [0])
+        with tempfile.TemporaryFile() as file:
+            for row in rows:
+                ends.append(ends[-1] + file.write(pickle.dumps(row, pickle.HIGHEST_PROTOCOL)))
+            file.flush()
+            text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return cls(text, ends, range(len(ends) - 1))
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[dict[str, Any]]: ...
+
+    def __getitem__(self, index: int | slice) -> dict[str, Any] | Sequence[dict[str, Any]]:
+        if isinstance(index, slice):
+            part = FiledRows(self.text, self.ends, self.places[index])
+            return part if len(part) > MOST_IN_MEMORY else list(part)
+        place = self.places[index]
+        return pickle.loads(self.text[self.ends[place] : self.ends[place + 1]])  # what `of` has written
 
 
 def read_jsonl(stream: IO[bytes], name: str) -> Numbered:

@@ -109,8 +109,10 @@ def as_sampled(
     Raises:
         DataError: the prompts are not those of the rows any more.
     """
-    by_id = {row["id"]: row for row in rows}
-    looked_at = list(islice((one for one in completions if one.id in by_id), NUM_ROUND_TRIPS))
+    ids = {row["id"] for row in rows}
+    looked_at = list(islice((one for one in completions if one.id in ids), NUM_ROUND_TRIPS))
+    wanted = {one.id for one in looked_at}
+    by_id = {row["id"]: row for row in rows if row["id"] in wanted}
     changed = retokenised = 0
     prompts = make_prompts([by_id[one.id] for one in looked_at], task, tokenizer, config)
     for one, prompt in zip(looked_at, prompts, strict=True):

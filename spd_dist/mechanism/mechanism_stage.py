@@ -130,7 +130,7 @@ def needed_rows(config: Config, num_comparisons: int) -> int:
     return max(asked.num_rows, asked.num_explored_rows) if num_comparisons > 1 else asked.num_rows
 
 
-def calibration_rows(run: Run) -> list[Row]:
+def calibration_rows(run: Run) -> Sequence[Row]:
     """The rows that the subspace comes from."""
     return run.rows("calibration")[: run.config.calibrate.num_examples]
 

@@ -9,7 +9,7 @@ import platform
 import shutil
 import socket
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,7 +140,7 @@ def _find_inputs(config: Config) -> tuple[dict[str, str], dict[str, str], float]
         faults["model"] = str(error)
     for split in SPLITS:
         try:
-            rows: list[Any] = load_rows(find_task(config.data.task), split, config.data)
+            rows: Sequence[Any] = load_rows(find_task(config.data.task), split, config.data)
             found[f"{split} rows"] = f"{len(rows)}, {content_hash(rows)[:12]}"
         except UserError as error:
             faults[f"{split} rows"] = str(error)

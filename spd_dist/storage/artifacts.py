@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import socket
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -161,14 +161,21 @@ def sha256_of(path: str | Path) -> str:
 
 def content_hash(value: Any) -> str:
     """The hash of plain data (numbers, strings, lists, mappings), whatever the order of keys; a tuple is a list."""
-    if not isinstance(value, (list, tuple)):
+    if not isinstance(value, Sequence) or isinstance(value, str):
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
     digest, before = hashlib.sha256(), "["  # item by item, as the text of a million rows takes GiB
     for item in value:
-        digest.update((before + json.dumps(item, sort_keys=True)).encode())
+        digest.update((before + json.dumps(item, sort_keys=True, default=_listed)).encode())
         before = ", "
     digest.update(b"]" if len(value) else b"[]")
     return digest.hexdigest()
+
+
+def _listed(value: Any) -> list[Any]:
+    """For JSON, which knows no sequence but lists: rows may lie in a file."""
+    if isinstance(value, Sequence):
+        return list(value)
+    raise TypeError(f"{type(value).__name__} is not plain data")
 
 
 def missing(path: str | Path) -> MissingError:

@@ -64,7 +64,7 @@ def test_rows_and_json_lines(tmp_path, rows, spoiled, ending):
     file = tmp_path / f"rows.{ending}"
     for content in (b"\n".join(json.dumps(row).encode() for row in rows), json.dumps(rows).encode(), spoiled):
         file.write_bytes(content)
-        only_our_errors(lambda: read_rows(str(file)))
+        only_our_errors(lambda: list(read_rows(str(file))))
         only_our_errors(lambda: read_jsonl(file))
 
 

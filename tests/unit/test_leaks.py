@@ -40,7 +40,7 @@ def test_the_index_finds_what_every_pair_compared_finds(left, right, bound):
     assert {leak.id: leak.similarity for leak in report.leaks} == expected
     assert report.num_exact == sum(value == 1.0 for value in expected.values())
     assert report.num_exact + report.num_near == len(expected)
-    kept = without_leaks(rows(left, "l"), [report])
+    kept = list(without_leaks(rows(left, "l"), [report]))
     assert [row["id"] for row in kept] == [f"l{index}" for index in range(len(left)) if f"l{index}" not in expected]
 
 

@@ -191,4 +191,4 @@ def test_a_bad_file_is_one_sentence(tmp_path, name, fault):
     content, message = fault
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
-        read_rows(str(tmp_path / name))
+        list(read_rows(str(tmp_path / name)))

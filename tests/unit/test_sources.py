@@ -10,11 +10,12 @@ import pyarrow.parquet
 import pytest
 
 from spd_dist.config import Data
-from spd_dist.data import sources
+from spd_dist.data import sources, text_files
 from spd_dist.data.sources import Source, check_leaks, load_rows, parse_source, published_size, sources_of
 from spd_dist.data.tasks import find_task
 from spd_dist.errors import DataError
 from spd_dist.overrides import load_config
+from spd_dist.storage.artifacts import content_hash
 
 GSM8K, ARITHMETIC = find_task("gsm8k"), find_task("arithmetic")
 
@@ -62,6 +63,28 @@ def test_parquet_and_jsonl_hold_the_same_rows(tmp_path):
     assert load_rows(GSM8K, "train", Data(train=str(tmp_path / "rows.parquet"))) == load_rows(
         GSM8K, "train", Data(train=jsonl)
     )
+
+
+def test_many_rows_lie_in_a_file_and_are_the_same_with_the_same_hash(tmp_path, monkeypatch):
+    path = write(tmp_path / "rows.jsonl", [row(number, tags=["a", {"b": number}]) for number in range(9)])
+    config = Data(train=path, num_train=8)
+    expected = load_rows(GSM8K, "train", config)
+    monkeypatch.setattr(text_files, "MOST_IN_MEMORY", 3)
+    found = load_rows(GSM8K, "train", config)
+    assert (type(expected), type(found)) == (list, text_files.FiledRows)
+    assert list(found) == expected == [found[place] for place in range(8)]
+    assert (found[-1], len(found), list(reversed(found))) == (expected[-1], 8, expected[::-1])
+    assert found[2:5] == expected[2:5], "few are a list"
+    assert list(found[1:7][::2]) == expected[1:7][::2]
+    assert content_hash(found) == content_hash(expected)
+    assert content_hash([found, "more"]) == content_hash([expected, "more"])
+    with pytest.raises(IndexError):
+        found[8]
+    with pytest.raises(TypeError, match="set is not plain data"):
+        content_hash([{1, 2}])
+    Path(path).write_text(Path(path).read_text() + "{")
+    with pytest.raises(DataError, match=r"data\.train.*line 10.*not JSON"):
+        load_rows(GSM8K, "train", config)
 
 
 def test_sources_follow_each_other_and_can_be_sliced(tmp_path):
