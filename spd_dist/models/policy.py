@@ -55,9 +55,8 @@ def locate_model(config: Model) -> Reachable:
     if gguf is not None:
         check_gguf(gguf)
         return Reachable("GGUF", gguf.stat().st_size, str(gguf))
-    folder = Path(config.name).expanduser()
-    if not folder.is_dir():
-        folder = _in_cache(config)
+    named = Path(config.name).expanduser()
+    folder = named if named.is_dir() else _in_cache(config)
     if folder is None:
         return Reachable(_architecture(config.name, config), 0, "the hub, to be downloaded")
     files = [file for pattern in WEIGHTS for file in folder.glob(pattern)]
@@ -136,8 +135,7 @@ def load_policy(config: Model, distributed: Distributed, world: World) -> Policy
     """
     source = prepare_model(config)
     with together("reading the model's configuration"):
-        settings = _read(AutoConfig, source, config)
-        tokenizer = _read(AutoTokenizer, source, config)
+        settings, tokenizer = (_read(kind, source, config) for kind in (AutoConfig, AutoTokenizer))
         dtype = resolve_dtype(config.dtype, world.device)
         options: dict[str, Any] = {"config": settings, "dtype": dtype}
         if (stored := quantised(config, dtype)) is not None:
@@ -146,16 +144,21 @@ def load_policy(config: Model, distributed: Distributed, world: World) -> Policy
     # transformers keeps a weak reference: while this object lives, from_pretrained loads into ZeRO-3 shards.
     sharding = HfDeepSpeedConfig(sharding_settings(distributed, dtype)) if sharded else None
     options |= {} if config.attention == "auto" else {"attn_implementation": config.attention}
-    model = _read(AutoModelForCausalLM, source, config, options)
+    model = load_model(config, source, options, None if sharded else world.device)
     del sharding
-    if not sharded and config.quantization == "none":  # else it is there
-        model.to(world.device)
     keep_codes_(model.eval().requires_grad_(False))
     engine = frozen_engine(model, distributed, dtype) if sharded else None
     eos = eos_token_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
     origin = dataclasses.replace(config, name=source)
     return Policy(model, tokenizer, engine, config.name, eos, pad, weights_fingerprint(model), origin)
+
+
+def load_model(config: Model, source: str, options: dict[str, Any], device: torch.device | None) -> PreTrainedModel:
+    """The model of `source` on a device, tensor by tensor: its host never holds it. Without a device, in shards."""
+    if device is not None and device.type != "cpu":  # peft takes a map to the CPU for layers that wait on the host
+        options = {"device_map": {"": device}, **options}
+    return _read(AutoModelForCausalLM, source, config, options)
 
 
 def prepare_model(config: Model) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import threading
 import weakref
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from spd_dist.inference.placement import load_to_answer, placed, will_be_whole
 from spd_dist.inference.requests import Decoded, DecodeSettings, Request
 from spd_dist.inference.sampling import Sampling
 from spd_dist.models.lora import check_kept, load_adapter, merged_tensors
-from spd_dist.models.policy import Policy, load_adapted, load_policy, load_replica
+from spd_dist.models.policy import Policy, load_adapted, load_model, load_policy, load_replica
 
 TOKENS = torch.arange(3, 40)[None]
 SMALL_SHARDS = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
@@ -64,6 +65,45 @@ def check_replica(sharded, expected, rank) -> None:
         raise KeyError
     torch.testing.assert_close(sharded.model(TOKENS).logits, expected)
     assert all(parameter.numel() == 0 for parameter in sharded.model.parameters()), "nothing stays gathered"
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that no file stands behind."""
+    return int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0]) * 1024
+
+
+def most_on_the_host(folder: Path, device: str, dtype: torch.dtype) -> int:
+    """While a model is loaded for a device, and once it is there."""
+    before, found, has_ended = anonymous_bytes(), [], threading.Event()
+
+    def watch() -> None:
+        while not has_ended.wait(0.002):
+            found.append(anonymous_bytes() - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    model = load_model(Model(name=str(folder)), str(folder), {"dtype": dtype}, torch.device(device))
+    found.append(anonymous_bytes() - before)
+    has_ended.set()
+    watcher.join()
+    assert {parameter.device.type for parameter in model.parameters()} == {device}
+    return max(found)
+
+
+def check_memory_of_the_host(folder: Path, num_bytes: int) -> None:
+    few = num_bytes // 8
+    assert most_on_the_host(folder, "cpu", torch.float32) < few, "what the file holds as it is wanted is mapped"
+    assert most_on_the_host(folder, "cpu", torch.bfloat16) > 3 * few, "half of it, in another form"
+    for dtype in (torch.float32, torch.bfloat16):
+        assert most_on_the_host(folder, "meta", dtype) < few, "each tensor goes to the device as it is read"
+
+
+def test_a_host_never_holds_a_model_that_is_loaded_for_an_accelerator(tmp_path):
+    model = tiny_model(hidden_size=1024, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=8)
+    model.save_pretrained(tmp_path / "model", max_shard_size="50MB")
+    num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    del model
+    run_on_ranks(1, tmp_path / "store", check_memory_of_the_host, tmp_path / "model", num_bytes)
 
 
 def check_a_missing_model_fails_on_every_rank(folder: Path) -> None:
