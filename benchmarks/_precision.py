@@ -206,7 +206,7 @@ def of_answers(model: Model, adapter: Path, options: argparse.Namespace) -> Iter
     sampling = Sampling(temperature=0.0, max_new_tokens=options.tokens)
     settings = DecodeSettings(sampling, frozenset(student.eos_token_ids), student.pad_token_id)
     columns = max(len(request.tokens) for request in requests) + options.tokens
-    forms = {"batch_invariant": (32, columns), "batches_of_32": (32, None), "one_by_one": (1, None)}
+    forms = {"batch_invariant": (32, columns), "batches_of_32": (32, None), "batch_invariant_one_by_one": (1, columns)}
     ours = {}
     for name, (size, fixed) in forms.items():
         answers = decode(student.model, requests, settings, batch_size=size, fixed_columns=fixed)

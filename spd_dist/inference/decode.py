@@ -119,7 +119,8 @@ def decode(
 
     Float32 rounds alike enough in batches of any shape that tokens are the same. In bfloat16 they are the same only
     with `fixed_columns`: all passes of `batch_size` rows have that many columns, idle rows and columns included, and
-    each prompt is read alone. That is slower, the more so the more columns are idle.
+    each prompt is read alone. That is slower, the more so the more columns are idle. With a `batch_size` of 1 besides,
+    nothing is idle: a row has the passes of transformers' own `generate`, and their logits bit by bit.
 
     Args:
         model: A causal LM in eval mode, whole or called in step with its other shards.
@@ -141,7 +142,7 @@ def decode(
     # Fixed shapes are those of the whole corpus: so is what they fit in, or the kind of loop would depend on the share.
     num_layers = num_slot_layers(model.config, fixed_columns or len(ordered[0].tokens) + max_new_tokens)
     while ordered:
-        if num_layers:
+        if num_layers and not (fixed_columns and batch_size == 1):
             num_slots = batch_size if fixed_columns else min(batch_size, len(ordered))
             loop = ContinuousBatcher(model, settings, num_layers, num_slots, fixed_columns)
         else:

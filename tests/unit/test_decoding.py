@@ -11,6 +11,7 @@ from collections import Counter
 import pytest
 import torch
 from families import FAMILIES, family_model
+from peft import LoraConfig, get_peft_model
 from tiny import tiny_model
 from waits import Waits
 
@@ -142,6 +143,23 @@ def test_fixed_shapes_make_bfloat16_independent_of_what_shares_the_batch():
     assert {rows for rows, columns in shapes if columns == 1} <= {1, 6}
     parts = [decoded(model, work[start::3], SAMPLED, **fixed) for start in range(3)]
     assert whole == parts[0] | parts[1] | parts[2]
+
+
+def test_rows_one_at_a_time_have_the_logits_of_plain_peft_in_bfloat16_bit_by_bit():
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model = tiny_model(vocab_size=64, num_hidden_layers=4).bfloat16()
+    adapted, work, made = get_peft_model(model, lora, autocast_adapter_dtype=False).eval(), requests(12, shared=9), []
+    model.get_output_embeddings().register_forward_hook(lambda *parts: made.append(parts[-1][0, -1]))
+    found = decoded(model, work, GREEDY, batch_size=1, fixed_columns=40)
+    ours, theirs = made.copy(), {}
+    made.clear()
+    for one in sorted(work, key=lambda one: (-len(one.tokens), one.id)):
+        prompt = torch.tensor([one.tokens])
+        ends = {"max_new_tokens": GREEDY.max_new_tokens, "eos_token_id": sorted(ENDS), "pad_token_id": 0}
+        answer = adapted.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=False, **ends)
+        theirs[one.id, 0] = tuple(answer[0, len(one.tokens) :].tolist())
+    assert {key: tokens for key, (tokens, _) in found.items()} == theirs
+    assert torch.equal(torch.stack(ours), torch.stack(made))
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3"])
