@@ -6,6 +6,7 @@ A module is sharded if its parameters carry DeepSpeed's `ds_tensor`: the flat sl
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.runtime.zero.partition_parameters import DS_Z3_GATHERED_PARAM_CONTEXT_DEPTH_ATTR as HELD
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
@@ -98,11 +100,21 @@ def frozen_engine(module: nn.Module, config: Distributed, dtype: torch.dtype) ->
 
 
 def end_engine(engine: DeepSpeedEngine) -> None:
-    """Take an engine off its module, for the next one or to be freed: a list of DeepSpeed's would hold it for ever."""
+    """Take an engine off its module, for the next one or to be freed.
+
+    A list and a cache of DeepSpeed's would hold them, with their weights and process groups, as long as this process.
+    """
     module: Any = engine.module
     parts = set(module.modules())
     engine.destroy()
     FWD_MODULE_STACK[:] = [held for held in FWD_MODULE_STACK if held not in parts]
+    _released_parameters().cache_clear()  # other engines fill it again
+
+
+def _released_parameters() -> Any:
+    """The `lru_cache` of a method, whose keys are its engine's coordinator and modules, inside DeepSpeed's wrapper."""
+    name = f"_{PartitionedParameterCoordinator.__name__}__params_to_release"
+    return inspect.getclosurevars(vars(PartitionedParameterCoordinator)[name]).nonlocals["func"]
 
 
 def whole_shape(parameter: Tensor) -> tuple[int, ...]:

@@ -1,5 +1,7 @@
 """Fine-tuning gives the same losses and the same student on any number of ranks, sharded or whole, packed or not."""
 
+import gc
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,6 +45,11 @@ def train_and_keep(model: Path, folder: Path, zero_stage: int, changes: dict) ->
         torch.testing.assert_close(policy.model(TOKENS).logits, tiny_model()(TOKENS).logits)
     if dist.get_rank() == 0:
         torch.save(trained.losses, folder / "losses.pt")
+    policy.release()
+    held = weakref.ref(policy.model)
+    del trained, policy
+    gc.collect()
+    assert held() is None, "no engine that has ended holds the model, which this process would keep for its life"
 
 
 def plain_logits(base: Path, run: Path) -> torch.Tensor:
