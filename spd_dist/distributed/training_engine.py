@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import copy
 import hashlib
-import io
 import logging
 import os
 from collections.abc import Mapping
@@ -16,7 +13,6 @@ from typing import Any, cast
 
 import deepspeed
 import torch
-from deepspeed.checkpoint import ds_to_universal
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
@@ -258,19 +254,3 @@ def _base_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
     """The optimizer inside ZeRO's or the mixed precision's wrapper."""
     outer: Any = engine.optimizer
     return outer if isinstance(outer, torch.optim.Optimizer) else outer.optimizer
-
-
-def convert_to_universal(checkpoint: Path, target: Path) -> None:
-    """Write a checkpoint in DeepSpeed's universal form, which any world size can load. One rank calls it."""
-    arguments = argparse.Namespace(
-        input_folder=str(checkpoint),
-        output_folder=str(target),
-        num_extract_workers=1,  # no child processes: ours may hold a process group and a device
-        num_merge_workers=1,
-        keep_temp_folder=False,
-        strict=True,
-        inject_missing_state=True,
-    )
-    with data_alone(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        ds_to_universal.main(arguments)
-    (target.parent / "latest_universal").unlink()  # only a load without a tag would read it

@@ -1,5 +1,6 @@
 """A fine-tuning that was stopped anywhere goes on as if it had not been, at the same or another world size."""
 
+import argparse
 import logging
 import os
 import resource
@@ -10,11 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.checkpoint import ds_to_universal
 from finetuning import losses, train
 from ranks import run_on_ranks
 from tiny import save_tiny_model
+from torch.utils._pytree import tree_leaves
 
+from spd_dist.distributed.checkpoint_safety import data_alone
 from spd_dist.distributed.collectives import gather_objects
+from spd_dist.distributed.universal import convert_to_universal
 from spd_dist.errors import DataError, StopRequested
 from spd_dist.process.signals import STOP_FILE, StopSignals
 from spd_dist.storage.artifacts import read_json, read_jsonl, sha256_of, write_json
@@ -133,6 +138,63 @@ class Runs:
 
     def __reduce__(self) -> tuple:
         return Path.touch, (self.target,)
+
+
+def convert_in_two_attempts(model: Path, folder: Path, zero_stage: int) -> None:
+    """The first meets a file where a parameter's folder should be; DeepSpeed's own program converts for comparison."""
+    train_and_stop(model, folder, zero_stage, 4, LORA)
+    checkpoint, universal = folder / "checkpoints/step_00000004", folder / "universal"
+    calls = []
+    with pytest.MonkeyPatch.context() as patch, data_alone():
+        if dist.get_rank() == 0:
+            settings = {"keep_temp_folder": False, "strict": True, "inject_missing_state": True}
+            folders = {"input_folder": str(checkpoint), "output_folder": str(folder / "expected")}
+            ds_to_universal.main(argparse.Namespace(num_extract_workers=1, num_merge_workers=1, **settings, **folders))
+            blocked = (
+                universal
+                / "zero"
+                / sorted(path.name for path in (folder / "expected/zero").iterdir() if path.is_dir())[-1]
+            )
+            universal.mkdir()
+            (universal / "SOURCE").write_text("the same")
+            blocked.parent.mkdir()
+            blocked.write_text("in the way")
+        dist.barrier()
+        save = torch.save
+        patch.setattr(torch, "save", lambda *args, **kwargs: [calls.append(args[1]), save(*args, **kwargs)])
+        with pytest.raises((FileExistsError, RuntimeError), match=r"File exists"):
+            convert_to_universal(checkpoint, universal, "the same")
+        written = {file: file.stat().st_mtime_ns for file in universal.rglob("zero/*/*.pt")}
+        assert min(gather_objects(len(calls))) > 0, "every rank does some of it"
+        dist.barrier()
+        if dist.get_rank() == 0:
+            blocked.unlink()
+        calls.clear()
+        convert_to_universal(checkpoint, universal, "the same")
+    assert sum(gather_objects(len(calls))) <= 5, "what was left: four files of a parameter, and the settings"
+    assert all(file.stat().st_mtime_ns == before for file, before in written.items())
+    assert same_tensors(folder / "expected", universal)
+    convert_to_universal(checkpoint, universal, "the same")
+    assert all(file.stat().st_mtime_ns == before for file, before in written.items()), "it is whole"
+    convert_to_universal(checkpoint, universal, "another")
+    assert not any(file.stat().st_mtime_ns == before for file, before in written.items()), "it was of something else"
+
+
+def same_tensors(expected: Path, found: Path) -> bool:
+    """Whether all files of one are in the other, with the same values."""
+    names = sorted(file.relative_to(expected) for file in expected.rglob("*.pt"))
+    assert names == sorted(file.relative_to(found) for file in found.rglob("*.pt"))
+    with data_alone():
+        both = [(torch.load(expected / name), torch.load(found / name)) for name in names if name.parts[0] == "zero"]
+    flat = [[tree_leaves(part) for part in pair] for pair in both]
+    return all(
+        torch.equal(one, other) for pair in flat for one, other in zip(*pair, strict=True) if torch.is_tensor(one)
+    )
+
+
+@pytest.mark.parametrize("zero_stage", [3, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_conversion_is_shared_by_the_ranks_and_goes_on_where_it_stopped(model, tmp_path, zero_stage):
+    run_on_ranks(2, tmp_path / "store", convert_in_two_attempts, model, tmp_path / "run", zero_stage)
 
 
 def resume_from_a_hostile_checkpoint(model: Path, folder: Path, zero_stage: int, kind: str, world_size: int) -> None:

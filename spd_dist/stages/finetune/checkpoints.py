@@ -12,15 +12,15 @@ from spd_dist.distributed.checkpoint_safety import refuse_code
 from spd_dist.distributed.collectives import any_rank, gather_objects, together
 from spd_dist.distributed.training_engine import (
     DeepSpeedEngine,
-    convert_to_universal,
     load_engine,
     save_engine,
     writer_of,
 )
 from spd_dist.distributed.uneven_work import on_main, wait_for_all_ranks
+from spd_dist.distributed.universal import convert_to_universal
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError, writing
-from spd_dist.storage.artifacts import clear_folder, sha256_of
+from spd_dist.storage.artifacts import clear_folder, content_hash, sha256_of
 from spd_dist.storage.records import read_record, write_record
 
 log = logging.getLogger(__name__)
@@ -194,13 +194,7 @@ class Checkpoints:
             return found.folder
         universal = found.folder.with_name(found.folder.name + UNIVERSAL)
         log.info("%s is of %d ranks; converting it for %d", found.folder, world_size, self.world.size)
-
-        def convert() -> None:
-            clear_folder(universal)
-            with writing(universal):
-                convert_to_universal(found.folder, universal)
-
-        on_main("converting a checkpoint to another world size", convert)
+        convert_to_universal(found.folder, universal, content_hash(dict(found.marker.sha256)))
         return universal
 
     def load(self, engine: DeepSpeedEngine, folder: Path) -> None:
