@@ -168,12 +168,13 @@ def convert_in_two_attempts(model: Path, folder: Path, zero_stage: int) -> None:
         calls.clear()
         convert_to_universal(checkpoint, universal, "the same")
     again = {Path(path).relative_to(universal).as_posix() for part in gather_objects(calls) for path in part}
-    left = [path for path in again if not path.startswith(f"zero/{name}/")]
-    assert left == ["zero/optimizer_state.pt"], "one parameter, and the settings"
+    left = {path for path in again if not path.startswith(f"zero/{name}/")} - {"zero/model.lm_head.weight/fp32.pt"}
+    assert left == {"zero/optimizer_state.pt"}, f"one parameter, what has no optimizer state, and the settings: {left}"
     assert all(file.stat().st_mtime_ns == before for file, before in written.items())
     assert same_tensors(folder / "expected", universal)
     convert_to_universal(checkpoint, universal, "the same")
     assert all(file.stat().st_mtime_ns == before for file, before in written.items()), "it is whole"
+    dist.barrier()
     convert_to_universal(checkpoint, universal, "another")
     assert not any(file.stat().st_mtime_ns == before for file, before in written.items()), "it was of something else"
 
