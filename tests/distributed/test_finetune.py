@@ -213,6 +213,8 @@ def train_in_every_mode(model: Path, folder: Path, names: Sequence[str] = ()) ->
             replica = load_replica(Model(name=str(model)), Distributed(), world, adapter=folder / name / "adapter")
             torch.testing.assert_close(merged(TOKENS).logits, replica.model(TOKENS).logits, atol=1e-4, rtol=1e-4)
             assert not torch.allclose(merged(TOKENS).logits, expected)
+            kept = f"left by rounding | {trained.summary.model.delta_kept_fraction:.4f} or more, least in "
+            assert kept in (folder / name / "model/README.md").read_text()
 
 
 def test_a_merge_that_bfloat16_rounds_away_is_refused_and_the_adapter_is_saved_without_it(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -90,7 +91,9 @@ class Export:
         partial = self._write_model(merged_tensors(adapted, kept))
         with together("looking at what rounding left of the update"):
             name, fraction = check_kept(kept, self.policy.model.dtype)
-        return SavedModel(self._read_back(partial), fraction, name)
+        facts = {**self.card.facts, "of the update, left by rounding": f"{fraction:.4f} or more, least in {name}"}
+        described = dataclasses.replace(self, card=dataclasses.replace(self.card, facts=facts))
+        return SavedModel(described._read_back(partial), fraction, name)
 
     def model(self) -> SavedModel:
         """Write `model/`."""
