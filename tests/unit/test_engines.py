@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -384,6 +385,54 @@ def test_a_program_that_is_not_there_is_a_fault_of_the_config(policy, tmp_path):
 def test_an_interpreter_without_vllm_says_so(policy, tmp_path):
     with pytest.raises(DataError, match=r"engine=vllm ended with exit code 3; .*\nvllm is not installed in "):
         run(policy, tmp_path, engine="vllm", vllm_python=sys.executable)
+
+
+BROKEN_ENGINE = """#!{python}
+import json, sys, time
+def say(**line):
+    print(json.dumps(line), flush=True)
+sys.stdin.readline()
+say(ready={{"vllm": "broken"}})
+for line in sys.stdin:
+    asked = json.loads(line)
+    if asked["do"] == "operators":
+        say(operators=2)
+    elif asked["do"] == "request":
+        key, most = asked["key"], asked["sampling"]["max_new_tokens"]
+        print("the engine's last words", file=sys.stderr, flush=True)
+        {fault}
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("time.sleep(60)", r"engine=vllm has said nothing for generate.engine_timeout_seconds=3; .*is kept; "),
+        ("sys.exit(7)", r"engine=vllm ended with exit code 7; .*is kept; "),
+        ("print('oops', flush=True)", r"engine=vllm wrote b'oops.*', which is no 'key' .*is kept; "),
+        ("say(key=key, tokens='abc')", r"engine=vllm wrote b'.*abc.*', which is no 'key' .*is kept; "),
+        ("say(key='99', tokens=[2])", r"engine=vllm answered '99', which is no open request; .*is kept; "),
+        ("say(key=key, tokens=[5] * most); say(key=key, tokens=[5])", r"engine=vllm answered '0', which is no open"),
+        ("say(key=key, tokens=[999] * most)", r"engine=vllm answered 'p..' with token 999, and the policy has"),
+        ("say(key=key, tokens=[5])", r"generate.engine=vllm answered 'p..', .* neither end nor are max_new_tokens="),
+        ("say(key=key, tokens=[5] * most)", r"the engine does not run that policy; set generate.engine=hf"),
+    ],
+    ids=["silent", "dies", "garbage", "no tokens", "foreign", "twice", "vocabulary", "short", "another policy"],
+)
+def test_a_process_that_breaks_the_protocol_of_vllm_ends_in_a_sentence(policy, expected, tmp_path, fault, message):
+    """What the real one does not do on demand; and the stage goes on with another engine."""
+    broken = tmp_path / "broken.py"
+    broken.write_text(BROKEN_ENGINE.format(python=sys.executable, fault=fault))
+    broken.chmod(0o755)
+    seconds = 3.0 if "sleep" in fault else 60.0
+    with pytest.raises(DataError, match=message) as caught:
+        run(policy, tmp_path / "run", engine="vllm", vllm_python=str(broken), engine_timeout_seconds=seconds)
+    if "is kept" in str(caught.value):
+        assert "the engine's last words" in str(caught.value)
+    shutil.rmtree(tmp_path / "run" / "engine", ignore_errors=True)
+    config = dataclasses.replace(GREEDY, engine="hf")
+    summary = generate(policy, prompts(), some_projection(), config, StageContext(tmp_path / "run", SEED, ALONE))
+    assert merged(tmp_path / "run", summary) == expected
 
 
 def test_settings_that_an_engine_needs_are_asked_for(policy, tmp_path):

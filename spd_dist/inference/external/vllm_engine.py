@@ -93,7 +93,7 @@ class VLLMEngine:
                     self.process.send(line | {"adapter": adapter, "sampling": settings})
                 key, tokens = self.process.receive("key")
                 if key not in asked:
-                    raise DataError(f"{self.label} answered {key!r}, which is no open request")
+                    raise self.process.fault(f"answered {key!r}, which is no open request")
                 self.num_fed += len(tokens) - 1
                 yield decoded_of(self.label, asked.pop(key), tokens, sampling, self.policy)
         finally:

@@ -119,24 +119,25 @@ class VLLMProcess:
                 break
             except queue.Empty:
                 if time.monotonic() - waited_since > self.silence_seconds:
-                    raise DataError(
-                        f"engine=vllm has said nothing for generate.engine_timeout_seconds={self.silence_seconds:g}; "
-                        f"start the same command again, what is written is kept; {last_lines(self.log)}"
-                    ) from None
+                    what = f"has said nothing for generate.engine_timeout_seconds={self.silence_seconds:g}"
+                    raise self.fault(what) from None
         if line is None:
             try:
                 code = self.process.wait(POLL_SECONDS)
             except subprocess.TimeoutExpired:
                 code = None
-            raise DataError(
-                f"engine=vllm ended with exit code {code}; start the same command again, what is written is kept; "
-                f"{last_lines(self.log)}"
-            )
+            raise self.fault(f"ended with exit code {code}")
         try:
             row = json.loads(line)
             return row[kind] if kind != "key" else (row["key"], integers(row["tokens"]))
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"engine=vllm wrote {line[:200]!r}, which is no {kind!r} ({error!r})") from error
+            raise self.fault(f"wrote {line[:200]!r}, which is no {kind!r} ({error!r})") from error
+
+    def fault(self, what: str) -> DataError:
+        """The error of an engine that did `what`, with what it said last."""
+        return DataError(
+            f"engine=vllm {what}; start the same command again, what is written is kept; {last_lines(self.log)}"
+        )
 
     def close(self) -> None:
         """End it, and what it has started."""
