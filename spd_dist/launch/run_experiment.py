@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spd_dist.config import Experiment
+from spd_dist.data.tasks import check_tasks
 from spd_dist.errors import ConfigError, UserError
 from spd_dist.launch.run_method import on_every_rank
 from spd_dist.overrides import load_experiment, split_words, to_yaml
@@ -50,6 +51,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if (arguments.power is None) != (arguments.pilot is None) or not (arguments.power or 1.0) > 0:
             raise ConfigError(f"--power {arguments.power}: give points above 0, and --pilot DIR, a finished run")
         experiment = load_experiment(arguments.config, arguments.overrides)
+        check_tasks(experiment.run)
     except UserError as error:
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from spd_dist.config import STAGES, Config
+from spd_dist.data.tasks import check_tasks
 from spd_dist.errors import ConfigError, DataError, UserError, writing
 from spd_dist.overrides import load_config, split_words, to_yaml
 from spd_dist.process.environment import home_of, make_room, where_files_go
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
 
 SECONDS_FOR_THE_CAUSE = 5
 """A rank that fails since another one did ends this much later: the launcher takes the exit code of the first."""
+NOTHING_GIVEN = (
+    "no config and no setting is given: try --config package:quickstart, which brings its model; or name your own, as in "
+    "model.name=FOLDER_OR_HUB_NAME data.task=TASK; --show-config prints every setting, --help the options"
+)
 
 
 def main() -> int:
@@ -96,8 +101,12 @@ def from_command_line(
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher adds it
     arguments = parser.parse_intermixed_args()
     try:
-        config = load_config(*split_words(arguments.config + arguments.overrides))
+        words = arguments.config + arguments.overrides
+        if not words and not arguments.show_config:
+            raise ConfigError(NOTHING_GIVEN)
+        config = load_config(*split_words(words))
         if not arguments.show_config:
+            check_tasks(config)
             return work(config, arguments, signals)
     except UserError as error:
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":

@@ -135,13 +135,13 @@ def _find_inputs(config: Config) -> tuple[dict[str, str], dict[str, str], float]
     try:
         model = locate_model(config.model)
         model_gib = model.num_bytes / 2**30
-        found["model"] = f"{model.architecture}, {model.num_bytes} bytes"
+        found["model"] = f"{model.architecture}, weights of {model.num_bytes} bytes"
     except UserError as error:
         faults["model"] = str(error)
     for split in SPLITS:
         try:
             rows: Sequence[Any] = load_rows(find_task(config.data.task), split, config.data)
-            found[f"{split} rows"] = f"{len(rows)}, {content_hash(rows)[:12]}"
+            found[f"{split} rows"] = f"{len(rows)} rows, their hash {content_hash(rows)[:12]}"
         except UserError as error:
             faults[f"{split} rows"] = str(error)
     return found, faults, model_gib

@@ -34,10 +34,16 @@ class Needs:
 def judge(facts: Sequence[Facts], meeting: Meeting | None, needs: Needs) -> list[Finding]:
     """Every check, in the order of the table: one line if it is right, one a place where it is wrong."""
     found = [
-        *_same("code", facts, lambda one: one.code, "the same commit must be checked out on every host"),
+        *_same(
+            "code", facts, lambda one: one.code, "the same commit must be checked out on every host",
+            meaning="hash of the package's files, on every host the same; it is no git commit",
+        ),  # fmt: skip
         *_same("python", facts, lambda one: one.python, "use one virtual environment"),
         *_same("packages", facts, _versions, "use one virtual environment"),
-        *_same("config", facts, lambda one: one.config, "the hosts read different files or words"),
+        *_same(
+            "config", facts, lambda one: one.config, "the hosts read different files or words",
+            meaning="hash of the settings that results depend on",
+        ),  # fmt: skip
         *_devices(facts),
         *_memory(facts, needs),
         *_disks(facts, needs),
@@ -49,12 +55,14 @@ def judge(facts: Sequence[Facts], meeting: Meeting | None, needs: Needs) -> list
     return found
 
 
-def _same(check: str, facts: Sequence[Facts], value: Callable[[Facts], str], remedy: str) -> Iterator[Finding]:
-    """What must be equal everywhere: the value of most ranks counts as the right one."""
+def _same(
+    check: str, facts: Sequence[Facts], value: Callable[[Facts], str], remedy: str, meaning: str = ""
+) -> Iterator[Finding]:
+    """What must be equal everywhere: the value of most ranks counts as the right one; `meaning` says what it is."""
     counts = Counter(map(value, facts))
     usual = counts.most_common(1)[0][0]
     if len(counts) == 1:
-        yield Finding(check, True, _everywhere(facts), usual)
+        yield Finding(check, True, _everywhere(facts), f"{usual}, {meaning}" if meaning else usual)
     for other in counts.keys() - {usual}:
         where = _hosts(one for one in facts if value(one) == other)
         yield Finding(check, False, where, f"{_difference(other, usual)}; {remedy}")
@@ -99,6 +107,7 @@ def _memory(facts: Sequence[Facts], needs: Needs) -> Iterator[Finding]:
     """Each rank must hold its part of the weights, and half as much again to work with."""
     model_gib = max(one.model_gib for one in facts)
     part_gib = model_gib / (len(facts) if needs.is_sharded else 1)
+    place = "device memory" if facts[0].num_devices else "host memory"
     short = [one for one in facts if one.free_memory_gib < 1.5 * part_gib]
     least = min(one.free_memory_gib for one in facts)
     for one in short:
@@ -106,7 +115,7 @@ def _memory(facts: Sequence[Facts], needs: Needs) -> Iterator[Finding]:
         yield Finding("memory", False, one.host, f"{what}; end what else runs there, or take more ranks")
     if not short:
         whole = "fit" if least >= 1.5 * model_gib else "do not fit"
-        text = f"{least:.1f} GiB free at least; the whole weights ({model_gib:.1f} GiB) {whole} on every rank"
+        text = f"{least:.1f} GiB of {place} free for a rank, at least; the whole weights ({model_gib:.1f} GiB) {whole} on every rank"
         yield Finding("memory", True, _everywhere(facts), text)
 
 
@@ -118,7 +127,7 @@ def _disks(facts: Sequence[Facts], needs: Needs) -> Iterator[Finding]:
         for host, gib in full.items():
             yield Finding(f"disk: {name}", False, host, f"{gib:.2f} GiB free, {limit:g} needed; make room")
         if free and not full:
-            yield Finding(f"disk: {name}", True, _everywhere(facts), f"{min(free.values()):.1f} GiB free at least")
+            yield Finding(f"disk: {name}", True, _everywhere(facts), f"{min(free.values()):.1f} GiB free on its disk, at least")
 
 
 def _inputs(facts: Sequence[Facts]) -> Iterator[Finding]:

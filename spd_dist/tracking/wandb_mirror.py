@@ -33,6 +33,11 @@ QUIET: dict[str, Any] = {
 }
 
 
+OFFLINE = "W&B: offline%s; to upload it later: python launchers/wandb_sync.py %s; metrics.wandb=disabled leaves it out"
+_offline: set[Path] = set()
+"""The run folders of which this process has said so: a run opens one W&B run after the other."""
+
+
 class WandbMirror:
     """One W&B run, written by one process."""
 
@@ -68,7 +73,8 @@ class WandbMirror:
             self._try("finishing", lambda: self._run.finish(exit_code=exit_code))
             # Waits for its service, which may still be writing an offline run.
             self._try("closing", lambda: self._wandb.teardown(exit_code))
-        log.info("W&B: to upload what the server has not: python launchers/wandb_sync.py %s", self._folder)
+        if self._limits is not None:  # an offline run has said it at its start
+            log.info("W&B: to upload what the server has not: python launchers/wandb_sync.py %s", self._folder)
 
     def _product(self, product: Product, is_input: bool) -> None:
         name = re.sub(r"[^\w.-]", "-", f"{self._run.group.rpartition('-')[0]}-{product.name}", flags=re.ASCII)
@@ -161,14 +167,20 @@ def open_mirror(
     limits = ServerLimits(server, init_seconds, finish_seconds)
     folder = Path(run_folder).resolve()
     identity = _identity(config, folder, settings, job)
-    for mode in modes(config.wandb, server):
+    order, reason = modes(config.wandb, server)
+    for mode in order:
         try:
             run = _init(wandb, config, settings, identity, mode, limits)
         except failures as error:
             log.warning("W&B: %s does not work: %s", mode, error)
             wandb.teardown()  # or its service holds the id that the next mode wants
             continue
-        log.info("W&B: %s, %s", mode, run.url if mode == "online" else f"files in {folder}/wandb")
+        if mode == "online":
+            log.info("W&B: online, %s", run.url)
+        elif folder not in _offline:
+            _offline.add(folder)
+            level = logging.WARNING if config.wandb == "online" else logging.INFO
+            log.log(level, OFFLINE, f", since {reason}" if reason else "", folder)
         return WandbMirror(wandb, run, failures, folder, limits if mode == "online" else None)
     return None
 

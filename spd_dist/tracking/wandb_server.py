@@ -32,23 +32,26 @@ class ServerLimits(NamedTuple):
     finish_seconds: float
 
 
-def modes(wanted: str, server: str) -> list[Literal["online", "offline"]]:
-    """The modes to try, in order."""
+class Modes(NamedTuple):
+    """The modes to try, in order; and why online is not among them, if that was not asked for."""
+
+    order: list[Literal["online", "offline"]]
+    reason: str = ""
+
+
+def modes(wanted: str, server: str) -> Modes:
+    """How W&B may be used here."""
     if wanted == "auto":
         wanted = os.environ.get("WANDB_MODE", "auto")
     if wanted == "disabled":
-        return []
+        return Modes([])
     if wanted not in ("auto", "online"):
-        return ["offline"]
-    reason = None
+        return Modes(["offline"])
     if not _has_key(server):
-        reason = "no key (WANDB_API_KEY, or `wandb login`)"
-    elif not _answers(server):
-        reason = f"{server} does not answer"
-    if reason is None:
-        return ["online", "offline"]
-    log.log(logging.WARNING if wanted == "online" else logging.INFO, "W&B: offline, since there is %s", reason)
-    return ["offline"]
+        return Modes(["offline"], "there is no key (WANDB_API_KEY, or `wandb login`)")
+    if not _answers(server):
+        return Modes(["offline"], f"{server} does not answer")
+    return Modes(["online", "offline"])
 
 
 def _has_key(server: str) -> bool:

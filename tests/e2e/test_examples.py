@@ -19,15 +19,23 @@ def model(tmp_path_factory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("policy") / "model")
 
 
+def started(*words: str) -> str:
+    """What an example prints."""
+    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
+    return subprocess.run([sys.executable, *words], env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
 def test_the_method_at_one_site_loses_no_more_than_its_bound(model):
-    done = subprocess.run(
-        [sys.executable, "examples/one_site.py", str(model)], env=os.environ | {"DS_ACCELERATOR": "cpu"},
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    first, before, after = done.stdout.splitlines()
+    first, before, after = started("examples/one_site.py", str(model)).splitlines()
     lost, bound = map(float, re.fullmatch(r".* at most (\S+), bound (\S+)", first).groups())
     assert lost <= bound * (1 + 1e-9)
     assert before.removeprefix("as it is") != after.removeprefix("projected")
+
+
+def test_an_example_of_an_extension_shows_what_it_does(model):
+    sites = started("examples/packed_kv.py").splitlines()
+    assert [line.split()[0] for line in sites] == ["layers.2.key", "layers.2.value"]
+    assert started("examples/plain_generate.py", str(model)).strip("\n")
 
 
 def test_a_task_in_yaml_is_asked_trained_on_and_judged(model, tmp_path):

@@ -44,8 +44,27 @@ def test_a_name_that_is_none_is_refused_with_those_that_are(capsys):
     assert ended.value.code == 0
 
 
-@pytest.mark.parametrize("module", ["run_method", "run_experiment", "evaluate_model", "submit", "sweep"])
-def test_a_wrong_word_is_said_before_torch_is_imported(module):
-    heavy = "{'torch', 'deepspeed', 'transformers'}"
-    code = f"import sys, spd_dist.launch.{module}; print(sorted({heavy} & sys.modules.keys()))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+BEFORE_TORCH = """
+import importlib, sys
+for name in ("run_method", "run_experiment", "evaluate_model", "submit", "sweep"):
+    importlib.import_module(f"spd_dist.launch.{name}")
+from spd_dist.launch import evaluate_model, run_experiment, run_method
+wrong = ["data.task=gsm8", "evaluate.also=[gsm8]"]
+experiment = ["--config", "package:experiments/arithmetic_smollm2", wrong[0]]
+sys.argv = ["spd.py", wrong[0]]
+codes = [run_method.main()]
+sys.argv = ["spd.py", wrong[1]]
+codes += [run_method.main(), run_experiment.main(experiment), evaluate_model.main(["MODEL", "--tasks", "gsm8"])]
+sys.argv = ["spd.py"]
+codes += [run_method.main()]
+print(codes, sorted({"torch", "deepspeed", "transformers"} & sys.modules.keys()))
+"""
+
+
+def test_a_wrong_word_and_a_missing_task_are_said_before_torch_is_imported():
+    done = subprocess.run([sys.executable, "-c", BEFORE_TORCH], capture_output=True, text=True, check=True)
+    assert done.stdout == "[2, 2, 2, 2, 2] []\n", done.stderr
+    said = [line.partition("; the nearest")[0] for line in done.stderr.splitlines()]
+    no_task = "'gsm8' is not a task"
+    assert said[:4] == [f"error: {key}: {no_task}" for key in ("data.task", "evaluate.also", "data.task", "data.task")]
+    assert said[4].startswith("error: no config and no setting is given: try --config package:quickstart, which brings")

@@ -40,7 +40,12 @@ def test_hosts_that_agree_are_right_in_every_check():
     found = {one.check: one.what for one in judge(hosts(), FINE, Needs())}
     assert found["ranks"] == "2 a host, 4 in all"
     assert found["all-reduce"] == "12.00 GB/s, 0.10 ms"
-    assert found["memory"] == "70.0 GiB free at least; the whole weights (40.0 GiB) fit on every rank"
+    assert found["memory"] == (
+        "70.0 GiB of device memory free for a rank, at least; the whole weights (40.0 GiB) fit on every rank"
+    )
+    assert found["disk: run_dir"] == "100.0 GiB free on its disk, at least"
+    assert found["code"] == "c1, hash of the package's files, on every host the same; it is no git commit"
+    assert found["config"] == "f1, hash of the settings that results depend on"
     assert {"code", "python", "packages", "config", "shared folder", "clock", "model", "train rows"} <= found.keys()
 
 
@@ -109,7 +114,7 @@ def test_facts_are_of_this_host_and_inputs_that_are_missing_are_faults(tmp_path)
     facts = gather_facts(config, {"RANK": "5", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "HOME": str(tmp_path)})
     assert (facts.rank, facts.local_size, facts.device, facts.faults) == (5, 2, "cpu", {})
     assert facts.reachable["model"].startswith("LlamaForCausalLM, ")
-    assert facts.reachable["test rows"].startswith("6, ")
+    assert facts.reachable["test rows"].startswith("6 rows, their hash ")
     assert facts == dataclasses.replace(facts, **dataclasses.asdict(facts))
     (tmp_path / "file").touch()
     lost = ["model.name=nowhere/model", "data.train=nowhere.jsonl", f"run_dir={tmp_path / 'file' / 'run'}"]

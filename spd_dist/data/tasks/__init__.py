@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 
+from spd_dist.config import Config
 from spd_dist.data.tasks.bbh import BBH
 from spd_dist.data.tasks.codealpaca import CODEALPACA
 from spd_dist.data.tasks.competition_math import MATH
@@ -19,7 +20,9 @@ from spd_dist.data.tasks.protocol import Row, Score, Split, Task
 from spd_dist.data.tasks.word_problems import ARITHMETIC, GSM8K, SVAMP
 from spd_dist.errors import ConfigError
 
-__all__ = ["TASKS", "Execute", "Row", "Score", "Split", "Task", "find_task", "refusal", "runs_code", "with_execution"]
+__all__ = [
+    "TASKS", "Execute", "Row", "Score", "Split", "Task", "check_tasks", "find_task", "refusal", "runs_code", "with_execution",
+]  # fmt: skip
 
 ENTRY_POINTS = "spd_dist.tasks"
 _BUILT_IN: tuple[Task, ...] = (
@@ -30,8 +33,8 @@ TASKS: Mapping[str, Task] = {task.name: task for task in _BUILT_IN}
 """Built-in tasks; a package adds its own as entry points of group `spd_dist.tasks`."""
 
 
-def find_task(name: str) -> Task:
-    """The task that `data.task` names: built in, an entry point, or the path of a YAML file.
+def find_task(name: str, key: str = "data.task") -> Task:
+    """The task that the setting `key` names: built in, an entry point, or the path of a YAML file.
 
     Raises:
         ConfigError: no task has that name, or its file does not describe one.
@@ -45,9 +48,20 @@ def find_task(name: str) -> Task:
     known = [*TASKS, *(point.name for point in entry_points(group=ENTRY_POINTS))]
     nearest = difflib.get_close_matches(name, known, 1, 0)[0]
     raise ConfigError(
-        f"data.task: {name!r} is not a task; the nearest is {nearest}; "
+        f"{key}: {name!r} is not a task; the nearest is {nearest}; "
         f"known are {', '.join(known)}, and paths of .yaml files"
     )
+
+
+def check_tasks(config: Config) -> None:
+    """See that the tasks of a run are there: it takes no torch, so a wrong word is said at once.
+
+    Raises:
+        ConfigError: as of `find_task`.
+    """
+    find_task(config.data.task)
+    for word in config.evaluate.also:
+        find_task(word.partition("=")[0], "evaluate.also")
 
 
 def with_execution(task: Task, execute: Execute) -> Task:
