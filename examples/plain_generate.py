@@ -1,7 +1,7 @@
 """A generation engine, as docs/adding_an_engine.md tells it: `model.generate`, one prompt at a time.
 
-`python examples/plain_generate.py [MODEL]` lets it answer a question; MODEL is what model.name takes, the quickstart's if
-none is named.
+`python examples/plain_generate.py [MODEL]` lets it answer a question; MODEL is what model.name takes, the quickstart's
+if none is named.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 SECONDS_FOR_THE_CAUSE = 5
 """A rank that fails since another one did ends this much later: the launcher takes the exit code of the first."""
 NOTHING_GIVEN = (
-    "no config and no setting is given: try --config package:quickstart, which brings its model; or name your own, as in "
-    "model.name=FOLDER_OR_HUB_NAME data.task=TASK; --show-config prints every setting, --help the options"
+    "no config and no setting is given: try --config package:quickstart, which brings its model; or name your own, as "
+    "in model.name=FOLDER_OR_HUB_NAME data.task=TASK; --show-config prints every setting, --help the options"
 )
 
 

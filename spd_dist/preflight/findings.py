@@ -10,6 +10,10 @@ from spd_dist.preflight.cross_rank import Meeting
 from spd_dist.preflight.facts import Facts
 
 
+_OF_CODE = "hash of the package's files, on every host the same; it is no git commit"
+_OF_CONFIG = "hash of the settings that results depend on"
+
+
 @dataclass(frozen=True)
 class Finding:
     """A line of the table."""
@@ -34,16 +38,10 @@ class Needs:
 def judge(facts: Sequence[Facts], meeting: Meeting | None, needs: Needs) -> list[Finding]:
     """Every check, in the order of the table: one line if it is right, one a place where it is wrong."""
     found = [
-        *_same(
-            "code", facts, lambda one: one.code, "the same commit must be checked out on every host",
-            meaning="hash of the package's files, on every host the same; it is no git commit",
-        ),  # fmt: skip
+        *_same("code", facts, lambda one: one.code, "the same commit must be checked out on every host", _OF_CODE),
         *_same("python", facts, lambda one: one.python, "use one virtual environment"),
         *_same("packages", facts, _versions, "use one virtual environment"),
-        *_same(
-            "config", facts, lambda one: one.config, "the hosts read different files or words",
-            meaning="hash of the settings that results depend on",
-        ),  # fmt: skip
+        *_same("config", facts, lambda one: one.config, "the hosts read different files or words", _OF_CONFIG),
         *_devices(facts),
         *_memory(facts, needs),
         *_disks(facts, needs),
@@ -115,7 +113,8 @@ def _memory(facts: Sequence[Facts], needs: Needs) -> Iterator[Finding]:
         yield Finding("memory", False, one.host, f"{what}; end what else runs there, or take more ranks")
     if not short:
         whole = "fit" if least >= 1.5 * model_gib else "do not fit"
-        text = f"{least:.1f} GiB of {place} free for a rank, at least; the whole weights ({model_gib:.1f} GiB) {whole} on every rank"
+        weights = f"the whole weights ({model_gib:.1f} GiB) {whole} on every rank"
+        text = f"{least:.1f} GiB of {place} free for a rank, at least; {weights}"
         yield Finding("memory", True, _everywhere(facts), text)
 
 
@@ -127,7 +126,8 @@ def _disks(facts: Sequence[Facts], needs: Needs) -> Iterator[Finding]:
         for host, gib in full.items():
             yield Finding(f"disk: {name}", False, host, f"{gib:.2f} GiB free, {limit:g} needed; make room")
         if free and not full:
-            yield Finding(f"disk: {name}", True, _everywhere(facts), f"{min(free.values()):.1f} GiB free on its disk, at least")
+            what = f"{min(free.values()):.1f} GiB free on its disk, at least"
+            yield Finding(f"disk: {name}", True, _everywhere(facts), what)
 
 
 def _inputs(facts: Sequence[Facts]) -> Iterator[Finding]:

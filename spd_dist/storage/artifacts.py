@@ -12,13 +12,14 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from spd_dist.errors import MAKE_ROOM, DataError, MissingError, writing
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PARTIAL = ".partial"
 
@@ -128,6 +129,8 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
     Raises:
         DataError: the disk is full or may not be written.
     """
+    from safetensors.torch import save_file  # and so torch, which takes seconds: JSON and text need none of it
+
     with replacing(path) as partial:
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, dict(metadata or {}))

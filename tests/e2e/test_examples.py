@@ -22,7 +22,8 @@ def model(tmp_path_factory) -> Path:
 def started(*words: str) -> str:
     """What an example prints."""
     environment = os.environ | {"DS_ACCELERATOR": "cpu"}
-    return subprocess.run([sys.executable, *words], env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+    command = [sys.executable, *words]
+    return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 def test_the_method_at_one_site_loses_no_more_than_its_bound(model):

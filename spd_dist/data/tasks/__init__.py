@@ -21,7 +21,8 @@ from spd_dist.data.tasks.word_problems import ARITHMETIC, GSM8K, SVAMP
 from spd_dist.errors import ConfigError
 
 __all__ = [
-    "TASKS", "Execute", "Row", "Score", "Split", "Task", "check_tasks", "find_task", "refusal", "runs_code", "with_execution",
+    "TASKS", "Execute", "Row", "Score", "Split", "Task", "check_tasks", "find_task", "refusal", "runs_code",
+    "with_execution",
 ]  # fmt: skip
 
 ENTRY_POINTS = "spd_dist.tasks"
