@@ -133,8 +133,9 @@ def described(cluster: Cluster | None) -> str:
 def assumed(arguments: argparse.Namespace) -> str:
     """That it is a cluster of these words that is planned for, whatever this machine is."""
     return (
-        f"Planned for {arguments.gpu} GPUs of {arguments.gpu_memory:g} GiB, hosts of {arguments.host_memory:g} GiB: of "
-        "this machine nothing is read; --nodes, --gpus-per-node, --gpu, --gpu-memory and --host-memory say another cluster."
+        f"Planned for {arguments.gpu} GPUs of {arguments.gpu_memory:g} GiB, hosts of {arguments.host_memory:g} GiB; of "
+        "this machine nothing is read: --nodes, --gpus-per-node, --gpu, --gpu-memory and --host-memory say what to "
+        "plan for."
     )
 
 

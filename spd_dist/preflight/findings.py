@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from spd_dist.preflight.cross_rank import Meeting
 from spd_dist.preflight.facts import Facts
 
-
 _OF_CODE = "hash of the package's files, on every host the same; it is no git commit"
 _OF_CONFIG = "hash of the settings that results depend on"
 
