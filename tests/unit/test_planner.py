@@ -248,6 +248,7 @@ def test_the_launcher_says_whether_it_fits(config, capsys):
     shown = capsys.readouterr().out
     assert "0.722 B parameters on 1 node of 2 GPUs" in shown
     assert "Smallest cluster: 1 node of 1 GPU" in shown
+    assert "Planned for H100 GPUs of 80 GiB, hosts of 1024 GiB; of this machine nothing is read: --nodes" in shown
     assert main([*words, "--gpu-memory", "1"]) == 1
     assert "too large" in capsys.readouterr().out
     assert main(["--model-config", "no/such.json"]) == 3
