@@ -48,7 +48,7 @@ quickstart: install
 	@$(IN_VENV) $(ON_CPU) deepspeed --quiet $(RANKS) launchers/spd.py --config configs/quickstart.yaml run_dir="$(RUN_DIR)"
 
 test: install
-	@$(PYTEST) -n $(NUM_TEST_WORKERS) --dist loadfile --durations=15 -m "not slow and not cluster and not gpu"
+	@$(PYTEST) -n $(NUM_TEST_WORKERS) --dist loadfile --no-loadscope-reorder --durations=15 -m "not slow and not cluster and not gpu"
 
 test-fast: install
 	@$(PYTEST) -n $(NUM_TEST_WORKERS) --dist loadfile -m "not slow and not gpu and not waits" tests/unit tests/test_architecture.py
