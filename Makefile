@@ -1,6 +1,6 @@
 # make quickstart    sets up this machine, then runs the method on a real small model: 2 CPU ranks, or every GPU
 # make doctor        says what is wrong with this machine
-# make test          sets up, then passes the tests; make test-fast those that wait for nobody, make test-slow those of minutes
+# make test          sets up, then passes the tests; make test-fast those of a second, make test-slow those of minutes
 # make test-vllm     passes those of the engines that serve, against a real vLLM; makes its environment if it is not there
 # make test-gpu      passes what only a GPU shows, on every GPU that it finds, and writes build/test_gpu.json
 # make bench-gpu     measures on a GPU, and writes build/bench_gpu.json
@@ -51,7 +51,7 @@ test: install
 	@$(PYTEST) -n $(NUM_TEST_WORKERS) --dist loadfile --no-loadscope-reorder --durations=15 -m "not slow and not cluster and not gpu"
 
 test-fast: install
-	@$(PYTEST) -n $(NUM_TEST_WORKERS) --dist loadfile -m "not slow and not gpu and not waits" tests/unit tests/test_architecture.py
+	@$(PYTEST) -n $(NUM_TEST_WORKERS) --dist loadfile -m "not slow and not gpu and not seconds" tests/unit tests/test_architecture.py
 
 test-slow: install
 	@$(PYTEST) -m "slow and not cluster and not gpu"

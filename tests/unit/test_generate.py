@@ -172,7 +172,7 @@ def num_lines(folder: Path) -> int:
     return sum(file.read_bytes().count(b"\n") for file in folder.glob("completions/*.jsonl"))
 
 
-@pytest.mark.waits
+@pytest.mark.seconds
 def test_ten_kills_at_random_moments_leave_no_trace(model, policy, tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -217,7 +217,7 @@ def one_task(model: Path, run_dir: Path, index: int) -> None:
     (run_dir / f"finished-{index}").write_text(json.dumps([dataclasses.asdict(summary), dataclasses.asdict(manifest)]))
 
 
-@pytest.mark.waits
+@pytest.mark.seconds
 def test_two_tasks_that_meet_at_the_merge_leave_one_corpus_and_one_manifest(model, expected, tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)

@@ -169,7 +169,7 @@ def test_a_complete_folder_is_not_touched(tiny, whole, tmp_path):
     assert len(list(tmp_path.iterdir())) == 1  # not even a lock: the cache may be read-only
 
 
-@pytest.mark.waits
+@pytest.mark.seconds
 def test_a_process_killed_at_any_moment_leaves_nothing_that_is_taken_for_whole(tiny, whole, tmp_path):
     cache = tmp_path / "cache"
     begun = time.monotonic()
@@ -189,7 +189,7 @@ def test_a_process_killed_at_any_moment_leaves_nothing_that_is_taken_for_whole(t
     assert sorted(path.name for path in cache.iterdir()) == sorted([whole.name, f".{whole.name}.lock"])
 
 
-@pytest.mark.waits
+@pytest.mark.seconds
 def test_processes_that_come_at_once_convert_once(tiny, whole, tmp_path):
     processes = [started(tiny, tmp_path) for _ in range(3)]
     seen = set()
@@ -201,7 +201,7 @@ def test_processes_that_come_at_once_convert_once(tiny, whole, tmp_path):
     assert contents(tmp_path / whole.name) == contents(whole)
 
 
-@pytest.mark.waits
+@pytest.mark.seconds
 def test_only_what_dead_or_long_gone_processes_left_is_removed(tiny, whole, tmp_path):
     dead = started(tiny, tmp_path / "other")
     dead.join()
@@ -357,7 +357,7 @@ def convert_as_nobody(gguf: Path, closed: Path, answer: Connection) -> None:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
-@pytest.mark.waits
+@pytest.mark.seconds
 def test_another_users_cache_names_the_setting(tiny):
     with tempfile.TemporaryDirectory() as name:  # pytest's own is closed to others
         folder, closed = Path(name), Path(name, "closed")
@@ -389,7 +389,7 @@ def convert_on_small_disks(gguf: Path, disks: dict[Path, str], answer: Connectio
             answer.send((str(error), [path.suffix for path in disk.iterdir()]))
 
 
-@pytest.mark.waits
+@pytest.mark.seconds
 def test_a_read_only_and_a_full_disk_name_the_setting(tiny, tmp_path):
     options = {"read-only": "size=9m,ro", "full": "size=4k", "nearly full": "size=100k"}
     reasons = {"read-only": "Read-only file system", "full": "No space left", "nearly full": "No space left"}

@@ -21,7 +21,7 @@ def started(script: str, *words: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.waits
+@pytest.mark.seconds
 def test_without_a_gpu_there_is_one_sentence(script, tmp_path):
     ended = started(script, "--json", str(tmp_path / "found.json"))
     assert ended.returncode == 2

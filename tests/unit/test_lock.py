@@ -40,7 +40,7 @@ def started(target: object, *arguments: object) -> multiprocessing.Process:
     return process
 
 
-@pytest.mark.waits
+@pytest.mark.seconds
 def test_processes_take_turns(tmp_path):
     folder = tmp_path / "generate"
     folder.mkdir()
@@ -51,7 +51,7 @@ def test_processes_take_turns(tmp_path):
     assert (folder / "count").read_text() == "150"
 
 
-@pytest.mark.waits
+@pytest.mark.seconds
 def test_a_killed_process_lets_go_and_a_living_one_does_not(tmp_path):
     folder = tmp_path / "generate"
     folder.mkdir()
@@ -68,7 +68,7 @@ def test_a_killed_process_lets_go_and_a_living_one_does_not(tmp_path):
     assert (folder / "count").read_text() == "1"
 
 
-@pytest.mark.waits
+@pytest.mark.seconds
 def test_the_folder_may_be_replaced_meanwhile(tmp_path):
     folder = tmp_path / "generate"
     with alone_in(folder):

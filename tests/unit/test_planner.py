@@ -85,6 +85,7 @@ def test_full_fine_tuning_holds_sixteen_bytes_of_optimizer_for_each_parameter(co
     assert whole["optimizer"] == 2 * profile.policy.num_parameters
 
 
+@pytest.mark.seconds
 def test_weights_of_4_bits_and_the_one_that_is_made_whole_are_counted(config):
     whole = changed(config, "distributed", zero_stage=2)
     four_bits = changed(whole, "model", quantization="nf4")
@@ -241,6 +242,7 @@ def test_an_unknown_gpu_is_an_error():
     assert main(["--gpu", "B900"]) == 2
 
 
+@pytest.mark.seconds
 def test_the_launcher_says_whether_it_fits(config, capsys):
     words = ["--model-config", config.model.name, "model.dtype=bfloat16", "finetune.checkpointing=true"]
     words += ["calibrate.batch_size=1", "--nodes", "1", "--gpus-per-node", "2"]
@@ -255,6 +257,7 @@ def test_the_launcher_says_whether_it_fits(config, capsys):
     assert "error: model.name: no/such.json can't be loaded" in capsys.readouterr().err
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     "block", re.findall(r"<!-- plan: (.*?) -->\n(.*?)\n<!-- end -->", Path("docs/scaling.md").read_text(), re.S)
 )
@@ -264,6 +267,7 @@ def test_the_numbers_of_the_documentation_are_the_planners(block, capsys):
     assert capsys.readouterr().out.strip() == written.strip()
 
 
+@pytest.mark.seconds
 def test_bytes_of_a_weight_follow_the_device_and_the_config(config):
     automatic = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="auto"))
     assert profile_of(automatic, torch.device("cpu")).element_bytes == 4

@@ -97,7 +97,7 @@ def test_a_subspace_saves_overlaps_and_folds_itself(model, folder, tmp_path):
         again.fold_into(tied)
 
 
-@pytest.mark.waits
+@pytest.mark.seconds
 def test_the_whole_method_runs_from_a_config(folder, tmp_path, monkeypatch):
     words = ["data.num_train=6", "data.num_test=4", "calibrate.num_examples=4", "generate.max_new_tokens=6"]
     words += ["finetune.num_epochs=1", "finetune.global_batch_size=4", "evaluate.max_new_tokens=4"]

@@ -97,7 +97,7 @@ def test_no_hostile_program_passes_stays_or_harms_its_neighbours(sandbox, progra
     check_hostile(sandbox, programs)
 
 
-@pytest.mark.waits
+@pytest.mark.seconds
 @HELD_ALIKE
 def test_no_greedy_program_passes_stays_or_harms_its_neighbours(sandbox):
     assert check_hostile(sandbox, STUBBORN | GREEDY)["sleeps"].reason == "not judged within 6 s"
@@ -108,7 +108,7 @@ def test_a_hundred_programs_are_tried():
     assert len({program for kind in kinds for program in kind.values()}) + len(REFUSED) >= 100
 
 
-@pytest.mark.waits
+@pytest.mark.seconds
 @HELD_ALIKE
 def test_time_and_memory_are_counted_whoever_holds_them(sandbox):
     """Right programs that take too much, each in a way in which it could go unseen, beside one that does not."""

@@ -119,7 +119,7 @@ def test_a_run_that_is_started_again_goes_on_as_the_same_run(tmp_path, server):
     assert not server.unknown
 
 
-@pytest.mark.waits
+@pytest.mark.seconds
 def test_a_server_that_fails_means_offline_after_the_time_it_was_given(tmp_path, caplog, server):
     server.failing["*"] = 1000
     mirror = open_mirror(Metrics(wandb="auto"), tmp_path, SETTINGS, init_seconds=1.0)
@@ -129,7 +129,7 @@ def test_a_server_that_fails_means_offline_after_the_time_it_was_given(tmp_path,
     assert read_offline_run(tmp_path).exit_code == 3
 
 
-@pytest.mark.waits
+@pytest.mark.seconds
 def test_a_server_that_stumbles_gets_everything_in_the_end(tmp_path, server):
     go_on(tmp_path, range(4), disturb=lambda: server.failing.update(file_stream=1))
     (run,) = server.runs.values()
@@ -138,7 +138,7 @@ def test_a_server_that_stumbles_gets_everything_in_the_end(tmp_path, server):
 
 
 @pytest.mark.parametrize("illness", ["refuses", "is slow", "answers 500"])
-@pytest.mark.waits
+@pytest.mark.seconds
 def test_a_run_goes_on_when_the_server_falls_ill(illness, tmp_path, server):
     cures = {
         "refuses": server.refuse,
@@ -153,7 +153,7 @@ def test_a_run_goes_on_when_the_server_falls_ill(illness, tmp_path, server):
     assert log.stat().st_size > 0
 
 
-@pytest.mark.waits
+@pytest.mark.seconds
 def test_a_slow_server_costs_the_time_that_it_was_given_once(tmp_path, caplog, server):
     server.delay_seconds = 60.0
     started = time.monotonic()
@@ -163,7 +163,7 @@ def test_a_slow_server_costs_the_time_that_it_was_given_once(tmp_path, caplog, s
     assert len(read_offline_run(tmp_path).history) == 2
 
 
-@pytest.mark.waits
+@pytest.mark.seconds
 def test_no_table_and_no_artifact_asks_the_server_anything_that_a_run_would_wait_for(tmp_path, server):
     """What is asked is counted when it comes in, so the answers need not be waited for."""
     (tmp_path / "weights").write_text("weights")
@@ -178,7 +178,7 @@ def test_no_table_and_no_artifact_asks_the_server_anything_that_a_run_would_wait
     mirror.finish(0)
 
 
-@pytest.mark.waits
+@pytest.mark.seconds
 def test_what_the_server_did_not_take_in_time_is_told(tmp_path, caplog, server):
     go_on(tmp_path, range(4), disturb=lambda: vars(server).update(delay_seconds=60.0), finish_seconds=1.0)
     assert "W&B: finishing failed, no more of that is sent; all is in the run's folder: Timed out" in caplog.text
