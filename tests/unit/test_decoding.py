@@ -97,6 +97,7 @@ def test_slots_refuse_what_they_cannot_hold():
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED, Sampling(1.5, 0.8, 20, 0.01, 1.2, 12)])
+@pytest.mark.seconds
 def test_tokens_are_the_same_at_batch_1_8_and_64(sampling):
     model, work = tiny_model(vocab_size=64), requests(70)
     alone = decoded(model, work, sampling, batch_size=1)
@@ -227,6 +228,7 @@ def test_a_pass_waits_for_the_device_once_and_takes_no_memory_for_keys_and_value
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED, Sampling(1.5, 0.8, 20, 0.01, 1.2, 12), Sampling(2.0, 0.999)])
 @pytest.mark.parametrize("fixed", [None, 300])
+@pytest.mark.seconds
 def test_tokens_that_are_read_a_pass_late_are_the_same(sampling, fixed, monkeypatch):
     model, work = tiny_model(vocab_size=259), requests(14, samples=2)
     expected = decoded(model, work, sampling, batch_size=5, fixed_columns=fixed)

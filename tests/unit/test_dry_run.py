@@ -16,6 +16,8 @@ from spd_dist.models.model_stats import meta_model, shallow
 from spd_dist.planner.dry_run import LiveBytes, calibrate_peak, finetune_peak, inputs_peak
 
 CONFIG = tiny_config(hidden_size=64, intermediate_size=176, num_hidden_layers=7, vocab_size=512)
+KINDS = ("llama", "qwen3_moe", "gemma3", "gpt2", "deepseek_v3", "qwen3_next", "gpt_oss", "falcon_grouped")
+"""Families of which each has something that no other before it has: experts, windows, other modules, parts of keys."""
 FINETUNE = Finetune(micro_batch_size=3, max_tokens=80, lora_rank=4)
 CALIBRATE = Calibrate(batch_size=3, max_tokens=64)
 
@@ -88,6 +90,7 @@ def test_adapters_that_begin_at_their_inputs_hold_a_square_for_each_input():
     assert inputs_peak(CONFIG, wider, torch.bfloat16) > 4 * CONFIG.num_hidden_layers * CONFIG.intermediate_size**2
 
 
+@pytest.mark.seconds
 def test_experts_with_adapters_are_told_without_weights():
     """Weights and update of all experts are kept for the backward pass, unless it is checkpointed."""
     config = family_model("qwen3_moe").config
@@ -99,6 +102,7 @@ def test_experts_with_adapters_are_told_without_weights():
     assert finetune_peak(config, dataclasses.replace(experts, checkpointing=True), torch.bfloat16) < with_experts
 
 
+@pytest.mark.seconds
 def test_checkpointing_holds_less_and_a_longer_batch_more():
     plain = finetune_peak(CONFIG, FINETUNE, torch.bfloat16)
     assert finetune_peak(CONFIG, dataclasses.replace(FINETUNE, checkpointing=True), torch.bfloat16) < plain / 2
@@ -106,7 +110,10 @@ def test_checkpointing_holds_less_and_a_longer_batch_more():
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
+@pytest.mark.seconds
 def test_every_architecture_tells_without_weights(name):
     config = family_model(name).config
     targets = {"lora_targets": (FAMILIES[name].value[0].rpartition(".")[2],), "lora_dropout": 0.0}

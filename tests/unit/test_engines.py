@@ -114,6 +114,7 @@ def test_continuous_batching_gives_the_same_greedy_corpus(policy, expected, tmp_
     assert run(policy, tmp_path, engine="hf_cb") == expected
 
 
+@pytest.mark.seconds
 def test_continuous_batching_gives_the_same_bytes_beyond_a_sliding_window(tmp_path):
     """96 greedy tokens through a window of 4."""
     model, tokenizer = family_model("mistral"), tiny_tokenizer()
@@ -129,7 +130,8 @@ def test_continuous_batching_gives_the_same_bytes_beyond_a_sliding_window(tmp_pa
 
 def test_continuous_batching_halves_its_batch_when_memory_runs_out(policy, caplog):
     """In the thread that decodes, where an error ends every request that is under way."""
-    work, greedy, passes = [dataclasses.replace(one, sample=k) for one in REQUESTS for k in range(4)], Sampling(0.0, max_new_tokens=24), []
+    work, passes = [dataclasses.replace(one, sample=k) for one in REQUESTS for k in range(4)], []
+    greedy = Sampling(0.0, max_new_tokens=24)
 
     def answers():
         return {(one.request, one.tokens) for one in ContinuousBatchingEngine(policy, 4, None).complete(work, greedy)}

@@ -190,6 +190,7 @@ def test_of_several_boxes_none_counts_in_a_described_task():
 @pytest.mark.parametrize(
     "unit", ["9", "1,000", " 1", "$1$ ", "answer is ", "#### 5 ", "\\frac{", "**", "a = 1 + 2 = ", "(", "so the "]
 )
+@pytest.mark.seconds
 def test_no_long_text_takes_for_ever(unit):
     number_answers("#### " + unit * (50_000 // len(unit)))
 

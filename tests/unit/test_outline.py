@@ -57,6 +57,7 @@ def test_training_takes_three_passes_for_what_is_trained_and_two_for_what_is_fro
     assert outline_of(model.requires_grad_(True)).training_flops == 3 * frozen.forward_flops
 
 
+@pytest.mark.seconds
 def test_decoding_holds_what_the_arithmetic_says():
     model = tiny_model(hidden_size=128, intermediate_size=352, num_hidden_layers=6, vocab_size=2048).requires_grad_(
         False

@@ -143,6 +143,7 @@ def test_what_the_kernel_holds_for_a_program_is_counted(tmp_path):
         assert held_mib() > 4000 * 250 / 2**20 + 200 * 0.2
 
 
+@pytest.mark.seconds
 def test_programs_reach_neither_files_nor_network_nor_kernel(sandbox, tmp_path):
     secret, target = tmp_path / "secret", tmp_path / "target"
     secret.write_text("hunter2")
@@ -311,6 +312,7 @@ def interpreter_of_ordinary_users() -> str:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="the other tests run as an ordinary user already")
 @pytest.mark.parametrize("root_of", [(), ("unshare", "--user", "--map-root-user")], ids=["itself", "a container"])
+@pytest.mark.seconds
 def test_it_holds_for_an_ordinary_user_as_well(root_of):
     """And for one that is root in a container of its own, where there is nobody else to become."""
     usable_sandbox()
