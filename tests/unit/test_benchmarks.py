@@ -91,6 +91,7 @@ def started(*packages: str) -> subprocess.CompletedProcess:
     return subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.seconds
 def test_a_child_that_dies_ends_the_benchmark_and_a_missing_package_its_start():
     dead = started()
     assert dead.returncode == 1

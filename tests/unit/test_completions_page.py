@@ -282,6 +282,7 @@ def test_a_fault_of_a_script_and_one_that_the_policy_refuses_would_be_seen(folde
 
 
 @needs_browser
+@pytest.mark.seconds
 def test_ten_thousand_completions_are_read_when_they_are_looked_at(folder, tmp_path):
     written(folder, num=5000, text="word " * 100)
     page = page_of(folder)

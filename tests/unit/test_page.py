@@ -79,6 +79,7 @@ def test_examples_on_which_arms_differ_come_first():
     assert {example.kind for example in examples[10:]} == {"same"}
 
 
+@pytest.mark.seconds
 def test_a_large_test_set_does_not_make_a_large_page(folder):
     for arm in ARMS:
         write_merged(answers_path(folder / "evaluate", arm, "arithmetic"), answers(1000, num=2000))
@@ -135,6 +136,7 @@ def test_angles_and_losses_are_in_the_report_and_the_page_draws_them_from_there(
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 @pytest.mark.parametrize("width", [390, 1200])
+@pytest.mark.seconds
 def test_a_browser_shows_the_page_without_scrolling_sideways(folder, tmp_path, width):
     page_of(folder)
     client, scroll = widths(folder / "report.html", width, tmp_path)

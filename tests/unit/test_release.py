@@ -47,16 +47,19 @@ def test_this_tree_names_one_version():
     assert [fault for fault in release.text_faults(*texts) if "CITATION" in fault] == []
 
 
+@pytest.mark.seconds
 def test_a_wheel_that_is_built_from_the_source_archive_is_whole_and_starts_without_the_clone(wheel):
     assert release.wheel_faults(wheel, Path.cwd()) == []
 
 
+@pytest.mark.seconds
 def test_what_is_missing_in_a_wheel_is_named(wheel, tmp_path):
     tree = shutil.copytree(Path("spd_dist"), tmp_path / "spd_dist", symlinks=True)
     (tree / "hub" / "later.md.j2").write_text("not in the wheel")
     assert f"{wheel.name}: spd_dist/hub/later.md.j2 is missing" in release.wheel_faults(wheel, tmp_path)
 
 
+@pytest.mark.seconds
 def test_a_package_whose_hash_is_not_the_locked_one_is_refused(tmp_path):
     """And one without a hash: of a wheel of our own, so that nothing is downloaded."""
     (tmp_path / "pkg").mkdir()
@@ -77,6 +80,7 @@ def test_a_package_whose_hash_is_not_the_locked_one_is_refused(tmp_path):
         )
 
 
+@pytest.mark.seconds
 def test_batch_scripts_need_the_clone_and_say_so(wheel, tmp_path):
     environment = release.unpacked(wheel, tmp_path / "site")
     command = [sys.executable, "-P", "-m", "spd_dist.launch", "submit", "fused", "--config", "package:quickstart"]

@@ -30,6 +30,7 @@ def write_part(folder, task, steps):
             metrics.log("generate", {"tokens_per_second": 2.0}, step)
 
 
+@pytest.mark.seconds
 def test_the_parts_of_an_array_are_uploaded_in_order_and_once(server, tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
     write_part(run, 1, [0, 1])
