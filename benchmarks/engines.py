@@ -31,7 +31,7 @@ from spd_dist.config import Generate
 from spd_dist.distributed.world import World
 from spd_dist.inference.external.vllm_engine import site_settings, vllm_environment, vllm_settings
 from spd_dist.inference.external.vllm_process import INSIDE, EnginePool
-from spd_dist.inference.hf_cb import ContinuousBatchingEngine
+from spd_dist.inference.hf_engines import ContinuousBatchingEngine
 from spd_dist.inference.requests import Request
 from spd_dist.inference.sampling import Sampling
 from spd_dist.models.policy import Policy

@@ -17,7 +17,7 @@ import torch
 from spd_dist.config import Distributed, Model
 from spd_dist.distributed.world import World
 from spd_dist.inference.engine_table import EngineKind, EngineSetup, Opened
-from spd_dist.inference.hf_cb import pinned
+from spd_dist.inference.hf_engines import pinned
 from spd_dist.inference.requests import Decoded, Request
 from spd_dist.inference.sampling import Sampling
 from spd_dist.models.policy import Policy, load_policy

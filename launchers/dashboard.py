@@ -5,7 +5,7 @@ The same as `spd dashboard`; `--help` says more.
 
 import sys
 
-from spd_dist.launch.make_dashboard import main
+from spd_dist.launch.wandb_tools import dashboard
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(dashboard())

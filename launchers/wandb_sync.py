@@ -5,7 +5,7 @@ The same as `spd wandb_sync`; `--help` says more.
 
 import sys
 
-from spd_dist.launch.wandb_sync import main
+from spd_dist.launch.wandb_tools import sync
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(sync())

@@ -41,8 +41,7 @@ from spd_dist.storage.run_folder import RunFolder
 from spd_dist.storage.settings import settings_hash
 from spd_dist.tracking.metrics import MetricLogger
 from spd_dist.tracking.progress import Progress, ProgressReports, RunEstimate
-from spd_dist.tracking.stage_plots import show_stage
-from spd_dist.tracking.wandb_artifacts import job_type, product_of
+from spd_dist.tracking.stage_outputs import job_type, product_of, show_stage
 from spd_dist.tracking.wandb_mirror import open_mirror
 from spd_dist.types import Completion
 

@@ -6,10 +6,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-from spd_dist.analysis.answer_summary import AnswersSummary, samples_of, values_by_id
+from spd_dist.analysis.answer_summary import AnswersSummary, paired_measures, samples_of, values_by_id
 from spd_dist.analysis.intervals import detectable_difference, holm, mcnemar, paired_bootstrap, paired_t
 from spd_dist.analysis.report import ArmOverSeeds, Difference, RunDifference, Shifts
-from spd_dist.analysis.sample_measures import paired_measures
 from spd_dist.errors import DataError
 from spd_dist.types import Answer, LeakReport
 

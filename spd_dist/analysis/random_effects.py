@@ -1,21 +1,31 @@
-"""What a number is worth over the same examples under several seeds: both are sources of chance.
+"""Means over the same examples under several seeds, both sources of chance: what one is worth, and how many show it.
 
-Two-way random effects without replication (Searle, Casella and McCulloch 1992).
+Two-way random effects without replication (Searle, Casella and McCulloch 1992): a paired difference of two arms varies
+between examples, between seeds, between examples under a seed, and between samples of one answer. Each part shrinks by
+another count.
 
-Shapes: S seeds, N examples.
+Shapes: S seeds, N examples, K samples of each.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from scipy.stats import norm, t
 
+from spd_dist.analysis.answer_summary import sample_values, samples_of
 from spd_dist.analysis.intervals import Interval, wilson
 from spd_dist.errors import DataError
+from spd_dist.types import Answer
+
+MOST_EXAMPLES = 1_000_000
+"""More are not looked for."""
+POWER = 0.8
+"""A difference is shown if it is found in four of five cases."""
 
 
 class Crossed(NamedTuple):
@@ -92,3 +102,117 @@ def crossed_share(by_seed: Sequence[Mapping[str, float]], confidence: float = 0.
     if half > 0:
         num_examples = found.mean * (1 - found.mean) * (quantile / half) ** 2
     return found._replace(interval=wilson(found.mean, num_examples, quantile))
+
+
+@dataclass(frozen=True)
+class DifferenceVariance:
+    """The variances of a paired difference, in squares of the metric's unit."""
+
+    examples: float
+    """Between examples, the same under all seeds."""
+    seeds: float | None
+    """Between seeds, the same for all examples; None if the pilot has one seed, which cannot show it."""
+    rest: float
+    """Between examples under a seed: what another seed would change of each."""
+    samples: float
+    """Between pairs of single samples of one example under one seed; 0 if the pilot has one sample of each."""
+
+
+@dataclass(frozen=True)
+class Design:
+    """How much is asked."""
+
+    seeds: int
+    examples: int
+    samples: int
+
+
+def difference_variance(
+    by_seed: Sequence[tuple[Sequence[Answer], Sequence[Answer]]], metric: str
+) -> DifferenceVariance:
+    """The parts of the variance of `after - before`, by the mean squares of a pilot.
+
+    Args:
+        by_seed: What both arms answered under each seed, to the same examples, at least two.
+        metric: As of the report.
+
+    Raises:
+        DataError: fewer than two examples, or arms and seeds of other examples or numbers of samples.
+    """
+    num_samples = samples_of(by_seed[0][0])
+    values = [tuple(sample_values(answers, metric) for answers in pair) for pair in by_seed]
+    ids = sorted(values[0][0])
+    if len(ids) < 2 or any(one.keys() != values[0][0].keys() for pair in values for one in pair):
+        raise DataError(f"a pilot needs the same examples under every seed, at least 2; it has {len(ids)}")
+    before_SNK, after_SNK = (
+        torch.tensor([[pair[side][key] for key in ids] for pair in values], dtype=torch.float64) for side in (0, 1)
+    )
+    difference_SN = after_SNK.mean(2) - before_SNK.mean(2)
+    sampled = 0.0
+    if num_samples > 1:
+        sampled = (before_SNK.var(2) + after_SNK.var(2)).mean().item()
+    of_a_mean = sampled / num_samples
+    num_seeds, num_examples = difference_SN.shape
+    if num_seeds == 1:
+        return DifferenceVariance(max(0.0, difference_SN.var().item() - of_a_mean), None, 0.0, sampled)
+    mean = difference_SN.mean()
+    by_example_N, by_seed_S = difference_SN.mean(0) - mean, difference_SN.mean(1) - mean
+    rest_SN = difference_SN - mean - by_example_N - by_seed_S[:, None]
+    rest = rest_SN.square().sum().item() / ((num_examples - 1) * (num_seeds - 1))
+    examples = num_seeds * by_example_N.square().sum().item() / (num_examples - 1)
+    seeds = num_examples * by_seed_S.square().sum().item() / (num_seeds - 1)
+    return DifferenceVariance(
+        examples=max(0.0, (examples - rest) / num_seeds),
+        seeds=max(0.0, (seeds - rest) / num_examples),
+        rest=max(0.0, rest - of_a_mean),
+        samples=sampled,
+    )
+
+
+def detectable(variance: DifferenceVariance, design: Design) -> float:
+    """The smallest true difference that a two-sided test at 5 % finds in four of five cases, in the metric's unit."""
+    rest = variance.rest + variance.samples / design.samples
+    if design.seeds == 1:
+        error, freedom = math.sqrt((variance.examples + rest) / design.examples), design.examples - 1.0
+    else:
+        squares = (
+            design.seeds * variance.examples + rest,
+            design.examples * (variance.seeds or 0.0) + rest,
+            rest,
+        )
+        error, freedom = satterthwaite(squares, design.examples, design.seeds)
+    return float(t.ppf(0.975, freedom) + t.ppf(POWER, freedom)) * error if error > 0 else 0.0
+
+
+def examples_needed(variance: DifferenceVariance, difference: float, seeds: int, samples: int) -> int | None:
+    """The fewest examples that show `difference`; None if even `MOST_EXAMPLES` do not: seeds differ by too much."""
+    low, high = 1, MOST_EXAMPLES
+    if detectable(variance, Design(seeds, high, samples)) > difference:
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        enough = detectable(variance, Design(seeds, middle, samples)) <= difference
+        low, high = (low, middle) if enough else (middle, high)
+    return high
+
+
+@dataclass(frozen=True)
+class PilotCost:
+    """What a pilot took, on its machine."""
+
+    training_seconds: float
+    """Of a seed: everything but the answers."""
+    answer_seconds: float
+    """Of one sample of one example, by all arms together."""
+
+    def hours(self, design: Design) -> float:
+        """What a design takes there: seeds one after the other, nothing shared between them."""
+        answers = design.examples * design.samples * self.answer_seconds
+        return design.seeds * (self.training_seconds + answers) / 3600
+
+
+def pilot_cost(seconds: Mapping[str, float], pilot: Design) -> PilotCost:
+    """Split the seconds of stages, summed over the pilot's seeds: what grows with the answers, and what does not."""
+    answering = sum(each for stage, each in seconds.items() if stage.startswith("evaluate"))
+    answers = pilot.seeds * pilot.examples * pilot.samples
+    return PilotCost((sum(seconds.values()) - answering) / pilot.seeds, answering / answers)

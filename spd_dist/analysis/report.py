@@ -7,11 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spd_dist.analysis.answer_summary import AnswersSummary
-from spd_dist.analysis.decode_control import DecodeControl
-from spd_dist.analysis.forgetting import OtherTask
+from spd_dist.analysis.answer_summary import AnswersSummary, Measured
 from spd_dist.analysis.notebook import table_html
-from spd_dist.analysis.sample_measures import Measured
+from spd_dist.analysis.side_comparisons import DecodeControl, OtherTask
 from spd_dist.storage.records import read_record
 from spd_dist.storage.subspace_file import SiteDrift
 from spd_dist.types import LeakReport

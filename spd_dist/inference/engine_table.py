@@ -18,8 +18,7 @@ from spd_dist.inference.external.external_engine import ExternalEngine, command_
 from spd_dist.inference.external.server_engine import ServerEngine, check_server
 from spd_dist.inference.external.vllm_engine import VLLMEngine, check_vllm, vllm_environment, vllm_settings
 from spd_dist.inference.external.vllm_process import EnginePool
-from spd_dist.inference.hf_cb import ContinuousBatchingEngine
-from spd_dist.inference.hf_engine import HFEngine
+from spd_dist.inference.hf_engines import ContinuousBatchingEngine, HFEngine
 from spd_dist.inference.placement import Placement
 from spd_dist.inference.requests import Decoded, Request
 from spd_dist.inference.sampling import Sampling

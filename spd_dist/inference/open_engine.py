@@ -18,7 +18,7 @@ from spd_dist.distributed.world import World
 from spd_dist.inference.decode import check_context
 from spd_dist.inference.engine_probes import References, check_probes, references
 from spd_dist.inference.engine_table import ENGINES, Engine, EngineSetup, EngineWork, Opened
-from spd_dist.inference.hf_engine import held_to, is_slow_dtype
+from spd_dist.inference.hf_engines import held_to, is_slow_dtype
 from spd_dist.inference.placement import choose_placement, placed, rows_of_a_pass
 from spd_dist.inference.sampling import Sampling
 from spd_dist.models.policy import Policy

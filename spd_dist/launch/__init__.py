@@ -21,10 +21,10 @@ LAUNCHERS = {
     "push": "push_product:main",
     "plan": "plan_run:main",
     "doctor": "doctor:main",
-    "dashboard": "make_dashboard:main",
+    "dashboard": "wandb_tools:dashboard",
     "submit": "submit:main",
     "sweep": "sweep:main",
-    "wandb_sync": "wandb_sync:main",
+    "wandb_sync": "wandb_tools:sync",
 }
 """Name of a launcher -> the module of this package, and the function in it, as entry points are written."""
 

@@ -56,8 +56,7 @@ def export(arguments: argparse.Namespace) -> str:
     config = load_config([config_file] if is_run and config_file.is_file() else [], arguments.overrides)
 
     from spd_dist.hub.repository import subspace_file
-    from spd_dist.projection.adapter_export import export_adapter
-    from spd_dist.projection.folded_export import export_folded
+    from spd_dist.projection.export import export_adapter, export_folded
     from spd_dist.projection.parity import check_base
     from spd_dist.stages.project import projection
     from spd_dist.storage.subspace_file import load_subspace

@@ -16,8 +16,14 @@ from spd_dist.data.held_out import HeldOutExample
 from spd_dist.distributed.collectives import gather_objects
 from spd_dist.distributed.uneven_work import on_main
 from spd_dist.inference.placement import Placement, choose_placement, placed
-from spd_dist.mechanism.prefix import SharedPrefix
-from spd_dist.mechanism.scoring import RowValues, ScoredBatch, log_probabilities, row_values, scored_logits
+from spd_dist.mechanism.scoring import (
+    RowValues,
+    ScoredBatch,
+    SharedPrefix,
+    log_probabilities,
+    row_values,
+    scored_logits,
+)
 from spd_dist.models.policy import Policy
 from spd_dist.projection.hooks import projected
 from spd_dist.stages.context import StageContext

@@ -45,7 +45,7 @@ from spd_dist.storage.artifacts import content_hash, replacing, sha256_of
 from spd_dist.storage.records import read_record, write_record
 from spd_dist.storage.subspace_file import load_subspace, save_subspace
 from spd_dist.tracking.metrics import MetricLogger
-from spd_dist.tracking.wandb_artifacts import MECHANISM_FILES
+from spd_dist.tracking.stage_outputs import MECHANISM_FILES
 from spd_dist.types import KVSite, SiteSubspace, Subspace, SupervisedExample
 
 STAGE = "mechanism"

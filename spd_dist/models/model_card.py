@@ -15,7 +15,7 @@ import jinja2
 from spd_dist.models.gguf import find_gguf
 
 IN_REPORT = "The comparison with the base model on held-out examples is in `report.json` of the run."
-"""Stands in a card where a card that is pushed has the comparison itself (`spd_dist.hub.cards`)."""
+"""Stands in a card where a card that is pushed has the comparison itself (`spd_dist.hub.publish`)."""
 THIS_FOLDER = "path/to/this/folder"
 """What a card loads the student by, until it has an address."""
 LICENCE_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "LICENCE", "NOTICE", "USE_POLICY.md")

@@ -1,10 +1,11 @@
 """What a run takes of a cluster, from its config alone: memory, seconds, traffic, and the smallest cluster that can.
 
-profile   a config -> a model in numbers, without weights
-sharding  what ZeRO puts on each rank, and what it gathers
-memory    a stage and a placement -> bytes of one rank
-seconds   a stage and a placement -> operations, bytes, and what takes longest
-plan      the placement that fits each stage; the smallest cluster
+cluster.py       the cluster, the work, what ZeRO keeps on each rank
+profile.py       a config -> a model in numbers, without weights
+dry_run.py       what passes hold in memory, without computing anything
+stage_memory.py  a stage and a placement -> bytes of one rank
+seconds.py       a stage and a placement -> operations, bytes, and what takes longest
+plan.py          the placement that fits each stage; the smallest cluster
 """
 
 from spd_dist.planner.cluster import DEVICES, Cluster, DeviceSpec, Workload, device_named

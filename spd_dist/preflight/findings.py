@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from spd_dist.preflight.cross_rank import Meeting
-from spd_dist.preflight.facts import Facts
+from spd_dist.preflight.facts import Facts, Meeting
 
 _OF_CODE = "hash of the package's files, on every host the same; it is no git commit"
 _OF_CONFIG = "hash of the settings that results depend on"

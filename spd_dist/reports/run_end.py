@@ -18,8 +18,7 @@ from spd_dist.run import Run
 from spd_dist.storage.answers import answers_path, read_answers
 from spd_dist.storage.manifests import why_not_complete
 from spd_dist.storage.records import write_record
-from spd_dist.tracking.stage_plots import show_cost
-from spd_dist.tracking.wandb_artifacts import report_product
+from spd_dist.tracking.stage_outputs import report_product, show_cost
 
 
 @dataclass(frozen=True)

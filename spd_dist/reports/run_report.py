@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import spd_dist
-from spd_dist.analysis.answer_summary import answers_summary
+from spd_dist.analysis.answer_summary import answers_summary, sample_measures
 from spd_dist.analysis.comparison import (
     blind_notes,
     comparisons,
@@ -18,10 +18,8 @@ from spd_dist.analysis.comparison import (
     size_notes,
     verdict,
 )
-from spd_dist.analysis.decode_control import decode_controls
-from spd_dist.analysis.forgetting import forgetting_notes, other_tasks
 from spd_dist.analysis.report import ArmResult, Report, StageTotal
-from spd_dist.analysis.sample_measures import sample_measures
+from spd_dist.analysis.side_comparisons import decode_controls, forgetting_notes, other_tasks
 from spd_dist.analysis.subspace_algebra import angles
 from spd_dist.storage.answers import answers_path, read_answers, router_path
 from spd_dist.storage.artifacts import content_hash

@@ -26,7 +26,6 @@ from spd_dist.analysis.comparison import (
     size_notes,
     wanted_of,
 )
-from spd_dist.analysis.forgetting import OtherTask, forgetting_notes
 from spd_dist.analysis.intervals import between_seeds
 from spd_dist.analysis.random_effects import Crossed, crossed, crossed_share
 from spd_dist.analysis.report import (
@@ -38,6 +37,7 @@ from spd_dist.analysis.report import (
     Shifts,
     read_report,
 )
+from spd_dist.analysis.side_comparisons import OtherTask, forgetting_notes
 from spd_dist.errors import DataError
 from spd_dist.reports.report_text import pass_table
 from spd_dist.storage.answers import answers_path, read_answers

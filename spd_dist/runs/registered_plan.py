@@ -1,7 +1,7 @@
 """The plan of an experiment, written down before it runs: how much is asked, to show what, and in how many hours.
 
-A pilot's answers say where the chance comes from (`spd_dist/analysis/power.py`). The report names the plan by its hash,
-and each setting in which the experiment departed from it.
+A pilot's answers say where the chance comes from (`spd_dist/analysis/random_effects.py`). The report names the plan by
+its hash, and each setting in which the experiment departed from it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from spd_dist.analysis.comparison import amount
-from spd_dist.analysis.power import (
+from spd_dist.analysis.random_effects import (
     Design,
     DifferenceVariance,
     PilotCost,

@@ -25,7 +25,7 @@ from spd_dist.errors import DataError
 from spd_dist.inference.decode import check_context
 from spd_dist.inference.engine_table import EngineWork
 from spd_dist.inference.external.vllm_engine import share_of_work
-from spd_dist.inference.hf_engine import held_to
+from spd_dist.inference.hf_engines import held_to
 from spd_dist.inference.open_engine import open_engine
 from spd_dist.inference.placement import choose_placement, placed
 from spd_dist.inference.requests import Decoded, Request

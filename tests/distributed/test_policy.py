@@ -20,7 +20,7 @@ from spd_dist.distributed.world import join_world
 from spd_dist.distributed.zero import full_replica, gathered, is_sharded, weights_fingerprint
 from spd_dist.errors import DataError
 from spd_dist.inference.decode import decode
-from spd_dist.inference.hf_cb import ContinuousBatchingEngine
+from spd_dist.inference.hf_engines import ContinuousBatchingEngine
 from spd_dist.inference.placement import load_to_answer, placed, will_be_whole
 from spd_dist.inference.requests import Decoded, DecodeSettings, Request
 from spd_dist.inference.sampling import Sampling

@@ -5,7 +5,7 @@ import pytest
 from fake_wandb import ANSWERS, FakeWandb
 
 from spd_dist.errors import ConfigError, DataError
-from spd_dist.launch.make_dashboard import main
+from spd_dist.launch.wandb_tools import dashboard as main
 from spd_dist.tracking.dashboard import SECTIONS, logged_metrics, plots, report, workspace
 from spd_dist.tracking.metrics import MetricLogger
 

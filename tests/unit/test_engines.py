@@ -28,8 +28,7 @@ from spd_dist.inference.engine_probes import Reference, check_probes, references
 from spd_dist.inference.engine_table import ENGINES
 from spd_dist.inference.external.external_engine import ExternalEngine, command_of, environment_of
 from spd_dist.inference.external.vllm_process import INSIDE
-from spd_dist.inference.hf_cb import ContinuousBatchingEngine
-from spd_dist.inference.hf_engine import is_slow_dtype
+from spd_dist.inference.hf_engines import ContinuousBatchingEngine, is_slow_dtype
 from spd_dist.inference.open_engine import choose_engine
 from spd_dist.inference.placement import HEADROOM, MOST_ROWS_ON_CPU, largest_batch, needed_bytes, rows_of_a_pass
 from spd_dist.inference.requests import Decoded, Request

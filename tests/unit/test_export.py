@@ -16,10 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spd_dist.distributed.zero import weights_fingerprint
 from spd_dist.errors import ConfigError, DataError
-from spd_dist.projection import folded_export as export
-from spd_dist.projection import parity
-from spd_dist.projection.adapter_export import export_adapter
-from spd_dist.projection.folded_export import export_folded
+from spd_dist.projection import export, parity
+from spd_dist.projection.export import export_adapter, export_folded
 from spd_dist.projection.hooks import projected
 from spd_dist.projection.operators import SiteMap, as_update, projection_hash
 from spd_dist.storage.subspace_file import save_subspace

@@ -7,7 +7,7 @@ import json
 import pytest
 from answering_samples import answer
 
-from spd_dist.analysis.forgetting import forgetting_notes, other_tasks
+from spd_dist.analysis.side_comparisons import forgetting_notes, other_tasks
 from spd_dist.config import Config, Data
 from spd_dist.errors import ConfigError
 from spd_dist.judging import other_test

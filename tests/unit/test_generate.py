@@ -315,7 +315,7 @@ def test_missing_completions_are_counted(policy, tmp_path, monkeypatch):
     def only_probes(model, requests, *rest, **settings):
         return decode(model, [request for request in requests if request.sample < 0], *rest, **settings)
 
-    monkeypatch.setattr("spd_dist.inference.hf_engine.decode", only_probes)
+    monkeypatch.setattr("spd_dist.inference.hf_engines.decode", only_probes)
     with pytest.raises(DataError, match=r"18 of 18 completions are missing \('p00' sample 0, "):
         run(policy, tmp_path)
 

@@ -14,7 +14,7 @@ from spd_dist.data.readers import Located
 from spd_dist.data.scoring.programs import called_by, program_in, python_blocks, unfenced
 from spd_dist.data.sources import load_rows, normalised_row
 from spd_dist.data.tasks import find_task
-from spd_dist.data.tasks.mbpp import MBPP
+from spd_dist.data.tasks.code_tasks import MBPP
 from spd_dist.errors import DataError
 from spd_dist.judging import judge_file, preview_scoring, write_judgements
 from spd_dist.overrides import load_config

@@ -39,8 +39,7 @@ from spd_dist.mechanism.controls import (
 from spd_dist.mechanism.matching import blended, match
 from spd_dist.mechanism.measurement import Measurement, Passes, Variant, base
 from spd_dist.mechanism.moments import gradient_moments
-from spd_dist.mechanism.prefix import SharedPrefix
-from spd_dist.mechanism.scoring import ScoredBatch, log_probabilities, row_values, scored_logits
+from spd_dist.mechanism.scoring import ScoredBatch, SharedPrefix, log_probabilities, row_values, scored_logits
 from spd_dist.models.kv_sites import discover_sites
 from spd_dist.projection.hooks import projected
 from spd_dist.stages.calibrate import calibrate

@@ -12,16 +12,16 @@ import torch
 from answering import ARMS, PLAIN, answered_run, sampled
 
 from spd_dist.analysis.intervals import paired_t
-from spd_dist.analysis.power import (
+from spd_dist.analysis.random_effects import (
     Design,
     DifferenceVariance,
     PilotCost,
+    crossed,
     detectable,
     difference_variance,
     examples_needed,
     pilot_cost,
 )
-from spd_dist.analysis.random_effects import crossed
 from spd_dist.errors import ConfigError, DataError
 from spd_dist.launch.run_experiment import main
 from spd_dist.overrides import load_experiment

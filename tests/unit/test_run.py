@@ -1,6 +1,6 @@
 import pytest
 
-from spd_dist.tracking.wandb_artifacts import job_type
+from spd_dist.tracking.stage_outputs import job_type
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from statistics import fmean
 import pytest
 from answering_samples import answer
 
-from spd_dist.analysis.decode_control import decode_controls
-from spd_dist.analysis.sample_measures import majority_share, paired_measures, sample_measures
+from spd_dist.analysis.answer_summary import majority_share, paired_measures, sample_measures
+from spd_dist.analysis.side_comparisons import decode_controls
 from spd_dist.arms import chosen, swept
 from spd_dist.data.scoring.programs import canonical, program_in
 from spd_dist.overrides import config_of_arm, load_config

@@ -9,8 +9,7 @@ from spd_dist.storage.manifests import Manifest, OutputFile
 from spd_dist.storage.records import write_record
 from spd_dist.storage.subspace_file import SiteSummary
 from spd_dist.tracking.metrics import MetricLogger, read_metrics
-from spd_dist.tracking.stage_plots import show_cost, show_stage, show_subspace
-from spd_dist.tracking.wandb_artifacts import product_of
+from spd_dist.tracking.stage_outputs import product_of, show_cost, show_stage, show_subspace
 from spd_dist.types import Certificate, Completion
 
 

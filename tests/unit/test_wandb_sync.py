@@ -5,7 +5,8 @@ import pytest
 from fake_wandb import FakeWandb
 
 from spd_dist.config import Config, Generate, Metrics
-from spd_dist.launch.wandb_sync import find_parts, main
+from spd_dist.launch.wandb_tools import find_parts
+from spd_dist.launch.wandb_tools import sync as main
 from spd_dist.tracking.metrics import MetricLogger
 from spd_dist.tracking.wandb_mirror import open_mirror
 

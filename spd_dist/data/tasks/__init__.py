@@ -9,15 +9,12 @@ from importlib.metadata import entry_points
 
 from spd_dist.config import Config
 from spd_dist.data.tasks.bbh import BBH
-from spd_dist.data.tasks.codealpaca import CODEALPACA
-from spd_dist.data.tasks.competition_math import MATH
+from spd_dist.data.tasks.code_tasks import CODEALPACA, HUMANEVAL, HUMANEVAL_PLUS, MBPP, MBPP_PLUS, MBPP_SANITIZED
 from spd_dist.data.tasks.described import MESSAGES, read_task
 from spd_dist.data.tasks.execution import Execute, refusal, runs_code
-from spd_dist.data.tasks.humaneval import HUMANEVAL, HUMANEVAL_PLUS
-from spd_dist.data.tasks.mbpp import MBPP, MBPP_PLUS, MBPP_SANITIZED
+from spd_dist.data.tasks.math_tasks import ARITHMETIC, GSM8K, MATH, SVAMP
 from spd_dist.data.tasks.mmlu import MMLU
 from spd_dist.data.tasks.protocol import Row, Score, Split, Task
-from spd_dist.data.tasks.word_problems import ARITHMETIC, GSM8K, SVAMP
 from spd_dist.errors import ConfigError
 
 __all__ = [

@@ -1,9 +1,4 @@
-"""Upload offline W&B runs, in order: `python launchers/wandb_sync.py RUN_DIR [RUN_DIR ...]`, where there is a network.
-
-The tasks of an array come by their index, and the parts of a run that was started again by their time: W&B joins those
-of one id in the order in which they arrive. What is uploaded once is not uploaded again.
-Exit codes: 0 all is uploaded, 1 something is not; start the same command again.
-"""
+"""Weights & Biases beside a run: the dashboard of a project, and offline runs uploaded where there is a network."""
 
 from __future__ import annotations
 
@@ -16,6 +11,59 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from spd_dist.errors import UserError
+from spd_dist.overrides import load_config
+
+DASHBOARD = """\
+Make the W&B dashboard of a run's project: `python launchers/dashboard.py RUN_DIR [--report] [--dry-run]`.
+
+Its panels are those that the metrics of RUN_DIR fill: any finished run of the project will do. Runs are grouped by
+configuration, seeds together. Needs `pip install -e '.[dashboard]'` and, but for --dry-run, a login.
+Exit codes: 0 done, 2 a package or a name is missing, 3 the run is not there, 1 anything else.
+"""
+
+SYNC = """\
+Upload offline W&B runs, in order: `python launchers/wandb_sync.py RUN_DIR [RUN_DIR ...]`, where there is a network.
+
+The tasks of an array come by their index, and the parts of a run that was started again by their time: W&B joins those
+of one id in the order in which they arrive. What is uploaded once is not uploaded again.
+Exit codes: 0 all is uploaded, 1 something is not; start the same command again.
+"""
+
+
+def dashboard(words: Sequence[str] | None = None) -> int:
+    """Parse, build, save or print, and turn the outcome into an exit code."""
+    parser = argparse.ArgumentParser(description=DASHBOARD, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run of the project")
+    parser.add_argument("--entity", default="", help="whose project; metrics.entity or the account's own if not given")
+    parser.add_argument("--experiment", help="show the runs with this metrics.experiment only: those of a sweep")
+    parser.add_argument("--report", action="store_true", help="make a report, too")
+    parser.add_argument("--dry-run", action="store_true", help="print the workspace as JSON")
+    arguments = parser.parse_args(words)
+    try:
+        make_dashboard(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def make_dashboard(arguments: argparse.Namespace) -> None:
+    """Build what is asked for."""
+    from spd_dist.tracking.dashboard import logged_metrics, report, save, workspace
+
+    axes = logged_metrics(arguments.run_dir)
+    metrics = load_config([arguments.run_dir / "config.yaml"]).metrics
+    entity = arguments.entity or metrics.entity or ""
+    space = workspace(axes, project=metrics.project, entity=entity, experiment=arguments.experiment)
+    if arguments.dry_run:
+        print(json.dumps(space._to_model().model_dump(by_alias=True, exclude_none=True), indent=2, default=str))
+        return
+    print(f"workspace: {save(space)}")
+    if arguments.report:
+        written = report(axes, project=metrics.project, entity=entity, experiment=arguments.experiment)
+        print(f"report: {save(written, as_draft=True)}")
 
 
 @dataclass(frozen=True)
@@ -38,9 +86,9 @@ class Part:
         return self.log.with_name(f"{self.log.name}.synced").exists()
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def sync(words: Sequence[str] | None = None) -> int:
     """Parse, upload one part after the other, and turn the outcome into an exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=SYNC, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="rounds and sweeps in it are found")
     parser.add_argument("--dry-run", action="store_true", help="say what would be uploaded, in order")
     parser.add_argument("--timeout", type=float, default=900.0, metavar="SECONDS", help="of one part")

@@ -1,26 +1,76 @@
-"""transformers' continuous batching (`generate_batch`), with its silent failures turned into errors.
+"""Engines that call the policy itself: our decode loop, and transformers' continuous batching (`generate_batch`).
 
-It has one random state for all requests: a sample depends on what it is batched with. So it is chosen only by name.
+The latter has one random state for all requests: a sample depends on what it is batched with. So it is chosen only by
+name, and its silent failures are errors here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+import functools
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
 from spd_dist.errors import DataError
-from spd_dist.inference.requests import Decoded, Request, half_batch, is_out_of_memory
+from spd_dist.inference.decode import decode
+from spd_dist.inference.placement import Placement
+from spd_dist.inference.requests import Decoded, DecodeSettings, Request, half_batch, is_out_of_memory
 from spd_dist.inference.sampling import Sampling
 from spd_dist.models.policy import Policy
-from spd_dist.projection.hooks import ProjectionMonitor
+from spd_dist.projection.hooks import ProjectionMonitor, projected
+from spd_dist.types import Projection
 
+INSTRUCTIONS = {
+    torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
+}
+"""By which a CPU computes in 16 bits, as torch names them."""
 REQUESTS_A_CALL = 256  # what a kill loses at most: a call gives its completions at its end
 PAGE_SIZE = 32
+
+
+def is_slow_dtype(dtype: torch.dtype, device: torch.device, capabilities: Mapping[str, Any]) -> bool:
+    """Whether this device only stores numbers of `dtype`, and computes in another: of `torch.cpu.get_capabilities`."""
+    needed = INSTRUCTIONS.get(dtype, ())
+    return device.type == "cpu" and bool(needed) and not any(capabilities.get(name) for name in needed)
+
+
+@dataclass
+class HFEngine:
+    """Our decode loop on the Hugging Face model."""
+
+    policy: Policy
+    batch_size: int
+    fixed_columns: int | None
+    monitor: ProjectionMonitor | None
+    placement: Placement
+    section: str
+    name: str = "hf"
+
+    def complete(self, requests: Sequence[Request], sampling: Sampling) -> Generator[Decoded, None, None]:
+        """Completions as they finish."""
+        return decode(
+            self.policy.model,
+            requests,
+            DecodeSettings(sampling, frozenset(self.policy.eos_token_ids), self.policy.pad_token_id),
+            batch_size=self.batch_size,
+            fixed_columns=self.fixed_columns,
+            smaller=functools.partial(half_batch, section=self.section, in_step=self.placement == "layerwise"),
+        )
+
+
+@contextmanager
+def held_to(
+    policy: Policy, projection: Projection | None, apply_as: Literal["hook", "fold"]
+) -> Generator[ProjectionMonitor | None]:
+    """The policy under `projection`, as the config has it applied; undone on every way out."""
+    with nullcontext() if projection is None else projected(policy.model, projection, apply_as) as monitor:
+        yield monitor
 
 
 @dataclass
