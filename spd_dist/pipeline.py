@@ -66,6 +66,7 @@ def run_stages(run: Run) -> str:
 def find_subspace(run: Run, arm: Arm, *, wanted: bool) -> None:
     """Calibrate, sketch, reduce and project: stream gradients into one subspace."""
     config, stage, rows = run.config_of(arm), stage_inputs.subspace_stage(run, arm), run.rows("calibration")
+    made = stage_inputs.of_subspace(run, arm)
 
     def work(folder: Path) -> None:
         policy = run.policy()
@@ -86,7 +87,6 @@ def find_subspace(run: Run, arm: Arm, *, wanted: bool) -> None:
         on_main("writing the subspace", lambda: save_subspace(folder / "subspace.safetensors", found))
         on_main("writing the subspace's summary", lambda: write_record(folder / "summary.json", described))
 
-    made = stage_inputs.of_subspace(run, arm)
     run.run_stage(stage, made, ["subspace.safetensors", "summary.json"], work, wanted=wanted)
 
 
@@ -107,6 +107,7 @@ def sum_moments(
 def write_completions(run: Run, arm: Arm, *, wanted: bool) -> None:
     """Let the policy answer the training prompts, under the projection if the arm has one."""
     config, rows = run.config_of(arm), run.rows("train")
+    total = len(rows) * config.generate.num_samples
 
     def work(folder: Path) -> CorpusSummary:
         policy, projected = run.policy(), stage_inputs.projection_of(run, arm)
@@ -115,7 +116,7 @@ def write_completions(run: Run, arm: Arm, *, wanted: bool) -> None:
         with rendered as prompts, run.progress("generate", total // run.world.size, "completions", arm) as progress:
             return generate(policy, prompts, projected, config.generate, run.context(folder, arm, progress))
 
-    total, made_from = len(rows) * config.generate.num_samples, stage_inputs.of_completions(run, arm)
+    made_from = stage_inputs.of_completions(run, arm)
     run.run_stage(arm.stage("generate"), made_from, [corpus_name(total), "summary.json"], work, wanted=wanted)
 
 
@@ -138,6 +139,7 @@ def train_student(run: Run, arm: Arm, *, wanted: bool) -> None:
 
 def answer(run: Run, arm: Arm) -> None:
     """Let an arm answer the held-out examples, greedily: its student, or the untouched policy, projected or not."""
+    others = run.config.evaluate.also
 
     def work(folder: Path) -> AnswersSummary:
         tests = [run.test_set(word) for word in (None, *others)]
@@ -150,7 +152,6 @@ def answer(run: Run, arm: Arm) -> None:
                 summaries.append(evaluate_arm(policy, test, config, context, arm=arm.name, projection=held_to))
         return summaries[0]
 
-    others = run.config.evaluate.also
     tasks = [run.task, *(run.other_test(word)[0] for word in others)]
     answers = [f"{task.name}.jsonl" for task in tasks]
     run.run_stage(f"evaluate/{arm.name}", stage_inputs.of_answers(run, arm), answers, work)

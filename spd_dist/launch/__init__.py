@@ -5,9 +5,13 @@ On several ranks: `deepspeed --module spd_dist.launch NAME [ARGUMENTS]`.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from spd_dist.errors import UserError
 
 LAUNCHERS = {
     "run": "run_method:main",
@@ -27,6 +31,28 @@ LAUNCHERS = {
     "wandb_sync": "wandb_tools:sync",
 }
 """Name of a launcher -> the module of this package, and the function in it, as entry points are written."""
+
+
+class Main(Protocol):
+    """Words of a command line, those of this process if not given -> exit code."""
+
+    def __call__(self, words: Sequence[str] | None = None) -> int:
+        """Do what the words ask for."""
+        ...
+
+
+def launcher(work: Callable[[Sequence[str] | None], int]) -> Main:
+    """A launcher's `main`: what the user can put right is one line on stderr, and the exit code that the error has."""
+
+    @functools.wraps(work)
+    def main_of(words: Sequence[str] | None = None) -> int:
+        try:
+            return work(words)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
+
+    return main_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from spd_dist.analysis.subspace_algebra import overlap, principal_angles, shared_sites
-from spd_dist.errors import UserError
 from spd_dist.hub.repository import subspace_file
+from spd_dist.launch import launcher
 from spd_dist.storage.subspace_file import load_subspace
 from spd_dist.types import KVSite, SiteSubspace, Subspace
 
@@ -29,18 +28,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+@launcher
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, compare, and turn the outcome into an exit code."""
+    """Parse and compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", type=Path, nargs="+", metavar="RUN_DIR|FILE|HUB")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the overlap matrix and the spectra")
     chosen = parser.parse_args(arguments)
-    try:
-        subspaces = load(chosen.paths)
-        sites = shared_sites(subspaces)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    subspaces = load(chosen.paths)
+    sites = shared_sites(subspaces)
     matrix = overlaps(subspaces, sites)
     console = Console(width=max(120, Console().width))
     for name, path in zip(subspaces, chosen.paths, strict=True):

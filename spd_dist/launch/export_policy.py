@@ -9,25 +9,23 @@ Exit codes: 0 done, 2 the config is wrong, 3 the model or the subspace is wrong,
 from __future__ import annotations
 
 import argparse
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from spd_dist.errors import DataError, UserError
+from spd_dist.errors import DataError
+from spd_dist.launch import launcher
 from spd_dist.overrides import load_config
 
 
-def main() -> int:
-    """Parse, export, check, and turn the outcome into an exit code."""
-    arguments = parse_arguments()
-    try:
-        print(export(arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+@launcher
+def main(words: Sequence[str] | None = None) -> int:
+    """Parse, export, and check."""
+    arguments = parse_arguments(words)
+    print(export(arguments))
     return 0
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("subspace", type=Path, metavar="RUN_DIR|FILE|HUB", help="whose subspace")
@@ -41,7 +39,7 @@ def parse_arguments() -> argparse.Namespace:
         "--other-base", action="store_true", help="the subspace may have been computed on other weights"
     )
     parser.add_argument("--no-check", action="store_true", help="skip what loads the model: comparing logits and base")
-    return parser.parse_intermixed_args()
+    return parser.parse_intermixed_args(words)
 
 
 def export(arguments: argparse.Namespace) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -19,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from spd_dist.config import Config
-from spd_dist.errors import ConfigError, UserError
+from spd_dist.errors import ConfigError
+from spd_dist.launch import launcher
 from spd_dist.overrides import load_config, split_words
 
 if TYPE_CHECKING:
@@ -29,18 +29,15 @@ GIB, TB = 2**30, 1e12
 COLUMNS = ("stage", "placement", "GiB a rank", "of which", "received", "time", "bottleneck")
 
 
+@launcher
 def main(words: Sequence[str] | None = None) -> int:
-    """Parse, plan, print, and turn the outcome into an exit code."""
+    """Parse, plan and print."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch|transformers|deepspeed")
     arguments = parse_arguments(words)
-    try:
-        config = load_config(arguments.config, arguments.overrides)
-        if arguments.model_config is not None:
-            config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=arguments.model_config))
-        profile, plan, lines = make_plan(config, arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.model_config is not None:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=arguments.model_config))
+    profile, plan, lines = make_plan(config, arguments)
     if arguments.markdown:
         print(as_markdown(profile, plan, lines))
     else:

@@ -10,39 +10,36 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from spd_dist.errors import UserError
 from spd_dist.hub.publish import PRODUCTS, Publication, publish
 from spd_dist.hub.repository import Patience
+from spd_dist.launch import launcher
 
 
-def main() -> int:
-    """Parse, push, and turn the outcome into an exit code."""
-    arguments = parse_arguments()
+@launcher
+def main(words: Sequence[str] | None = None) -> int:
+    """Parse and push."""
+    arguments = parse_arguments(words)
     logging.basicConfig(format="%(message)s")
-    try:
-        patience = Patience(arguments.attempts)
-        address = publish(
-            Publication(
-                run_dir=arguments.run_dir,
-                product=arguments.product,
-                repository=arguments.repository,
-                arm=arguments.arm,
-                base_model=arguments.base_model,
-                is_public=arguments.public,
-            ),
-            patience,
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    patience = Patience(arguments.attempts)
+    address = publish(
+        Publication(
+            run_dir=arguments.run_dir,
+            product=arguments.product,
+            repository=arguments.repository,
+            arm=arguments.arm,
+            base_model=arguments.base_model,
+            is_public=arguments.public,
+        ),
+        patience,
+    )
     print(f"pushed: {address}")
     return 0
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run's folder")
@@ -54,4 +51,4 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--attempts", type=int, default=Patience().num_attempts, help="of a request (default: %(default)s)"
     )
-    return parser.parse_args()
+    return parser.parse_args(words)

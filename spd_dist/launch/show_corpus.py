@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -20,26 +19,23 @@ from rich.table import Table
 from rich.text import Text
 
 from spd_dist.analysis.corpus import corpus_diff, corpus_stats, length_histogram, load_corpus, pairs
-from spd_dist.errors import UserError
+from spd_dist.launch import launcher
 from spd_dist.storage.completions import to_text
 from spd_dist.types import Completion
 
 BAR_WIDTH = 40
 
 
-def main() -> int:
-    """Parse, print, and turn the outcome into an exit code."""
-    arguments = parse_arguments()
-    try:
-        corpora = [load_corpus(path) for path in arguments.corpora]
-        Console().print(arguments.shown(arguments, corpora))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+@launcher
+def main(words: Sequence[str] | None = None) -> int:
+    """Parse and print."""
+    arguments = parse_arguments(words)
+    corpora = [load_corpus(path) for path in arguments.corpora]
+    Console().print(arguments.shown(arguments, corpora))
     return 0
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(required=True, metavar="stats|diff|show|export")
@@ -55,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
             verb.add_argument("--id", action="append", dest="ids", help="only this prompt; may be repeated")
             verb.add_argument("--num", type=int, default=5, help="at most so many completions")
             verb.add_argument("--differing", action="store_true", help="only prompts whose two completions differ")
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def stats(arguments: argparse.Namespace, corpora: Sequence[Sequence[Completion]]) -> Group:

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import jinja2
 
-from spd_dist.errors import ConfigError, UserError
+from spd_dist.errors import ConfigError
+from spd_dist.launch import launcher
 from spd_dist.overrides import load_config, load_experiment, split_words
 
 TEMPLATES = Path("slurm")
@@ -106,15 +107,12 @@ FILES = {  # what `make` of these scripts by hand would give: slurm/NAME
 }
 
 
+@launcher
 def main(words: Sequence[str] | None = None) -> int:
     """Parse, render, and show or submit."""
     arguments = parse_arguments(words)
-    try:
-        check_clone()
-        folder, jobs = plan(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    check_clone()
+    folder, jobs = plan(arguments)
     if arguments.dry_run:
         for job in jobs:
             print(f"# ---- {folder / 'slurm' / job.name}.sbatch\n{job.script()}", end="")

@@ -16,7 +16,6 @@ import csv
 import itertools
 import json
 import re
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,8 @@ from rich.console import Console
 from rich.table import Table
 from yaml import YAMLError
 
-from spd_dist.errors import ConfigError, DataError, UserError
+from spd_dist.errors import ConfigError, DataError
+from spd_dist.launch import launcher
 from spd_dist.overrides import load_config, split_words
 from spd_dist.yaml_files import load_yaml
 
@@ -53,25 +53,22 @@ class Point:
         return ", ".join(f"{key}={written(value)}" for key, value in self.values.items() if key != "seed") or "-"
 
 
+@launcher
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, act, and turn the outcome into an exit code."""
+    """Parse and act."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("plan", "status", "collect", "words"))
     parser.add_argument("file", type=Path, help="the sweep for plan, else the plan")
     parser.add_argument("index", type=int, nargs="?", help="for words: the point")
     chosen = parser.parse_args(arguments)
-    try:
-        if chosen.action == "plan":
-            plan(chosen.file)
-        elif chosen.action == "status":
-            Console(width=160).print(status_table(read_plan(chosen.file)))
-        elif chosen.action == "collect":
-            collect(chosen.file)
-        else:
-            print("\n".join(point_of(chosen.file, chosen.index).words))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    if chosen.action == "plan":
+        plan(chosen.file)
+    elif chosen.action == "status":
+        Console(width=160).print(status_table(read_plan(chosen.file)))
+    elif chosen.action == "collect":
+        collect(chosen.file)
+    else:
+        print("\n".join(point_of(chosen.file, chosen.index).words))
     return 0
 
 

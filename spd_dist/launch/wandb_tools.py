@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spd_dist.errors import UserError
+from spd_dist.launch import launcher
 from spd_dist.overrides import load_config
 
 DASHBOARD = """\
@@ -32,8 +32,9 @@ Exit codes: 0 all is uploaded, 1 something is not; start the same command again.
 """
 
 
+@launcher
 def dashboard(words: Sequence[str] | None = None) -> int:
-    """Parse, build, save or print, and turn the outcome into an exit code."""
+    """Parse, build, and save or print."""
     parser = argparse.ArgumentParser(description=DASHBOARD, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run of the project")
     parser.add_argument("--entity", default="", help="whose project; metrics.entity or the account's own if not given")
@@ -41,11 +42,7 @@ def dashboard(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--report", action="store_true", help="make a report, too")
     parser.add_argument("--dry-run", action="store_true", help="print the workspace as JSON")
     arguments = parser.parse_args(words)
-    try:
-        make_dashboard(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    make_dashboard(arguments)
     return 0
 
 

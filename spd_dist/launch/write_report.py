@@ -8,26 +8,22 @@ Exit codes: 0 done, 2 the config is wrong, 3 a run is not finished or cannot be 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from spd_dist.errors import UserError
+from spd_dist.launch import launcher
 from spd_dist.overrides import load_config
 
 
+@launcher
 def main(words: Sequence[str] | None = None) -> int:
-    """Parse, write, and turn the outcome into an exit code."""
+    """Parse and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run that is complete")
     parser.add_argument("--against", type=Path, metavar="RUN_DIR", help="another one, of the same test set")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to write it; RUN_DIR/report.html if not given")
     arguments = parser.parse_args(words)
-    try:
-        print(write(arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    print(write(arguments))
     return 0
 
 
