@@ -107,17 +107,17 @@ def find_parts(run_dir: Path) -> list[Part]:
     """All parts under a run's folder, in the order in which they belong on the server."""
     parts = []
     for folder in run_dir.rglob("wandb/offline-run-*"):
-        described = read_description(folder)
         if any(folder.glob("run-*.wandb")):
-            parts.append(Part(folder, described.get("name", folder.name), described.get("task_index", 0)))
+            parts.append(Part(folder, *name_and_task(folder)))
     return sorted(parts, key=lambda part: (part.folder.parent, part.task_index, part.folder.name))
 
 
-def read_description(folder: Path) -> dict[str, Any]:
-    """What the run said of itself beside its parts; empty if another program wrote them."""
+def name_and_task(folder: Path) -> tuple[str, int]:
+    """The run's name and its task's index, as it wrote them beside its parts; else the folder's name, and 0."""
     run_id = folder.name.rpartition("-")[2]
     found = (json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.parent.glob("*.json")))
-    return next((described for described in found if described.get("id") == run_id), {})
+    own: dict[str, Any] = next((described for described in found if described.get("id") == run_id), {})
+    return own.get("name", folder.name), own.get("task_index", 0)
 
 
 def handled(part: Part, arguments: argparse.Namespace) -> str:
