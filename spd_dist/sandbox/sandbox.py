@@ -27,16 +27,8 @@ from spd_dist.sandbox.isolation import (
     packages,
     things_of_the_user,
 )
-from spd_dist.sandbox.processes import (
-    STARVED_FRACTION,
-    alone,
-    among_others,
-    how_it_ended,
-    kill,
-    last_words,
-    supervised,
-    waited_seconds,
-)
+from spd_dist.sandbox.process_tree import how_it_ended, kill, last_words, supervised
+from spd_dist.sandbox.turns import STARVED_FRACTION, alone, among_others, waited_seconds
 
 FIRST_USER = 1879048192
 """The first of 2 ** 28 user numbers that no system hands out (systemd's table of ranges)."""
