@@ -46,7 +46,7 @@ def test_a_name_that_is_none_is_refused_with_those_that_are(capsys):
 
 BEFORE_TORCH = """
 import importlib, sys
-for name in ("run_method", "run_experiment", "evaluate_model", "submit", "sweep", "show_corpus", "wandb_sync"):
+for name in ("run_method", "run_experiment", "evaluate_model", "submit", "sweep", "show_corpus", "wandb_tools"):
     importlib.import_module(f"spd_dist.launch.{name}")
 import spd_dist.judging, spd_dist.tracking.progress
 from spd_dist.launch import evaluate_model, run_experiment, run_method
