@@ -19,10 +19,15 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parent.parent / "launchers"))
+from install import uv_of, uv_variables
+
 EXTRAS = ("dashboard", "bench", "quantized")
 """Those that are resolved; flash needs a GPU's compiler, so only its metadata are looked at."""
 FROM_SOURCE = ("deepspeed",)
 """Those that are built where they are installed, by what the others are: without isolation, and so after them."""
+OF_WHEELS_HERE = ("torch",)
+"""Those that pip takes, since only pip knows of wheels that an administrator put on this machine."""
 IN_WHEEL = ("spd_dist/py.typed", "spd_dist/configs/quickstart.yaml", "spd_dist/models/card.md.j2")
 """Files beside modules that would be missed last."""
 
@@ -119,25 +124,39 @@ def extra_faults(root: Path) -> list[str]:
     return found
 
 
+def lock_parts(lock: str) -> list[tuple[str, bool]]:
+    """A lock in the order in which it can be installed, each part with whether pip must do it."""
+    entries = [one for one in re.split(r"^(?=[^\s#])", lock, flags=re.MULTILINE) if one[:1] not in ("", "#", "\n")]
+    options = "".join(one for one in entries if one.startswith("-"))
+    packages = {one.partition("==")[0]: one for one in entries if not one.startswith("-")}
+    kinds = (OF_WHEELS_HERE, packages.keys() - {*OF_WHEELS_HERE, *FROM_SOURCE}, FROM_SOURCE)
+    texts = ["".join(text for name, text in packages.items() if name in kind) for kind in kinds]
+    return [(options + text, kind is OF_WHEELS_HERE) for text, kind in zip(texts, kinds, strict=True) if text]
+
+
 def lock_faults(root: Path, wheel: Path | None = None) -> list[str]:
     """Install every line of requirements.lock by its hash into an empty environment; and what does not start there.
 
     The wheel, if one is given, is added without its dependencies: the lock must have them all.
     """
-    lock = root / "requirements.lock"
+    uv = uv_of(Path(sys.prefix), [sys.executable, "-m", "pip", "install", "--quiet"])
+    variables = uv_variables(sys.executable)
     with tempfile.TemporaryDirectory() as place:
         python = Path(place) / "venv" / "bin" / "python"
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", python.parent.parent], check=True)
-        first = Path(place) / "first.lock"
-        of_source = rf"^(?:{'|'.join(FROM_SOURCE)})==.*?(?=^\S|\Z)"
-        first.write_text(re.sub(of_source, "", lock.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL))
-        pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps"]
-        for words in (["-r", first], ["--no-build-isolation", "-r", lock]):
-            done = subprocess.run([*pip, "--require-hashes", *words], capture_output=True, text=True, check=False)
+        pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-compile", "--no-deps"]
+        fast = pip if uv is None else [uv, "pip", "install", "--quiet", "--python", python, "--no-deps"]
+        for number, (text, is_of_pip) in enumerate(
+            lock_parts((root / "requirements.lock").read_text(encoding="utf-8"))
+        ):
+            part = Path(place) / f"{number}.lock"
+            part.write_text(text, encoding="utf-8")
+            words = [*(pip if is_of_pip else fast), "--no-build-isolation", "--require-hashes", "-r", part]
+            done = subprocess.run(words, env=variables, capture_output=True, text=True, check=False)
             if done.returncode != 0:
                 said = [line for line in done.stderr.splitlines() if line.strip() and "WARNING" not in line]
                 reason = " ".join(said[-6:]) or "and says no reason"
-                return [f"requirements.lock: pip --require-hashes refuses it: {reason}"]
+                return [f"requirements.lock: --require-hashes refuses it: {reason}"]
         if wheel is None:
             return []
         subprocess.run([*pip, wheel], check=True)
