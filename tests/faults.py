@@ -78,6 +78,8 @@ SMALL_FORM = (
 """By their first words: faults of most kinds, without those that only a long wait ends."""
 SMALL_SECONDS = 170.0
 """Then the small form begins no case more, so that a busy machine is not held up."""
+OF_ONE_RANK = ("SIGKILL of one rank", "SIGSTOP of one rank", "memory of a rank at its end")
+"""Faults that leave others, who can say whom they miss."""
 GOOD = ("same", "ended", "clear error", "too late")
 
 
@@ -95,11 +97,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="faults-") as name, ThreadPoolExecutor(arguments.jobs) as pool:
         with settable_clocks(Path(name)):
             forkserver.ensure_running()
-        series = Series(Path(name), arguments.seed) if todo else None
+        series = Series(Path(name), arguments) if todo else None
         lock = threading.Lock()
 
         def try_one(one: tuple[int, str]) -> None:
-            if arguments.small and time.monotonic() - begun > SMALL_SECONDS:
+            if time.monotonic() - begun > (SMALL_SECONDS if arguments.small else arguments.seconds):
                 say(f"not tried, since the time is over: {one[1]}")
                 return
             case = series.case(*one)
@@ -137,9 +139,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--others", type=int, default=len(OTHERS), help="cases of the other faults")
     parser.add_argument("--faults", nargs="+", default=[], metavar="FAULT", help="these alone, by their first words")
     parser.add_argument("--seed", type=int, default=1, help="of moments and ranks")
+    parser.add_argument("--model", default="", help="a model to run instead of a tiny random one")
+    parser.add_argument("--patience", type=float, default=1.0, help="by which all bounds of time are longer")
     parser.add_argument("--jobs", type=int, default=1, help="cases at once")
     parser.add_argument("--state", type=Path, help="a file of what is done; a series goes on from it")
     parser.add_argument("--at-most", type=int, metavar="N", help="stop after so many cases")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no case after so many")
     parser.add_argument("--out", type=Path, help="a page whose table is replaced")
     return parser.parse_args()
 
@@ -162,9 +167,10 @@ def read_state(file: Path | None) -> list[dict]:
 class Series:
     """Cases on one model, against one undisturbed run of it on each number of ranks."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.folder, self.seed = folder, seed
-        self.words = [f"model.name={save_tiny_model(folder / 'model')}", *SMALL, "evaluate.arms=[base,spd]"]
+    def __init__(self, folder: Path, arguments: argparse.Namespace) -> None:
+        self.folder, self.seed, self.patience = folder, arguments.seed, arguments.patience
+        model = arguments.model or save_tiny_model(folder / "model")
+        self.words = [f"model.name={model}", *SMALL, "evaluate.arms=[base,spd]"]
         self.lock = threading.Lock()
         self.undisturbed: dict[int, Path] = {}
         self.expected = found_in(self.whole(1))
@@ -176,7 +182,7 @@ class Series:
             run = self.folder / f"whole-{num_ranks}"
             if num_ranks not in self.undisturbed:
                 log = run.with_suffix(".log")
-                codes = Launch(num_ranks, [*self.words, f"run_dir={run}"], log).wait(RUN_SECONDS)
+                codes = Launch(num_ranks, [*self.words, f"run_dir={run}"], log).wait(RUN_SECONDS * self.patience)
                 assert codes == [0] * num_ranks, log.read_text()
                 self.undisturbed[num_ranks] = run
             return self.undisturbed[num_ranks]
@@ -185,19 +191,20 @@ class Series:
         """Try the fault; the seed and the number say all else about it."""
         chance = random.Random(f"{self.seed}-{index}")
         kind, begun = (KILLS | OTHERS)[fault], time.monotonic()
-        before, after = chance.choice([2, 3]), chance.choice([1, 2, 3])
+        before, after = chance.choice([1, 2, 3] if fault in KILLS else [2, 3]), chance.choice([1, 2, 3])
         hit, line, more_seconds = chance.randrange(before), chance.randrange(self.num_lines), chance.uniform(0, 1)
         place = self.folder / f"case-{index}"
         place.mkdir()
         try:
             with kind.open(place, chance) as plan:
                 run = self.start(kind, plan, place, before)
-                wait_for_line(run, line, more_seconds)
+                wait_for_line(run, line, more_seconds, BOUND_SECONDS * self.patience)
                 is_over = not all(rank.is_alive() for rank in run.ranks)
                 stage = stage_of(run.log)
                 struck = time.monotonic()
                 plan.strike(run, hit)
-                codes = ended(run, ranks_of_launcher(place), BOUND_OF_RUN if kind.goes_on else BOUND_SECONDS)
+                bound = self.patience * (BOUND_OF_RUN if kind.goes_on else BOUND_SECONDS)
+                codes = ended(run, ranks_of_launcher(place), bound)
                 seconds = time.monotonic() - struck
                 plan.undo()
                 said = run.output()
@@ -233,7 +240,7 @@ class Series:
     def compared(self, again: Launch, run: Path, outcome: str, before: int, after: int) -> str:
         """`outcome`, or how the run that went on differs from the undisturbed one."""
         try:
-            codes = again.wait(RUN_SECONDS)
+            codes = again.wait(RUN_SECONDS * self.patience)
         except AssertionError as error:
             return f"wrong: started again, it hangs: {str(error)[-300:]}"
         if any(codes):
@@ -274,9 +281,9 @@ def lines_of(log: Path) -> list[str]:
     return log.read_text(errors="replace").splitlines() if log.exists() else []
 
 
-def wait_for_line(run: Launch, number: int, seconds: float) -> None:
+def wait_for_line(run: Launch, number: int, seconds: float, bound: float) -> None:
     """Until that many lines were printed, and `seconds` more: a moment that a slow machine meets, too."""
-    deadline = time.monotonic() + BOUND_SECONDS
+    deadline = time.monotonic() + bound
     while len(lines_of(run.log)) <= number and time.monotonic() < deadline and any(r.is_alive() for r in run.ranks):
         time.sleep(0.02)
     time.sleep(seconds)
@@ -376,6 +383,9 @@ def table(done: Sequence[Case], lacking: dict[str, str]) -> str:
         cells = [cell([case for case in own if case.stage == stage]) for stage in STAGES]
         seconds = sorted(case.seconds for case in own)
         lines.append(f"| {fault} | {' | '.join([*cells, cell(own)])} | {seconds[len(seconds) // 2]}, {seconds[-1]} |")
+    named = [case.names_rank for case in tried if case.fault in OF_ONE_RANK and len({*case.codes}) > 1]
+    if named:
+        lines += ["", f"Where one rank was hit, the others named it in {sum(named)} of {len(named)} cases."]
     lines += ["", *(f"- not tried here: {name} {reason}" for name, reason in lacking.items())]
     lines += [f"- case {case.index}, {case.fault}: {case.outcome}" for case in tried if case.outcome not in GOOD]
     return "\n".join(lines).strip()
