@@ -72,9 +72,9 @@ def processes_left() -> list[str]:
     return found
 
 
-def verdicts_on(sandbox: Sandbox, programs: Sequence[str]) -> list[Verdict]:
-    """Of programs that run beside each other, in pairs with an honest one; nothing is left of them."""
-    with ThreadPoolExecutor(4) as pool:
+def verdicts_on(sandbox: Sandbox, programs: Sequence[str], num_pairs: int) -> list[Verdict]:
+    """Of programs that run beside each other, each in a pair with an honest one; nothing is left of them."""
+    with ThreadPoolExecutor(2 * num_pairs) as pool:
         pairs = [[pool.submit(sandbox.run, text, TESTS) for text in (program, HONEST)] for program in programs]
         assert [honest.result() for _, honest in pairs] == [PASSED] * len(programs)
         found = [hostile.result() for hostile, _ in pairs]
@@ -82,19 +82,23 @@ def verdicts_on(sandbox: Sandbox, programs: Sequence[str]) -> list[Verdict]:
     return found
 
 
-def check_hostile(sandbox: Sandbox, programs: Mapping[str, str]) -> dict[str, Verdict]:
+def check_hostile(sandbox: Sandbox, programs: Mapping[str, str], num_pairs: int = 2) -> dict[str, Verdict]:
     """None of them passes; what is said of each."""
-    found = dict(zip(programs, verdicts_on(sandbox, list(programs.values())), strict=True))
+    found = dict(zip(programs, verdicts_on(sandbox, list(programs.values()), num_pairs), strict=True))
     assert {name: verdict for name, verdict in found.items() if verdict.passed} == {}
     return found
 
 
 @pytest.mark.parametrize(
-    "programs",
-    [pytest.param(CHEATS, id="cheats"), pytest.param(CUNNING, id="cunning", marks=pytest.mark.slow)],
+    ("programs", "num_pairs"),
+    [
+        pytest.param(CHEATS, 2, id="cheats"),
+        pytest.param(CUNNING, 2, id="cunning", marks=pytest.mark.slow),
+        pytest.param(STUBBORN | GREEDY | CUNNING, 8, id="eight at once", marks=pytest.mark.slow),
+    ],
 )
-def test_no_hostile_program_passes_stays_or_harms_its_neighbours(sandbox, programs):
-    check_hostile(sandbox, programs)
+def test_no_hostile_program_passes_stays_or_harms_its_neighbours(sandbox, programs, num_pairs):
+    check_hostile(sandbox, programs, num_pairs)
 
 
 @pytest.mark.seconds
