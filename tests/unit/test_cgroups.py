@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import re
 import shutil
+import sys
 from pathlib import Path
 
+import other_kernel
 import pytest
 from hostile import HONEST, OVER_CPU, OVER_MEMORY, TESTS
 from sandboxes import usable_sandbox
@@ -68,6 +71,26 @@ def test_a_group_counts_what_a_program_hides_from_whoever_adds_it_up(unfiltered,
 def test_without_a_group_and_a_filter_it_is_hidden(unfiltered):
     """The control: else the test above would show nothing."""
     assert reasons(unfiltered, (), OVER_CPU[OF_CPU[0]]) == "passed"
+
+
+def test_where_version_2_has_all_it_holds_all():
+    usable(2, "memory")
+    found = find_hierarchies()
+    if any(one.version == 1 for one in found):
+        pytest.skip("version 1 holds something here")
+    by = "CPU time by cgroup v2 and watcher, memory by cgroup v2 and watcher, processes by cgroup v2 and"
+    assert what_holds(found).startswith(by)
+
+
+@pytest.mark.slow
+def test_version_2_holds_memory_in_a_kernel_that_shares_it_out_by_it():
+    """The tests of version 2 above, none of them skipped, where no version 1 has the memory."""
+    if lacking := other_kernel.is_there():
+        pytest.skip(lacking)
+    words = ["pytest", "-q", "-rs", "-p", "no:cacheprovider", __file__, "-k", "2 and (counts or has_all) or hidden"]
+    code, said = other_kernel.under_it([sys.executable, "-m", *words])
+    assert code == 0, said
+    assert re.search(r"^5 passed", said, re.MULTILINE), said
 
 
 MOUNTS = """\
