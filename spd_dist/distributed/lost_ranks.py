@@ -1,13 +1,14 @@
 """A rank that dies is known to all others within seconds: each holds a connection to rank 0, which the kernel closes.
 
 A collective notices a dead peer only if it is the peer that this rank waits for; two ranks that wait for each other
-would do so until `distributed.timeout_seconds`, and a wait in the store has no peer at all. A host that loses power
-closes nothing, and is still found by these two.
+would do so until `distributed.timeout_seconds`, and a wait in the store has no peer at all. A host that loses power or
+its cable closes nothing: its kernel is asked every few seconds, and ends the connection by its silence.
 """
 
 from __future__ import annotations
 
 import atexit
+import errno
 import logging
 import os
 import secrets
@@ -29,18 +30,23 @@ log = logging.getLogger(__name__)
 GRACE_SECONDS = 15.0
 """For the survivors' own errors, which say more; who still waits after it is ended."""
 CONNECT_SECONDS = 20.0
+SILENCE_SECONDS = 20
+"""A host that answers nothing for so long is lost. A kernel answers for its processes, also for one that hangs."""
+ASK_SECONDS = 5
 KEY = "lost_ranks/address"
 BYE = "bye"
+GONE, SILENT = "its process is gone", "its host does not answer"
 
 
 class Lost(NamedTuple):
-    """A rank whose process ended without a word."""
+    """A rank whose process ended without a word, or whose host can't be reached any more."""
 
     rank: int
     host: str
+    reason: str = GONE
 
     def __str__(self) -> str:
-        return f"rank {self.rank} on {self.host}: its process is gone"
+        return f"rank {self.rank} on {self.host}: {self.reason}"
 
 
 class RankWatch:
@@ -59,6 +65,7 @@ class RankWatch:
 
     def join(self, connection: socket.socket, token: str) -> None:
         """On the others: say who this is, and hear from rank 0 who is gone; without it, that is rank 0."""
+        _ask_now_and_then(connection)
         connection.sendall(f"{token} {self.rank} {socket.gethostname()}\n".encode())
         self.peers[connection] = _Peer(0, str(connection.getpeername()[0]))
         self._start(lambda: self._hear(connection))
@@ -80,6 +87,7 @@ class RankWatch:
                 for key, _ in selector.select():
                     if key.fileobj is server:
                         connection, _ = server.accept()
+                        _ask_now_and_then(connection)
                         selector.register(connection, selectors.EVENT_READ, bytearray())
                     elif isinstance(key.fileobj, socket.socket) and not self._read(key.fileobj, key.data, token):
                         selector.unregister(key.fileobj)
@@ -87,7 +95,7 @@ class RankWatch:
 
     def _read(self, connection: socket.socket, text: bytearray, token: str) -> bool:
         """Take in what a rank says; False at its end, or of one that is none of ours."""
-        said = _received(connection)
+        said, reason = _received(connection)
         text += said
         with self.lock:
             peer = self.peers.get(connection)
@@ -97,7 +105,7 @@ class RankWatch:
                     return False
                 peer = self.peers[connection] = _Peer(int(words[1]), words[2])
                 for gone in self.lost:
-                    _send(connection, f"{gone.rank} {gone.host}")
+                    _send(connection, f"{gone.rank} {gone.host} {gone.reason}")
             if said:
                 return peer is not None or len(text) < 1024
             self.peers.pop(connection, None)
@@ -105,18 +113,22 @@ class RankWatch:
             if peer is None or has_left:
                 return False
             for other in self.peers:
-                _send(other, f"{peer.rank} {peer.host}")
-        self._note(Lost(peer.rank, peer.host))
+                _send(other, f"{peer.rank} {peer.host} {reason}")
+        self._note(Lost(peer.rank, peer.host, reason))
         return False
 
     def _hear(self, connection: socket.socket) -> None:
-        with suppress(OSError), connection.makefile("r", encoding="utf-8") as lines:  # as at its end: rank 0 is gone
-            for line in lines:
-                words = line.split()
-                if words == [BYE]:
-                    return
-                self._note(Lost(int(words[0]), words[1]))
-        self._note(Lost(*self.peers[connection]))
+        reason = GONE
+        try:
+            with connection.makefile("r", encoding="utf-8") as lines:
+                for line in lines:
+                    words = line.strip().split(maxsplit=2)
+                    if words == [BYE]:
+                        return
+                    self._note(Lost(int(words[0]), *words[1:]))
+        except OSError as error:
+            reason = _reason(error)
+        self._note(Lost(*self.peers[connection], reason))
 
     def _note(self, gone: Lost) -> None:
         with self.lock:
@@ -186,11 +198,28 @@ def _server() -> socket.socket:
     return socket.create_server(("", 0), backlog=1024)
 
 
-def _received(connection: socket.socket) -> bytes:
+def _ask_now_and_then(connection: socket.socket) -> None:
+    """Let the kernel end a connection whose other end's host answers neither what is sent nor its own questions."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        (socket.TCP_KEEPIDLE, ASK_SECONDS),
+        (socket.TCP_KEEPINTVL, ASK_SECONDS),
+        (socket.TCP_KEEPCNT, SILENCE_SECONDS // ASK_SECONDS - 1),
+        (socket.TCP_USER_TIMEOUT, 1000 * SILENCE_SECONDS),
+    ):
+        connection.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def _received(connection: socket.socket) -> tuple[bytes, str]:
+    """What was said, or nothing at the end; and what the end means, should it be one."""
     try:
-        return connection.recv(4096)
-    except OSError:
-        return b""
+        return connection.recv(4096), GONE
+    except OSError as error:
+        return b"", _reason(error)
+
+
+def _reason(error: OSError) -> str:
+    return SILENT if error.errno in (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH) else GONE
 
 
 def _send(connection: socket.socket, line: str) -> None:

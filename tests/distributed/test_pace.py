@@ -2,10 +2,14 @@
 
 import os
 import signal
+import socket
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import slow_link
 import torch
 import torch.distributed as dist
 from ranks import ends_of_ranks
@@ -120,3 +124,38 @@ def leave_before_the_others(folder: Path) -> None:
 def test_a_rank_that_ends_in_order_is_not_missed(tmp_path: Path):
     assert ends_of_ranks(3, tmp_path / "store", leave_before_the_others, tmp_path) == [""] * 3
     assert sorted(path.name for path in tmp_path.glob("alive-*")) == ["alive-0", "alive-1"]
+
+
+def of_host(space: str, make: Callable[[], socket.socket]) -> socket.socket:
+    """What a host makes; only the thread that makes it moves there."""
+
+    def made() -> socket.socket:
+        slow_link.enter(space)
+        return make()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(made).result()
+
+
+def test_a_host_that_is_cut_off_is_missed_on_both_sides(monkeypatch):
+    """Nothing is closed: the kernels' questions get no answers. A cable that is slow is no reason."""
+    if lacking := slow_link.is_there():
+        pytest.skip(lacking)
+    monkeypatch.setattr(lost_ranks, "SILENCE_SECONDS", 3)
+    monkeypatch.setattr(lost_ranks, "ASK_SECONDS", 1)
+    watches = [lost_ranks.RankWatch(rank, lambda gone: None) for rank in range(2)]
+    with slow_link.SlowLink() as link:
+        server = of_host(link.spaces[0], lambda: socket.create_server((slow_link.ADDRESSES[0], 0)))
+        watches[0].serve(server, "token")
+        watches[1].join(of_host(link.spaces[1], lambda: socket.create_connection(server.getsockname())), "token")
+        link.delay(0.2)
+        time.sleep(4)
+        assert [watch.lost for watch in watches] == [[], []]
+        link.cut()
+        deadline = time.monotonic() + 60
+        while not all(watch.lost for watch in watches) and time.monotonic() < deadline:
+            time.sleep(0.1)
+    assert [str(watch.lost[0]) for watch in watches] == [
+        f"rank 1 on {socket.gethostname()}: its host does not answer",
+        f"rank 0 on {slow_link.ADDRESSES[0]}: its host does not answer",
+    ]
