@@ -65,8 +65,8 @@ class SlowLink:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._relay.kill()
-        self._relay.wait()
+        with self._relay:
+            self._relay.kill()
         for name in self.names:
             _ip("netns", "del", name)
 
