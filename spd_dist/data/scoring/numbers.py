@@ -48,7 +48,14 @@ _MARKUP = (
     (re.compile(r"\\([$%#])"), r"\1"),
     (re.compile(r"\\[,;:! ]"), ""),
     (re.compile(r"\\[()\[\]]"), " "),
-    (re.compile(r"</?(?:b|strong|i|em|u|p|span|div|code|(?:final[_ ]?)?answer|final)>", re.IGNORECASE), " "),
+    (
+        re.compile(
+            r"</?(?:[biup]|(?i:strong|em|span|div|code|(?:final[_ ]?)?answer|final))>|<([BIUP])>(?=.*</\1>)|</[BIUP]>"
+        ),
+        " ",
+    ),
+    (re.compile(r"<([$]?-?[\d.,]+)>"), r" \1 "),
+    (re.compile(r"(?<=\d) ?\[\d{1,2}\]"), ""),  # the number of a source
     (re.compile(r"\*\*|__|`"), ""),
     (re.compile(r"(?<![\w$])\$(?=[^$\n]*\$(?!\d))([^$\n]*)\$"), r" \1 "),  # $...$ of LaTeX
     (re.compile(r"(?<!\S)[*_]+(?=[-+\w$])|(?<=\w)[*_]+(?=[\s.,;:!?]|$)"), ""),
@@ -57,7 +64,7 @@ _UNITS = (
     r"(?:cm|mm|km|m|kg|g|mg|lbs?|oz|ft|in|l|ml|h|hrs?|min|s|mph|kph|km/h|m/s|\u00b0[CF]?|\u20ac|\u00a3|USD|dollars?"
     r"|cents?)"
 )
-_SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _INTEGER = (
     r"\d{1,3}(?:,\d{3})+(?!\d)|\d{1,2}(?:,\d{2})+,\d{3}(?!\d)|\d{1,3}(?: \d{3})+(?!\d)"
     r"|\d{1,3}(?:'\d{3})+(?!\d)|\d{1,3}(?:_\d{3})+(?!\d)|\d{1,3}(?:\.\d{3}){2,}(?!\d)|\d+"
@@ -68,9 +75,20 @@ NUMBER = re.compile(
     r"(?P<sign>(?<![\w)\].%])(?<![\d)\]%] )[-+])?(?:[$\u20ac\u00a3\u00a5\u20b9] ?(?P<inner>-)?)?"
     rf"(?P<value>\d+ (?:and )?\d+/\d+"
     rf"|(?:(?:{_INTEGER})(?:\.\d+)?|\.\d+){_EXPONENT}?(?: ?/ ?(?:\d+(?:\.\d+)?))?)"
-    rf"(?: (?P<scale>{'|'.join(_SCALES)})\b)?(?P<after> ?%|{_UNITS})?(?![\w^/\u2030]|[.,:']\d|\(|-to-)",
+    rf"(?: (?P<scale>{'|'.join(_SCALES)})\b)?(?P<after> ?%|{_UNITS})?"
+    r"(?![\w^/\u2030]|[.,:']\d|\(|-to-|[\u0370-\u03ff]|\\(?:pi|sqrt|frac)\b)",
     re.ASCII,
 )
+
+
+NO_NUMBER = re.compile(r"\W*(?:none|unknown|undefined|impossible)\b", re.IGNORECASE)
+"""How an answer begins that says there is none."""
+_WORDS = (
+    "zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|seventeen"
+    "|eighteen|nineteen"
+)
+_TENS = "twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety"
+_IN_WORDS = re.compile(rf"\W*(?:(?P<tens>{_TENS})(?:[- ](?P<ones>{_WORDS}))?|(?P<small>{_WORDS}))\b", re.IGNORECASE)
 
 
 class Number(NamedTuple):
@@ -103,6 +121,16 @@ def same_number(left: str | None, right: str) -> bool:
     """Whether both are numbers of one value: `5` is `5.0` is `$5`."""
     value = None if left is None else parse_number(left)
     return value is not None and value == parse_number(right)
+
+
+def number_in_words(text: str) -> str | None:
+    """The number below a hundred that a text begins with in words, in digits; `none` where it says there is none."""
+    match = _IN_WORDS.match(text)
+    if match is None:
+        return "none" if NO_NUMBER.match(text) else None
+    small, tens = _WORDS.split("|"), _TENS.split("|")
+    ones = (match["ones"] or match["small"] or "zero").casefold()
+    return str(small.index(ones) + (10 * tens.index(match["tens"].casefold()) + 20 if match["tens"] else 0))
 
 
 def numbers_in(spelled: str) -> Iterator[Number]:

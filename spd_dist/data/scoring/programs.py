@@ -31,6 +31,9 @@ _MARK_LINE = re.compile(
 """Lines that some prompts and models put around a program in place of a fence."""
 _FIRST_LINE_OF_CODE = re.compile(r"^(def |import |from |class |@|async def )", re.MULTILINE)
 _FIRST_INDENTED_LINE_OF_CODE = re.compile(r"^([ \t]+)(?:def |import |from |class |@|async def )", re.MULTILINE)
+_HTML = re.compile(
+    r"^[ \t]*(?:<(?:pre|code)(?: [^<>\n]*)?>)+|(?:</(?:code|pre)>)+[ \t]*$", re.MULTILINE | re.IGNORECASE
+)
 _DONE = re.compile(r"^[ \t]*\[DONE\]", re.MULTILINE)
 
 
@@ -75,7 +78,7 @@ def python_blocks(text: str) -> list[str]:
 
 def unfenced(text: str) -> list[str]:
     """What may be a program without a fence: all before a fence that was only closed, or the most that parses."""
-    text = _MARK_LINE.sub("", text)
+    text = _HTML.sub("", _MARK_LINE.sub("", text))
     whole = _dedented(text.partition("```")[0])
     found = [whole if parses(whole) and _defined(whole) else None, python_in(whole), python_in(text)]
     return [block for block in found if block]

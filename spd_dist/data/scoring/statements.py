@@ -9,18 +9,22 @@ import re
 from collections.abc import Iterator
 from fractions import Fraction
 
-from spd_dist.data.scoring.numbers import MARKER, NUMBER, numbers_in, parse_number, plain, same_number
+from spd_dist.data.scoring.numbers import (
+    MARKER,
+    NO_NUMBER,
+    NUMBER,
+    number_in_words,
+    numbers_in,
+    parse_number,
+    plain,
+    same_number,
+)
+from spd_dist.data.scoring.phrases import ANSWER_VERBS, ANSWER_WORDS
 from spd_dist.data.scoring.thoughts import TURNED, settled
 
 _ARITHMETIC = re.compile(r"[\d)%] ?[-+*/^] ?[$(]*[-.]?\d", re.ASCII)
 _VARIABLE = re.compile(r"(?<![\w$])\d*[b-hj-zB-Z] ?[-+*/] ?[\d.]|\d ?[+*^] ?\d*[b-hj-z](?!\w)")
 """A term with a letter: `12x + 3` is no number."""
-ANSWER_WORDS = (
-    r"(?:\b(?:antwort|antwoord|r[\u00e9e]ponse|respuesta|resposta|risposta|\u043e\u0442\u0432\u0435\u0442|svar(?:et)?)\b"
-    r"|\u7b54\u6848|\u7b54\u3048|\uc815\ub2f5)"
-)
-"""`answer` in other languages."""
-ANSWER_VERBS = r"(?:ist|is|est|es(?: la| el)?|\u00e9|\u00e8|\u00e4r|\u662f|\u4e3a|\u70ba|\u306f|=|:)"
 _STATEMENT = re.compile(
     rf"(?:\banswer\b(?: to [^.\n:]{{1,60}}?| of [^.\n:]{{1,60}}?)?\s*"
     rf"(?:(?:is|was|are|would be|will be|must be|should be)\b(?!')|=|:)|{ANSWER_WORDS}\s*{ANSWER_VERBS})"
@@ -44,7 +48,11 @@ _CORRECTED = re.compile(
 """`No wait, it is 5`."""
 _NEGATED = re.compile(
     r",?\s*\b(?:and |but )?(?:not|isn't|is not)\s+[$\u20ac\u00a3]?[-+]?[\d.,]*\d\w*%?"
-    r"(?:,?\s+but\b|[,;.]\s+(?:it's|it is|but)\b)?",
+    r"(?:,?\s+but\b|[,;.]\s+(?:it's|it is|but)\b)?"
+    r"|\b(?:can't|cannot|couldn't|could not|isn't) be [$]?-?\d[\d.,]*"
+    r"|(?<![\w.])[$]?-?\d[\d.,]*(?: \w+)? (?:is|was|would be) "
+    r"(?:wrong|incorrect|too (?:low|high|small|large|big|many|much|few)"
+    r"|not (?:the (?:answer|right|correct|final)|right|correct|enough|it\b))",
     re.IGNORECASE,
 )
 """`not 5 but` and `, not 5`: what an answer is not."""
@@ -54,7 +62,7 @@ _MAKES = re.compile(r"\b(?:equals|is equal to|makes|gives|is)\b(?= *[$\u20ac\u00
 _HEADING = re.compile(r"\d{1,2}[.)]\s+[A-Z]")
 _OPENS = re.compile(
     r"\W*(?:(?:so|not|between|either|the|my|our|final|answer|result|total|is|equals|about|approximately|around|exactly|to|be|a|an)\b\W*)*"
-    r"(?:\d|[a-z] ?=)",
+    r"(?:(?:[a-z]{2}(?=\$)|usd|eur|gbp|inr|rs\.?)\W*)?(?:\d|[a-z] ?=)",
     re.IGNORECASE,
 )
 """How the line of a final answer begins; any other one is a heading."""
@@ -66,7 +74,8 @@ _REASON = re.compile(
 _ASIDE = re.compile(r"\([^()]*\)")
 _OR_ASIDE = re.compile(r"\(\s*(?:or|maybe|perhaps|possibly|not sure)\b", re.IGNORECASE)
 _BOUND = re.compile(
-    r"(?:\u00b1|\b(?:more|less|fewer|greater|larger|smaller|higher|lower) than|[<\u2264]=?|[\w)] ?[>\u2265]=?)\s*$",
+    r"(?:\u00b1|\b(?:more|less|fewer|greater|larger|smaller|higher|lower) than|\b(?:over|under|above|below)"
+    r"|[<\u2264]=?|[\w)] ?[>\u2265]=?)\s*$",
     re.IGNORECASE,
 )
 """What makes a bound of the number behind it."""
@@ -77,6 +86,8 @@ _ALTERNATIVES = re.compile(
     re.IGNORECASE,
 )
 """What stands before a number that is one of two: `5 or 6`, `2 hours and 30 minutes`."""
+_BETWEEN = re.compile(r"\bbetween [^\n]{0,20}\d[^\n\d]{0,12} and [$]?$", re.IGNORECASE)
+_UNSURE = re.compile(r"\bI (?:don't|do not) know\b|\bnot sure\b|\bno idea\b|\?\?", re.IGNORECASE)
 _ONE = r"[-+]?[$\u20ac\u00a3]?\d[\d.,]*%?(?: [A-Za-z]+)?"
 _LISTED = re.compile(rf"\W*{_ONE}(?:(?:,\s+|;\s*|\s*&\s*)(?:(?:and|or) )?{_ONE}|\s+(?:and|or)\s+{_ONE})+\W*")
 """A line that is several quantities and nothing else: `8 apples, 9 pears`."""
@@ -84,12 +95,30 @@ _HEDGED = re.compile(r"\b(?:could|might|may)(?: \w+)? be [$]?([-+]?\d[\d.,]*\d|\
 _STEP = re.compile(r"\b[Ss]tep \d+\b")
 _ITEM = re.compile(r"^[ \t]*(\d{1,2})[.)][ \t]+(?=\D)", re.MULTILINE)
 """The number of an item of a list."""
+_SENTENCE_ASIDE = re.compile(r"(?<=[.!?]) ?\([A-Z][^()\n]*[.!?]\)")
+_CLOSING = re.compile(
+    r"\n\W*(?:let me know|(?:I )?hope (?:this|that|it)|feel free|would you like|is there anything|do you have"
+    r"|if you (?:have|need)[^\n]*\b(?:questions?|help|clarification))\b[^\n]*\s*\Z",
+    re.IGNORECASE,
+)
+"""What an assistant says at the end, whatever was asked."""
+_OUT_OF = re.compile(r" (?:[a-z]+ ){0,3}?(?:out of|left (?:over )?(?:from|of|out of)) [$]?\d[\d,.]*(?=\W*$| [a-z])")
+"""`5 out of 12`: what the answer is a part of."""
 _SUM_IN_BRACKETS = re.compile(r"\(\s*[$]?\d[\d.,]*(?:\s*[-+*/]\s*[$]?\d[\d.,]*)+\s*\)")
 _ALONE_FIRST = re.compile(rf"[^\w+-]*({_ONE})\s*(?:\.(?=\s+[A-Z])|\n)")
 _ALONE = re.compile(rf"^[^\w+-]*({_ONE})\W*$", re.MULTILINE)
 """A line that is one quantity and nothing else."""
 _OF_A_PART = re.compile(r"answer (?:to|of)\b", re.IGNORECASE)
 _EXPLAINED = re.compile(r"\W*(?:explanation|because|reason(?:ing)?|solution|since|justification)\b", re.IGNORECASE)
+
+
+_REFUSED = re.compile(
+    r"\W*(?:(?:I'm|I am|We're) (?:so |very )?sorry|sorry|as an AI\b[^.,\n]*|unfortunately|I apologi[sz]e)?[,.:]?\s*"
+    r"(?:but )?(?:I|we)(?: (?:can't|cannot|can not|won't)|(?: am| are|'m|'re) (?:unable|not able)) (?:to )?"
+    r"(?:help|assist|answer|solve|determine|provide|do|comply|complete)\b",
+    re.IGNORECASE,
+)
+"""How a refusal begins."""
 
 
 def number_answers(text: str) -> tuple[str | None, str | None]:
@@ -115,7 +144,7 @@ def last_number(text: str) -> str | None:
 
     None where the answer is not one number: several statements that differ, `5 or 6`, `10 - 5` without its result.
     """
-    spelled = plain(text)
+    spelled = _CLOSING.sub("", plain(text))
     said = stated_answers(spelled)
     said = [one for one in said if re.search(r"\d", one[1])] or said  # `Final Answer: The final answer is 5` is one
     stated = [(place, segment_number(segment)) for place, segment in said]
@@ -123,7 +152,14 @@ def last_number(text: str) -> str | None:
         alone = [(match.start(1), segment_number(match[1])) for match in _ALONE.finditer(spelled)]
         stated = sorted([*stated, *alone, *_corrections(spelled, stated[0][0])], key=lambda one: one[0])
         return settled(stated, spelled, same_number)
-    return _unstated(spelled)
+    found = _unstated(spelled)
+    segments = [segment for _, segment in [*said, *_marked_words(spelled)] if not re.search(r"\d", segment)]
+    in_words = [value for value in map(number_in_words, segments) if value]
+    return None if found and in_words and not same_number(found, in_words[-1]) else found
+
+
+def _marked_words(spelled: str) -> list[tuple[int, str]]:
+    return [(match.start(), match[1]) for match in re.finditer(rf"{MARKER}\s*([A-Za-z][^\n]*)", spelled)]
 
 
 def stated_answers(text: str) -> list[tuple[int, str]]:
@@ -137,9 +173,13 @@ def stated_answers(text: str) -> list[tuple[int, str]]:
 def segment_number(segment: str) -> str | None:
     """The one number of a short text that is an answer: `10 + 2 = 12` gives 12, `5 or 6` none."""
     spelled = _TIMES.sub("*", _NEGATED.sub(" ", plain(segment)))
-    sentence = _STOP.split(spelled, maxsplit=1)[0]
+    sentence, *more = _STOP.split(spelled, maxsplit=1)
+    if more and re.fullmatch(rf"\s*{_ONE}\W*", more[0]) and re.search(r"\d", sentence):  # `12; 13`
+        return None
+    if not re.search(r"\d", sentence) and NO_NUMBER.match(sentence):
+        return None
     spelled = sentence if re.search(r"\d", sentence) else spelled
-    head = _REASON.split(spelled, maxsplit=1)[0]
+    head = _OUT_OF.sub("", _REASON.split(spelled, maxsplit=1)[0])
     if not re.search(r"=|\d ?[-+*/^]", head) and (found := _one_of(head)) is not None:
         return found
     for side in reversed(_MAKES.sub("=", spelled).split("=")):
@@ -212,15 +252,17 @@ def _unstated(spelled: str) -> str | None:
     spelled = _SUM_IN_BRACKETS.sub(
         lambda one: " " if re.search(r"\d", spelled[: one.start()]) else one.group(), spelled
     )
-    spelled = _STEP.sub(" ", _NEGATED.sub(" ", spelled))
+    spelled = _STEP.sub(" ", _NEGATED.sub(" ", _SENTENCE_ASIDE.sub(" ", spelled)))
     spelled = _ITEM.sub(" ", spelled) if _ITEM.findall(spelled)[:2] == ["1", "2"] else spelled
-    numbers = list(numbers_in(spelled))
+    numbers = [] if _REFUSED.match(spelled) else list(numbers_in(spelled))
     if not numbers or len(set(_HEDGED.findall(spelled))) > 1:
         return None
     last = numbers[-1]
     before = spelled[: last.start]
     is_operand = re.search(r"[\d)%] ?[-+*/^] ?$", before) and not re.search(r"=[^=]*$", spelled[last.stop :])
     lines = [line for line in spelled.splitlines() if re.search(r"\d", line)]
+    if is_operand and "=" in lines[-1]:  # `12 = 10 + 2`
+        return segment_number(lines[-1])
     is_term = _VARIABLE.search(NUMBER.sub("0", lines[-1].rpartition("=")[2])) is not None
     if (
         is_operand
@@ -228,6 +270,8 @@ def _unstated(spelled: str) -> str | None:
         or "\u00b1" in lines[-1]
         or _ALTERNATIVES.search(before)
         or _BOUND.search(before)
+        or _BETWEEN.search(before)
+        or (_UNSURE.search(before) and re.match(r"\W*\?", spelled[last.stop :]))
         or _LISTED.fullmatch(lines[-1])
     ):
         return None

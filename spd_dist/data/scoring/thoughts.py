@@ -28,6 +28,15 @@ _END_MARK = re.compile(
     r"|</s>|<eos>|<(?:end|start)_of_turn>|\[/?INST\]|<\uff5c(?:end\u2581of\u2581sentence|User)\uff5c>"
 )
 """Marks of an end that stand in the text itself: what follows was not meant to be read."""
+_HEAD = re.compile(
+    r"\s*(?:<\|im_start\|>\s*assistant|<\|start_header_id\|>\s*assistant\s*<\|end_header_id\|>|<start_of_turn>\s*model"
+    r"|<\|assistant\|>|\[/INST\])\s*"
+)
+"""The head of its own turn, which a model repeats."""
+_CALL = re.compile(
+    r"<(tool_call|function_call)>.*?(?:</\1>|\Z)|(?:\[TOOL_CALLS\]|<\|python_tag\|>|<\|tool_call\|>).*", re.DOTALL
+)
+"""A call of a tool, which asks and does not answer."""
 _INVISIBLE = re.compile(r"[\u200b\u2060\ufeff]")
 """Spaces without width, and byte order marks."""
 _NEXT_QUESTION = re.compile(
@@ -81,6 +90,7 @@ def without_thoughts(output: str) -> Spoken:
             text = text[closed[-1].end() :]
         if opening.search(text):
             return Spoken("", is_unfinished=True)
+    text = _CALL.sub("", text[head.end() :] if (head := _HEAD.match(text)) else text)
     ended = _END_MARK.search(text)
     return Spoken(text[: ended.start()] if ended else text, is_unfinished=False)
 

@@ -30,12 +30,18 @@ SUBTASKS = (
 )  # fmt: skip
 WORDS = ("true", "false", "yes", "no", "valid", "invalid")
 """Answers that are one of two words."""
-_ONLY_A_WORD = re.compile(rf"^\W*({'|'.join(WORDS)})\W*$", re.IGNORECASE | re.MULTILINE)
+_ONLY_A_WORD = re.compile(rf"^\W*({'|'.join(WORDS)})(?:,? (?:and )?not \w+)?\W*$", re.IGNORECASE | re.MULTILINE)
+_SENTENCE_OF_A_WORD = re.compile(rf"(?:^|(?<=[.!?])\s+)({'|'.join(WORDS)})(?=[.!?](?:\s|$))", re.IGNORECASE)
 _NO = re.compile(r"\bno\b", re.IGNORECASE)
 """An answer here, and no sign that another one is taken back."""
 _UNSURE = re.compile(
     r"\b(?:not sure|unsure|uncertain|don't know|maybe|perhaps|cannot (?:say|tell|determine))\b", re.IGNORECASE
 )
+_GIVEN_WORDS = re.compile(
+    r"\A\s*(?:given |original |unsorted |input )?(?:words|list|original|unsorted|input)[^:\n]{0,20}:[^\n]*\n",
+    re.IGNORECASE,
+)
+"""What was to be sorted, repeated before it is."""
 _SLANG = {"yeah": "yes", "yep": "yes", "yup": "yes", "nope": "no"}
 
 
@@ -95,10 +101,12 @@ def same_text(left: str, right: str) -> bool:
 def _plain(text: str) -> str:
     if listed := re.fullmatch(r"[\s*_]*\[((?:\s*(?:'[^']*'|\"[^\"]*\")\s*,?)+)\][\s*_]*\.?", text):  # Python's
         text = re.sub(r"['\"]", "", listed[1])
+    if listed := re.fullmatch(r"[\s*_]*\(([^()]+,[^()]+)\)\.?[\s*_]*", text):
+        text = listed[1]
     if re.fullmatch(r"\s*1[.)] .*", text, re.DOTALL):
         text = re.sub(r"(?:^|(?<=\s))\d+[.)]\s+", " ", text)
-    text = text.strip("*_ \n")
-    bare = re.sub(r"[\s,;\"`]+", " ", unicodedata.normalize("NFC", text).casefold()).strip(" .*'")
+    text = re.sub(r"(?<=\w)\s*(?:\u2192|->|=>)\s*(?=\w)", " ", text.strip("*_ \n"))
+    bare = re.sub(r"[\s,;|\"`]+", " ", unicodedata.normalize("NFC", text).casefold()).strip(" .*'")
     return bare if re.search(r"\w", bare) else bare.replace(" ", "")
 
 
@@ -110,11 +118,20 @@ def _read(gold: str, text: str, choices: Sequence[str]) -> tuple[str | None, str
         lenient = lenient or letter_in_a_sentence(text, letters, choices)
         return strict and f"({strict})", lenient and f"({lenient})"
     text = text.replace("__", "")
+    text = _GIVEN_WORDS.sub("", text) if "\n" in text.strip() else text
     said, stated = _said(text), stated_answers(plain(text))
     if stated and not said:
         return None, None
     if gold.casefold() in WORDS:
-        words = [*_ONLY_A_WORD.findall(text), *filter(None, (_word(one) for _, one in stated)), _word(said) or ""]
+        turns = list(TURNED.finditer(_NO.sub("  ", text)))
+        if turns and (last := _word(text[turns[-1].end() :])):
+            return last, last
+        words = [
+            *_ONLY_A_WORD.findall(text),
+            *_SENTENCE_OF_A_WORD.findall(text),
+            *filter(None, (_word(one) for _, one in stated)),
+            _word(said) or "",
+        ]
         if len({word.casefold() for word in words if word}) > 1 and not TURNED.search(_NO.sub("  ", text)):
             return None, None
         return _word(said), _word(said) or _concluded(text) or _lone_word(text)
@@ -139,7 +156,7 @@ def _word(said: str) -> str | None:
     """One of the two words, where `said` begins with it."""
     said = re.sub(rf"\bnot\s+(?:{'|'.join(WORDS)})\s*,?\s+but\s+", "", said, flags=re.IGNORECASE)
     match = re.match(
-        rf"\W*({'|'.join([*WORDS, *_SLANG])})\b(?!\s+(?:or|and|one|doubt|idea|clue|way)\b)", said, re.IGNORECASE
+        rf"\W*({'|'.join([*WORDS, *_SLANG])})\b(?!\s+(?:or|and|one|doubt|idea|clue|way)\b|\s*[/|])", said, re.IGNORECASE
     )
     return _SLANG.get(match[1].casefold(), match[1]) if match else None
 
@@ -153,9 +170,11 @@ def _concluded(text: str) -> str | None:
 def _lone_word(text: str) -> str | None:
     """The word of the answer's form that stands anywhere, if it is the only one and not negated."""
     text = re.sub(rf",\s*(?:and )?not ({'|'.join(WORDS)})\b", "", text, flags=re.IGNORECASE)
+    is_negated = re.search(
+        rf"(?:\b(?:not|neither|never|no way)|n't)\s+(?:\w+\s+){{0,2}}(?:{'|'.join(WORDS)})\b", text, re.IGNORECASE
+    )
     text = re.sub(r"\bno (?:one|doubt|idea|clue|way)\b", " ", text, flags=re.IGNORECASE)
     found = {word.casefold() for word in re.findall(rf"\b({'|'.join(WORDS)})\b", text, re.IGNORECASE)}
-    is_negated = re.search(rf"\b(?:not|neither)\s+(?:{'|'.join(WORDS)})\b", text, re.IGNORECASE)
     return found.pop() if len(found) == 1 and not is_negated and not _UNSURE.search(text) else None
 
 
@@ -168,7 +187,10 @@ def _one_word_a_line(text: str) -> str | None:
 
 def _after_colon(line: str) -> str | None:
     """`a b` of `The sorted words are: a b`."""
-    return line.rpartition(":")[2].strip() or line.strip() or None
+    listed = re.fullmatch(
+        r"(?:[^:]*\b)?(?:sorted|order|list|words)\b[^:]*?\b(?:is|are)\s+(.+)", line.strip(), re.IGNORECASE
+    )
+    return listed[1] if listed else line.rpartition(":")[2].strip() or line.strip() or None
 
 
 BBH = Bbh()
