@@ -29,6 +29,9 @@ SMALL = [
 ]  # fmt: skip
 """A run of seconds: seven calibration examples on four shards, ten prompts, six test problems."""
 
+BRIEF = [*SMALL, "finetune.num_epochs=1"]
+"""The same with half of the training, which takes most of its time: three steps of each student."""
+
 VARY = {"cost", "seconds", "tokens_per_second", "num_new_tokens", "hook_calls", "leakage", "batch_size"}
 """Of the report: times, and what is counted of the last attempt only."""
 

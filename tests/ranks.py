@@ -19,7 +19,7 @@ os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARA
 # (torch.testing imports dynamo, and so sympy, at its first use.)
 PRELOADED = ["pytest", "torch.distributed", "torch._dynamo", "torch._inductor.compile_fx", "deepspeed",
              "deepspeed.runtime.zero.stage3", "transformers.models.llama.modeling_llama", "peft", "tiny",
-             "spd_dist.pipeline"]  # fmt: skip
+             "matplotlib.figure", "matplotlib.backends.backend_svg", "spd_dist.pipeline"]  # fmt: skip
 multiprocessing.set_forkserver_preload(PRELOADED)
 
 

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from launching import SMALL, launch
+from launching import BRIEF, launch
 from tiny import save_tiny_model
 
 from spd_dist.storage.answers import answers_path, read_answers
@@ -38,7 +38,8 @@ def test_an_example_of_an_extension_shows_what_it_does(model, tmp_path, script, 
 
 
 def test_a_task_in_yaml_is_asked_trained_on_and_judged(model, tmp_path):
-    words = [f"model.name={model}", "data.task=examples/task/capitals.yaml", *SMALL, f"run_dir={tmp_path / 'run'}"]
+    words = [f"model.name={model}", "data.task=examples/task/capitals.yaml", *BRIEF, "evaluate.arms=[base,spd]"]
+    words += [f"run_dir={tmp_path / 'run'}"]
     launch(2, words, tmp_path / "log")
     report = read_json(tmp_path / "run" / "report.json")
     assert (report["task"], report["metric"]) == ("capitals", "accuracy")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from generating import PROGRAM
-from launching import SMALL, Launch, launch
+from launching import BRIEF, Launch, launch
 from tiny import save_tiny_model
 
 from spd_dist.overrides import load_config
@@ -18,7 +18,7 @@ from spd_dist.storage.subspace_file import load_subspace
 @pytest.fixture(scope="module")
 def words(tmp_path_factory) -> list[str]:
     model = save_tiny_model(tmp_path_factory.mktemp("policy") / "model")
-    return [f"model.name={model}", *SMALL, "evaluate.arms=[base,spd]"]
+    return [f"model.name={model}", *BRIEF, "evaluate.arms=[base,spd]"]
 
 
 def test_a_run_goes_on_for_more_rounds_and_resumes_after_a_kill_in_the_second(words, tmp_path):

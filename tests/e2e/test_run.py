@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import SMALL, Launch, differences, free_port, launch, results
+from launching import BRIEF, Launch, differences, free_port, launch, results
 from peft import PeftModel
 from tiny import save_tiny_model, tiny_model
 from transformers import AutoModelForCausalLM
@@ -31,7 +31,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def words(model) -> list[str]:
-    return [f"model.name={model}", *SMALL]
+    return [f"model.name={model}", *BRIEF]
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_a_user_without_home_git_or_compiler_gets_a_report_in_a_folder_of_any_na
     user = [shutil.which("setpriv"), "--reuid=12345", "--regid=12345", "--clear-groups", *readable]
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--quiet"]
     launcher += ["--master_port", str(free_port()), "launchers/spd.py"]
-    few = ["evaluate.arms=[base,spd]", "finetune.num_epochs=1", f"run_dir={place / 'rün'}"]
+    few = ["evaluate.arms=[base,spd]", f"run_dir={place / 'rün'}"]
     environment = {"PATH": str(programs), "LC_ALL": "C", "PYTHONPATH": str(Path.cwd()), "DS_ACCELERATOR": "cpu"}
     environment |= {"OMP_NUM_THREADS": "1", "TMPDIR": str(place)}
     command = [*user, *launcher, *words, *few]
@@ -155,7 +155,7 @@ def test_a_first_attempt_that_failed_does_not_hold_the_folder_and_a_restart_does
     launch(2, [*words, f"run_dir={run}", "model.name=nowhere/model"], log, code=3)
     attempt = Launch(2, [*words, f"run_dir={run}", "calibrate.num_examples=5"], log)
     attempt.kill_when(lambda: any((run / "project").rglob("*.safetensors")))
-    changed = ["generate.max_new_tokens=11", "finetune.num_epochs=1"]
+    changed = ["generate.max_new_tokens=11", "finetune.learning_rate=2e-3"]
     output = launch(2, [*words, f"run_dir={run}", *changed], tmp_path / "log2")
     assert "so this config takes it over: calibrate.num_examples is 5 there and 7 now" in output
     whole = launch(1, [*words, f"run_dir={run}", "--restart-from", "finetune"], tmp_path / "log3", code=2)

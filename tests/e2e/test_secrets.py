@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from launching import SMALL, launch
+from launching import BRIEF, launch
 from tiny import save_tiny_model
 
 FROM_VARIABLE, LITERAL, UNUSED = "c4n4ry-5f1d9a7b", "l1t3r4l-77aa01", "0000aaaa1111bbbb2222cccc"
@@ -12,7 +12,7 @@ def test_no_artifact_of_a_run_holds_a_secret(tmp_path):
     run = tmp_path / "run"
     command = f"engine {{prompts}} {{output}} {{model}} --at ${{oc.env:ENGINE_PLACE}} --key {LITERAL}"
     words = [
-        f"model.name={save_tiny_model(tmp_path / 'model')}", f"run_dir={run}", *SMALL,
+        f"model.name={save_tiny_model(tmp_path / 'model')}", f"run_dir={run}", *BRIEF,
         "generate.engine=hf", f"generate.command='{command}'", "evaluate.arms=[base,spd]", "metrics.wandb=offline",
     ]  # fmt: skip
     variables = {"ENGINE_PLACE": FROM_VARIABLE, "HF_TOKEN": UNUSED}

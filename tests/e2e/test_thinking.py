@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from launching import SMALL, launch
+from launching import BRIEF, launch
 from memorised import save_memorised
 from tiny import CHAT_TEMPLATE, save_tiny_model, tiny_tokenizer
 
@@ -72,7 +72,7 @@ def test_every_thought_ends_at_its_budget_on_both_ranks(tmp_path: Path):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<think>", "</think>"]})
     tokenizer.chat_template = CHAT_TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
     tokenizer.save_pretrained(model)
-    words = [f"model.name={model}", *SMALL, "evaluate.arms=[base,spd]", "generate.max_thought_tokens=4",
+    words = [f"model.name={model}", *BRIEF, "evaluate.arms=[base,spd]", "generate.max_thought_tokens=4",
              "evaluate.max_thought_tokens=2"]  # fmt: skip
     launch(2, [*words, f"run_dir={tmp_path / 'run'}"], tmp_path / "log")
     closing = tokenizer.convert_tokens_to_ids("</think>")
