@@ -83,11 +83,11 @@ NUMBER = re.compile(
 
 NO_NUMBER = re.compile(r"\W*(?:none|unknown|undefined|impossible)\b", re.IGNORECASE)
 """How an answer begins that says there is none."""
-_WORDS = (
+_WORDS: str = (
     "zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|seventeen"
     "|eighteen|nineteen"
 )
-_TENS = "twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety"
+_TENS: str = "twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety"
 _IN_WORDS = re.compile(rf"\W*(?:(?P<tens>{_TENS})(?:[- ](?P<ones>{_WORDS}))?|(?P<small>{_WORDS}))\b", re.IGNORECASE)
 
 
