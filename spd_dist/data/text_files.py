@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import csv
 import io
 import itertools
@@ -15,7 +16,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any, overload
 
-from spd_dist.errors import DataError
+from spd_dist.errors import DataError, writing
 
 MAX_DEPTH = 32
 """Lists in lists: no data set is deeper, and what is endless would end in a traceback."""
@@ -26,7 +27,7 @@ _LIST_CELL = re.compile(r"\s*\[\s*(?:['\"{].*)?\]\s*", re.DOTALL)
 
 
 MOST_IN_MEMORY = 100_000
-"""Rows; each takes some 2 KiB as Python objects, on every rank."""
+"""Rows; each takes about 1 KiB as Python objects, on every rank."""
 
 
 def held(rows: Iterable[dict[str, Any]]) -> Sequence[dict[str, Any]]:
@@ -45,12 +46,22 @@ class FiledRows(Sequence[dict[str, Any]]):
 
     @classmethod
     def of(cls, rows: Iterable[dict[str, Any]]) -> FiledRows:
-        """Write them; the file ends with this process."""
+        """Write them below TMPDIR, to a file that ends with this process.
+
+        Raises:
+            DataError: the disk is full or may not be written.
+        """
         ends = array("q", [0])
-        with tempfile.TemporaryFile() as file:
+        folder = tempfile.gettempdir()
+        with contextlib.ExitStack() as opened:
+            with writing(folder):
+                file = opened.enter_context(tempfile.TemporaryFile(dir=folder))
             for row in rows:
-                ends.append(ends[-1] + file.write(pickle.dumps(row, pickle.HIGHEST_PROTOCOL)))
-            file.flush()
+                line = pickle.dumps(row, pickle.HIGHEST_PROTOCOL)
+                with writing(folder):
+                    ends.append(ends[-1] + file.write(line))
+            with writing(folder):
+                file.flush()
             text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return cls(text, ends, range(len(ends) - 1))
 

@@ -200,6 +200,8 @@ def _server() -> socket.socket:
 
 def _ask_now_and_then(connection: socket.socket) -> None:
     """Let the kernel end a connection whose other end's host answers neither what is sent nor its own questions."""
+    if sys.platform != "linux":  # kernels name these otherwise
+        return
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (
         (socket.TCP_KEEPIDLE, ASK_SECONDS),

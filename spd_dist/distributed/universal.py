@@ -109,9 +109,13 @@ def _name(item: Any) -> str:
 def _ended(checkpoint: Path, target: Path) -> None:
     """What is left: what has no optimizer state, the settings, and the marks to remove."""
     with writing(target):
+        for file in (target / "zero").rglob("fp32.pt"):
+            if not file.with_name("exp_avg.pt").exists():  # the program would keep what a kill has cut short
+                file.unlink()
         _run_program(checkpoint, target, lambda *_: [])
         (target.parent / "latest_universal").unlink()  # only a load without a tag would read it
         (target / WHOLE).touch()
+        shutil.rmtree(target / "tmp", ignore_errors=True)  # at last: its marks must not outlive its parts
 
 
 def _run_program(checkpoint: Path, target: Path, do_pass: Callable[..., list[Any]]) -> None:
@@ -121,7 +125,7 @@ def _run_program(checkpoint: Path, target: Path, do_pass: Callable[..., list[Any
         output_folder=str(target),
         num_extract_workers=1,
         num_merge_workers=1,
-        keep_temp_folder=False,
+        keep_temp_folder=True,
         strict=True,
         inject_missing_state=True,
     )

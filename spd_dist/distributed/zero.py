@@ -108,13 +108,17 @@ def end_engine(engine: DeepSpeedEngine) -> None:
     parts = set(module.modules())
     engine.destroy()
     FWD_MODULE_STACK[:] = [held for held in FWD_MODULE_STACK if held not in parts]
-    _released_parameters().cache_clear()  # other engines fill it again
+    _forget_released_parameters()
 
 
-def _released_parameters() -> Any:
-    """The `lru_cache` of a method, whose keys are its engine's coordinator and modules, inside DeepSpeed's wrapper."""
-    name = f"_{PartitionedParameterCoordinator.__name__}__params_to_release"
-    return inspect.getclosurevars(vars(PartitionedParameterCoordinator)[name]).nonlocals["func"]
+def _forget_released_parameters() -> None:
+    """Empty the `lru_cache` of a method, whose keys are its engine's coordinator and modules; other engines fill it."""
+    method = vars(PartitionedParameterCoordinator).get(
+        f"_{PartitionedParameterCoordinator.__name__}__params_to_release"
+    )
+    cached = inspect.getclosurevars(method).nonlocals.get("func") if inspect.isfunction(method) else None
+    if hasattr(cached, "cache_clear"):  # DeepSpeed's own, which another version may not have
+        cached.cache_clear()
 
 
 def whole_shape(parameter: Tensor) -> tuple[int, ...]:

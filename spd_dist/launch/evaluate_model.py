@@ -65,7 +65,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if arguments.lm_eval:
             return subprocess.run(harness_command(config, tasks, arguments.adapter), check=False).returncode
         for name in tasks:
-            find_task(name)
+            find_task(name, "--tasks")
     except UserError as error:
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)

@@ -165,7 +165,7 @@ def sha256_of(path: str | Path) -> str:
 def content_hash(value: Any) -> str:
     """The hash of plain data (numbers, strings, lists, mappings), whatever the order of keys; a tuple is a list."""
     if not isinstance(value, Sequence) or isinstance(value, str):
-        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(value, sort_keys=True, default=_listed).encode()).hexdigest()
     digest, before = hashlib.sha256(), "["  # item by item, as the text of a million rows takes GiB
     for item in value:
         digest.update((before + json.dumps(item, sort_keys=True, default=_listed)).encode())

@@ -67,5 +67,5 @@ def test_a_wrong_word_and_a_missing_task_are_said_before_torch_is_imported():
     assert done.stdout == "[2, 2, 2, 2, 2] []\n", done.stderr
     said = [line.partition("; the nearest")[0] for line in done.stderr.splitlines()]
     no_task = "'gsm8' is not a task"
-    assert said[:4] == [f"error: {key}: {no_task}" for key in ("data.task", "evaluate.also", "data.task", "data.task")]
+    assert said[:4] == [f"error: {key}: {no_task}" for key in ("data.task", "evaluate.also", "data.task", "--tasks")]
     assert said[4].startswith("error: no config and no setting is given: try --config package:quickstart, which brings")

@@ -19,6 +19,7 @@ from spd_dist.data.scoring.phrases import (
     IS_RIGHT,
     IT_IS,
     NEGATED,
+    NO_DENIAL,
     NO_WORD,
     OPTION,
     TAKEN_BACK,
@@ -122,7 +123,7 @@ def _given(text: str, letters: str, choices: Sequence[str]) -> Iterator[tuple[in
     if match := re.search(rf"(?<=\w{{3}}[.!?])\s+\(?([{letters}])\)?[.!]?[\s*`]*$", text):  # a sentence of its own
         yield match.start(1), match[1]
     for match in re.finditer(
-        rf"(?<!\w)(?:\(?([{letters}])\)?|\(([{both}])\))(?:(?:[.):]?[ \t]+[\w']+){{0,4}}?"
+        rf"(?<!\w)(?:\(?([{letters}])\)?|\(([{both}])\))(?:(?:[.):]?[ \t]+{NO_DENIAL}[\w']+){{0,4}}?"
         rf" {IS_RIGHT}|\s*[:=]\s*(?:yes|correct|right|true))\b",
         text,
     ):

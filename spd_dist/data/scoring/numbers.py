@@ -6,6 +6,7 @@ every mark of thousands and the digits of other scripts. A number is never cut o
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -75,7 +76,7 @@ NUMBER = re.compile(
     r"(?P<sign>(?<![\w)\].%])(?<![\d)\]%] )[-+])?(?:[$\u20ac\u00a3\u00a5\u20b9] ?(?P<inner>-)?)?"
     rf"(?P<value>\d+ (?:and )?\d+/\d+"
     rf"|(?:(?:{_INTEGER})(?:\.\d+)?|\.\d+){_EXPONENT}?(?: ?/ ?(?:\d+(?:\.\d+)?))?)"
-    rf"(?: (?P<scale>{'|'.join(_SCALES)})\b)?(?P<after> ?%|{_UNITS})?"
+    rf"(?P<scale>(?: (?:{'|'.join(_SCALES)})\b)*)(?P<after> ?%|{_UNITS})?"
     r"(?![\w^/\u2030]|[.,:']\d|\(|-to-|[\u0370-\u03ff]|\\(?:pi|sqrt|frac)\b)",
     re.ASCII,
 )
@@ -155,7 +156,7 @@ def _value(match: re.Match[str]) -> Fraction | None:
         return None
     if match["sign"] and match["inner"]:
         return None
-    value *= _SCALES.get(match["scale"], 1)
+    value *= math.prod(_SCALES[scale] for scale in match["scale"].split())
     return -value if "-" in (match["sign"], match["inner"]) else value
 
 

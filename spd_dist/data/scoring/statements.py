@@ -115,7 +115,7 @@ _EXPLAINED = re.compile(r"\W*(?:explanation|because|reason(?:ing)?|solution|sinc
 _REFUSED = re.compile(
     r"\W*(?:(?:I'm|I am|We're) (?:so |very )?sorry|sorry|as an AI\b[^.,\n]*|unfortunately|I apologi[sz]e)?[,.:]?\s*"
     r"(?:but )?(?:I|we)(?: (?:can't|cannot|can not|won't)|(?: am| are|'m|'re) (?:unable|not able)) (?:to )?"
-    r"(?:help|assist|answer|solve|determine|provide|do|comply|complete)\b",
+    r"(?:help|assist|answer|solve|determine|provide|do (?:that|this|it)|comply|complete)\b",
     re.IGNORECASE,
 )
 """How a refusal begins."""
@@ -261,7 +261,7 @@ def _unstated(spelled: str) -> str | None:
     before = spelled[: last.start]
     is_operand = re.search(r"[\d)%] ?[-+*/^] ?$", before) and not re.search(r"=[^=]*$", spelled[last.stop :])
     lines = [line for line in spelled.splitlines() if re.search(r"\d", line)]
-    if is_operand and "=" in lines[-1]:  # `12 = 10 + 2`
+    if is_operand and any(_ALONE.match(side) for side in lines[-1].split("=")[:-1]):  # `12 = 10 + 2`
         return segment_number(lines[-1])
     is_term = _VARIABLE.search(NUMBER.sub("0", lines[-1].rpartition("=")[2])) is not None
     if (
