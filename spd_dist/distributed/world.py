@@ -33,6 +33,10 @@ class World:
         return self.rank == 0
 
 
+_OWN: list[str] = []
+"""Environment variables that no launcher had set, until this process leaves the world that it joined by them."""
+
+
 def join_world(config: Distributed) -> World:
     """Start or adopt the process group, and take this rank's device and threads.
 
@@ -47,7 +51,9 @@ def join_world(config: Distributed) -> World:
         os.environ |= {"NCCL_SOCKET_IFNAME": config.interface, "GLOO_SOCKET_IFNAME": config.interface}
     is_started = not dist.is_initialized()
     if is_started:
-        os.environ |= rendezvous(os.environ)
+        found = rendezvous(os.environ)
+        _OWN.extend(found.keys() - os.environ.keys())
+        os.environ |= found
         # On CPU DeepSpeed would compile this op for minutes, and a killed build hangs every later run on its lock.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         device = _take_device(int(os.environ["LOCAL_RANK"]))
@@ -104,7 +110,7 @@ def check_interface(wanted: str, present: Sequence[str]) -> None:
 
 
 def leave_world() -> None:
-    """Wait for every rank, then close the process group."""
+    """Wait for every rank, then close the process group; the next of a process without a launcher has another port."""
     if dist.is_initialized():
         dist.barrier()
         leave_ranks()
@@ -112,6 +118,8 @@ def leave_world() -> None:
             deepspeed.comm.destroy_process_group()  # and its groups, which it would take for those of the next world
         else:
             dist.destroy_process_group()
+    while _OWN:
+        os.environ.pop(_OWN.pop(), None)
 
 
 def rendezvous(environment: Mapping[str, str]) -> dict[str, str]:

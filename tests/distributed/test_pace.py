@@ -147,7 +147,8 @@ def test_a_host_that_is_cut_off_is_missed_on_both_sides(monkeypatch):
     with slow_link.SlowLink() as link:
         server = of_host(link.spaces[0], lambda: socket.create_server((slow_link.ADDRESSES[0], 0)))
         watches[0].serve(server, "token")
-        watches[1].join(of_host(link.spaces[1], lambda: socket.create_connection(server.getsockname())), "token")
+        connection = of_host(link.spaces[1], lambda: socket.create_connection(server.getsockname()))
+        watches[1].join(connection, "token")
         link.delay(0.2)
         time.sleep(4)
         assert [watch.lost for watch in watches] == [[], []]
@@ -159,3 +160,5 @@ def test_a_host_that_is_cut_off_is_missed_on_both_sides(monkeypatch):
         f"rank 1 on {socket.gethostname()}: its host does not answer",
         f"rank 0 on {slow_link.ADDRESSES[0]}: its host does not answer",
     ]
+    for end in (server, connection):
+        end.close()
