@@ -132,6 +132,16 @@ def test_several_samples_of_a_prompt_differ_and_read_it_once():
     assert found == {key: value for one in work for key, value in decoded(model, [one], SAMPLED).items()}
 
 
+@torch.no_grad()
+def test_in_16_bits_a_cpu_multiplies_the_last_states_of_all_prompts_at_once():
+    model = family_model("llama").bfloat16()
+    seen: list[torch.Tensor] = []
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    decoded(model, requests(), GREEDY)
+    assert max(len(one) for one in seen) > 1
+    assert all(one.shape[1] == 1 and one.is_contiguous() for one in seen)
+
+
 def test_fixed_shapes_make_bfloat16_independent_of_what_shares_the_batch():
     model, work = tiny_model(vocab_size=64, num_hidden_layers=2).bfloat16(), requests(24)
     shapes = set()
