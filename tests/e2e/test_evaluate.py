@@ -147,7 +147,7 @@ def test_an_adapter_makes_another_model(model, rows, adapter, tmp_path):
         (["--tasks", "data.num_test=3"], "--tasks: '' names no task"),
         (["--tasks", "arithmetic", "data.num_tests=3"], "data.num_tests: unknown key (value 3)"),
         (["--tasks", "arithmetic", "data.yaml=rows.jsonl"], "data.yaml"),
-        (["--tasks", "arithmetik"], "data.task: 'arithmetik' is not a task; the nearest is arithmetic"),
+        (["--tasks", "arithmetik"], "--tasks: 'arithmetik' is not a task; the nearest is arithmetic"),
         (["--tasks", "arithmetic", "--adapter", "nowhere"], "--adapter: nowhere holds no adapter_config.json"),
         (["--tasks", "arithmetic", "--lm-eval"], "--lm-eval: the package lm_eval is not installed; pip install"),
     ],
