@@ -116,7 +116,7 @@ def _forget_released_parameters() -> None:
     method = vars(PartitionedParameterCoordinator).get(
         f"_{PartitionedParameterCoordinator.__name__}__params_to_release"
     )
-    cached = inspect.getclosurevars(method).nonlocals.get("func") if inspect.isfunction(method) else None
+    cached: Any = inspect.getclosurevars(method).nonlocals.get("func") if inspect.isfunction(method) else None
     if hasattr(cached, "cache_clear"):  # DeepSpeed's own, which another version may not have
         cached.cache_clear()
 
