@@ -114,6 +114,8 @@ def test_the_whole_method_runs_from_a_config(folder, tmp_path, monkeypatch):
         "print(list(spd.run_pipeline(other).arms))"
     )
     command = [sys.executable, "-c", script, *words, "metrics.wandb=disabled", "distributed.threads=1"]
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):  # of a world of this process
+        monkeypatch.delenv(name, raising=False)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-2:] == ["['base', 'spd'] arithmetic", "['spd']"]

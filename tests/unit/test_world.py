@@ -1,12 +1,8 @@
 """Which launcher set what: the variables of each, as they were seen, must end in the same rendezvous."""
 
-import os
-import socket
-
 import pytest
 
-from spd_dist.config import Distributed
-from spd_dist.distributed.world import check_interface, join_world, leave_world, num_threads, rendezvous
+from spd_dist.distributed.world import check_interface, num_threads, rendezvous
 from spd_dist.errors import ConfigError
 
 DEEPSPEED = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
@@ -71,19 +67,3 @@ def test_threads_are_divided_only_among_ranks_that_share_cores():
     assert num_threads(("a", bound[0]), [(host, cores) for host in "ab" for cores in bound]) == 8
     assert num_threads(("a", bound[0]), [("a", bound[0])]) == 8
     assert num_threads(("a", frozenset({3})), [("a", frozenset({3}))] * 2) == 1
-
-
-def test_a_process_without_a_launcher_has_another_port_in_its_next_world(monkeypatch):
-    """The first one may still be held, or be taken by another process in between."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    join_world(Distributed())
-    port = int(os.environ["MASTER_PORT"])
-    leave_world()
-    assert not {"MASTER_PORT", "RANK"} & os.environ.keys()
-    with socket.socket() as other:
-        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        other.bind(("", port))
-        other.listen()
-        join_world(Distributed())
-        leave_world()
