@@ -1,5 +1,9 @@
 """Which launcher set what: the variables of each, as they were seen, must end in the same rendezvous."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from spd_dist.distributed.world import check_interface, num_threads, rendezvous
@@ -67,3 +71,26 @@ def test_threads_are_divided_only_among_ranks_that_share_cores():
     assert num_threads(("a", bound[0]), [(host, cores) for host in "ab" for cores in bound]) == 8
     assert num_threads(("a", bound[0]), [("a", bound[0])]) == 8
     assert num_threads(("a", frozenset({3})), [("a", frozenset({3}))] * 2) == 1
+
+
+TWO_WORLDS = """
+import os, socket
+from spd_dist.config import Distributed
+from spd_dist.distributed.world import join_world, leave_world
+join_world(Distributed())
+port = int(os.environ["MASTER_PORT"])
+leave_world()
+with socket.create_server(("", port)):
+    join_world(Distributed())
+    leave_world()
+"""
+
+
+@pytest.mark.seconds
+def test_a_process_without_a_launcher_takes_another_port_for_its_next_world():
+    """Its first one may be taken in between."""
+    environment = {name: value for name, value in os.environ.items() if name not in DEEPSPEED}
+    done = subprocess.run(
+        [sys.executable, "-c", TWO_WORLDS], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
