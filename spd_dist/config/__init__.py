@@ -1,4 +1,4 @@
-"""Every setting: `sections.py` has a field a line, `whole.py` a run, an experiment, and what ties their fields.
+"""Every setting: `sections.py` and `side_sections.py` have a field a line, `whole.py` what ties their fields.
 
 Importing this package imports no torch.
 """
@@ -9,17 +9,15 @@ from spd_dist.config.sections import (
     Calibrate,
     Choices,
     Data,
-    Distributed,
     Evaluate,
     Finetune,
     Generate,
-    Mechanism,
-    Metrics,
     Model,
     Project,
     Reduce,
     Sketch,
 )
+from spd_dist.config.side_sections import Distributed, Mechanism, Metrics
 from spd_dist.config.whole import Config, Experiment, check_across_fields
 
 __all__ = [

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from spd_dist.config.adapter_combinations import OF_ADAPTERS
 from spd_dist.config.combination import (
     Combination,
-    adapts_experts,
     budget_elsewhere,
     holds,
     invariant_elsewhere,
@@ -16,7 +16,6 @@ from spd_dist.config.combination import (
     parallel_without_vllm,
     quantised,
     several_greedy,
-    value_of,
 )
 from spd_dist.errors import ConfigError
 
@@ -38,7 +37,6 @@ def check_combinations(config: Config) -> None:
 _HALF = ("bfloat16", "float16")
 _NF4 = ("model.quantization=nf4", "distributed.zero_stage=2")
 _WHOLE = "model.quantization=none"
-_ON_WEIGHT = ("olora", "pissa", "corda")
 _KEYS_AFTER_ROPE = {"project.insertion": "rope", "project.kinds": ("both", "key")}
 
 
@@ -48,8 +46,6 @@ _FOLLOWS = "since it follows the validation loss"
 _TURNS = "since the map of a key would turn with its position, and so cannot be folded into weights"
 _JUDGE = "since both would choose the epoch that is kept"
 _BARE = "since only a chat has it"
-_EXPERTS = "finetune.lora_parameters=[experts.down_proj]"
-_NO_EXPERTS = "finetune.lora_parameters=[]"
 
 COMBINATIONS = (
     Combination(
@@ -113,61 +109,7 @@ COMBINATIONS = (
         "which has none; vllm has", ("generate.vllm_python=PYTHON", "generate.pipeline_parallel=1"),
         ("generate.pipeline_parallel=2",),
     ),
-    Combination(
-        ("finetune.lora_variant", "evaluate.engine"),
-        holds({"finetune.mode": "lora", "finetune.lora_variant": "dora", "evaluate.engine": "vllm"}),
-        "which serves plain adapters alone", ("finetune.lora_variant=rslora", "evaluate.engine=hf"),
-        ("finetune.lora_variant=dora", "generate.vllm_python=PYTHON"),
-    ),
-    Combination(
-        ("finetune.lora_variant", "finetune.lora_init"),
-        holds({"finetune.mode": "lora", "finetune.lora_variant": "dora", "finetune.lora_init": _ON_WEIGHT}),
-        "which takes a part off the weight whose norm DoRA trains",
-        ("finetune.lora_variant=rslora", "finetune.lora_init=eva"),
-        ("finetune.lora_variant=dora", "finetune.lora_init=pissa"),
-    ),
-    Combination(
-        ("finetune.lora_rank", "finetune.lora_init"),
-        lambda config: config.finetune.lora_init == "orthogonal" and config.finetune.lora_rank % 2 == 1,
-        "which halves it", ("finetune.lora_rank=8", "finetune.lora_init=default"),
-        ("finetune.lora_rank=7", "finetune.lora_init=orthogonal"),
-    ),
-    Combination(
-        ("finetune.lora_init_iterations", "finetune.lora_init"),
-        lambda config: config.finetune.lora_init_iterations is not None and config.finetune.lora_init != "pissa",
-        "which has none", ("finetune.lora_init=pissa", "finetune.lora_init_iterations=null"),
-        ("finetune.lora_init_iterations=4",),
-    ),
-    Combination(
-        ("finetune.lora_parameters", "finetune.mode"),
-        lambda config: config.finetune.mode == "full" and bool(config.finetune.lora_parameters),
-        "which trains every parameter", ("finetune.mode=lora", _NO_EXPERTS),
-        (_EXPERTS, "finetune.lora_dropout=0", "finetune.mode=full"),
-    ),
-    Combination(
-        ("finetune.lora_parameters", "finetune.lora_dropout"),
-        adapts_experts(lambda config: config.finetune.lora_dropout > 0),
-        "since the update of an expert is added to its weight, in front of which nothing is dropped",
-        ("finetune.lora_dropout=0", _NO_EXPERTS), (_EXPERTS,),
-    ),
-    Combination(
-        ("finetune.lora_parameters", "finetune.lora_variant"),
-        adapts_experts(lambda config: config.finetune.lora_variant == "dora"),
-        "whose norms PEFT has of linear modules alone", ("finetune.lora_variant=rslora", _NO_EXPERTS),
-        (_EXPERTS, "finetune.lora_dropout=0", "finetune.lora_variant=dora"),
-    ),
-    Combination(
-        ("finetune.lora_parameters", "finetune.lora_init"),
-        adapts_experts(lambda config: config.finetune.lora_init not in ("default", "gaussian")),
-        "which PEFT has for linear modules alone", ("finetune.lora_init=gaussian", _NO_EXPERTS),
-        (_EXPERTS, "finetune.lora_dropout=0", "finetune.lora_init=olora"),
-    ),
-    Combination(
-        ("finetune.lora_parameters", "evaluate.engine"),
-        adapts_experts(lambda config: value_of(config, "evaluate.engine") == "vllm"),
-        "which was not tried with adapters of experts in one tensor", ("evaluate.engine=hf", _NO_EXPERTS),
-        (_EXPERTS, "finetune.lora_dropout=0", "generate.vllm_python=PYTHON"),
-    ),
+    *OF_ADAPTERS,
     *(
         Combination(
             (f"{section}.batch_invariant", f"{section}.engine"), invariant_elsewhere(section),

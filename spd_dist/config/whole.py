@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from spd_dist.config import sections
+from spd_dist.config import sections, side_sections
 from spd_dist.config.combinations import check_combinations
 from spd_dist.config.setting import setting
 from spd_dist.errors import ConfigError
@@ -32,9 +32,9 @@ class Config:
     finetune: sections.Finetune = field(default_factory=sections.Finetune)
     choices: sections.Choices = field(default_factory=sections.Choices)
     evaluate: sections.Evaluate = field(default_factory=sections.Evaluate)
-    mechanism: sections.Mechanism = field(default_factory=sections.Mechanism)
-    distributed: sections.Distributed = field(default_factory=sections.Distributed)
-    metrics: sections.Metrics = field(default_factory=sections.Metrics)
+    mechanism: side_sections.Mechanism = field(default_factory=side_sections.Mechanism)
+    distributed: side_sections.Distributed = field(default_factory=side_sections.Distributed)
+    metrics: side_sections.Metrics = field(default_factory=side_sections.Metrics)
 
     def section(self, name: str) -> Mapping[str, Any]:
         """One section as plain data, for hashes and manifests."""
