@@ -2,7 +2,7 @@
 
 SmolLM2-135M-Instruct; sequences of the lengths of GSM8K's worked answers, LoRA of rank 8 on q/k/v/o with dropout 0.05,
 8 sequences an optimizer step, no gradient checkpointing on either side. One process: ours runs without ZeRO, as TRL
-does, and once more under ZeRO-3.
+does, once more under ZeRO-3, and once towards the distributions of a projected teacher (`finetune.loss=distil`).
 `python benchmarks/finetune.py [--json FILE] [--repeats 5] [--threads 1]`; about ten minutes on one CPU core.
 """
 
@@ -13,6 +13,7 @@ import functools
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -35,16 +36,21 @@ from common import (
 from spd_dist.config import Distributed, Finetune, Model
 from spd_dist.distributed.training_engine import training_engine, training_settings
 from spd_dist.distributed.world import join_world
+from spd_dist.models.kv_sites import discover_sites
 from spd_dist.models.lora import add_adapters, key_dropout
 from spd_dist.models.loss import Student
-from spd_dist.models.policy import load_policy
+from spd_dist.models.policy import Policy, load_policy
 from spd_dist.stages.finetune.batching import global_batches
 from spd_dist.stages.finetune.sequences import TrainingSequence
 from spd_dist.stages.finetune.step import TrainStep
+from spd_dist.stages.finetune.train_student import taught_by
+from spd_dist.types import Projection, SiteOperator
 
 GLOBAL_BATCH, MICRO_BATCH, ROW_TOKENS = 8, 4, 512
 LORA = Finetune(global_batch_size=GLOBAL_BATCH, micro_batch_size=MICRO_BATCH, max_tokens=ROW_TOKENS, learning_rate=1e-4)
-SIDES = ("ours", "ours packed", "ours ZeRO-3", "TRL", "TRL packed")
+SIDES = ("ours", "ours packed", "ours ZeRO-3", "ours distil", "TRL", "TRL packed")
+TEACHERS = ExitStack()
+"""They stay until this process ends."""
 
 
 def main() -> None:
@@ -81,6 +87,10 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
         if ours in by_name and theirs in by_name:
             found[name] = by_name[ours]["tokens_per_second"] / by_name[theirs]["tokens_per_second"]
             found["memory" + name.removeprefix("over")] = by_name[ours]["peak_gib"] / by_name[theirs]["peak_gib"]
+    if {"ours", "ours distil"} <= by_name.keys():
+        plain, distil = by_name["ours"], by_name["ours distil"]
+        found["distil_seconds_over_plain"] = distil["seconds"] / plain["seconds"]
+        found["distil_memory_over_plain"] = distil["peak_gib"] / plain["peak_gib"]
     if "memory_trl_unpacked" in found:
         found["memory_over_trl"] = max(value for name, value in found.items() if name.startswith("memory"))
     return found
@@ -97,19 +107,24 @@ def make_epoch(name: str, model: str, sequences: list[list[int]]) -> Callable[[]
     """A function that trains one epoch on `sequences`."""
     if name.startswith("TRL"):
         return trl_epoch(model, sequences, packing="packed" in name)
-    return our_epoch(model, sequences, packing="packed" in name, zero_stage=3 if "ZeRO-3" in name else 0)
+    changes = {"packing": "packed" in name, "loss": "distil" if "distil" in name else "cross_entropy"}
+    return our_epoch(model, sequences, changes, zero_stage=3 if "ZeRO-3" in name else 0)
 
 
-def our_epoch(model: str, sequences: list[list[int]], *, packing: bool, zero_stage: int) -> Callable[[], None]:
+def our_epoch(
+    model: str, sequences: list[list[int]], changes: dict[str, Any], *, zero_stage: int
+) -> Callable[[], None]:
     """The stage's own steps."""
     distributed = Distributed(zero_stage=zero_stage, threads=torch.get_num_threads())
     world = join_world(distributed)
     policy = load_policy(Model(name=model), distributed, world)
     policy.release()
-    config = Finetune(**{**vars(LORA), "packing": packing, "micro_batch_size": num_rows(sequences, packing=packing)})
+    rows = num_rows(sequences, packing=changes["packing"])
+    config = Finetune(**{**vars(LORA), **changes, "micro_batch_size": rows})
+    held_to = random_projection(policy) if config.loss == "distil" else None
     adapted = add_adapters(policy.model, config, generator=torch.Generator().manual_seed(0))
     engine = training_engine(
-        Student(policy.model),
+        Student(policy.model, TEACHERS.enter_context(taught_by(policy, adapted, held_to))),
         training_settings(distributed, policy.model.dtype, max_grad_norm=1.0),
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
@@ -123,6 +138,16 @@ def our_epoch(model: str, sequences: list[list[int]], *, packing: bool, zero_sta
             trainer.step(batch, step, 1.0)
 
     return epoch
+
+
+def random_projection(policy: Policy) -> Projection:
+    """Half of the directions of keys and values, in the middle and the last layer."""
+    draw = torch.Generator().manual_seed(0)
+    operators = {}
+    for site in discover_sites(policy.model, ["middle", "last"]):
+        basis_DR = torch.linalg.qr(torch.randn(site.width, site.width // 2, generator=draw)).Q
+        operators[site] = SiteOperator(0.0, basis_DR, torch.ones(site.width // 2))
+    return Projection(operators)
 
 
 def num_rows(sequences: list[list[int]], *, packing: bool) -> int:

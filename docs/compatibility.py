@@ -22,6 +22,7 @@ FEATURES = {
     "adapters in experts": ("finetune.lora_parameters=[experts.down_proj]", "finetune.lora_dropout=0"),
     "a merged student": ("finetune.merge=true",),
     "validation, the best epoch": ("finetune.validation_fraction=0.05", "finetune.keep_best=true"),
+    "learning a projected teacher's distributions": ("finetune.loss=distil", "evaluate.arms=[base,spd]"),
     "two rounds, float32": ("rounds=2", "model.dtype=float32"),
     "two rounds, bfloat16": ("rounds=2", "model.dtype=bfloat16"),
     "sharded decoding": ("generate.placement=layerwise", "evaluate.placement=layerwise"),

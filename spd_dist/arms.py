@@ -48,6 +48,11 @@ class Arm:
         base, *changes = self.name.split("@")
         return "@".join([base, *(change for change in changes if not change.startswith("evaluate."))])
 
+    def distils(self, loss: str) -> bool:
+        """Whether its student learns a teacher's distributions, in a run with this `finetune.loss`."""
+        own = [word.partition("=")[2] for word in self.settings if word.startswith("finetune.loss=")]
+        return self.trains and (own[-1] if own else loss) == "distil"
+
     def stage(self, verb: str) -> str:
         """The folder of one of its stages: the method's own arm at the top of the run, the others beside each other."""
         return verb if self.made_as == "spd" else f"arms/{self.made_as}/{verb}"
@@ -60,6 +65,9 @@ SSD = (
     "generate.min_p=0.0",
 )
 
+RANDOM = "project.mode=random"
+DISTIL = ("finetune.loss=distil",)
+
 ARMS = {
     arm.name: arm
     for arm in (
@@ -68,7 +76,9 @@ ARMS = {
         Arm("ssd", "itself", False, "simple self-distillation: arXiv 2604.01193's sampling", SSD),
         Arm("spd", "itself", True, "self-policy distillation"),
         Arm("projected", "nothing", True, "the projected model itself, not fine-tuned"),
-        Arm("random", "itself", True, "control: a random subspace of the same rank", ("project.mode=random",)),
+        Arm("random", "itself", True, "control: a random subspace of the same rank", (RANDOM,)),
+        Arm("spd_distil", "itself", True, "as spd, towards the projected policy's distributions", DISTIL),
+        Arm("random_distil", "itself", True, "control: as spd_distil, with a random subspace", (RANDOM, *DISTIL)),
         Arm("identity", "itself", True, "control: projected to everything", ("project.mode=identity",)),
         Arm("full", "itself", True, "control: the gradient of the whole sequence", ("calibrate.mask=full",)),
         Arm("termination", "itself, ended", False, "control: as psr, every completion cut to end in EOS"),

@@ -119,7 +119,8 @@ def config_of_arm(config: Config, arm: Arm) -> Config:
     for word in arm.settings:
         merged = OmegaConf.merge(merged, _read_override(word)[1])
     own = _build(Config, OmegaConf.to_container(merged, resolve=True), "")
-    check_across_fields(own)
+    alone = dataclasses.replace(own.evaluate, arms=(arm.made_as.partition("@")[0],))  # its settings are in `own`
+    check_across_fields(dataclasses.replace(own, evaluate=alone))
     return own
 
 

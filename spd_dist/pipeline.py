@@ -127,7 +127,8 @@ def train_student(run: Run, arm: Arm, *, wanted: bool) -> None:
     def work(folder: Path) -> StudentSummary:
         run.engines.close()
         policy = run.policy()
-        outcome = finetune(policy, run.corpus(arm, policy), config.finetune, run.context(folder, arm))
+        teacher = stage_inputs.projection_of(run, arm) if config.finetune.loss == "distil" else None
+        outcome = finetune(policy, run.corpus(arm, policy), config.finetune, run.context(folder, arm), teacher)
         if config.finetune.mode == "full":
             run.release_policy()
         on_main("writing its summary", lambda: write_record(folder / "summary.json", outcome))

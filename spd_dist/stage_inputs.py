@@ -55,8 +55,9 @@ def of_completions(run: Run, arm: Arm) -> dict[str, str]:
 
 
 def of_student(run: Run, arm: Arm) -> dict[str, str]:
-    """Policy, training, and what the student learns from; and the arm, that its card names."""
+    """Policy, training, and what the student learns from, be it a teacher; and the arm, that its card names."""
     found = {"settings": run.settings(*READ_BY["finetune"], arm=arm), "arm": f"{arm.made_as}: {arm.learns_from}"}
+    found |= of_projection(run, arm) if run.config_of(arm).finetune.loss == "distil" else {}
     if arm.writes:
         corpus = corpus_name(len(run.rows("train")) * run.config_of(arm).generate.num_samples)
         return found | {"completions": run.folder.output_hash(arm.stage("generate"), corpus)}

@@ -16,7 +16,7 @@ from spd_dist.stages.context import StageContext
 from spd_dist.stages.finetune import StudentSummary, finetune
 from spd_dist.storage.artifacts import read_jsonl
 from spd_dist.tracking.metrics import MetricLogger
-from spd_dist.types import Completion
+from spd_dist.types import Completion, Projection
 
 TINY = Finetune(learning_rate=5e-3, num_epochs=2, global_batch_size=8, micro_batch_size=4, max_tokens=64)
 
@@ -47,15 +47,16 @@ def completions(count: int = 22) -> list[Completion]:
 
 
 def train(model: Path, folder: Path, *, distributed: dict[str, Any] | None = None, job: dict[str, Any] | None = None,
-          dtype: str = "auto", quantization: str = "none", **changes: Any) -> Trained:  # fmt: skip
-    """Fine-tune the model of a folder on these ranks; `changes` are of the settings."""
+          dtype: str = "auto", quantization: str = "none", projection: Projection | None = None,
+          **changes: Any) -> Trained:  # fmt: skip
+    """Fine-tune the model of a folder on these ranks; `changes` are of the settings, which may need a projection."""
     settings = Distributed(timeout_seconds=60, **(distributed or {}))
     world = join_world(settings)
     policy = load_policy(Model(name=str(model), dtype=dtype, quantization=quantization), settings, world)
     with MetricLogger(folder / "metrics", world.rank) as metrics:
         done_before = len(read_jsonl(metrics.path))
         work = StageContext(folder=folder, seed=3, world=world, distributed=settings, metrics=metrics, **(job or {}))
-        summary = finetune(policy, completions(), dataclasses.replace(TINY, **changes), work)
+        summary = finetune(policy, completions(), dataclasses.replace(TINY, **changes), work, projection)
     rows = [row for row in read_jsonl(metrics.path)[done_before:] if "finetune/loss" in row]
     return Trained(rows, summary, policy)
 

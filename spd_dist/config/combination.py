@@ -101,6 +101,17 @@ def invariant_with_any_batch(section: str) -> Callable[[Config], bool]:
     return breaks
 
 
+UNPROJECTED = ("psr", "ssd", "termination", "supervised")
+"""The arms of `spd_dist/arms.py` with a student and without a projection."""
+
+
+def distils_without_projection(config: Config) -> bool:
+    """Whether a student that is to learn a teacher's distribution has no projection to make one of."""
+    arms = [name.partition("@") for name in config.evaluate.arms]
+    unprojected = [rest for base, _, rest in arms if base in UNPROJECTED]
+    return config.finetune.loss == "distil" and not all("finetune.loss=" in rest for rest in unprojected)
+
+
 def lacks(section: str, engine: str, key: str) -> Callable[[Config], bool]:
     """Whether a section has an engine whose key is not set."""
     return lambda config: value_of(config, f"{section}.engine") == engine and value_of(config, key) is None

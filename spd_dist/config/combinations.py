@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 from spd_dist.config.adapter_combinations import OF_ADAPTERS
 from spd_dist.config.combination import (
+    UNPROJECTED,
     Combination,
     budget_elsewhere,
+    distils_without_projection,
     holds,
     invariant_elsewhere,
     invariant_with_any_batch,
@@ -73,6 +75,17 @@ COMBINATIONS = (
         holds({"finetune.loss_on": ("thought", "after_thought"), "data.thinking": ("drop", "off")}),
         "which leaves no thought to tell apart", ("finetune.loss_on=completion", "data.thinking=keep"),
         ("finetune.loss_on=thought", "data.thinking=drop"),
+    ),
+    Combination(
+        ("finetune.loss", "finetune.mode"), holds({"finetune.loss": "distil", "finetune.mode": "full"}),
+        "which changes the weights that the teacher is made of",
+        ("finetune.mode=lora", "finetune.loss=cross_entropy"),
+        ("finetune.loss=distil", "finetune.mode=full", "evaluate.arms=[base,spd]"),
+    ),
+    Combination(
+        ("finetune.loss", "evaluate.arms"), distils_without_projection,
+        f"where {' and '.join(UNPROJECTED)} learn of no projection, and so from no teacher",
+        ("evaluate.arms=[base,spd]", "finetune.loss=cross_entropy"), ("finetune.loss=distil",),
     ),
     Combination(
         ("generate.num_samples", "generate.temperature"), several_greedy("generate"),

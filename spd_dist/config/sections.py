@@ -100,7 +100,7 @@ class Project:
     energy: float = setting(0.95, "share of the energy to keep, for rank_rule=energy", above=0, at_most=1)
     centered: bool = setting(False, "take the rows about their mean")
     mode: Literal["hard", "blend", "soft", "random", "isotropic", "identity"] = setting("hard", "the fate of the rest")
-    rho: float = setting(0.0, "share of the outside part that blend and isotropic keep", at_least=0, at_most=1)
+    rho: float = setting(0.0, "share of the outside part that blend, random and isotropic keep", at_least=0, at_most=1)
     kinds: Literal["both", "key", "value"] = setting("both", "project keys and values, or one of them")
     insertion: Literal["linear", "rope", "head"] = setting("linear", "linear output; after RoPE (keys); or per KV head")
 
@@ -174,6 +174,9 @@ class Finetune:
         None, "pissa: by so many subspace iterations (PEFT's pissa_niter_N); exact if not given", at_least=1
     )
     lora_init_examples: int = setting(32, "eva, corda: sequences of the corpus whose activations count", at_least=1)
+    loss: Literal["cross_entropy", "distil"] = setting(
+        "cross_entropy", "of the next tokens; distil: KL from the projected policy's next-token distributions, lora"
+    )
     loss_on: Literal["prompt_and_completion", "completion", "thought", "after_thought"] = setting(
         "prompt_and_completion", "Eq. 14 takes both; of a completion also its thought alone, or what follows it"
     )

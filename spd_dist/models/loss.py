@@ -1,16 +1,20 @@
-"""The next-token loss of a causal language model, without ever holding the logits of all positions."""
+"""The loss of a causal language model, without ever holding the logits of all positions.
+
+It is the cross-entropy of the next tokens, or the divergence from the next-token distributions of a teacher.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 from transformers import PreTrainedModel
 
 from spd_dist.models.forward import call_model
@@ -19,6 +23,9 @@ from spd_dist.models.gradient_capture import supervised_rows
 ALONE: Mapping[str, Tensor | int] = MappingProxyType({})
 """The context of rows that hold one sequence each."""
 
+Teacher = Callable[[], AbstractContextManager[None]]
+"""Within what it gives, the model answers as its teacher does."""
+
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 """Size of one chunk's logits in float32. With weights that are trained, each chunk reads and writes a gradient of their
 size: few large ones on an accelerator, where memory is faster than it is scarce."""
@@ -26,6 +33,9 @@ size: few large ones on an accelerator, where memory is faster than it is scarce
 
 class LinearCrossEntropy(torch.autograd.Function):
     """Sum of the negative log-likelihoods of `label_N` under softmax(tail(hidden_ND weight_VD')).
+
+    With `teacher_ND`, the states that a teacher has at the same positions, it is the sum of KL(p || q), q being that
+    distribution and p the teacher's by the same output layer; the labels count for nothing then.
 
     The gradients are made chunk by chunk in the forward pass (as in Liger's kernel, arXiv:2410.10989): the loss is a
     scalar, so backward only scales them. Nothing of size N x V lives, and nothing is computed twice.
@@ -39,6 +49,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         weight_VD: Tensor,
         bias_V: Tensor | None,
         tail: tuple[float, float],
+        teacher_ND: Tensor | None = None,
     ) -> Any:
         """(sum of the losses, loss_N without gradient) in float32.
 
@@ -54,7 +65,11 @@ class LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(label_N), size):
             rows = slice(start, start + size)
             logit_CV = torch.nn.functional.linear(hidden_ND[rows], weight_VD, bias_V).float()
-            loss_N[rows], grad_CV = _loss_and_gradient(logit_CV, label_N[rows], cap, scale)
+            if teacher_ND is None:
+                loss_N[rows], grad_CV = _loss_and_gradient(logit_CV, label_N[rows], cap, scale)
+            else:
+                taught_CV = torch.nn.functional.linear(teacher_ND[rows], weight_VD, bias_V).float()
+                loss_N[rows], grad_CV = _divergence_and_gradient(logit_CV, taught_CV, cap, scale)
             grad_CV = grad_CV.to(hidden_ND.dtype)
             if grad_ND is not None:
                 torch.mm(grad_CV, weight_VD, out=grad_ND[rows])
@@ -74,18 +89,24 @@ class LinearCrossEntropy(torch.autograd.Function):
             None if grad is None else (grad * grad_outputs[0]).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return hidden, None, weight, bias, None
+        return hidden, None, weight, bias, None, None
+
+
+def _apply_tail_(logit_CV: Tensor, cap: float, scale: float) -> Tensor | None:
+    """Make logits of a linear layer's output, in place; gives the derivative, up to `scale`, where it is not 1."""
+    if scale != 1:
+        logit_CV.mul_(scale)
+    if not cap:
+        return None
+    logit_CV.div_(cap).tanh_()
+    slope_CV = 1 - logit_CV.square()
+    logit_CV.mul_(cap)
+    return slope_CV
 
 
 def _loss_and_gradient(logit_CV: Tensor, label_C: Tensor, cap: float, scale: float) -> tuple[Tensor, Tensor]:
     """Each row's loss, and its gradient with respect to the linear layer's output; `logit_CV` is overwritten."""
-    slope_CV = None
-    if scale != 1:
-        logit_CV.mul_(scale)
-    if cap:
-        logit_CV.div_(cap).tanh_()
-        slope_CV = 1 - logit_CV.square()
-        logit_CV.mul_(cap)
+    slope_CV = _apply_tail_(logit_CV, cap, scale)
     label_C1 = label_C.unsqueeze(1)
     label_logit_C = logit_CV.gather(1, label_C1).squeeze(1)
     log_sum_C = logit_CV.logsumexp(1)
@@ -96,36 +117,84 @@ def _loss_and_gradient(logit_CV: Tensor, label_C: Tensor, cap: float, scale: flo
     return log_sum_C - label_logit_C, grad_CV.mul_(scale)
 
 
+def _divergence_and_gradient(logit_CV: Tensor, taught_CV: Tensor, cap: float, scale: float) -> tuple[Tensor, Tensor]:
+    """Each row's KL(teacher || student), and its gradient as of `_loss_and_gradient`; both inputs are overwritten."""
+    slope_CV = _apply_tail_(logit_CV, cap, scale)
+    _apply_tail_(taught_CV, cap, scale)
+    log_q_CV = logit_CV.sub_(logit_CV.logsumexp(1, keepdim=True))
+    log_p_CV = taught_CV.sub_(taught_CV.logsumexp(1, keepdim=True))
+    p_CV = log_p_CV.exp()
+    divergence_C = torch.linalg.vecdot(p_CV, log_p_CV.sub_(log_q_CV))
+    grad_CV = log_q_CV.exp_().sub_(p_CV)
+    if slope_CV is not None:
+        grad_CV.mul_(slope_CV)
+    return divergence_C, grad_CV.mul_(scale)
+
+
 class Student(nn.Module):
     """A causal language model whose forward pass gives the summed loss of chosen tokens: what DeepSpeed trains."""
 
-    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+    def __init__(self, model: PreTrainedModel | PeftModel, teacher: Teacher | None = None) -> None:
+        """`teacher` is what a loss without labels learns from: the same model under what the teacher changes of it."""
         super().__init__()
         self.model: Any = model
         self.tail = logits_tail(model)
+        self.teacher = teacher
 
     def forward(
-        self, token_BT: Tensor, source_N: Tensor, label_N: Tensor, context: Mapping[str, Tensor | int] = ALONE
+        self,
+        token_BT: Tensor,
+        source_N: Tensor,
+        label_N: Tensor | None,
+        context: Mapping[str, Tensor | int] = ALONE,
     ) -> tuple[Tensor, Tensor]:
         """(sum of the losses, loss_N without gradient), in float32.
 
         Args:
             token_BT: token ids, padded on the right.
             source_N: flat index, in B x T, of the position that predicts each supervised token.
-            label_N: the supervised tokens.
+            label_N: the supervised tokens; None to learn the distributions that the teacher has there.
             context: `position_ids` (B, T) of packed rows, or an `attention_mask`.
         """
         inputs = {"input_ids": token_BT, "use_cache": False, **context}
+        taught = self._taught(inputs, source_N) if label_N is None else None
+        own = self._read(inputs, source_N)
         if self.tail is None:
-            logit_BTV = call_model(self.model, inputs).logits
-            loss_N = cross_entropy(logit_BTV.flatten(0, 1)[source_N].float(), label_N, reduction="none")
+            loss_N = _whole_losses(own, label_N, taught)
             return loss_N.sum(), loss_N.detach()
-        hidden_BTD = call_model(self.model.base_model, inputs).last_hidden_state
-        head = self.model.get_output_embeddings()
-        with _forward_replaced(
-            head, lambda hidden_ND: LinearCrossEntropy.apply(hidden_ND, label_N, head.weight, head.bias, self.tail)
-        ):
-            return head(hidden_BTD.flatten(0, 1)[source_N])  # called as a module: ZeRO-3 gathers its weight around it
+        head, labels = self.model.get_output_embeddings(), source_N if label_N is None else label_N
+
+        def loss(hidden_ND: Tensor) -> Any:
+            return LinearCrossEntropy.apply(hidden_ND, labels, head.weight, head.bias, self.tail, taught)
+
+        with _forward_replaced(head, loss):
+            return head(own)  # called as a module: ZeRO-3 gathers its weight around it
+
+    def _read(self, inputs: Mapping[str, Any], source_N: Tensor) -> Tensor:
+        """What the model has at the positions: the inputs of its output layer, or logits where all are held."""
+        if self.tail is None:
+            return call_model(self.model, inputs).logits.flatten(0, 1)[source_N]
+        return call_model(self.model.base_model, inputs).last_hidden_state.flatten(0, 1)[source_N]
+
+    @torch.no_grad()
+    def _taught(self, inputs: Mapping[str, Any], source_N: Tensor) -> Tensor:
+        """The same of the teacher, without dropout."""
+        assert self.teacher is not None  # labels are left out only where there is one
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with self.teacher():
+                return self._read(inputs, source_N)
+        finally:
+            self.model.train(was_training)
+
+
+def _whole_losses(logit_NV: Tensor, label_N: Tensor | None, taught_NV: Tensor | None) -> Tensor:
+    if taught_NV is None:
+        assert label_N is not None
+        return cross_entropy(logit_NV.float(), label_N, reduction="none")
+    log_q_NV, log_p_NV = logit_NV.float().log_softmax(1), taught_NV.float().log_softmax(1)
+    return kl_div(log_q_NV, log_p_NV, reduction="none", log_target=True).sum(1)
 
 
 class _forward_replaced:

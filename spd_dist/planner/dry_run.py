@@ -103,7 +103,8 @@ def finetune_peak(config: PretrainedConfig, finetune: Finetune, dtype: torch.dty
         if finetune.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         with _make_fake_(model), nullcontext() if finetune.packing else _without_packing():
-            return num_layers, _train(Student(model).train(), keys, finetune)
+            teacher = nullcontext if finetune.loss == "distil" else None  # what it reads is as large, hooks or not
+            return num_layers, _train(Student(model, teacher).train(), keys, finetune)
 
     with linear_of_zero3() if is_sharded else nullcontext():
         return _extrapolated(config, dtype, run, config.get_text_config().num_hidden_layers)
@@ -248,7 +249,7 @@ def _train(student: Student, keys: TokenKeys | None, finetune: Finetune) -> int:
     with LiveBytes([*student.parameters(), *student.buffers(), token_BT]) as live, torch.enable_grad():
         if keys is not None:
             keys.key_BT = token_key(token_BT, token_BT)
-        loss, _ = student(token_BT, label_N, label_N)
+        loss, _ = student(token_BT, label_N, label_N if student.teacher is None else None)
         loss.backward()
     return live.peak
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 
+from spd_dist.arms import chosen
 from spd_dist.config import Config
 from spd_dist.models.kv_sites import discover_sites
 from spd_dist.models.lora import BYTES_OF_FOUR_BITS, add_adapters, quantised_sizes, reads_inputs
@@ -67,6 +69,8 @@ def profile_of(config: Config, device: torch.device | None = None) -> Profile:
     else:
         model.requires_grad_(True)
     is_sharded = config.distributed.zero_stage == 3
+    distils = any(arm.distils(config.finetune.loss) for arm in chosen(config.evaluate.arms))
+    finetune = dataclasses.replace(config.finetune, loss="distil" if distils else "cross_entropy")
     looking = inputs_peak(settings, config.finetune, dtype) if reads_inputs(config.finetune) else 0
     head = policy.vocabulary_size * policy.hidden_size
     in_layers = policy.num_multiplied - head
@@ -82,6 +86,6 @@ def profile_of(config: Config, device: torch.device | None = None) -> Profile:
         four_bits=four_bits,
         num_captured=head + in_layers * num_above // policy.num_layers,
         calibrate_peak=calibrate_peak(settings, config.calibrate, dtype, num_layers=num_above, is_sharded=is_sharded),
-        finetune_peak=max(looking, finetune_peak(settings, config.finetune, dtype, is_sharded=is_sharded)),
+        finetune_peak=max(looking, finetune_peak(settings, finetune, dtype, is_sharded=is_sharded)),
         score_peak=score_peak(settings, dtype, batch=(rows, longest), num_targets=num_targets),
     )

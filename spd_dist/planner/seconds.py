@@ -185,6 +185,12 @@ def _decode(job: _Job, num_rows: int, batch_size: int, new_tokens: int) -> list[
 
 
 def _finetune(job: _Job) -> list[Phase]:
+    arms = [arm for arm in chosen(job.config.evaluate.arms) if arm.trains]
+    return [_training(job, distils=arm.distils(job.config.finetune.loss)) for arm in arms]
+
+
+def _training(job: _Job, *, distils: bool) -> Phase:
+    """Of one student; a teacher is a forward pass more."""
     finetune, student, workload = job.config.finetune, job.profile.student, job.workload
     num_ranks, size = job.cluster.num_ranks, job.profile.element_bytes
     num_sequences = workload.num_train * job.config.generate.num_samples
@@ -193,21 +199,20 @@ def _finetune(job: _Job) -> list[Phase]:
     num_batches = num_steps * math.ceil(rows / finetune.micro_batch_size)
     length = min(finetune.max_tokens, workload.prompt_tokens + workload.completion_tokens)
     num_trained = sum(student.trained)
-    passes = 2 + finetune.checkpointing  # forward, gradient of the input, and the forward pass again
+    passes = 2 + finetune.checkpointing + distils  # forward, gradient of the input, and the forward pass again
     flops = passes * _flops(student, length) + 2 * num_trained
-    gathered = student.num_parameters + job.backward_gathers(student.num_parameters)
+    gathered = (1 + distils) * student.num_parameters + job.backward_gathers(student.num_parameters)
     network, host = job.gathers(gathered * num_batches) if job.is_sharded else (0.0, 0.0)
     reduced = 2 * size * num_trained * num_batches * (num_ranks - 1) / num_ranks
     if job.placement == "offload" or job.zero.offloads_optimizer:
         host += 2 * size * num_trained / num_ranks * num_steps
-    phase = Phase(
+    return Phase(
         flops=num_steps * rows * length * flops,
         memory_bytes=passes * num_batches * job.profile.weight_bytes,
         layer_calls=num_batches * student.num_layers * (passes + 1),
         network_bytes=network + reduced,
         host_bytes=host,
     )
-    return [phase] * job.num_students
 
 
 def _flops(outline: Outline, length: int) -> float:

@@ -29,6 +29,8 @@ class ProjectionMonitor:
         self.calls: dict[KVSite, int] = dict.fromkeys(sites, 0)
         """Outputs that were projected, per site; with mode `fold` only the observed ones are counted."""
         self.model_calls = 0
+        self.is_on = True
+        """Whether hooks act: with mode `hook`, a caller may let the model run without them for a while."""
         self._observe = observe
         self._observed = dict.fromkeys(self.calls, 0)
         self._worst: dict[KVSite, Tensor] = {}
@@ -130,7 +132,7 @@ def _discard(running: list[SitePart]) -> None:
 def _projecting(rotate: Callable[..., Any], running: list[SitePart], monitor: ProjectionMonitor) -> Callable[..., Any]:
     def rotate_and_project(q: Tensor, k: Tensor, *angles: Any, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
         q, k = rotate(q, k, *angles) if unsqueeze_dim == 1 else rotate(q, k, *angles, unsqueeze_dim=unsqueeze_dim)
-        if not running:
+        if not (running and monitor.is_on):
             return q, k
         part = running[-1]
         key_BTHK = k.transpose(1, 2) if unsqueeze_dim == 1 else k
@@ -192,7 +194,7 @@ def at_output(found: list[Target], insertion: str) -> list[Target]:
 
 
 def _count(monitor: ProjectionMonitor) -> None:
-    monitor.model_calls += 1
+    monitor.model_calls += monitor.is_on
 
 
 class _ModuleHooks:
@@ -217,6 +219,8 @@ class _ModuleHooks:
 
     def project(self, module: nn.Module, inputs: Any, output_O: Any) -> Tensor:
         """The output with every site of the module replaced."""
+        if not self.monitor.is_on:
+            return output_O
         if not isinstance(output_O, Tensor):
             raise DataError(
                 f"{self.target.name} returns a {type(output_O).__name__}, not a tensor; it cannot be projected"
@@ -234,6 +238,8 @@ class _ModuleHooks:
 
     def watch(self, module: nn.Module, inputs: Any, output_O: Tensor) -> None:
         """Measure an output as attention sees it; the last time, take this hook off."""
+        if not self.monitor.is_on:
+            return
         before_O, self.before_O = self.before_O, None
         for part in self.target.parts:
             if self.counts_watched:

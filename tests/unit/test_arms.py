@@ -6,6 +6,7 @@ import pytest
 
 from spd_dist.arms import ARMS, chosen
 from spd_dist.config import Config
+from spd_dist.config.combination import UNPROJECTED
 from spd_dist.errors import ConfigError
 from spd_dist.overrides import config_of_arm, load_config
 
@@ -25,8 +26,22 @@ def differing(name: str, *overrides: str) -> dict[str, object]:
 
 
 def test_every_arm_of_the_table_can_be_evaluated():
-    names = ["base", "psr", "ssd", "spd", "projected", "random", "identity", "full", "termination", "supervised"]
+    names = [
+        "base",
+        "psr",
+        "ssd",
+        "spd",
+        "projected",
+        "random",
+        "spd_distil",
+        "random_distil",
+        "identity",
+        "full",
+        "termination",
+        "supervised",
+    ]
     assert list(ARMS) == names
+    assert {arm.name for arm in ARMS.values() if arm.trains and not arm.projects} == set(UNPROJECTED)
     assert load_config(overrides=[f"evaluate.arms=[{','.join(names)}]"]).evaluate.arms == tuple(names)
 
 
@@ -35,6 +50,8 @@ def test_arms_differ_from_the_run_in_what_their_names_say_only():
         assert differing(name) == {}
     assert differing("random") == {"project.mode": "random"}
     assert differing("identity") == {"project.mode": "identity"}
+    assert differing("spd_distil") == {"finetune.loss": "distil"}
+    assert differing("random_distil") == {"finetune.loss": "distil", "project.mode": "random"}
     assert differing("full") == {"calibrate.mask": "full"}
 
 
@@ -53,6 +70,23 @@ def test_a_variant_has_the_settings_that_it_names_and_the_rule_that_goes_with_it
     (arm,) = chosen(["spd@rank=16"])
     assert arm.sentence == "self-policy distillation, with rank=16"
     assert arm.stage("generate") == "arms/spd@rank=16/generate"
+
+
+def test_a_teacher_is_asked_of_arms_with_a_projection_alone():
+    overrides = ["evaluate.arms=[base,psr,spd_distil,random_distil@rho=0.4]"]
+    config = load_config(overrides=overrides)  # psr keeps its own loss
+    losses = [config_of_arm(config, arm).finetune.loss for arm in chosen(config.evaluate.arms)]
+    assert losses == ["cross_entropy", "cross_entropy", "distil", "distil"]
+    assert [arm.distils("cross_entropy") for arm in chosen(config.evaluate.arms)] == [False, False, True, True]
+    assert [arm.distils("distil") for arm in chosen(["base", "spd", "spd@finetune.loss=cross_entropy"])] == [
+        False, True, False,
+    ]  # fmt: skip
+    for words in (["finetune.loss=distil"], ["evaluate.arms=[psr@finetune.loss=distil]"]):
+        with pytest.raises(ConfigError, match=r"finetune.loss: distil is not valid with evaluate.arms=.*psr"):
+            load_config(overrides=words)
+    load_config(overrides=["finetune.loss=distil", "evaluate.arms=[base,spd,psr@finetune.loss=cross_entropy]"])
+    with pytest.raises(ConfigError, match=r"finetune.loss: distil is not valid with finetune.mode=full"):
+        load_config(overrides=[*overrides, "finetune.mode=full"])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import dataclasses
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def trained_peak(finetune):
         model.requires_grad_(True)
     if finetune.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    student = Student(model).train()
+    student = Student(model, nullcontext if finetune.loss == "distil" else None).train()
     for parameter in student.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
@@ -44,14 +45,14 @@ def trained_peak(finetune):
     with LiveBytes([*student.parameters(), *student.buffers(), token_BT]) as live:
         if keys is not None:
             keys.key_BT = token_key(token_BT, token_BT)
-        student(token_BT, source_N, label_N)[0].backward()
+        student(token_BT, source_N, label_N if student.teacher is None else None)[0].backward()
     return live.peak
 
 
-@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("changes", [{}, {"mode": "full"}, {"loss": "distil"}], ids=lambda changes: str(changes))
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_training_pass_holds_what_two_shallow_copies_foretell(mode, checkpointing):
-    finetune = dataclasses.replace(FINETUNE, mode=mode, checkpointing=checkpointing)
+def test_a_training_pass_holds_what_two_shallow_copies_foretell(changes, checkpointing):
+    finetune = dataclasses.replace(FINETUNE, checkpointing=checkpointing, **changes)
     assert finetune_peak(CONFIG, finetune, torch.float32) == pytest.approx(trained_peak(finetune), rel=0.05)
 
 

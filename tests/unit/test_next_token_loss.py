@@ -1,10 +1,13 @@
-"""The chunked loss is the model's own cross-entropy, with its gradients, and packed sequences do not see each other."""
+"""The chunked loss is the model's own, with its gradients, and packed sequences do not see each other."""
+
+import contextlib
+from collections.abc import Iterator
 
 import pytest
 import torch
 from families import family_model
 from tiny import tiny_model
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import cross_entropy, kl_div, linear
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config
 
 from spd_dist.models import loss
@@ -29,6 +32,30 @@ def test_loss_and_gradients_are_those_of_cross_entropy(monkeypatch, cap, scale, 
     torch.testing.assert_close(total, expected.sum())
     for found, reference in zip(torch.autograd.grad(3 * total, [hidden, weight, bias]), expected_grads, strict=True):
         torch.testing.assert_close(found, reference, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("cap", "scale"), [(0.0, 1.0), (3.0, 2.0)])
+@pytest.mark.parametrize("chunk_rows", [1, 5, 1000])
+def test_loss_and_gradients_are_those_of_the_divergence_from_a_teacher(monkeypatch, cap, scale, chunk_rows):
+    monkeypatch.setattr(loss, "CHUNK_BYTES", {"cpu": 4 * 23 * chunk_rows})
+    draw = torch.Generator().manual_seed(0)
+    hidden, bias = (torch.randn(shape, generator=draw, requires_grad=True) for shape in [(12, 7), (23,)])
+    weight, taught = (torch.randn(shape, generator=draw) for shape in [(23, 7), (12, 7)])
+
+    def log_probabilities(states: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        logits = linear(states, weight, bias) * scale
+        return (cap * torch.tanh(logits / cap) if cap else logits).log_softmax(1)
+
+    target = log_probabilities(taught, bias.detach())
+    expected = kl_div(log_probabilities(hidden, bias), target, reduction="none", log_target=True).sum(1)
+    expected_grads = torch.autograd.grad(3 * expected.sum(), [hidden, bias])
+    total, loss_N = LinearCrossEntropy.apply(hidden, torch.arange(12), weight, bias, (cap, scale), taught)
+    torch.testing.assert_close(loss_N, expected.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(total, expected.sum(), atol=1e-5, rtol=1e-5)
+    for found, reference in zip(torch.autograd.grad(3 * total, [hidden, bias]), expected_grads, strict=True):
+        torch.testing.assert_close(found, reference, atol=1e-5, rtol=1e-5)
+    own, _ = LinearCrossEntropy.apply(taught, torch.arange(12), weight, bias, (cap, scale), taught)
+    assert own.abs() < 1e-5, "a student that is its teacher has nothing to learn"
 
 
 def test_a_frozen_head_gets_no_gradient_and_no_memory():
@@ -77,6 +104,45 @@ def test_the_student_has_the_loss_and_gradients_of_the_model(name):
     for parameter_name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[parameter_name], rtol=1e-4, atol=1e-4)
     assert "forward" not in vars(model.get_output_embeddings()), "the head is left as it was"
+
+
+@contextlib.contextmanager
+def with_turned_states(model: torch.nn.Module) -> Iterator[None]:
+    """The model with its last states turned round."""
+    handle = model.model.norm.register_forward_hook(lambda _module, _inputs, states: -states)
+    yield
+    handle.remove()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+@pytest.mark.parametrize("holds_logits", [False, True])
+def test_without_labels_the_student_learns_what_its_teacher_would_say(name, holds_logits):
+    model = models()[name].train()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    tokens = torch.randint(3, 64, (2, 11), generator=torch.Generator().manual_seed(1))
+    student = Student(model, lambda: with_turned_states(model))
+    student.tail = None if holds_logits else student.tail
+    inputs = supervised(tokens) | {"label_N": None}
+    with torch.no_grad():
+        model.eval()
+        own = model(tokens).logits[:, :-1].log_softmax(-1)
+        with with_turned_states(model):
+            taught = model(tokens).logits[:, :-1].log_softmax(-1)
+    expected = kl_div(own, taught, reduction="none", log_target=True).sum(-1).flatten()
+    assert expected.mean() > 1e-3
+    _, loss_N = student(**inputs)
+    torch.testing.assert_close(loss_N, expected, atol=1e-5, rtol=1e-5)
+    torch.manual_seed(7)
+    model.train()
+    before = torch.random.get_rng_state()
+    student._taught({"input_ids": tokens, "use_cache": False}, inputs["source_N"])
+    assert torch.equal(torch.random.get_rng_state(), before), "the teacher has no dropout"
+    assert model.training
+    assert all(module.training for module in model.modules())
+    total, _ = student(**inputs)
+    total.backward()
+    assert model.get_input_embeddings().weight.grad.abs().sum() > 0
 
 
 def test_a_model_that_changes_its_logits_in_its_own_way_is_found_and_still_exact():

@@ -182,7 +182,7 @@ def test_directions_per_head_stay_within_their_heads():
             for column in range(3):
                 assert row == column or blocks[row, :, column].abs().max() == 0
         assert torch.linalg.eigvalsh(blocks.view(12, 12)).sum() == pytest.approx(
-            7 + (5 * 0.25 if mode == "blend" else 0)
+            7 + (0 if mode == "hard" else 5 * 0.25)
         )
 
 

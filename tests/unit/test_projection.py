@@ -42,6 +42,22 @@ def test_attention_sees_projected_keys_and_values_only_within_the_context():
     assert torch.equal(base, logits(model))
 
 
+@pytest.mark.parametrize("insertion", ["linear", "rope"])
+def test_hooks_that_are_off_change_count_and_measure_nothing(insertion):
+    model = tiny_model()
+    base = logits(model)
+    with projected(model, four_sites(insertion=insertion), observe=1) as applied:
+        applied.is_on = False
+        assert torch.equal(logits(model), base)
+        assert (set(applied.calls.values()), applied.model_calls, applied.leakage()) == ({0}, 0, None)
+        applied.is_on = True
+        held = logits(model)
+        assert (set(applied.calls.values()), applied.model_calls) == ({1}, 1)
+        assert applied.leakage() < 1e-5
+    with projected(model, four_sites(insertion=insertion)):
+        assert torch.equal(logits(model), held)
+
+
 def test_calls_are_counted_and_leakage_measured():
     model = tiny_model()
     with projected(model, four_sites(), observe=2) as applied:

@@ -17,9 +17,11 @@ from spd_dist.models.lora.adapters import (
     base_model,
     key_dropout,
     load_adapter,
+    lora_layers,
     remove_adapters,
     save_adapter,
     saved_parameters,
+    without_adapters,
 )
 from spd_dist.models.lora.initial_values import InputSums, reads_inputs, summing_inputs
 from spd_dist.models.lora.keyed_dropout import KeyedDropout, TokenKeys, mixed_, token_key, use_keyed_dropout
@@ -43,6 +45,7 @@ __all__ = [
     "keep_codes_",
     "key_dropout",
     "load_adapter",
+    "lora_layers",
     "merged_tensors",
     "mixed_",
     "quantised",
@@ -54,4 +57,5 @@ __all__ = [
     "summing_inputs",
     "token_key",
     "use_keyed_dropout",
+    "without_adapters",
 ]

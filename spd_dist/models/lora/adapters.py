@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -115,6 +115,19 @@ def _initialise_(
 def key_dropout(adapted: PeftModel) -> TokenKeys:
     """Make the adapters' dropout independent of batches and ranks; returns the keys that the training loop sets."""
     return use_keyed_dropout((layer.lora_dropout, ADAPTER) for _, layer in lora_layers(adapted))
+
+
+@contextmanager
+def without_adapters(layers: Iterable[LoraLayer]) -> Generator[None]:
+    """Within this context the layers are the base model's; PEFT's own way would also stop training the adapters."""
+    layers = list(layers)
+    for layer in layers:
+        vars(layer)["_disable_adapters"] = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            vars(layer)["_disable_adapters"] = False
 
 
 def remove_adapters(adapted: PeftModel) -> nn.Module:

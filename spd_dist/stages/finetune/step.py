@@ -122,7 +122,8 @@ class TrainStep:
         on_host = self.config.offload_activations
         pinned = self.world.device.type != "cpu"
         with torch.autograd.graph.save_on_cpu(pin_memory=pinned) if on_host else contextlib.nullcontext():
-            return self.engine(on_device.token_BT, on_device.source_N, on_device.label_N, on_device.context)
+            label_N = None if self.config.loss == "distil" else on_device.label_N
+            return self.engine(on_device.token_BT, on_device.source_N, label_N, on_device.context)
 
     def _check_finite(self, value: float, what: str, step: int, find: Callable[[], set[int]]) -> None:
         """`value` is the same on all ranks; `find` gives the sequences of this rank that may have caused it."""

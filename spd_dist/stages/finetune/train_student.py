@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from spd_dist.config import Finetune
 from spd_dist.distributed.collectives import together
 from spd_dist.distributed.zero import end_engine, frozen_engine, is_sharded, weights_fingerprint
-from spd_dist.errors import DataError
+from spd_dist.errors import ConfigError, DataError
 from spd_dist.models.forward import use_liger
 from spd_dist.models.lora import (
     InputSums,
@@ -22,11 +23,16 @@ from spd_dist.models.lora import (
     adapted_modules,
     add_adapters,
     key_dropout,
+    lora_layers,
     reads_inputs,
     summing_inputs,
+    without_adapters,
 )
+from spd_dist.models.loss import Teacher
 from spd_dist.models.model_card import Card
 from spd_dist.models.policy import Policy
+from spd_dist.projection.hooks import projected
+from spd_dist.projection.operators import projection_hash
 from spd_dist.seeding import generator
 from spd_dist.stages.context import StageContext
 from spd_dist.stages.finetune.sequences import TrainingSequences, held_out, training_sequences
@@ -34,7 +40,7 @@ from spd_dist.stages.finetune.student_export import Export, SavedAdapter, SavedM
 from spd_dist.stages.finetune.training import Corpus, Trainer, TrainingResult
 from spd_dist.storage.artifacts import content_hash
 from spd_dist.storage.tables import Table, num_tokens_of
-from spd_dist.types import Completion
+from spd_dist.types import Completion, Projection
 
 log = logging.getLogger(__name__)
 
@@ -69,9 +75,16 @@ class StudentSummary:
 
 
 def finetune(
-    policy: Policy, completions: Sequence[Completion], config: Finetune, context: StageContext
+    policy: Policy,
+    completions: Sequence[Completion],
+    config: Finetune,
+    context: StageContext,
+    projection: Projection | None = None,
 ) -> StudentSummary:
     """Train `policy` on its own `completions`, and write the student to `context.folder`. A collective.
+
+    With a `projection`, which `finetune.loss=distil` needs and nothing else takes, the student learns the next-token
+    distributions that the projected policy has along the completions, and not their tokens.
 
     It goes on from the newest whole checkpoint in `context.folder`. LoRA leaves `policy` as it was; full fine-tuning
     leaves the student in it, without an engine.
@@ -87,7 +100,8 @@ def finetune(
     started = time.perf_counter()
     _check_untouched(policy)
     with together("preparing the fine-tuning"):
-        corpus = _corpus(policy, completions, config, context)
+        _check_loss(config, projection)
+        corpus = _corpus(policy, completions, config, context, projection=projection)
         if config.liger:
             use_liger(policy.model, context.world.device)
     inputs = _inputs(policy, corpus.train, config, context) if reads_inputs(config) else None
@@ -98,7 +112,8 @@ def finetune(
     else:
         policy.model.requires_grad_(True)
     keys = key_dropout(adapted) if adapted is not None else TokenKeys()
-    outcome = Trainer(policy, corpus, config, context, keys=keys).run()
+    with taught_by(policy, adapted, projection) as teacher:
+        outcome = Trainer(policy, corpus, config, context, keys=keys, teacher=teacher).run()
     saved_adapter, saved_model = _save(policy, adapted, corpus, config, context, outcome=outcome)
     return StudentSummary(
         num_sequences=len(corpus.train),
@@ -114,6 +129,49 @@ def finetune(
         model=saved_model,
         seconds=time.perf_counter() - started,
     )
+
+
+@contextmanager
+def taught_by(policy: Policy, adapted: PeftModel | None, projection: Projection | None) -> Generator[Teacher | None]:
+    """The teacher of a policy whose adapters are trained: its weights without them, keys and values projected.
+
+    Its hooks stay on the policy, and act only while the teacher reads: no second model is held.
+
+    Raises:
+        DataError: the projection does not fit the model, or never reached a site.
+    """
+    if projection is None or adapted is None:
+        yield None
+        return
+    layers = [layer for _, layer in lora_layers(adapted)]
+    with projected(policy.model, projection) as monitor:
+        monitor.is_on = False
+
+        @contextmanager
+        def teacher() -> Generator[None]:
+            monitor.is_on = True
+            monitor.model_calls += 1  # what is called is inside the model, and so is not counted
+            try:
+                with without_adapters(layers):
+                    yield
+            finally:
+                monitor.is_on = False
+
+        yield teacher
+
+
+def _check_loss(config: Finetune, projection: Projection | None) -> None:
+    if (config.loss == "distil") != (projection is not None):
+        found = "no projection was" if projection is None else "a projection was"
+        raise ConfigError(
+            f"finetune.loss: {config.loss} is not valid where {found} given, which is what a teacher is made of; "
+            f"{'give one, or set finetune.loss=cross_entropy' if projection is None else 'set finetune.loss=distil'}"
+        )
+    if config.loss == "distil" and config.mode == "full":
+        raise ConfigError(
+            "finetune.loss: distil is not valid with finetune.mode=full, which changes the weights that the teacher is "
+            "made of; set finetune.mode=lora"
+        )
 
 
 def _num_cut(completions: Sequence[Completion], config: Finetune) -> int:
@@ -132,7 +190,14 @@ def _check_untouched(policy: Policy) -> None:
             )
 
 
-def _corpus(policy: Policy, completions: Sequence[Completion], config: Finetune, context: StageContext) -> Corpus:
+def _corpus(
+    policy: Policy,
+    completions: Sequence[Completion],
+    config: Finetune,
+    context: StageContext,
+    *,
+    projection: Projection | None,
+) -> Corpus:
     sequences = training_sequences(completions, config, pad_token_id=policy.pad_token_id)
     if len(sequences) < len(completions):
         log.warning(
@@ -145,7 +210,8 @@ def _corpus(policy: Policy, completions: Sequence[Completion], config: Finetune,
         data: object = completions.digest
     else:
         data = [dataclasses.astuple(sequence) for sequence in sequences]
-    return Corpus(train, validation, content_hash([policy.fingerprint, settings, context.seed, data]))
+    taught = [] if projection is None else [projection_hash(projection)]
+    return Corpus(train, validation, content_hash([policy.fingerprint, settings, context.seed, data, *taught]))
 
 
 @torch.no_grad()
@@ -206,4 +272,6 @@ def _described(config: Finetune) -> str:
     name = {"lora": "LoRA", "rslora": "rank-stabilised LoRA", "dora": "DoRA"}[config.lora_variant]
     begins = "" if config.lora_init == "default" else f", from {config.lora_init}"
     targets = ", ".join((*config.lora_targets, *config.lora_parameters))
-    return f"{name} of rank {config.lora_rank} on {targets}{begins}, AdamW, learning rate {config.learning_rate:g}"
+    towards = "" if config.loss == "cross_entropy" else " towards the projected policy's next-token distributions"
+    how = f"AdamW, learning rate {config.learning_rate:g}{towards}"
+    return f"{name} of rank {config.lora_rank} on {targets}{begins}, {how}"

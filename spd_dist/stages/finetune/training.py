@@ -18,7 +18,7 @@ from spd_dist.distributed.training_engine import DeepSpeedEngine, close_engine, 
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError, StopRequested
 from spd_dist.models.lora import TokenKeys
-from spd_dist.models.loss import Student
+from spd_dist.models.loss import Student, Teacher
 from spd_dist.models.model_stats import Outline, outline_of
 from spd_dist.models.policy import Policy
 from spd_dist.models.save_weights import probe_logits
@@ -90,11 +90,18 @@ class Trainer:
     """One fine-tuning run of a student. Its methods are collectives."""
 
     def __init__(
-        self, policy: Policy, corpus: Corpus, config: Finetune, context: StageContext, *, keys: TokenKeys
+        self,
+        policy: Policy,
+        corpus: Corpus,
+        config: Finetune,
+        context: StageContext,
+        *,
+        keys: TokenKeys,
+        teacher: Teacher | None = None,
     ) -> None:
-        """`keys` are those of the dropout inside the policy's adapters."""
+        """`keys` are those of the dropout inside the policy's adapters; `teacher` is what `loss=distil` learns from."""
         self.policy, self.corpus, self.config, self.context, self.keys = policy, corpus, config, context, keys
-        self.student = Student(policy.model)
+        self.student = Student(policy.model, teacher)
         self.steps_per_epoch = -(-len(corpus.train) // config.global_batch_size)
         self.num_steps = self.steps_per_epoch * config.num_epochs
         self.checkpoints = Checkpoints(

@@ -22,7 +22,7 @@ def projection(whole: Subspace, config: Project, seed: int) -> Projection:
     blend      of the rest, the share rho stays: P + rho (I - P)
     soft       direction i stays by lambda_i / (lambda_i + lambda_R), a Wiener filter: from near 1 for the strongest to
                1/2 for the weakest of the subspace; outside of it, all by the gain of the mean eigenvalue there
-    random     hard, with a random subspace of the same rank (of each KV head, under `head`), from a named generator
+    random     blend, with a random subspace of the same rank (of each KV head, under `head`), from a named generator
     isotropic  the mean gain of blend, R/D + rho (1 - R/D), in every direction: how much of an effect is mere shrinking
     identity   nothing goes
     """
@@ -43,7 +43,7 @@ def _operator(site: KVSite, part: SiteSubspace, config: Project, seed: int) -> S
         case "blend":
             return _two_gains(part.basis_DR, parts, outside=config.rho)
         case "random":
-            return _two_gains(_random(site, part.basis_DR, parts, seed), parts, outside=0.0)
+            return _two_gains(_random(site, part.basis_DR, parts, seed), parts, outside=config.rho)
         case "soft":
             gain_R, outside = _wiener(part.eigenvalue_D, rank)
             return SiteOperator(outside, part.basis_DR, (gain_R - outside).float())
