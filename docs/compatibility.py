@@ -23,6 +23,7 @@ FEATURES = {
     "a merged student": ("finetune.merge=true",),
     "validation, the best epoch": ("finetune.validation_fraction=0.05", "finetune.keep_best=true"),
     "learning a projected teacher's distributions": ("finetune.loss=distil", "evaluate.arms=[base,spd]"),
+    "completions that end and agree": ("finetune.filter=[ended,agreed]", "generate.num_samples=4"),
     "two rounds, float32": ("rounds=2", "model.dtype=float32"),
     "two rounds, bfloat16": ("rounds=2", "model.dtype=bfloat16"),
     "sharded decoding": ("generate.placement=layerwise", "evaluate.placement=layerwise"),

@@ -50,8 +50,12 @@ class Arm:
 
     def distils(self, loss: str) -> bool:
         """Whether its student learns a teacher's distributions, in a run with this `finetune.loss`."""
-        own = [word.partition("=")[2] for word in self.settings if word.startswith("finetune.loss=")]
-        return self.trains and (own[-1] if own else loss) == "distil"
+        return self.trains and (self.own("finetune.loss") or loss) == "distil"
+
+    def own(self, key: str) -> str | None:
+        """The value of a setting, as it is written, that this arm has for its own; None if it has the run's."""
+        words = [word.partition("=") for word in self.settings]
+        return next((value for name, _, value in reversed(words) if name == key), None)
 
     def stage(self, verb: str) -> str:
         """The folder of one of its stages: the method's own arm at the top of the run, the others beside each other."""
@@ -67,6 +71,7 @@ SSD = (
 
 RANDOM = "project.mode=random"
 DISTIL = ("finetune.loss=distil",)
+FILTERED = ("generate.num_samples=4", "finetune.filter=[ended,loops,agreed]")
 
 ARMS = {
     arm.name: arm
@@ -79,6 +84,7 @@ ARMS = {
         Arm("random", "itself", True, "control: a random subspace of the same rank", (RANDOM,)),
         Arm("spd_distil", "itself", True, "as spd, towards the projected policy's distributions", DISTIL),
         Arm("random_distil", "itself", True, "control: as spd_distil, with a random subspace", (RANDOM, *DISTIL)),
+        Arm("filtered", "itself", True, "as spd, of 4 samples those that end, loop not and agree", FILTERED),
         Arm("identity", "itself", True, "control: projected to everything", ("project.mode=identity",)),
         Arm("full", "itself", True, "control: the gradient of the whole sequence", ("calibrate.mask=full",)),
         Arm("termination", "itself, ended", False, "control: as psr, every completion cut to end in EOS"),

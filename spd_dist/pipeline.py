@@ -31,6 +31,7 @@ from spd_dist.stages.sketch import ShardPlan, Unfinished, plan_sketches, sketch
 from spd_dist.storage.completions import corpus_name
 from spd_dist.storage.records import write_record
 from spd_dist.storage.subspace_file import SubspaceSummary, load_subspace, save_subspace
+from spd_dist.student_corpus import corpus_of, filtered_files
 from spd_dist.token_effects import write_token_effects
 from spd_dist.types import KVSite, SiteMoments, SupervisedExample
 
@@ -128,13 +129,14 @@ def train_student(run: Run, arm: Arm, *, wanted: bool) -> None:
         run.engines.close()
         policy = run.policy()
         teacher = stage_inputs.projection_of(run, arm) if config.finetune.loss == "distil" else None
-        outcome = finetune(policy, run.corpus(arm, policy), config.finetune, run.context(folder, arm), teacher)
+        corpus = corpus_of(run, arm, policy, folder)
+        outcome = finetune(policy, corpus, config.finetune, run.context(folder, arm), teacher)
         if config.finetune.mode == "full":
             run.release_policy()
         on_main("writing its summary", lambda: write_record(folder / "summary.json", outcome))
         return outcome
 
-    outputs = ["adapter" if config.finetune.mode == "lora" else "model", "summary.json"]
+    outputs = ["adapter" if config.finetune.mode == "lora" else "model", "summary.json", *filtered_files(run, arm)]
     run.run_stage(arm.stage("finetune"), stage_inputs.of_student(run, arm), outputs, work, wanted=wanted)
 
 

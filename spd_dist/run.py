@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from spd_dist.arms import Arm, Scope
 from spd_dist.config import Config
-from spd_dist.data.prompts import TestSet, make_references, make_test_set, with_eos
+from spd_dist.data.prompts import TestSet, make_test_set
 from spd_dist.data.sources import load_rows
 from spd_dist.data.tasks import Task, find_task
 from spd_dist.data.tasks.protocol import Row, Split
-from spd_dist.data.thinking import as_sampled, learned_parts
 from spd_dist.distributed.collectives import max_over_ranks, together
 from spd_dist.distributed.heartbeat import Heartbeat, naming_lagging_ranks, telling_of_silence
 from spd_dist.distributed.memory import peak_bytes, reset_peak_memory
@@ -34,7 +33,6 @@ from spd_dist.redaction import settings_of
 from spd_dist.stages.context import StageContext
 from spd_dist.storage.artifacts import content_hash
 from spd_dist.storage.attempts import AttemptClock, stage_cost
-from spd_dist.storage.completions import open_corpus
 from spd_dist.storage.manifests import MANIFEST, hash_of, read_manifest
 from spd_dist.storage.restart import kept_status, status_path
 from spd_dist.storage.run_folder import RunFolder
@@ -43,7 +41,6 @@ from spd_dist.tracking.metrics import MetricLogger
 from spd_dist.tracking.progress import Progress, ProgressReports, RunEstimate
 from spd_dist.tracking.stage_outputs import job_type, product_of, show_stage
 from spd_dist.tracking.wandb_mirror import open_mirror
-from spd_dist.types import Completion
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -141,18 +138,6 @@ class Run:
         """The folders of a stage in the rounds before, by their numbers; of those that did it."""
         folders = enumerate((path / stage for path in self.rounds_before), 1)
         return [(number, folder) for number, folder in folders if (folder / MANIFEST).exists()]
-
-    def corpus(self, arm: Arm, policy: Policy) -> Sequence[Completion]:
-        """What an arm's student learns from: its own completions, or the reference answers of the calibration set."""
-        config, rows = self.config_of(arm), self.rows("calibration" if arm.learns_from == "references" else "train")
-        with together("reading what the student learns from"):
-            rest, ends = (self.task, policy.tokenizer, config.data), policy.eos_token_ids
-            if arm.learns_from == "references":
-                return make_references(rows[: config.calibrate.num_examples], *rest, eos_token_ids=ends)
-            own = as_sampled(open_corpus(self.folder.folder(arm.stage("generate")) / "completions"), rows, *rest)
-            if arm.learns_from == "itself, ended":
-                own = with_eos(own, lambda tokens: str(policy.tokenizer.decode(tokens)), eos_token_ids=ends)
-            return learned_parts(own, policy.tokenizer, config)
 
     def questions(self) -> dict[str, str]:
         """What the arms are asked, by example id."""

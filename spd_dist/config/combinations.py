@@ -88,6 +88,12 @@ COMBINATIONS = (
         ("evaluate.arms=[base,spd]", "finetune.loss=cross_entropy"), ("finetune.loss=distil",),
     ),
     Combination(
+        ("finetune.filter", "generate.num_samples"),
+        lambda config: "agreed" in config.finetune.filter and config.generate.num_samples == 1,
+        "of which one is all that there is to agree with",
+        ("generate.num_samples=4", "finetune.filter=[ended,loops]"), ("finetune.filter=[agreed]",),
+    ),
+    Combination(
         ("generate.num_samples", "generate.temperature"), several_greedy("generate"),
         _SAME, ("generate.temperature=0.7", "generate.num_samples=1"),
         ("generate.num_samples=2", "generate.temperature=0"),

@@ -174,6 +174,9 @@ class Finetune:
         None, "pissa: by so many subspace iterations (PEFT's pissa_niter_N); exact if not given", at_least=1
     )
     lora_init_examples: int = setting(32, "eva, corda: sequences of the corpus whose activations count", at_least=1)
+    filter: tuple[Literal["ended", "loops", "agreed"], ...] = setting(
+        (), "completions left out: not ended; in circles; not of the answer that most samples of the prompt give"
+    )
     loss: Literal["cross_entropy", "distil"] = setting(
         "cross_entropy", "of the next tokens; distil: KL from the projected policy's next-token distributions, lora"
     )

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from spd_dist.arms import chosen
+from spd_dist.arms import Arm, chosen
 from spd_dist.config import Config, planned_rows
 from spd_dist.inference.continuous import MAX_PREFILL_TOKENS
 from spd_dist.models.model_stats import Outline
@@ -102,8 +102,13 @@ class _Job:
         return self.placement != "replica"
 
     @property
-    def num_students(self) -> int:
-        return sum(arm.trains for arm in chosen(self.config.evaluate.arms))
+    def students(self) -> list[Arm]:
+        """The arms with one."""
+        return [arm for arm in chosen(self.config.evaluate.arms) if arm.trains]
+
+    def num_completions(self, arm: Arm) -> int:
+        """What a student learns from, if nothing is filtered."""
+        return self.workload.num_train * int(arm.own("generate.num_samples") or self.config.generate.num_samples)
 
     def gathers(self, num_elements: float) -> tuple[float, float]:
         """(network bytes, host bytes) of gathering so many elements once."""
@@ -140,13 +145,12 @@ def _calibrate(job: _Job) -> list[Phase]:
 
 
 def _generate(job: _Job) -> list[Phase]:
-    generate, workload = job.config.generate, job.workload
-    num_rows = workload.num_train * generate.num_samples
-    phases = _decode(job, num_rows, planned_rows(generate.batch_size), workload.completion_tokens)
+    rows, tokens = planned_rows(job.config.generate.batch_size), job.workload.completion_tokens
+    phases = [phase for arm in job.students for phase in _decode(job, job.num_completions(arm), rows, tokens)]
     if job.placement == "replica" and job.zero.stage == 3:
         network, host = job.gathers(job.profile.policy.num_parameters)
-        phases.append(Phase(network_bytes=network, host_bytes=host))
-    return phases * job.num_students
+        phases += [Phase(network_bytes=network, host_bytes=host)] * len(job.students)
+    return phases
 
 
 def _evaluate(job: _Job) -> list[Phase]:
@@ -154,7 +158,7 @@ def _evaluate(job: _Job) -> list[Phase]:
     tokens = min(evaluate.max_new_tokens, job.workload.completion_tokens)
     num_rows = job.workload.num_test * evaluate.num_samples
     phases = _decode(job, num_rows, planned_rows(evaluate.batch_size), tokens) * len(arms)
-    return phases + [Phase(disk_bytes=job.profile.weight_bytes)] * (1 + job.num_students)
+    return phases + [Phase(disk_bytes=job.profile.weight_bytes)] * (1 + len(job.students))
 
 
 def _decode(job: _Job, num_rows: int, batch_size: int, new_tokens: int) -> list[Phase]:
@@ -185,16 +189,15 @@ def _decode(job: _Job, num_rows: int, batch_size: int, new_tokens: int) -> list[
 
 
 def _finetune(job: _Job) -> list[Phase]:
-    arms = [arm for arm in chosen(job.config.evaluate.arms) if arm.trains]
-    return [_training(job, distils=arm.distils(job.config.finetune.loss)) for arm in arms]
+    return [_training(job, arm) for arm in job.students]
 
 
-def _training(job: _Job, *, distils: bool) -> Phase:
+def _training(job: _Job, arm: Arm) -> Phase:
     """Of one student; a teacher is a forward pass more."""
     finetune, student, workload = job.config.finetune, job.profile.student, job.workload
     num_ranks, size = job.cluster.num_ranks, job.profile.element_bytes
-    num_sequences = workload.num_train * job.config.generate.num_samples
-    num_steps = finetune.num_epochs * math.ceil(num_sequences / finetune.global_batch_size)
+    distils = arm.distils(finetune.loss)
+    num_steps = finetune.num_epochs * math.ceil(job.num_completions(arm) / finetune.global_batch_size)
     rows = math.ceil(finetune.global_batch_size / num_ranks)
     num_batches = num_steps * math.ceil(rows / finetune.micro_batch_size)
     length = min(finetune.max_tokens, workload.prompt_tokens + workload.completion_tokens)

@@ -7,6 +7,7 @@ line, of one key there is one content.
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ def part_path(merged: Path, rank: int, world_size: int) -> Path:
 
 def parts(merged: Path) -> list[Path]:
     """All parts, of any attempt and world size."""
-    return sorted(merged.parent.glob(f"{merged.stem}.part-*.jsonl"))
+    return sorted(merged.parent.glob(f"{glob.escape(merged.stem)}.part-*.jsonl"))  # an arm's name may hold brackets
 
 
 def read_lines(path: Path, kind: type[K]) -> list[K]:

@@ -136,15 +136,16 @@ def stop(file: Path, status: Path, task: Launch) -> None:
 @pytest.mark.slow
 def test_every_arm_of_the_table_runs_in_one_run(config, tmp_path):
     run = tmp_path / "run"
+    names = [name for name in ARMS_OF_ALL if name != "filtered"]  # a random model gives no answers to agree on
     settings = [
         "--config",
         str(config.with_name("run.yaml")),
         f"run_dir={run}",
-        f"evaluate.arms=[{','.join(ARMS_OF_ALL)}]",
+        f"evaluate.arms=[{','.join(names)}]",
     ]
     launch(1, [*settings, *words(config, run)[3:], "data.num_train=4"], tmp_path / "log")
     report = read_json(run / "report.json")
-    assert list(report["arms"]) == list(ARMS_OF_ALL)
+    assert list(report["arms"]) == names
     assert (run / "arms/full/project/subspace.safetensors").is_file()
     for shared in ("random", "identity"):
         assert not (run / "arms" / shared / "project").exists()

@@ -35,6 +35,7 @@ def test_every_arm_of_the_table_can_be_evaluated():
         "random",
         "spd_distil",
         "random_distil",
+        "filtered",
         "identity",
         "full",
         "termination",
@@ -52,6 +53,9 @@ def test_arms_differ_from_the_run_in_what_their_names_say_only():
     assert differing("identity") == {"project.mode": "identity"}
     assert differing("spd_distil") == {"finetune.loss": "distil"}
     assert differing("random_distil") == {"finetune.loss": "distil", "project.mode": "random"}
+    wanted = ("ended", "loops", "agreed")
+    assert differing("filtered") == {"finetune.filter": wanted, "generate.num_samples": 4}
+    assert differing("filtered@generate.num_samples=8")["generate.num_samples"] == 8
     assert differing("full") == {"calibrate.mask": "full"}
 
 

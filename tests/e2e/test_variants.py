@@ -1,0 +1,38 @@
+"""Arms that go beyond the paper, in one run: what they are given, and that they end in a report."""
+
+from pathlib import Path
+
+import pytest
+from launching import BRIEF, launch
+from tiny import save_tiny_model
+
+from spd_dist.storage.artifacts import read_json
+from spd_dist.storage.completions import read_completions
+
+FILTERED = "filtered@finetune.filter=[ended,loops]@generate.num_samples=3"
+
+
+@pytest.mark.seconds
+def test_variants_of_what_a_student_learns_run_beside_the_method(tmp_path: Path):
+    run, model = tmp_path / "run", save_tiny_model(tmp_path / "model")
+    arms = f"evaluate.arms=[base,spd,spd_distil,random_distil,'{FILTERED}']"
+    hot = ["generate.max_new_tokens=64", "generate.temperature=5", "generate.top_p=1"]  # so that some of them end
+    words = [f"model.name={model}", *BRIEF, *hot, arms, f"run_dir={run}"]
+    launch(1, words, tmp_path / "log")
+    report = read_json(run / "report.json")
+    assert list(report["arms"]) == ["base", "spd", "spd_distil", "random_distil", FILTERED]
+    own, distilled, control = (
+        (run / folder / "generate/completions/completions.jsonl").read_text()
+        for folder in ("", "arms/spd_distil", "arms/random_distil")
+    )
+    assert own == distilled != control, "the corpus is that of the projection"
+    card = (run / "arms/spd_distil/finetune/adapter/README.md").read_text()
+    assert "towards the projected policy's next-token distributions" in card
+    completions = read_completions(run / "arms" / FILTERED / "generate/completions/completions.jsonl")
+    num_cut = sum(one.finish_reason == "length" for one in completions)
+    counts = read_json(run / "arms" / FILTERED / "finetune/filter.json")
+    assert counts["num_rejected"].get("cut", 0) == num_cut > 0
+    assert counts["num_completions"] == len(completions) == 30
+    summary = read_json(run / "arms" / FILTERED / "finetune/summary.json")
+    assert summary["num_sequences"] == counts["num_kept"] < 30
+    assert not (run / "finetune/filter.json").exists()
