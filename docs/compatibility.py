@@ -36,6 +36,7 @@ FEATURES = {
     "projection of values alone, after RoPE of keys": ("project.insertion=rope", "project.kinds=value"),
     "a budget for thoughts": ("generate.max_thought_tokens=64",),
     "tensor parallel": ("generate.tensor_parallel=2",),
+    "directions by gradient x activation": ("project.directions=gradient_x_activation",),
     "projection by KV head": ("project.insertion=head",),
 }
 COLUMNS = {

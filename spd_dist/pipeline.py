@@ -21,7 +21,7 @@ from spd_dist.distributed.uneven_work import on_main
 from spd_dist.models.kv_sites import discover_sites
 from spd_dist.reports.run_end import report
 from spd_dist.run import Run
-from spd_dist.stages.calibrate import calibrate
+from spd_dist.stages.calibrate import calibrate, gradient_moments
 from spd_dist.stages.evaluate import evaluate_arm
 from spd_dist.stages.finetune import StudentSummary, finetune
 from spd_dist.stages.generate import CorpusSummary, generate, prompts_folder, rendered_together
@@ -30,7 +30,7 @@ from spd_dist.stages.reduce import reduce
 from spd_dist.stages.sketch import ShardPlan, Unfinished, plan_sketches, sketch
 from spd_dist.storage.completions import corpus_name
 from spd_dist.storage.records import write_record
-from spd_dist.storage.subspace_file import SubspaceSummary, load_subspace, save_subspace
+from spd_dist.storage.subspace_file import SubspaceSummary, load_subspace, write_subspace
 from spd_dist.student_corpus import corpus_of, filtered_files
 from spd_dist.token_effects import write_token_effects
 from spd_dist.types import KVSite, SiteMoments, SupervisedExample
@@ -80,13 +80,14 @@ def find_subspace(run: Run, arm: Arm, *, wanted: bool) -> None:
         key = (config.calibrate, config.reduce, config.sketch.non_finite, tuple(plans.items()))
         moments = run.memoize(key, lambda: sum_moments(run, config, examples, sites, folder))
         names = {"base_model": policy.name, "base_fingerprint": policy.fingerprint, "config_hash": made["settings"]}
-        found = subspace(moments, sites, config.project, run.world, metadata=names)
+        by_effect = config.project.directions == "gradient_x_activation"
+        pair = gradient_moments(policy, examples, sites, config.calibrate, run.context(folder)) if by_effect else None
+        found = subspace(moments, sites, config.project, run.world, metadata=names, cross=pair.cross if pair else None)
         moved = drift(moments, found, earlier, config.project, run.world)
         found = found if config.refit or not earlier else earlier[min(earlier)]
         numbers = site_summaries(found, sketch_sizes={width: plan.size for width, plan in plans.items()})
         described = SubspaceSummary(dataclasses.asdict(audit), moved, found.metadata, numbers)
-        on_main("writing the subspace", lambda: save_subspace(folder / "subspace.safetensors", found))
-        on_main("writing the subspace's summary", lambda: write_record(folder / "summary.json", described))
+        on_main("writing the subspace", lambda: write_subspace(folder, found, described))
 
     run.run_stage(stage, made, ["subspace.safetensors", "summary.json"], work, wanted=wanted)
 
@@ -128,8 +129,7 @@ def train_student(run: Run, arm: Arm, *, wanted: bool) -> None:
     def work(folder: Path) -> StudentSummary:
         run.engines.close()
         policy = run.policy()
-        teacher = stage_inputs.projection_of(run, arm) if config.finetune.loss == "distil" else None
-        corpus = corpus_of(run, arm, policy, folder)
+        corpus, teacher = corpus_of(run, arm, policy, folder), stage_inputs.teacher_of(run, arm)
         outcome = finetune(policy, corpus, config.finetune, run.context(folder, arm), teacher)
         if config.finetune.mode == "full":
             run.release_policy()

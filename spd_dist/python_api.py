@@ -33,7 +33,7 @@ from spd_dist.projection.fold import fold_for_good_
 from spd_dist.projection.hooks import projected as held_to
 from spd_dist.projection.operators import parts_by_module
 from spd_dist.projection.targets import targets
-from spd_dist.stages.calibrate import calibrate
+from spd_dist.stages.calibrate import calibrate, gradient_moments
 from spd_dist.stages.context import StageContext
 from spd_dist.stages.project import projection, subspace
 from spd_dist.stages.reduce import reduce
@@ -212,16 +212,20 @@ def find_subspace(
     examples, _ = make_examples(numbered, _TASK, tokenizer, config.data, config.calibrate)
     with _frozen(model):
         sites = discover_sites(model, config.calibrate.layers, whole_keys=config.project.insertion == "rope")
+        context = StageContext(Path(), config.seed, world)
         sketches = sketch(
-            calibrate(policy, examples, sites, config.calibrate, StageContext(Path(), config.seed, world)),
+            calibrate(policy, examples, sites, config.calibrate, context),
             sites,
             config.sketch,
             world,
             ShardPlan(config.calibrate.num_shards, config.project.planned_rank),
         )
+        by_effect = config.project.directions == "gradient_x_activation"
+        pair = gradient_moments(policy, examples, sites, config.calibrate, context) if by_effect else None
     moments = reduce(sketches, sites, config.reduce, num_shards=config.calibrate.num_shards, world=world)
     names = {"base_model": policy.name, "base_fingerprint": policy.fingerprint}
-    return _with_methods(subspace(moments, sites, config.project, world, metadata=names))
+    cross = None if pair is None else pair.cross
+    return _with_methods(subspace(moments, sites, config.project, world, metadata=names, cross=cross))
 
 
 @contextmanager

@@ -91,6 +91,11 @@ def projection_of(run: Run, arm: Arm) -> Projection | None:
         return projection(load_subspace(path), run.config_of(arm).project, run.config.seed)
 
 
+def teacher_of(run: Run, arm: Arm) -> Projection | None:
+    """The projection whose distributions an arm's student learns, if it does; a collective."""
+    return projection_of(run, arm) if run.config_of(arm).finetune.loss == "distil" else None
+
+
 def check_students(run: Run, arms: Iterable[Arm]) -> None:
     """See, before a model is loaded, that the adapters of every student have a place in it. A collective.
 

@@ -56,6 +56,12 @@ COMBINATIONS = (
         "", ("project.rank=N",), ("project.rank_rule=fixed",),
     ),
     Combination(
+        ("project.directions", "project.mode"),
+        holds({"project.directions": "gradient_x_activation", "project.mode": "soft"}),
+        "whose gains are of the gradients' own directions", ("project.directions=gradient", "project.mode=hard"),
+        ("project.directions=gradient_x_activation", "project.mode=soft"),
+    ),
+    Combination(
         ("data.system", "data.template"),
         lambda config: config.data.template == "plain" and config.data.system is not None,
         _BARE, ("data.template=chat", "data.system=null"), ("data.template=plain", "data.system=Hello"),

@@ -94,6 +94,9 @@ class Reduce:
 class Project:
     """The subspace, and how generation is held to it (paper, Eq. 12)."""
 
+    directions: Literal["gradient", "gradient_x_activation"] = setting(
+        "gradient", "the gradients' strongest; or those whose removal raises the loss most, to first order"
+    )
     rank_rule: Literal["half", "fixed", "fraction", "energy"] = setting("half", "how the rank is chosen")
     rank: int | None = setting(None, "the rank, for rank_rule=fixed", at_least=1)
     fraction: float = setting(0.5, "share of the width, for rank_rule=fraction", above=0, at_most=1)

@@ -16,8 +16,8 @@ from torch import Tensor
 from spd_dist.analysis.subspace_algebra import complement_basis, fix_signs
 from spd_dist.config import Mechanism
 from spd_dist.errors import ConfigError
-from spd_dist.mechanism.moments import CalibrationMoments, Moments
 from spd_dist.seeding import generator
+from spd_dist.stages.calibrate import CalibrationMoments, Moments
 from spd_dist.types import KVSite, SiteSubspace, Subspace
 
 M = TypeVar("M")

@@ -54,7 +54,7 @@ MAY_CHANGE = (
 
 ENGINE_KEYS = ("generate.engine", "generate.vllm_python", "generate.command")
 """What decides the engine; of these, the interpreter's path may change while the engine is the same."""
-CUT = ("rank_rule", "rank", "fraction", "energy", "centered", "insertion")
+CUT = ("directions", "rank_rule", "rank", "fraction", "energy", "centered", "insertion")
 """Settings of `project` that shape the subspace; the others say what is done with it."""
 READ_BY = {
     "project": ("model", "data", "calibrate", "sketch", "reduce", *(f"project.{name}" for name in CUT)),

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from spd_dist.errors import DataError
 from spd_dist.storage.artifacts import read_tensors, write_tensors
+from spd_dist.storage.records import write_record
 from spd_dist.types import Certificate, KVSite, SiteSubspace, Subspace, record_of
 
 SITES = "sites"
@@ -78,6 +79,12 @@ class SubspaceSummary:
 def save_subspace(path: str | Path, subspace: Subspace) -> None:
     """Write the subspace whole."""
     write_tensors(path, _tensors(subspace), {**subspace.metadata, SITES: json.dumps(_described(subspace))})
+
+
+def write_subspace(folder: Path, subspace: Subspace, summary: SubspaceSummary) -> None:
+    """What the folder `project/` of a run holds."""
+    save_subspace(folder / FILE_NAME, subspace)
+    write_record(folder / "summary.json", summary)
 
 
 def load_subspace(path: str | Path) -> Subspace:

@@ -9,19 +9,22 @@ import torch
 import torch.distributed as dist
 from families import family_model
 from ranks import run_on_ranks
-from tiny import tiny_model
+from tiny import save_tiny_model, tiny_model
 from transformers.integrations import HfDeepSpeedConfig
 
-from spd_dist.config import Calibrate, Distributed, Sketch
+from spd_dist.config import Calibrate, Distributed, Model, Project, Sketch
 from spd_dist.distributed.collectives import gather_objects
 from spd_dist.distributed.world import World
 from spd_dist.distributed.zero import frozen_engine, sharding_settings, weights_fingerprint
 from spd_dist.errors import DataError, StopRequested
 from spd_dist.models.kv_sites import discover_sites
-from spd_dist.stages.calibrate import calibrate
+from spd_dist.models.policy import load_policy
+from spd_dist.stages.calibrate import calibrate, gradient_moments
 from spd_dist.stages.context import StageContext
+from spd_dist.stages.project import subspace
 from spd_dist.stages.sketch import ShardPlan, Unfinished, sketch
-from spd_dist.types import SupervisedExample
+from spd_dist.storage.subspace_file import fingerprint, load_subspace, save_subspace
+from spd_dist.types import Certificate, SiteMoments, SupervisedExample
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
@@ -159,6 +162,29 @@ def check_faults():
 @pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_sharded_ranks_find_the_gradients_of_one_whole_model(world_size, tmp_path):
     run_on_ranks(world_size, tmp_path / "store", check_sharded_against_whole)
+
+
+def keep_effects(model: Path, folder: Path) -> None:
+    """The subspace of gradient x activation on these ranks, sharded; the last rank writes it down."""
+    world = World(dist.get_rank(), dist.get_world_size(), CPU)
+    policy = load_policy(Model(name=str(model)), SHARDED, world)
+    sites = discover_sites(policy.model)
+    config, context = Calibrate(num_shards=3, batch_size=2), StageContext(folder, 0, world)
+    found = gradient_moments(policy, random_examples(7), sites, config, context)
+    owned = {site: SiteMoments(found.gradient[site], found.gradient[site][0], Certificate()) for site in sites}
+    mine = {site: owned[site] for site in sites[world.rank :: world.size]}
+    cut = subspace(mine, sites, Project(directions="gradient_x_activation"), world, cross=found.cross)
+    if world.rank == world.size - 1:
+        save_subspace(folder / f"{world.size}.safetensors", cut)
+    policy.release()
+
+
+def test_directions_of_gradient_and_activation_have_the_same_bits_at_every_world_size(tmp_path):
+    model = save_tiny_model(tmp_path / "model")
+    for world_size in (1, 2, 4):
+        run_on_ranks(world_size, tmp_path / f"store-{world_size}", keep_effects, model, tmp_path)
+    prints = {fingerprint(load_subspace(tmp_path / f"{world_size}.safetensors")) for world_size in (1, 2, 4)}
+    assert len(prints) == 1
 
 
 def test_every_kind_of_architecture_can_be_sharded(tmp_path):

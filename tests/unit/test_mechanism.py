@@ -38,14 +38,13 @@ from spd_dist.mechanism.controls import (
 )
 from spd_dist.mechanism.matching import blended, match
 from spd_dist.mechanism.measurement import Measurement, Passes, Variant, base
-from spd_dist.mechanism.moments import gradient_moments
 from spd_dist.mechanism.scoring import ScoredBatch, SharedPrefix, log_probabilities, row_values, scored_logits
 from spd_dist.models.kv_sites import discover_sites
 from spd_dist.projection.hooks import projected
-from spd_dist.stages.calibrate import calibrate
+from spd_dist.stages.calibrate import calibrate, gradient_moments
 from spd_dist.stages.context import StageContext
-from spd_dist.stages.project import projection
-from spd_dist.types import Certificate, SiteSubspace, Subspace
+from spd_dist.stages.project import projection, site_summaries, subspace
+from spd_dist.types import Certificate, SiteMoments, SiteSubspace, Subspace
 
 CPU = torch.device("cpu")
 TASK = find_task("arithmetic")
@@ -77,6 +76,30 @@ def material(policy):
         value_D = torch.linalg.eigvalsh(own.gradient[site]).flip(0).clamp_min(0)
         parts[site] = SiteSubspace(strongest(own.gradient[site], 8).float(), value_D, 0.5, Certificate())
     return Material(Subspace(parts), tuple(CONTROLS), own, own.gradient, own.gradient, of_wrong, Subspace(parts))
+
+
+@pytest.mark.parametrize("insertion", ["linear", "head"])
+def test_a_run_can_be_held_to_the_directions_whose_removal_raises_the_loss(material, insertion):
+    gradient, cross = material.calibration.gradient, material.calibration.cross
+    owned = {site: SiteMoments(moment_DD, moment_DD[0], Certificate()) for site, moment_DD in gradient.items()}
+    config = Project(directions="gradient_x_activation", insertion=insertion)
+    found = subspace(owned, list(gradient), config, ALONE, cross=cross)
+    assert found.metadata["directions"] == "gradient_x_activation"
+    candidate = control_subspace("gradient_x_activation", material.spd, material)
+    for site, part in found.sites.items():
+        basis_DR, moment_DD = part.basis_DR.double(), gradient[site]
+        kept_DR = basis_DR @ basis_DR.T @ candidate.sites[site].basis_DR.double()
+        if insertion == "linear":  # the candidate is cut of the whole width
+            torch.testing.assert_close(kept_DR.float(), candidate.sites[site].basis_DR, atol=1e-5, rtol=0)
+        else:
+            assert (part.basis_DR.view(2, 8, -1) != 0).any(1).sum(0).tolist() == [1] * 8
+        assert part.energy_fraction == pytest.approx((basis_DR.T @ moment_DD @ basis_DR).trace() / moment_DD.trace())
+        value_D = torch.linalg.eigvalsh(moment_DD).flip(0)
+        torch.testing.assert_close(part.eigenvalue_D.sum(), value_D.sum())
+    (summary, *_) = site_summaries(found, sketch_sizes={16: 16}).values()
+    assert (summary.certified_energy_share, summary.angle_bound) == (0.0, "not certified")
+    plain = subspace(owned, list(gradient), Project(), ALONE)
+    assert "directions" not in plain.metadata
 
 
 def whole_log_probabilities(policy, row, hold=None):

@@ -20,6 +20,8 @@ from spd_dist.types import KVSite, SiteMoments, SiteSubspace, Subspace, record_o
 
 log = logging.getLogger(__name__)
 
+DIRECTIONS = "directions"
+"""In a subspace's metadata: what its directions are, if they are not those of the gradients."""
 NULL = 1e-12
 """Eigenvalues below this share of the largest are rounding: float32 rows hold singular values down to about 1e-7."""
 
@@ -38,6 +40,7 @@ def subspace(
     world: World,
     *,
     metadata: Mapping[str, str] | None = None,
+    cross: Mapping[KVSite, Tensor] | None = None,
 ) -> Subspace:
     """The strongest directions of every site, on every rank. A collective.
 
@@ -50,15 +53,19 @@ def subspace(
         config: rank rule, centring and insertion point.
         world: this rank.
         metadata: what else the artifact says of itself: base model, fingerprint, hashes of the inputs.
+        cross: for `project.directions=gradient_x_activation`, on every rank: (A'G + G'A) / 2 of a site's activations
+            and gradients. The directions v of the least v'Xv are cut, whose removal raises the loss most to first
+            order; rank and spectrum stay those of the gradients.
 
     Raises:
         ConfigError: a rank that a site is too narrow for, or none where the rule needs one.
         DataError: a site that no gradient reached, or ranks that hold different subspaces.
     """
     with together("cutting the subspace"):
-        cut = {site: _cut(site, moments, config) for site, moments in owned.items()}
+        cut = {site: _cut(site, moments, config, cross[site] if cross else None) for site, moments in owned.items()}
     shared = cut if world.size == 1 else _shared(cut, sites)
     rule = {"rank_rule": config.rank_rule, "centered": str(config.centered).lower(), "insertion": config.insertion}
+    rule |= {} if cross is None else {DIRECTIONS: config.directions}
     whole = Subspace({site: shared[site] for site in sorted(sites)}, rule | dict(metadata or {}))
     check_same(whole, world)
     return whole
@@ -76,7 +83,7 @@ def check_same(whole: Subspace, world: World) -> None:
         )
 
 
-def _cut(site: KVSite, moments: SiteMoments, config: Project) -> SiteSubspace:
+def _cut(site: KVSite, moments: SiteMoments, config: Project, cross_DD: Tensor | None) -> SiteSubspace:
     eigenvalue_D, vector_DD = _spectrum(second_moment(moments, config), blocks(site, config.insertion))
     total, largest = eigenvalue_D.sum(), eigenvalue_D[0]
     if not largest > 0:
@@ -86,6 +93,10 @@ def _cut(site: KVSite, moments: SiteMoments, config: Project) -> SiteSubspace:
         )
     num_real = int((eigenvalue_D > NULL * largest).sum())
     rank = _rank(site, eigenvalue_D[:num_real], config)
+    if cross_DD is not None:
+        found_DR = _spectrum(-cross_DD, blocks(site, config.insertion)).vector_DD[:, :rank]
+        kept = (found_DR.T @ second_moment(moments, config) * found_DR.T).sum() / total
+        return SiteSubspace(fix_signs(found_DR).float(), eigenvalue_D, kept.item(), moments.certificate)
     num_null = max(0, rank - num_real)
     if num_null:
         log.warning(
@@ -207,11 +218,15 @@ NOT_CERTIFIED = "not certified"
 
 def site_summaries(whole: Subspace, *, sketch_sizes: Mapping[int, int]) -> dict[str, SiteSummary]:
     """Each site in numbers, by its name; `sketch_sizes` gives the rows of a sketch by width."""
-    return {str(site): _summary(site, part, sketch_sizes[site.width]) for site, part in whole.sites.items()}
+    is_certified = DIRECTIONS not in whole.metadata  # certificates are of the gradients' strongest directions
+    return {
+        str(site): _summary(site, part, sketch_sizes[site.width], is_certified=is_certified)
+        for site, part in whole.sites.items()
+    }
 
 
-def _summary(site: KVSite, part: SiteSubspace, sketch_size: int) -> SiteSummary:
-    bound = angle_bound(part)
+def _summary(site: KVSite, part: SiteSubspace, sketch_size: int, *, is_certified: bool) -> SiteSummary:
+    bound = angle_bound(part) if is_certified else None
     return SiteSummary(
         module=site.module,
         width=site.width,
@@ -220,8 +235,8 @@ def _summary(site: KVSite, part: SiteSubspace, sketch_size: int) -> SiteSummary:
         num_rows=part.certificate.num_rows,
         sketch_size=sketch_size,
         certificate=part.certificate,
-        certified_energy_fraction=certified_energy_fraction(part),
-        certified_energy_share=certified_energy_share(part),
+        certified_energy_fraction=certified_energy_fraction(part) if is_certified else 0.0,
+        certified_energy_share=certified_energy_share(part) if is_certified else 0.0,
         angle_bound=NOT_CERTIFIED if bound is None else bound,
         num_null_directions=part.num_null_directions,
         spectrum=part.eigenvalue_D.tolist(),

@@ -1,4 +1,6 @@
-"""Second moments of gradients and activations at the KV sites, over the calibration examples: what controls are cut of.
+"""Second moments of gradients and activations at the KV sites, over the calibration examples.
+
+`project.directions` and the controls of the mechanism test are cut of them.
 
 Shapes: N token rows, D width of a site, H logical shards.
 """
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from spd_dist.config import Calibrate
 from spd_dist.distributed.collectives import collective_device
 from spd_dist.models.policy import Policy
-from spd_dist.stages.calibrate import calibrate
+from spd_dist.stages.calibrate.gradient_rows import calibrate
 from spd_dist.stages.context import StageContext
 from spd_dist.types import KVSite, SupervisedExample
 
