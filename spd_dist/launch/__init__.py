@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -41,15 +42,21 @@ class Main(Protocol):
         ...
 
 
+def own_rank() -> int:
+    """This process among all, as a launcher or SLURM says, before they have met."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
 def launcher(work: Callable[[Sequence[str] | None], int]) -> Main:
-    """A launcher's `main`: what the user can put right is one line on stderr, and the exit code that the error has."""
+    """A launcher's `main`: what the user can put right is one line on rank 0's stderr, and the error's exit code."""
 
     @functools.wraps(work)
     def main_of(words: Sequence[str] | None = None) -> int:
         try:
             return work(words)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            if own_rank() == 0:
+                print(f"error: {error}", file=sys.stderr, flush=True)
             return error.exit_code
 
     return main_of

@@ -32,11 +32,11 @@ from typing import TYPE_CHECKING
 
 from spd_dist.config import Config
 from spd_dist.data.tasks import find_task
-from spd_dist.errors import ConfigError, UserError
+from spd_dist.errors import ConfigError
+from spd_dist.launch import launcher
+from spd_dist.launch.run_method import begin, on_every_rank
 from spd_dist.overrides import load_config
 from spd_dist.process.environment import make_room
-from spd_dist.process.launcher_watchdog import watch_launchers
-from spd_dist.process.signals import StopSignals
 
 if TYPE_CHECKING:
     from spd_dist.distributed.world import World
@@ -50,31 +50,22 @@ NOT_IN_THE_HARNESS = ("arithmetic", "svamp", "codealpaca")
 """Where it has a task of that name, it is another one."""
 
 
+@launcher
 def main(words: Sequence[str] | None = None) -> int:
     """Parse, check, evaluate, and turn the outcome into an exit code."""
-    signals = StopSignals()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     arguments = parse_arguments(words)
     if arguments.judge is not None:
         return judge(arguments)
-    try:
-        tasks = named_tasks(arguments.tasks)
-        out = arguments.out or default_folder(arguments.model, arguments.adapter)
-        own = [f"model.name={arguments.model}", f"run_dir={out}"]
-        config = load_config(arguments.config, [*DEFAULTS, *arguments.overrides, *own])
-        if arguments.lm_eval:
-            return subprocess.run(harness_command(config, tasks, arguments.adapter), check=False).returncode
-        for name in tasks:
-            find_task(name, "--tasks")
-    except UserError as error:
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
-    from spd_dist.launch.run_method import on_every_rank  # DeepSpeed, which prints; --judge prints its lines alone
-
-    signals.install()
-    watch_launchers(os.environ)
-    make_room(os.environ)
+    tasks = named_tasks(arguments.tasks)
+    out = arguments.out or default_folder(arguments.model, arguments.adapter)
+    own = [f"model.name={arguments.model}", f"run_dir={out}"]
+    config = load_config(arguments.config, [*DEFAULTS, *arguments.overrides, *own])
+    if arguments.lm_eval:
+        return subprocess.run(harness_command(config, tasks, arguments.adapter), check=False).returncode
+    for name in tasks:
+        find_task(name, "--tasks")
+    signals = begin()
 
     def work(world: World) -> str:
         from spd_dist.runs.standalone_eval import evaluate_alone
@@ -122,17 +113,13 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
 def judge(arguments: argparse.Namespace) -> int:
     """Judge a file of outputs; the exit code."""
     make_room(os.environ)
-    try:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ConfigError("--judge: it takes one process; start this file by python, not by deepspeed or torchrun")
-        config = load_config(arguments.config, [*DEFAULTS, *arguments.overrides, f"data.task={arguments.task}"])
-        from spd_dist.judging import able_to_judge, judge_file, write_judgements
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("--judge: it takes one process; start this file by python, not by deepspeed or torchrun")
+    config = load_config(arguments.config, [*DEFAULTS, *arguments.overrides, f"data.task={arguments.task}"])
+    from spd_dist.judging import able_to_judge, judge_file, write_judgements
 
-        task = able_to_judge(find_task(config.data.task), allowed=config.evaluate.allow_code_execution)
-        print(write_judgements(judge_file(arguments.judge, task, config.data), arguments.json), flush=True)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+    task = able_to_judge(find_task(config.data.task), allowed=config.evaluate.allow_code_execution)
+    print(write_judgements(judge_file(arguments.judge, task, config.data), arguments.json), flush=True)
     return 0
 
 

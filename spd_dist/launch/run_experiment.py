@@ -16,46 +16,32 @@ Exit codes: 0 done, 2 the config is wrong, 3 the data or the model is wrong, 75 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spd_dist.config import Experiment
 from spd_dist.data.tasks import check_tasks
-from spd_dist.errors import ConfigError, UserError
-from spd_dist.launch.run_method import on_every_rank
+from spd_dist.errors import ConfigError
+from spd_dist.launch import launcher, own_rank
+from spd_dist.launch.run_method import begin, on_every_rank
 from spd_dist.overrides import load_experiment, split_words, to_yaml
-from spd_dist.process.environment import make_room
-from spd_dist.process.launcher_watchdog import watch_launchers
 from spd_dist.process.signals import StopSignals
 
 if TYPE_CHECKING:
     from spd_dist.distributed.world import World
 
 
+@launcher
 def main(words: Sequence[str] | None = None) -> int:
     """Parse, check the config, run, and turn the outcome into an exit code."""
-    signals = StopSignals()
-    signals.install()
-    watch_launchers(os.environ)
-    make_room(os.environ)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # our own lines say how far a stage is
-    arguments = parse_arguments(words)
-    try:
-        if not 0 <= arguments.task < arguments.num_tasks:
-            raise ConfigError(
-                f"--task: {arguments.task} is not valid; it must be below --num-tasks {arguments.num_tasks}"
-            )
-        if (arguments.power is None) != (arguments.pilot is None) or not (arguments.power or 1.0) > 0:
-            raise ConfigError(f"--power {arguments.power}: give points above 0, and --pilot DIR, a finished run")
-        experiment = load_experiment(arguments.config, arguments.overrides)
-        check_tasks(experiment.run)
-    except UserError as error:
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+    signals, arguments = begin(), parse_arguments(words)
+    if not 0 <= arguments.task < arguments.num_tasks:
+        raise ConfigError(f"--task: {arguments.task} is not valid; it must be below --num-tasks {arguments.num_tasks}")
+    if (arguments.power is None) != (arguments.pilot is None) or not (arguments.power or 1.0) > 0:
+        raise ConfigError(f"--power {arguments.power}: give points above 0, and --pilot DIR, a finished run")
+    experiment = load_experiment(arguments.config, arguments.overrides)
+    check_tasks(experiment.run)
     if arguments.show_config:
         print(to_yaml(experiment), end="")
         return 0
@@ -110,11 +96,6 @@ def plan(experiment: Experiment, arguments: argparse.Namespace) -> int:
     """Write down, before the experiment, how much shows the difference; by rank 0, without the others."""
     from spd_dist.runs.registered_plan import write_protocol
 
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
-        return 0
-    try:
+    if own_rank() == 0:
         print(write_protocol(experiment, arguments.pilot, arguments.power))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
     return 0

@@ -15,13 +15,14 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from spd_dist.config import STAGES, Config
 from spd_dist.data.tasks import check_tasks
 from spd_dist.errors import ConfigError, DataError, UserError, writing
+from spd_dist.launch import launcher, own_rank
 from spd_dist.overrides import load_config, split_words, to_yaml
 from spd_dist.process.environment import home_of, make_room, where_files_go
 from spd_dist.process.launcher_watchdog import watch_launchers
@@ -38,9 +39,10 @@ NOTHING_GIVEN = (
 )
 
 
-def main() -> int:
+@launcher
+def main(words: Sequence[str] | None = None) -> int:
     """Parse, check the config, run, and turn the outcome into an exit code."""
-    return from_command_line(parser(), start)
+    return from_command_line(parser(), start, words)
 
 
 MECHANISM = """\
@@ -52,10 +54,11 @@ Exit codes: 0 done, 2 the config is wrong, 3 the data or the model is wrong, 75 
 """
 
 
-def measure() -> int:
+@launcher
+def measure(words: Sequence[str] | None = None) -> int:
     """The mechanism test alone: parse, check the config, measure, and turn the outcome into an exit code."""
     parser = argparse.ArgumentParser(description=MECHANISM, formatter_class=argparse.RawDescriptionHelpFormatter)
-    return from_command_line(parser, measure_alone)
+    return from_command_line(parser, measure_alone, words)
 
 
 def measure_alone(config: Config, arguments: argparse.Namespace, signals: StopSignals) -> int:
@@ -81,39 +84,43 @@ def start(config: Config, arguments: argparse.Namespace, signals: StopSignals) -
     return run(config, arguments, signals)
 
 
-def from_command_line(
-    parser: argparse.ArgumentParser, work: Callable[[Config, argparse.Namespace, StopSignals], int]
-) -> int:
-    """Read a run's config off the command line, and do `work` with it, or show it; the exit code.
-
-    Args:
-        parser: With the options that the launcher has for its own.
-        work: Takes the config and all options, and gives the exit code.
-    """
+def begin() -> StopSignals:
+    """Before any library is imported: heed requests to stop, end with the launcher, and have folders to write to."""
     signals = StopSignals()
     signals.install()
     watch_launchers(os.environ)
     make_room(os.environ)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # our own lines say how far a stage is
+    return signals
+
+
+def from_command_line(
+    parser: argparse.ArgumentParser,
+    work: Callable[[Config, argparse.Namespace, StopSignals], int],
+    words: Sequence[str] | None,
+) -> int:
+    """Read a run's config off the command line, and do `work` with it, or show it; the exit code.
+
+    `parser` has the options that the launcher has for its own.
+
+    Raises:
+        UserError: what the user can put right.
+    """
+    signals = begin()
     parser.add_argument("--config", nargs="+", action="extend", default=[], metavar="YAML", help="later files win")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="win over every file")
     parser.add_argument("--show-config", action="store_true", help="print the resolved config and exit")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher adds it
-    arguments = parser.parse_intermixed_args()
-    try:
-        words = arguments.config + arguments.overrides
-        if not words and not arguments.show_config:
-            raise ConfigError(NOTHING_GIVEN)
-        config = load_config(*split_words(words))
-        if not arguments.show_config:
-            check_tasks(config)
-            return work(config, arguments, signals)
-    except UserError as error:
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
-    print(to_yaml(config), end="")
-    return 0
+    arguments = parser.parse_intermixed_args(words)
+    given = arguments.config + arguments.overrides
+    if not given and not arguments.show_config:
+        raise ConfigError(NOTHING_GIVEN)
+    config = load_config(*split_words(given))
+    if arguments.show_config:
+        print(to_yaml(config), end="")
+        return 0
+    check_tasks(config)
+    return work(config, arguments, signals)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -173,21 +180,15 @@ def preview(config: Config, arguments: argparse.Namespace) -> int:
     from spd_dist.judging import preview_scoring
     from spd_dist.models.policy import load_tokenizer
 
-    console = Console()
-    try:
-        task, tokenizer = find_task(config.data.task), load_tokenizer(config.model)
-        if arguments.preview_masks:
-            rows = load_rows(task, "calibration", config.data)[: arguments.preview_masks]
-            colour = console.is_terminal
-            shown = preview_masks(rows, task, tokenizer, config.data, config.calibrate, colour=colour)
-        else:
-            rows = load_rows(task, "test", config.data)[: arguments.preview_scoring]
-            shown = preview_scoring(rows, task, tokenizer, config)
-        for text in shown:
-            console.print(text, soft_wrap=True)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+    console, task, tokenizer = Console(), find_task(config.data.task), load_tokenizer(config.model)
+    if arguments.preview_masks:
+        rows = load_rows(task, "calibration", config.data)[: arguments.preview_masks]
+        shown = preview_masks(rows, task, tokenizer, config.data, config.calibrate, colour=console.is_terminal)
+    else:
+        rows = load_rows(task, "test", config.data)[: arguments.preview_scoring]
+        shown = preview_scoring(rows, task, tokenizer, config)
+    for text in shown:
+        console.print(text, soft_wrap=True)
     return 0
 
 
@@ -225,11 +226,10 @@ def on_every_rank(config: Config, work: Callable[[World], str]) -> int:
     from spd_dist.distributed.world import join_world, leave_world
     from spd_dist.tracking.console import set_up_logging
 
-    set_up_logging(int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))))
+    set_up_logging(own_rank())
     encoding = codecs.lookup(locale.getpreferredencoding(do_setlocale=False)).name
     if encoding != "utf-8":  # DeepSpeed reads its own files by it
-        print(f"error: LC_ALL: files are read as {encoding} here; set PYTHONUTF8=1, or LC_ALL=C.UTF-8", file=sys.stderr)
-        return ConfigError.exit_code
+        raise ConfigError(f"LC_ALL: files are read as {encoding} here; set PYTHONUTF8=1, or LC_ALL=C.UTF-8")
     if home_of(os.environ) is None:
         logging.getLogger("spd_dist").info(where_files_go(os.environ))
     try:
