@@ -210,18 +210,13 @@ def find_subspace(
     pad = declared if declared is not None else eos[0]
     policy = Policy(model, tokenizer, None, model.name_or_path or "", eos, pad, weights_fingerprint(model))
     examples, _ = make_examples(numbered, _TASK, tokenizer, config.data, config.calibrate)
-    with _frozen(model):
-        sites = discover_sites(model, config.calibrate.layers, whole_keys=config.project.insertion == "rope")
-        context = StageContext(Path(), config.seed, world)
-        sketches = sketch(
-            calibrate(policy, examples, sites, config.calibrate, context),
-            sites,
-            config.sketch,
-            world,
-            ShardPlan(config.calibrate.num_shards, config.project.planned_rank),
-        )
-        by_effect = config.project.directions == "gradient_x_activation"
-        pair = gradient_moments(policy, examples, sites, config.calibrate, context) if by_effect else None
+    sites = discover_sites(model, config.calibrate.layers, whole_keys=config.project.insertion == "rope")
+    context = StageContext(Path(), config.seed, world)
+    gradients = calibrate(policy, examples, sites, config.calibrate, context)
+    plan = ShardPlan(config.calibrate.num_shards, config.project.planned_rank)
+    sketches = sketch(gradients, sites, config.sketch, world, plan)
+    by_effect = config.project.directions == "gradient_x_activation"
+    pair = gradient_moments(policy, examples, sites, config.calibrate, context) if by_effect else None
     moments = reduce(sketches, sites, config.reduce, num_shards=config.calibrate.num_shards, world=world)
     names = {"base_model": policy.name, "base_fingerprint": policy.fingerprint}
     cross = None if pair is None else pair.cross
@@ -266,18 +261,3 @@ def overlap(first: Subspace, second: Subspace) -> dict[str, float]:
     """How much of the smaller subspace lies in the other, from 0 to 1, site by site: the mean squared cosine."""
     sites = shared_sites({"first": first, "second": second})
     return {str(site): overlap_of_sites(first.sites[site], second.sites[site]) for site in sites}
-
-
-@contextmanager
-def _frozen(model: PreTrainedModel) -> Generator[None]:
-    """Eval mode and no gradients of weights."""
-    was_training = model.training
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval().requires_grad_(False)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        model.train(was_training)
-        for parameter in trained:
-            parameter.requires_grad_(True)

@@ -5,11 +5,11 @@ Shapes: C comparisons, J subspaces that are exchangeable under the hypothesis: t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from scipy.stats import spearmanr
 
 from spd_dist.analysis.intervals import paired_bootstrap
 from spd_dist.errors import DataError
@@ -213,17 +213,8 @@ def max_statistic_p_values(effects: Sequence[Sequence[float]]) -> list[float]:
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
     """Spearman's, mean ranks for ties; None where one of the two does not vary."""
-    a, b = _ranks(first), _ranks(second)
-    a, b = a - a.mean(), b - b.mean()
-    size = math.sqrt(float(a.square().sum() * b.square().sum()))
-    return float((a * b).sum()) / size if size > 0 else None
-
-
-def _ranks(values: Sequence[float]) -> torch.Tensor:
-    return torch.tensor(
-        [sum(other < one for other in values) + (sum(other == one for other in values) - 1) / 2 for one in values],
-        dtype=torch.float64,
-    )
+    varies = min(len(set(first)), len(set(second))) > 1
+    return float(spearmanr(first, second).statistic) if varies else None
 
 
 def sentence(result: MechanismResult, num_lower: int) -> str:

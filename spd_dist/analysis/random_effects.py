@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from scipy.stats import norm, t
+from torch import Tensor
 
 from spd_dist.analysis.answer_summary import sample_values, samples_of
 from spd_dist.analysis.intervals import Interval, wilson
@@ -42,9 +43,8 @@ class Crossed(NamedTuple):
 def crossed(by_seed: Sequence[Mapping[str, float]], confidence: float = 0.95) -> Crossed:
     """The mean of a value, or of a paired difference, over examples and seeds: for other examples and other seeds.
 
-    Two-way random effects without replication (Searle, Casella and McCulloch 1992): the mean's variance is
-    (MS_examples + MS_seeds - MS_rest) / (examples * seeds), and at least that of either source alone; degrees of
-    freedom by Satterthwaite (1946).
+    The mean's variance is (MS_examples + MS_seeds - MS_rest) / (examples * seeds), and at least that of either source
+    alone; degrees of freedom by Satterthwaite (1946).
 
     Args:
         by_seed: The value of each example, by id, under each seed: at least two of both.
@@ -60,19 +60,27 @@ def crossed(by_seed: Sequence[Mapping[str, float]], confidence: float = 0.95) ->
         )
     value_SN = torch.tensor([[one[key] for key in sorted(one)] for one in by_seed], dtype=torch.float64)
     num_seeds, num_examples = value_SN.shape
+    mean = value_SN.mean().item()
+    error, freedom = satterthwaite(_mean_squares(value_SN), num_examples, num_seeds)
+    if not error > 1e-12:
+        return Crossed(mean, Interval(mean, mean), 1.0, None)
+    half = float(t.ppf(0.5 + confidence / 2, freedom)) * error
+    p_value = float(2 * t.sf(abs(mean) / error, freedom))
+    detectable = half + float(t.ppf(0.8, freedom)) * error
+    return Crossed(mean, Interval(mean - half, mean + half), p_value, detectable)
+
+
+def _mean_squares(value_SN: Tensor) -> tuple[float, float, float]:
+    """Of examples, of seeds, and of the rest; at least two of both."""
+    num_seeds, num_examples = value_SN.shape
     mean = value_SN.mean()
     by_example_N, by_seed_S = value_SN.mean(0) - mean, value_SN.mean(1) - mean
     rest_SN = value_SN - mean - by_example_N - by_seed_S[:, None]
-    squares = num_seeds * by_example_N.square().sum(), num_examples * by_seed_S.square().sum(), rest_SN.square().sum()
-    freedoms = num_examples - 1, num_seeds - 1, (num_examples - 1) * (num_seeds - 1)
-    examples, seeds, rest = ((square / freedom).item() for square, freedom in zip(squares, freedoms, strict=True))
-    error, freedom = satterthwaite((examples, seeds, rest), num_examples, num_seeds)
-    if not error > 1e-12:
-        return Crossed(mean.item(), Interval(mean.item(), mean.item()), 1.0, None)
-    half = float(t.ppf(0.5 + confidence / 2, freedom)) * error
-    p_value = float(2 * t.sf(abs(mean.item()) / error, freedom))
-    detectable = half + float(t.ppf(0.8, freedom)) * error
-    return Crossed(mean.item(), Interval(mean.item() - half, mean.item() + half), p_value, detectable)
+    return (
+        (num_seeds * by_example_N.square().sum() / (num_examples - 1)).item(),
+        (num_examples * by_seed_S.square().sum() / (num_seeds - 1)).item(),
+        (rest_SN.square().sum() / ((num_examples - 1) * (num_seeds - 1))).item(),
+    )
 
 
 def satterthwaite(mean_squares: tuple[float, float, float], num_examples: int, num_seeds: int) -> tuple[float, float]:
@@ -155,12 +163,7 @@ def difference_variance(
     num_seeds, num_examples = difference_SN.shape
     if num_seeds == 1:
         return DifferenceVariance(max(0.0, difference_SN.var().item() - of_a_mean), None, 0.0, sampled)
-    mean = difference_SN.mean()
-    by_example_N, by_seed_S = difference_SN.mean(0) - mean, difference_SN.mean(1) - mean
-    rest_SN = difference_SN - mean - by_example_N - by_seed_S[:, None]
-    rest = rest_SN.square().sum().item() / ((num_examples - 1) * (num_seeds - 1))
-    examples = num_seeds * by_example_N.square().sum().item() / (num_examples - 1)
-    seeds = num_examples * by_seed_S.square().sum().item() / (num_seeds - 1)
+    examples, seeds, rest = _mean_squares(difference_SN)
     return DifferenceVariance(
         examples=max(0.0, (examples - rest) / num_seeds),
         seeds=max(0.0, (seeds - rest) / num_examples),

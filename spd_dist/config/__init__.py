@@ -21,24 +21,7 @@ from spd_dist.config.side_sections import Distributed, Mechanism, Metrics
 from spd_dist.config.whole import Config, Experiment, check_across_fields
 
 __all__ = [
-    "STAGES",
-    "Calibrate",
-    "Choices",
-    "Config",
-    "Data",
-    "Distributed",
-    "Evaluate",
-    "Experiment",
-    "Finetune",
-    "Generate",
-    "Mechanism",
-    "Metrics",
-    "Model",
-    "Project",
-    "Reduce",
-    "Server",
-    "Sketch",
-    "check_across_fields",
-    "engine_of",
-    "planned_rows",
-]
+    "STAGES", "Calibrate", "Choices", "Config", "Data", "Distributed", "Evaluate", "Experiment", "Finetune",
+    "Generate", "Mechanism", "Metrics", "Model", "Project", "Reduce", "Server", "Sketch", "check_across_fields",
+    "engine_of", "planned_rows",
+]  # fmt: skip

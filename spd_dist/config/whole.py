@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from spd_dist.config import sections, side_sections
 from spd_dist.config.combinations import check_combinations
@@ -35,10 +33,6 @@ class Config:
     mechanism: side_sections.Mechanism = field(default_factory=side_sections.Mechanism)
     distributed: side_sections.Distributed = field(default_factory=side_sections.Distributed)
     metrics: side_sections.Metrics = field(default_factory=side_sections.Metrics)
-
-    def section(self, name: str) -> Mapping[str, Any]:
-        """One section as plain data, for hashes and manifests."""
-        return dataclasses.asdict(getattr(self, name))
 
 
 @dataclass(frozen=True)

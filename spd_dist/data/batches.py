@@ -50,13 +50,8 @@ class PaddedBatch:
     """True where the token is supervised; the position before it predicts it."""
 
 
-def shard_of(index: int, num_shards: int) -> int:
-    """The logical shard of the example at `index` of the calibration set."""
-    return index % num_shards
-
-
 def owned_shards(num_shards: int, rank: int, world_size: int) -> range:
-    """The shards whose examples this rank runs: shard s belongs to rank s modulo the world size."""
+    """The shards whose examples this rank runs: example i is of shard i modulo their number, shard s of rank s."""
     return range(rank, num_shards, world_size)
 
 

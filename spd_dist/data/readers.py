@@ -118,29 +118,27 @@ def _opened(path: Path, packing: str) -> Generator[IO[bytes]]:
 
 
 def _read_parquet(stream: IO[bytes], name: str) -> Numbered:
-    import pyarrow
     import pyarrow.parquet
 
-    try:
-        rows = pyarrow.parquet.read_table(stream).to_pylist()
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        fault = " ".join(str(error).split())
-        raise DataError(f"{name}: not readable as Parquet: {fault}; write it again, or use .jsonl") from error
-    for number, row in enumerate(rows, 1):
-        yield number, f"row {number}", row
+    return _rows_of(lambda: pyarrow.parquet.read_table(stream), "Parquet", name)
 
 
 def _read_arrow(stream: IO[bytes], name: str) -> Numbered:
-    import pyarrow
     import pyarrow.ipc
 
     whole = stream.read()
     opened = pyarrow.ipc.open_file if whole.startswith(b"ARROW1") else pyarrow.ipc.open_stream
+    return _rows_of(lambda: opened(io.BytesIO(whole)).read_all(), "Arrow", name)
+
+
+def _rows_of(read: Callable[[], Any], form: str, name: str) -> Numbered:
+    import pyarrow
+
     try:
-        rows = opened(io.BytesIO(whole)).read_all().to_pylist()
+        rows = read().to_pylist()
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         fault = " ".join(str(error).split())
-        raise DataError(f"{name}: not readable as Arrow: {fault}; write it again, or use .jsonl") from error
+        raise DataError(f"{name}: not readable as {form}: {fault}; write it again, or use .jsonl") from error
     for number, row in enumerate(rows, 1):
         yield number, f"row {number}", row
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterable
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -113,9 +112,7 @@ class together:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, trace: object) -> None:
         if not dist.is_initialized() or not any_rank(error is not None):
             return
         reports = gather_objects(None if error is None else _report(error))

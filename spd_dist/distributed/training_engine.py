@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import logging
 import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,8 +23,6 @@ from spd_dist.distributed.optimizers import OptimizerKind, make_optimizer, param
 from spd_dist.distributed.zero import check_offload, end_engine, merge_settings
 from spd_dist.errors import ConfigError, DataError
 from spd_dist.types import Json
-
-log = logging.getLogger(__name__)
 
 
 class BackgroundWriter(TorchCheckpointEngine):

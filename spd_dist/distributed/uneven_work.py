@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -64,12 +63,10 @@ class wait_for_all_ranks:
         if dist.is_initialized() and dist.get_world_size() > 1:
             self.others = StoreWait(_own_connection(), dist.get_rank(), dist.get_world_size())
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, trace: object) -> None:
         if self.others is not None:
             self.others.wait(self.doing, None if isinstance(error, StopRequested) else error)
-        together(self.doing).__exit__(kind, error, trace)
+        together(self.doing).__exit__(None, error, trace)
 
 
 @dataclass

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -65,9 +64,7 @@ class LockStep:
     def _after(self, *_: Any) -> None:
         self.is_inside_pass = False
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
+    def __exit__(self, _: object, error: BaseException | None, trace: object) -> bool:
         for hook in self.hooks:
             hook.remove()
         if self.is_inside_pass:

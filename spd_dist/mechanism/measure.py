@@ -14,7 +14,7 @@ from spd_dist.mechanism.comparisons import Lineup, lineup, planned
 from spd_dist.mechanism.controls import SPD, Material
 from spd_dist.mechanism.matching import at_share, match
 from spd_dist.mechanism.measurement import Measurement, Passes, Variant
-from spd_dist.mechanism.summing import About, Compared, MechanismOutcome, sum_up
+from spd_dist.mechanism.summing import Compared, MechanismOutcome, sum_up
 from spd_dist.models.policy import Policy
 from spd_dist.stages.context import StageContext
 from spd_dist.stages.evaluate import evaluate_arm
@@ -69,7 +69,7 @@ def measure(
     drawn = [first.own, *(against[name] for name in DRAWN if name in against)]
     doses = [at_share(variant, dose) for variant in drawn for dose in settings.doses]
     measurement.take([Passes(variant, batches) for variant in doses])
-    outcome = sum_up(measurement, compared, pairs, doses, About(context.facts.get("task", ""), policy.name))
+    outcome = sum_up(measurement, compared, pairs, doses)
     if rows.test_set is None:
         return outcome
     context = dataclasses.replace(context, folder=context.folder / ANSWERS, progress=None)

@@ -43,13 +43,12 @@ from spd_dist.run import Run
 from spd_dist.stages.calibrate import CalibrationMoments, gradient_moments
 from spd_dist.storage.artifacts import content_hash, replacing, sha256_of
 from spd_dist.storage.records import read_record, write_record
-from spd_dist.storage.subspace_file import load_subspace, save_subspace
+from spd_dist.storage.subspace_file import FILE_NAME, load_subspace, save_subspace
 from spd_dist.tracking.metrics import MetricLogger
 from spd_dist.tracking.stage_outputs import MECHANISM_FILES
 from spd_dist.types import KVSite, SiteSubspace, Subspace, SupervisedExample
 
 STAGE = "mechanism"
-SUBSPACE = "subspace.safetensors"
 CANDIDATES = "candidates"
 """In the stage's folder: a file each, that `launchers/export.py` takes as it takes the run's own subspace."""
 CHANGES_NOTHING = ("batch_size", "share_prefix", "in_run")
@@ -142,7 +141,7 @@ def inputs_of(run: Run, rows: Sequence[Row]) -> dict[str, str]:
     other = run.config.mechanism.other_subspace
     found = {
         "settings": content_hash([section, run.settings("seed", "model", "data", "calibrate", "project")]),
-        "subspace": run.folder.output_hash("project", SUBSPACE),
+        "subspace": run.folder.output_hash("project", FILE_NAME),
         "calibration": content_hash(calibration_rows(run)),
         "rows": content_hash(rows),
     }
@@ -154,7 +153,7 @@ def inputs_of(run: Run, rows: Sequence[Row]) -> dict[str, str]:
 def subspace_file(name: str) -> Path:
     """The subspace that `mechanism.other_subspace` names."""
     path = Path(name)
-    return path / "project" / SUBSPACE if path.is_dir() else path
+    return path / "project" / FILE_NAME if path.is_dir() else path
 
 
 def find_material(run: Run, folder: Path, layers: set[int]) -> Material:
@@ -162,7 +161,7 @@ def find_material(run: Run, folder: Path, layers: set[int]) -> Material:
     config, policy = run.config, run.policy()
     calibrate, data, tokenizer = config.calibrate, config.data, policy.tokenizer
     with together("preparing the controls"):
-        found = load_subspace(run.folder.folder("project") / SUBSPACE)
+        found = load_subspace(run.folder.folder("project") / FILE_NAME)
         other = config.mechanism.other_subspace
         other_task = None if other is None else load_subspace(subspace_file(other))
         examples, _ = make_examples(run.rows("calibration"), run.task, tokenizer, data, calibrate)

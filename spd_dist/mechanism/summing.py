@@ -50,20 +50,8 @@ class Compared:
     batches: Sequence[int]
 
 
-@dataclass(frozen=True)
-class About:
-    """What was measured, for the page."""
-
-    task: str
-    model: str
-
-
 def sum_up(
-    measurement: Measurement,
-    compared: Sequence[Compared],
-    pairs: Mapping[str, Pair],
-    doses: Sequence[Variant],
-    about: About,
+    measurement: Measurement, compared: Sequence[Compared], pairs: Mapping[str, Pair], doses: Sequence[Variant]
 ) -> MechanismOutcome:
     """Effects, ranks and corrections; the first comparison is the primary one.
 
@@ -72,7 +60,6 @@ def sum_up(
         compared: All comparisons.
         pairs: The primary one's subspaces at the distortion of the method's, by name.
         doses: Blends of some of them.
-        about: Names.
     """
     summing = _Summing(measurement, compared[0].batches)
     primary = compared[0]
@@ -98,8 +85,8 @@ def sum_up(
     details = MechanismDetails(
         schema_version=SCHEMA,
         sentence=sentence(result, num_lower),
-        task=about.task,
-        model=about.model,
+        task=measurement.context.facts.get("task", ""),
+        model=measurement.policy.name,
         prompt=primary.comparison.prompt,
         kinds=primary.comparison.kinds,
         operator=primary.comparison.operator,

@@ -14,14 +14,13 @@ import json
 import logging
 import math
 import os
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import transformers
-from safetensors.torch import save_file
-from torch import Tensor
+from huggingface_hub import save_torch_state_dict
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -116,37 +115,14 @@ def write_model(
     config.save_pretrained(folder)
     if model.generation_config is not None:  # pyright: ignore[reportUnnecessaryComparison]  # of classes that can't
         model.generation_config.save_pretrained(folder)
-    _write_weights({name: tensor.detach() for name, tensor in stored_parameters(model).items()}, folder, shard_bytes)
+    weights = {name: tensor.detach() for name, tensor in stored_parameters(model).items()}
+    save_torch_state_dict(weights, folder, max_shard_size=shard_bytes)
     mode = (folder / "config.json").stat().st_mode
     for file in folder.iterdir():
         if file.stat().st_mode != mode:
             file.chmod(mode)  # safetensors lets nobody else read its files
         _sync(file)
     _sync(folder)
-
-
-def _write_weights(tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int) -> None:
-    shards = _shards(tensors, shard_bytes)
-    weight_map = {}
-    for number, names in enumerate(shards, 1):
-        file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({name: tensors[name].contiguous() for name in names}, folder / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(map(_num_bytes, tensors.values()))}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> list[list[str]]:
-    shards: list[list[str]] = []
-    free_bytes = 0
-    for name, tensor in tensors.items():
-        if not shards or _num_bytes(tensor) > free_bytes:
-            shards.append([])
-            free_bytes = shard_bytes
-        shards[-1].append(name)
-        free_bytes -= _num_bytes(tensor)
-    return shards
 
 
 def check_written(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -214,10 +190,6 @@ def _indexed(folder: Path) -> set[str]:
     if not (folder / INDEX).is_file():
         return set()
     return set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
-
-
-def _num_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _sync(path: Path) -> None:

@@ -27,11 +27,11 @@ from transformers.pytorch_utils import Conv1D
 
 from spd_dist.errors import DataError
 from spd_dist.models.forward import call_model
+from spd_dist.models.model_stats import FOREIGN_FAULTS
 from spd_dist.types import Kind
 
 NUM_TOKENS = 4
 ATTENTION = "spd_dist_tracing"  # names a function in transformers' registry while the copy is built and run
-FOREIGN_FAULTS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,6 @@ from spd_dist.planner.plan import Plan, StagePlan, plan_run, smallest_cluster
 from spd_dist.planner.profile import Profile, profile_of
 
 __all__ = [
-    "DEVICES",
-    "Cluster",
-    "DeviceSpec",
-    "Plan",
-    "Profile",
-    "StagePlan",
-    "Workload",
-    "device_named",
-    "plan_run",
-    "profile_of",
-    "smallest_cluster",
-]
+    "DEVICES", "Cluster", "DeviceSpec", "Plan", "Profile", "StagePlan", "Workload", "device_named", "plan_run",
+    "profile_of", "smallest_cluster",
+]  # fmt: skip

@@ -7,7 +7,7 @@ part. The shares of a data sheet's rates that a program gets are assumptions, an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from spd_dist.arms import Arm, chosen
@@ -250,8 +250,3 @@ STAGES: dict[str, Callable[[_Job], list[Phase]]] = {
     "token_effects": _token_effects,
     "evaluate": _evaluate,
 }
-
-
-def total_seconds(costs: Iterable[Cost]) -> float:
-    """Of a whole run."""
-    return sum(one.seconds for one in costs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -41,8 +40,6 @@ from spd_dist.storage.completions import is_repetitive
 from spd_dist.storage.keyed_parts import Key, merge_parts, part_path, read_parts
 from spd_dist.storage.records import write_record
 from spd_dist.types import Answer, Completion, Projection, Prompt, SupervisedExample
-
-log = logging.getLogger(__name__)
 
 
 def evaluate_arm(

@@ -14,7 +14,6 @@ import threading
 import time
 from collections import defaultdict
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 from spd_dist.distributed.world import World
@@ -49,9 +48,7 @@ class AttemptClock:
             self.thread = threading.Thread(target=self._write_often, name="attempt", daemon=True)
             self.thread.start()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.world.is_main:
             self.is_over.set()
             self.thread.join()

@@ -10,7 +10,6 @@ import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO
 
 import numpy as np
@@ -57,9 +56,7 @@ class LocatedLines:
             self.opened = stack.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.opened.close()
 
     def _take(self, number: int, index: int, start: int, line: bytes) -> None:

@@ -44,36 +44,21 @@ class Bars:
 
     def __init__(self, console: Console | None) -> None:
         columns = (TextColumn("{task.description:<10}"), BarColumn(), TextColumn("{task.fields[words]}"))
-        self._bars = None if console is None else Progress(*columns, console=console, transient=True)
-        if self._bars is not None:
-            self._stage = self._bars.add_task("", total=None, words="")
-            self._run = self._bars.add_task("run", total=None, words="")
-
-    @property
-    def are_drawn(self) -> bool:
+        self.are_drawn = console is not None
         """Whether there is somebody to look at them."""
-        return self._bars is not None
+        self._bars = Progress(*columns, console=console, transient=True, disable=not self.are_drawn)
+        self._stage = self._bars.add_task("", total=None, words="")
+        self._run = self._bars.add_task("run", total=None, words="")
+        self.start, self.stop = self._bars.start, self._bars.stop
 
     def show(self, stage: str, done: int, total: int | None, words: str) -> None:
         """Draw how far the stage is."""
-        if self._bars is not None:
-            self._bars.update(self._stage, description=stage, completed=done, total=total, words=words)
+        self._bars.update(self._stage, description=stage, completed=done, total=total, words=words)
 
     def show_run(self, seconds: float, seconds_left: float | None, words: str) -> None:
         """Draw how far the run is; without an end while that is not known."""
-        if self._bars is not None:
-            total = None if seconds_left is None else seconds + seconds_left
-            self._bars.update(self._run, completed=seconds, total=total, words=words)
-
-    def start(self) -> None:
-        """Begin to draw."""
-        if self._bars is not None:
-            self._bars.start()
-
-    def stop(self) -> None:
-        """Take the bars off the terminal."""
-        if self._bars is not None:
-            self._bars.stop()
+        total = None if seconds_left is None else seconds + seconds_left
+        self._bars.update(self._run, completed=seconds, total=total, words=words)
 
 
 class Discreet(logging.Formatter):

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from types import TracebackType
 
 from spd_dist.tracking.console import Bars, terminal
 from spd_dist.tracking.metrics import MetricLogger
@@ -223,9 +222,7 @@ class Progress:
         self._bars.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, trace: object) -> None:
         self._bars.stop()
         self._seconds_left()
         word = "done" if error is None else "stopped"

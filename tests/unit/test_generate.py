@@ -19,7 +19,7 @@ from tiny import save_tiny_model
 from spd_dist.config import Generate
 from spd_dist.distributed.lock import alone_in
 from spd_dist.distributed.zero import weights_fingerprint
-from spd_dist.errors import ConfigError, DataError
+from spd_dist.errors import DataError
 from spd_dist.inference.decode import decode
 from spd_dist.inference.placement import MOST_ROWS_ON_CPU
 from spd_dist.models.policy import Policy
@@ -251,13 +251,6 @@ def test_overlapping_arrays_export_their_models_to_folders_of_their_own(policy, 
             run(policy, tmp_path, dataclasses.replace(fails, num_tasks=num_tasks))
     names = sorted(folder.name for folder in tmp_path.glob("engine-*"))
     assert names == ["engine-00000-of-00001", "engine-00000-of-00002"]
-
-
-def test_a_task_beyond_the_array_is_refused(policy, tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"generate.task_index: 3 is not valid; it must be below generate.num_tasks=3"
-    ):
-        run(policy, tmp_path, dataclasses.replace(CONFIG, num_tasks=3, task_index=3))
 
 
 def test_lines_of_another_seed_or_data_set_are_refused(policy, tmp_path):

@@ -16,7 +16,7 @@ from spd_dist.data.thinking import thought_budget
 from spd_dist.distributed.collectives import all_equal, broadcast_object, gather_objects, max_over_ranks_, together
 from spd_dist.distributed.uneven_work import on_main, wait_for_all_ranks
 from spd_dist.distributed.world import World
-from spd_dist.errors import ConfigError, DataError
+from spd_dist.errors import DataError
 from spd_dist.inference.engine_table import EngineWork
 from spd_dist.inference.external.vllm_engine import share_of_work
 from spd_dist.inference.open_engine import choose_engine, open_engine
@@ -46,19 +46,6 @@ def sampling_of(config: Generate) -> Sampling:
     )
 
 
-def check_tasks(config: Generate) -> None:
-    """Refuse a task that is not one of the array.
-
-    Raises:
-        ConfigError: `task_index` is not below `num_tasks`.
-    """
-    if config.task_index >= config.num_tasks:
-        raise ConfigError(
-            f"generate.task_index: {config.task_index} is not valid; it must be below "
-            f"generate.num_tasks={config.num_tasks}"
-        )
-
-
 def generate(
     policy: Policy,
     prompts: Sequence[Prompt],
@@ -85,7 +72,6 @@ def generate(
             the corpus fails a check, memory or disk is full.
         ConfigError: settings that can't be met.
     """
-    check_tasks(config)
     folder, world = context.folder, context.world
     projection = same_on_all_ranks(projection, world)
     budget = thought_budget(policy.tokenizer, config.max_thought_tokens, (), "generate.max_thought_tokens")

@@ -31,25 +31,24 @@ MANY_CUT = 0.5
 
 @dataclass(frozen=True)
 class CorpusCounts:
-    """Counts, lengths, finish reasons and rates of a corpus."""
+    """Counts, lengths, finish reasons and rates of a corpus; zero where it is not merged yet."""
 
-    num_prompts: int
     num_completions: int
-    num_tokens: int
-    mean_tokens: float
-    finish_reasons: dict[str, int]
-    empty_rate: float
-    repetition_rate: float
-    length_rate: float
+    num_prompts: int = 0
+    num_tokens: int = 0
+    mean_tokens: float = 0.0
+    finish_reasons: dict[str, int] = field(default_factory=dict)
+    empty_rate: float = 0.0
+    repetition_rate: float = 0.0
+    length_rate: float = 0.0
 
 
-@dataclass(frozen=True)
-class CorpusSummary:
+@dataclass(frozen=True, kw_only=True)
+class CorpusSummary(CorpusCounts):
     """What `generate/summary.json` holds: the corpus, and what all ranks did in the attempt that merged it."""
 
     is_complete: bool
     """If not, other tasks of the array make the rest; then of the corpus `num_completions` alone is known."""
-    num_completions: int
     engine: str
     placement: str
     seconds: float
@@ -65,13 +64,6 @@ class CorpusSummary:
     """Which of the engine's samples a second run repeats."""
     suggested_decoding: dict[str, float] = field(default_factory=dict)
     """What the model's generation_config asks for; never taken: the sampling is the section's."""
-    num_prompts: int = 0
-    num_tokens: int = 0
-    mean_tokens: float = 0.0
-    finish_reasons: dict[str, int] = field(default_factory=dict)
-    empty_rate: float = 0.0
-    repetition_rate: float = 0.0
-    length_rate: float = 0.0
 
 
 class Counting:

@@ -1,9 +1,8 @@
 """Stage 4, project: cut the strongest directions out of each site's moments, and make of them what generation applies.
 
-subspace.py  moments -> Subspace, the same on every rank
-bounds.py    what its certificate proves of it
-drift.py     how far it moved since earlier rounds
-operators.py Subspace -> Projection, by `project.mode`
+subspace.py         moments -> Subspace, the same on every rank, and what its certificate proves of it
+drift.py            how far it moved since earlier rounds
+operator_choice.py  Subspace -> Projection, by `project.mode`
 """
 
 from spd_dist.stages.project.drift import drift
@@ -17,11 +16,6 @@ from spd_dist.stages.project.subspace import (
 )
 
 __all__ = [
-    "angle_bound",
-    "certified_energy_fraction",
-    "certified_energy_share",
-    "drift",
-    "projection",
-    "site_summaries",
+    "angle_bound", "certified_energy_fraction", "certified_energy_share", "drift", "projection", "site_summaries",
     "subspace",
-]
+]  # fmt: skip

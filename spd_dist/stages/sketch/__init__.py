@@ -10,12 +10,6 @@ from spd_dist.stages.sketch.shard import ShardSketch, load_sketches, save_sketch
 from spd_dist.stages.sketch.sketch_rows import ShardPlan, Unfinished, sketch
 
 __all__ = [
-    "ShardPlan",
-    "ShardSketch",
-    "SketchPlan",
-    "Unfinished",
-    "load_sketches",
-    "plan_sketches",
-    "save_sketches",
+    "ShardPlan", "ShardSketch", "SketchPlan", "Unfinished", "load_sketches", "plan_sketches", "save_sketches",
     "sketch",
-]
+]  # fmt: skip

@@ -20,16 +20,9 @@ from spd_dist.storage.artifacts import read_tensors, write_tensors
 from spd_dist.types import GradientBatch, KVSite, SiteMoments, record_of
 
 TENSORS = (
-    "rows_GND",
-    "squared_GL",
-    "upper_GDD",
-    "sum_GD",
-    "energy_G",
-    "delta_G",
-    "lost_G",
-    "num_dropped_G",
+    "rows_GND", "squared_GL", "upper_GDD", "sum_GD", "energy_G", "delta_G", "lost_G", "num_dropped_G",
     "first_dropped_G",
-)
+)  # fmt: skip
 COUNTS = ("num_filled", "num_folded", "num_rows", "num_shrinks")
 
 
