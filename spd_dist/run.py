@@ -63,12 +63,7 @@ class Run:
     ) -> None:
         """Open the run folder and the metrics for a part of a run.
 
-        Args:
-            config: Its whole config.
-            world: This process among all.
-            signals: Requests to stop.
-            scope: The part of the run that this process does.
-            rounds_before: The folders of earlier rounds, if this is a later one.
+        `rounds_before` are the folders of earlier rounds, if this is a later one.
 
         Raises:
             ConfigError: the folder holds a run of another config, `data.task` is unknown, or it is scored by running

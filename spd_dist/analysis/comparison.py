@@ -33,11 +33,6 @@ Compared = TypeVar("Compared", bound=Difference)
 def comparisons(answers: Mapping[str, Sequence[Answer]], metric: str, seed: int) -> list[RunDifference]:
     """Paired differences of every arm from the first, and of the method's arms from their controls: `arm_pairs`.
 
-    Args:
-        answers: Each arm's, in the order of the arms.
-        metric: `accuracy` or `nll`.
-        seed: Of the bootstrap.
-
     Raises:
         DataError: two arms did not answer the same examples, or not as often.
     """

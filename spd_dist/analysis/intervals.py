@@ -137,12 +137,7 @@ def paired_bootstrap(
 ) -> PairedDifference:
     """The mean difference with its percentile interval over resampled examples (Efron 1979).
 
-    Args:
-        before: Score by example id.
-        after: The same of the other arm.
-        seed: Of the resampling.
-        num_resamples: How many means are drawn.
-        confidence: Coverage of the interval.
+    `before` and `after` are the scores of two arms by example id.
 
     Raises:
         DataError: the arms did not answer the same examples.
@@ -208,11 +203,7 @@ def detectable_difference(
 ) -> float:
     """The smallest paired difference that McNemar's test finds with this power (Connor 1987), at most 1.
 
-    Args:
-        num_examples: Pairs.
-        discordant: Share of the examples on which the two arms differ.
-        power: Chance to find it.
-        significance: Two-sided level of the test.
+    `discordant` is the share of the examples on which the two arms differ.
     """
     if not 0 < discordant <= 1:
         raise ValueError(

@@ -19,11 +19,7 @@ def visible(text: str) -> str:
 def table_html(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], notes: Iterable[str] = ()) -> str:
     """A table with a title and lines below it, every text escaped.
 
-    Args:
-        title: In one line.
-        columns: Their names.
-        rows: A cell for each of them; numbers that are not whole have three digits.
-        notes: Below the table.
+    Numbers that are not whole have three digits; `notes` stand below the table.
     """
     head = "".join(f"<th>{_text(name)}</th>" for name in columns)
     body = "".join(f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>" for row in rows)

@@ -44,11 +44,8 @@ def crossed(by_seed: Sequence[Mapping[str, float]], confidence: float = 0.95) ->
     """The mean of a value, or of a paired difference, over examples and seeds: for other examples and other seeds.
 
     The mean's variance is (MS_examples + MS_seeds - MS_rest) / (examples * seeds), and at least that of either source
-    alone; degrees of freedom by Satterthwaite (1946).
-
-    Args:
-        by_seed: The value of each example, by id, under each seed: at least two of both.
-        confidence: Coverage of the interval.
+    alone; degrees of freedom by Satterthwaite (1946). `by_seed` has the value of each example, by id, under each seed:
+    at least two of both.
 
     Raises:
         DataError: seeds with other examples, or fewer than two of either.
@@ -86,10 +83,7 @@ def _mean_squares(value_SN: Tensor) -> tuple[float, float, float]:
 def satterthwaite(mean_squares: tuple[float, float, float], num_examples: int, num_seeds: int) -> tuple[float, float]:
     """The standard error of a mean over examples and seeds, and its degrees of freedom (Satterthwaite 1946).
 
-    Args:
-        mean_squares: Of examples, of seeds, and of the rest.
-        num_examples: At least 2.
-        num_seeds: At least 2.
+    `mean_squares` are of examples, of seeds, and of the rest; there are at least two of both.
     """
     examples, seeds, rest = mean_squares
     freedoms = num_examples - 1, num_seeds - 1, (num_examples - 1) * (num_seeds - 1)
@@ -140,9 +134,7 @@ def difference_variance(
 ) -> DifferenceVariance:
     """The parts of the variance of `after - before`, by the mean squares of a pilot.
 
-    Args:
-        by_seed: What both arms answered under each seed, to the same examples, at least two.
-        metric: As of the report.
+    `by_seed` is what both arms answered under each seed, to the same examples, at least two.
 
     Raises:
         DataError: fewer than two examples, or arms and seeds of other examples or numbers of samples.

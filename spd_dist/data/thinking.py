@@ -69,13 +69,7 @@ def thought_budget(
 
 
 def find_thought(completion: Completion, tokenizer: Tokenizer, marks: Sequence[str]) -> Thought:
-    """The thought of a completion. A token that holds the end of the mark and more goes with the thought.
-
-    Args:
-        completion: As it was sampled.
-        tokenizer: The policy's.
-        marks: As `data.thinking_marks`.
-    """
+    """The thought of a completion. A token that holds the end of the mark and more goes with the thought."""
     spoken = without_thoughts(judged_text(tokenizer, completion.prompt_tokens, completion.tokens, marks))
     num = len(completion.tokens)
     if spoken.is_unfinished:

@@ -85,10 +85,7 @@ def num_threads(own: tuple[str, frozenset[int]], everyones: Sequence[tuple[str, 
     """Threads of a rank: its cores, divided among those ranks of its host that may run on them, too.
 
     `deepspeed` and `torchrun` leave each rank all cores of the host; srun with `--cpus-per-task` binds it to its own.
-
-    Args:
-        own: This rank's host and cores.
-        everyones: The same of all ranks.
+    `own` are this rank's host and cores, `everyones` those of all ranks.
     """
     host, cores = own
     num_sharing = sum(other_host == host and bool(other & cores) for other_host, other in everyones)

@@ -162,11 +162,7 @@ class Published:
 def student_card(published: Published, own_card: Path, report: Report | None, relation: str) -> str:
     """The card that finetune wrote, with an address, the comparison, and metadata that the hub reads.
 
-    Args:
-        published: What it is of.
-        own_card: `README.md` beside the student.
-        report: The run's `report.json`, if it has been written.
-        relation: As the hub calls it: adapter, or finetune.
+    `own_card` is `README.md` beside the student; `relation` is as the hub calls it: adapter, or finetune.
     """
     card: Any = ModelCard(own_card.read_text(encoding="utf-8"), ignore_metadata_errors=True)
     text = card.text.replace(f'"{THIS_FOLDER}"', f'"{published.address}"')

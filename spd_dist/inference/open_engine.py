@@ -57,14 +57,8 @@ def open_engine(
 ) -> Generator[Opened]:
     """The engine of `config`, once it has answered some requests as the projected policy does. A collective.
 
-    The body holds no collective; its exceptions are raised on every rank.
-
-    Args:
-        policy: The untouched policy, or a student; so it is left.
-        projection: None for the policy as it is.
-        config: The section.
-        world: This process among all.
-        work: What this rank will ask of it.
+    The body holds no collective; its exceptions are raised on every rank. The policy is left as it is; without a
+    projection it answers as it is.
 
     Raises:
         DataError: a prompt is longer than the model's context; the engine can't run the model, or runs another policy.

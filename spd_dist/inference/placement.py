@@ -151,12 +151,7 @@ def needed_bytes(policy: Policy, config: Generate, max_length: int) -> int:
 def rows_of_a_pass(policy: Policy, config: Generate, world: World, max_length: int, placement: Placement) -> int:
     """`batch_size`; of `auto` the largest power of two whose cache and logits fit beside the weights on this rank.
 
-    Args:
-        policy: Not placed yet.
-        config: The section.
-        world: This process among all.
-        max_length: Tokens of the longest prompt and its completion.
-        placement: The one that was chosen.
+    The policy is not placed yet; `max_length` are the tokens of the longest prompt and its completion.
     """
     if config.batch_size != "auto":
         return config.batch_size
@@ -237,12 +232,7 @@ def decode_bytes(
 ) -> DecodeBytes:
     """What decoding `batch_size` rows takes, beside shards of the same weights.
 
-    Args:
-        outline: The model's.
-        batch_size: Rows of a pass.
-        prompt_tokens: Of the longest prompt.
-        new_tokens: Of the longest completion.
-        element_bytes: Size of a weight, and of an activation.
+    Tokens are those of the longest prompt and completion; `element_bytes` has a weight, and an activation.
     """
     prefill_tokens = min(batch_size * prompt_tokens, MAX_PREFILL_TOKENS)
     columns = batch_size * (prompt_tokens + new_tokens)

@@ -88,11 +88,7 @@ def _described(entry: Any) -> tuple[type[nn.Module], int, str | None]:
 
 
 def router_summary(everyones: Sequence[Mapping[str, Tensor]]) -> RouterSummary:
-    """The counts of all ranks in numbers.
-
-    Args:
-        everyones: Of each rank, the counts by router; of at least one rank there are some.
-    """
+    """The counts of all ranks in numbers."""
     total: dict[str, Tensor] = {}
     for counts in everyones:
         for name, count_E in counts.items():

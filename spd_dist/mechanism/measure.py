@@ -41,12 +41,8 @@ def measure(
 ) -> MechanismOutcome:
     """Score the rows under every subspace of every comparison. A collective; the same at every world size.
 
-    Args:
-        policy: Untouched.
-        rows: Held out from calibration.
-        material: The method's subspace, and what controls are cut of.
-        config: Of the run.
-        context: Of the run; what is measured is kept in its folder, line by line.
+    The policy is untouched, the rows held out from calibration; what is measured is kept in the context's folder, line
+    by line.
 
     Raises:
         StopRequested: after a pass, on the ranks that were asked; what is written stays.

@@ -86,12 +86,8 @@ class Measurement:
     ) -> None:
         """Divide the rows into batches, the same at every world size, and read what is there. A collective.
 
-        Args:
-            policy: Untouched.
-            rows: In each form of the prompt, the same rows in the same order.
-            sites: Any of the policy's: they tell where its layers are.
-            config: Of the run.
-            context: Of the run.
+        `rows` are the same in each form of the prompt, in one order; `sites`, any of the policy's, tell where its
+        layers are.
         """
         self.policy, self.context, self.config = policy, context, config.mechanism
         pad_token_id, device = policy.pad_token_id, context.world.device

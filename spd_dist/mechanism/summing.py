@@ -55,11 +55,8 @@ def sum_up(
 ) -> MechanismOutcome:
     """Effects, ranks and corrections; the first comparison is the primary one.
 
-    Args:
-        measurement: Holds the values of everything that is named here.
-        compared: All comparisons.
-        pairs: The primary one's subspaces at the distortion of the method's, by name.
-        doses: Blends of some of them.
+    `measurement` holds the values of everything that is named here; `pairs` are the primary one's subspaces at the
+    distortion of the method's, by name, `doses` blends of some of them.
     """
     summing = _Summing(measurement, compared[0].batches)
     primary = compared[0]

@@ -67,14 +67,8 @@ def calibrate_peak(
 ) -> int:
     """Bytes that capturing the gradients of one micro-batch takes beside the weights: examples as long as they may be.
 
-    Half of their tokens are supervised, and one layer's keys and values are sites.
-
-    Args:
-        config: The model's.
-        calibrate: Its section.
-        dtype: Of the weights.
-        num_layers: From the lowest site's to the last; below, nothing is kept.
-        is_sharded: Whether ZeRO-3 runs the linear layers.
+    Half of their tokens are supervised, and one layer's keys and values are sites. `num_layers` are those from the
+    lowest site's to the last: below, nothing is kept. `is_sharded`: ZeRO-3 runs the linear layers.
     """
 
     def run(model: PreTrainedModel) -> tuple[int, int]:

@@ -29,11 +29,7 @@ class Stopping:
     def __init__(self, signals: StopSignals, folder: Path, task_index: int | None, config: Distributed) -> None:
         """Watch the files of a job, and take the time limit.
 
-        Args:
-            signals: What this process has received.
-            folder: Where the job works: a file there stops it (`watch`).
-            task_index: Of a task of an array that shares the folder: a file of its own stops it alone.
-            config: How long it may take.
+        A stop file in `folder`, where the job works, stops it; a task of an array has one of its own.
         """
         self.signals = signals
         self.own = folder / stop_file(task_index)

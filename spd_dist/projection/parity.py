@@ -59,11 +59,8 @@ def check_parity(
 ) -> Parity:
     """Compare the exported policy with the hooked base, in float32, one model in memory at a time.
 
-    Args:
-        base: folder of the untouched model.
-        projection: what was exported.
-        load_exported: loads the exported policy as its users do.
-        dtype: of the stored weights, which bounds what a fold can hold.
+    `load_exported` loads the exported policy as its users do; `dtype` is that of the stored weights, which bounds what
+    a fold can hold.
 
     Raises:
         DataError: they differ by more than the rounding of `dtype` explains.

@@ -61,10 +61,7 @@ class Browser:
 def written_by(run_folder: Path, arms: Iterable[str], of: str = "") -> list[Written]:
     """The corpora of a run, of those arms that wrote one, and what is known of their tokens.
 
-    Args:
-        run_folder: The run's.
-        arms: Their names.
-        of: The run's name, to be put behind theirs.
+    With `of`, the run's name stands behind theirs.
 
     Raises:
         DataError: a corpus or the effects are corrupt.
@@ -83,9 +80,7 @@ def written_by(run_folder: Path, arms: Iterable[str], of: str = "") -> list[Writ
 def browser(columns: Sequence[Written], prompts: Mapping[str, str]) -> Browser | None:
     """The rows of a page; None if no arm wrote anything. Of more than a page may hold, a sample.
 
-    Args:
-        columns: One for each arm; rows are those of the first.
-        prompts: What was asked, by the prompt's id.
+    Rows are those of the first column; `prompts` has what was asked, by the prompt's id.
     """
     if not columns:
         return None

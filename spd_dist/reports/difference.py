@@ -45,11 +45,6 @@ class RunsDifference:
 def difference_of(run_folder: Path, report: Report, other: Path) -> RunsDifference:
     """Compare a finished run with another one.
 
-    Args:
-        run_folder: The run's.
-        report: As `report.json` holds it.
-        other: The other run's folder.
-
     Raises:
         DataError: the other run has no report, or they answered different examples, or are judged differently.
     """

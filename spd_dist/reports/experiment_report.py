@@ -25,12 +25,7 @@ def write_experiment_page(
 ) -> None:
     """Write `report.html` of an experiment, that needs no network; it links to those of its runs beside it.
 
-    Args:
-        folder: The experiment's.
-        report: As `report.json` holds it.
-        runs: The run folders, in the order of the seeds.
-        by_seed: What each run's arms answered.
-        questions: What they were asked, by example id.
+    `runs` and what their arms answered are in the order of the seeds; `questions` by example id.
     """
     lengths = {arm: [lengths_of(answers[arm]) for answers in by_seed] for arm in by_seed[0]}
     found = [
@@ -57,13 +52,8 @@ def write_experiment(
 ) -> ExperimentReport:
     """Compare the arms over the seeds, write `report.json` and `report.html`, and give what the first holds.
 
-    On one rank only.
-
-    Args:
-        folder: The experiment's.
-        places: By seed, the folders of its rounds: the run itself first.
-        questions: What the arms were asked, by example id.
-        protocol: A sentence on the plan that was written before, if there is one: the first of the notes.
+    On one rank only. `places` are the folders of each seed's rounds, the run itself first; `protocol` is a sentence on
+    the plan that was written before, the first of the notes.
 
     Raises:
         DataError: a run is not complete, or runs have no common denominator.

@@ -15,13 +15,7 @@ from spd_dist.storage.artifacts import write_text
 
 
 def write_mechanism_page(path: Path, result: MechanismResult, details: MechanismDetails) -> None:
-    """Write the page of one test.
-
-    Args:
-        path: Where.
-        result: As `mechanism.json` holds it.
-        details: As `details.json` does.
-    """
+    """Write the page of one test."""
     environment = Environment(
         autoescape=True,
         undefined=StrictUndefined,

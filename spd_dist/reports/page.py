@@ -100,12 +100,7 @@ def write_page(
 ) -> Path:
     """Write `report.html` beside `report.json`: figures, tables, completions and answers inside; nothing is loaded.
 
-    Args:
-        run_folder: The run's.
-        report: As `report.json` holds it.
-        questions: What the arms were asked.
-        against: Another run's folder, to be compared with.
-        out: The file, if it is to stand elsewhere.
+    With `against`, another run's folder, the two are compared; `out` is the file, if it is to stand elsewhere.
 
     Raises:
         DataError: an artifact that the page shows is corrupt, or the two runs cannot be compared.

@@ -23,9 +23,7 @@ from spd_dist.storage.subspace_file import SiteDrift, SubspaceSummary
 def add_rounds(folders: Sequence[Path], questions: Questions) -> Report:
     """Put all rounds into the report of the first, as data and as a page; give that report. On one rank only.
 
-    Args:
-        folders: Of the rounds, in their order, each with its own report.
-        questions: What the arms were asked, by example id.
+    `folders` are those of the rounds in their order, each with its own report.
 
     Raises:
         DataError: a report or an answer is missing.

@@ -59,11 +59,7 @@ def write_report(
 ) -> Report:
     """Compare the arms of a finished evaluation, write `report.json`, and give what it holds. On one rank only.
 
-    Args:
-        run_folder: The run's.
-        arms: Name and sentence of each, in their order; differences are taken from the first.
-        asked: What they were asked.
-        overlaps: Pairs of splits, with the counts of problems that stand in both, word for word and nearly.
+    `arms` has the sentence of each, in their order: differences are taken from the first.
 
     Raises:
         DataError: answers are missing, arms answered different examples, or a subspace is corrupt.

@@ -61,14 +61,9 @@ def evaluate_alone(
 ) -> StandaloneSummary:
     """Let the model answer the test set of every task; write `summary.json`, and give what it holds. A collective.
 
-    Start it again to go on where it stopped: what is answered is not answered again.
-
-    Args:
-        config: Its `run_dir` is the folder of all tasks; `data.task` is overruled.
-        tasks: Their names, and where their test rows come from, if not from where `config` or the task says.
-        adapter: A LoRA adapter's folder, to be merged into the model.
-        world: This process among all.
-        signals: Ask to stop.
+    Start it again to go on where it stopped: what is answered is not answered again. `config.run_dir` is the folder of
+    all tasks, and `data.task` is overruled. `tasks` have where their test rows come from, if not from where `config` or
+    the task says; `adapter`, a LoRA adapter's folder, is merged into the model.
 
     Raises:
         UserError: what the user can put right, found for every task before the first is answered.

@@ -53,15 +53,9 @@ def evaluate_arm(
 ) -> AnswersSummary:
     """Write `ARM/TASK.jsonl` in the stage's folder, a line an answer in the order of the test set; give its summary.
 
-    A collective. The file is the same at every world size, and lines that an earlier attempt left are kept.
-
-    Args:
-        policy: The arm's policy.
-        test_set: The whole of it, on every rank.
-        config: Its section.
-        context: Of the run.
-        arm: The arm's name.
-        projection: What the policy is held to while it answers, if the arm is the projected policy itself.
+    A collective. The file is the same at every world size, and lines that an earlier attempt left are kept. Every rank
+    has the whole test set. The policy is held to `projection` while it answers, if the arm is the projected policy
+    itself.
 
     Raises:
         StopRequested: after an answer, on the ranks that were asked; what is written stays.

@@ -51,14 +51,8 @@ def score_tokens(
     """Write `ARM.jsonl` in the stage's folder, a line a completion in their order, and give its summary.
 
     A collective. The batches are the same at every world size, and so is the file; what an earlier attempt left is not
-    computed again.
-
-    Args:
-        policy: The untouched one; so it is left.
-        completions: At least one, with the tokens that were sampled; the same on every rank.
-        projection: What is compared with it.
-        config: Its section, which says where the weights are.
-        context: Of the run, and the arm that wrote them.
+    computed again. The policy is the untouched one, and so it is left; there is at least one completion, and the same
+    ones on every rank.
 
     Raises:
         StopRequested: after a batch, on the ranks that were asked; what is written stays.

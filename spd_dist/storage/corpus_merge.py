@@ -31,10 +31,8 @@ class LocatedLines:
     def __init__(self, files: Sequence[Path], number_of: Callable[[str, int], int], total: int) -> None:
         """What is to be read; to enter the context reads it.
 
-        Args:
-            files: The parts.
-            number_of: A key's place in the corpus; raises a `DataError` for a key that has none.
-            total: Completions of the whole corpus.
+        `number_of` gives a key's place among the `total` of the corpus; it raises a `DataError` for a key that has
+        none.
         """
         self.files, self.number_of = list(files), number_of
         self.handles: list[BinaryIO] = []
@@ -113,11 +111,8 @@ def write_merged(
 ) -> None:
     """Write the corpus in its order.
 
-    Args:
-        lines: All of them.
-        path: Text or a table, by its name.
-        see: Is given each completion with its place: to compare and to count.
-        check: Is called before the file gets its name; if it raises, there is none.
+    `see` is given each completion with its place; `check` is called before the file gets its name: if it raises, there
+    is none.
     """
     with replacing(path) as partial:
         (_write_table if path.name == TABLE else _write_text)(lines, partial, see)

@@ -104,11 +104,7 @@ def without_repeats(records: Iterable[K], differing: Callable[[str, int], DataEr
 def merge_parts(merged: Path, kind: type[K], keys: Sequence[Key], expected: str) -> list[K]:
     """The records of `keys`, in that order, and the merged file of them, which is written unless it is there.
 
-    Args:
-        merged: Where it is, or will be.
-        kind: Of the records.
-        keys: Of all that there must be, each once.
-        expected: What that is, in words: `12 completions`.
+    `keys` are of all that there must be, each once, and `expected` says in words what that is: `12 completions`.
 
     Raises:
         DataError: a line is no such record, two of one key differ, or there are others than those of `keys`.

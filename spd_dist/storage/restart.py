@@ -115,10 +115,7 @@ FRESH_SECONDS = 60
 def restart(path: Path, stage: str, config: Mapping[str, Any]) -> None:
     """Move what `stage` and all later ones made out of the way, and give the folder the new config. A collective.
 
-    Args:
-        path: The run's folder.
-        stage: The first stage that is to be done again.
-        config: The new one, as plain data.
+    `stage` is the first that is to be done again.
 
     Raises:
         ConfigError: there is no run, a finished stage before `stage` reads what changed, or the run may be at work.

@@ -120,11 +120,7 @@ EXPLANATION = (
 def workspace(axes: Mapping[str, str], *, project: str, entity: str, experiment: str | None = None) -> Any:
     """The workspace for a project; `save()` puts it on the server.
 
-    Args:
-        axes: Metrics and their axes, by `logged_metrics`.
-        project: Where the runs are.
-        entity: Whose project.
-        experiment: Show the runs of this one only.
+    With `experiment`, the runs of that one only.
 
     Raises:
         ConfigError: wandb-workspaces is not installed.

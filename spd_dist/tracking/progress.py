@@ -130,12 +130,7 @@ class Progress:
     ) -> None:
         """Start the clock.
 
-        Args:
-            stage: In front of each line and metric.
-            total: Units that this rank will do, if it is known.
-            unit: What is counted, in the plural: `examples`.
-            reports: Where it says how far the stage is.
-            clock: Seconds.
+        Without a `total` it is not known how many units this rank will do; `unit` is in the plural: `examples`.
         """
         self.stage, self.total, self.unit = stage, total, unit
         self.done, self.tokens, self.skipped = 0, 0, 0

@@ -43,12 +43,7 @@ def add_adapters(
     """`model` with trainable adapters at `config.lora_targets`, everything else frozen; `model` itself is changed.
 
     The weights come from `generator`, so every rank makes the same; peft reads the true shapes of sharded modules.
-
-    Args:
-        model: The base model.
-        config: Its section.
-        generator: Of the initial weights.
-        inputs: What the modules are given, where `reads_inputs` asks for it.
+    `inputs` are what the modules are given, where `reads_inputs` asks for it.
 
     Raises:
         ConfigError: a target is not in the model, or experts that are one tensor would be passed by.

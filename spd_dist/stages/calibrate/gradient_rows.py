@@ -37,15 +37,8 @@ def calibrate(
     Every rank is given all examples, in the same order. The loss of an example is the mean negative log-likelihood of
     its targets, and losses are summed: an example's rows do not depend on its batch, nor on the world size. A
     collective: ranks run the same number of rounds (a rank with fewer examples throws its last gradients away if the
-    policy is sharded, else it waits), so all must exhaust the iterator.
-
-    Args:
-        policy: Whose gradients.
-        examples: All of them, on every rank.
-        sites: Where.
-        config: Its section.
-        context: Of the run.
-        taken: How many examples of each logical shard an earlier attempt has used, on every rank the same.
+    policy is sharded, else it waits), so all must exhaust the iterator. `taken` is how many examples of each logical
+    shard an earlier attempt has used, on every rank the same.
 
     Raises:
         DataError: an example without targets, or with one that nothing predicts.

@@ -57,14 +57,8 @@ def generate(
 
     A collective. Every rank is given all prompts; rank 0's projection is used on all. Lines that an earlier attempt
     left are kept, whatever its world size. As one task of an array (`num_tasks` > 1) it makes its share, and the task
-    that finds the corpus complete merges it; before that the summary says `is_complete: False`.
-
-    Args:
-        policy: The untouched policy; so it is left.
-        prompts: In the corpus's order.
-        projection: None for plain self-training, as of PSR and SSD.
-        config: Its section.
-        context: Of the run. Its seed makes a completion, with prompt id and sample index.
+    that finds the corpus complete merges it; before that the summary says `is_complete: False`. The policy is left
+    untouched. A completion is made by the context's seed, its prompt's id and its sample's index.
 
     Raises:
         StopRequested: after a completion, on the ranks that were asked; what is written stays.

@@ -27,14 +27,8 @@ def drift(
 ) -> dict[str, dict[str, SiteDrift]]:
     """What moved, by earlier round and site: principal angles, and how much of this round's energy it holds.
 
-    A collective.
-
-    Args:
-        owned: This round's moments, of the sites that this rank owns.
-        estimated: The subspace of these moments, whether or not this round is held to it.
-        earlier: The subspaces of the rounds before, by number.
-        config: Whether moments are centred.
-        world: This process among all.
+    A collective. `owned` are this round's moments of the sites that this rank owns, `estimated` is their subspace,
+    whether or not this round is held to it; `earlier` are those of the rounds before, by number.
 
     Raises:
         DataError: an earlier round has other sites.
