@@ -219,7 +219,7 @@ class Run:
 
     def _show(self, stage: str, *, is_input: bool) -> None:
         """Show what a stage made; or that this job goes on from it, unless it is one that makes everything."""
-        metrics = self._metrics_of(stage.split("/")[1] if stage.startswith("arms/") else "spd")
+        metrics = self.metrics_of(stage.split("/")[1] if stage.startswith("arms/") else "spd")
 
         def show() -> None:
             if not is_input:
@@ -241,16 +241,13 @@ class Run:
     def progress(self, stage: str, total: int | None, unit: str, arm: Arm | None = None) -> Progress:
         """A counter whose lines and metrics carry the stage's name, and the arm's."""
         self.heartbeat.beat(f"{stage}, before its first unit", now=True)
-        unit, metrics = (unit, self.metrics) if arm is None else (f"{unit} of {arm.name}", self.metrics_of(arm))
+        unit, metrics = (unit, self.metrics) if arm is None else (f"{unit} of {arm.name}", self.metrics_of(arm.name))
         seconds = self.config.metrics.progress_seconds
         return Progress(stage, total, unit, ProgressReports(metrics, seconds, self.heartbeat.beat, self.estimate))
 
-    def metrics_of(self, arm: Arm) -> MetricLogger:
+    def metrics_of(self, arm: str) -> MetricLogger:
         """The metrics; names of other arms than the method's own carry the arm's name."""
-        return self._metrics_of(arm.name)
-
-    def _metrics_of(self, name: str) -> MetricLogger:
-        return self.metrics if name == "spd" else self.metrics.labelled(name)
+        return self.metrics if arm == "spd" else self.metrics.labelled(arm)
 
     def context(self, folder: Path, arm: Arm | None = None, progress: Progress | None = None) -> StageContext:
         """What a stage is told of this run; of the arm that it works for, if it is one arm's alone."""
@@ -263,7 +260,7 @@ class Run:
             stop_if_asked=self.stopping.stop_if_asked,
             stop_alone=self.stopping.stop_alone,
             progress=progress,
-            metrics=self.metrics if arm is None else self.metrics_of(arm),
+            metrics=self.metrics if arm is None else self.metrics_of(arm.name),
             progress_seconds=self.config.metrics.progress_seconds,
             estimate=self.estimate,
             facts={} if arm is None else self.facts_of(arm),

@@ -158,11 +158,13 @@ def verdict(found: Sequence[RunDifference], metric: str) -> str:
     """A sentence on each arm of the method against the first and plain self-retraining: no more than is shown."""
     if not found:
         return "One arm alone: there is nothing to compare."
+    basis = "examples, of one training seed"
     spoken = [
-        f"{arm.upper()} {'; '.join(_clause(one, metric, len(found)) for one in wanted)}."
+        f"{arm.upper()} "
+        + "; ".join(clause(one, metric, len(found), size=f", n {one.num_examples}", basis=basis) for one in wanted)
         for arm, wanted in wanted_of(found).items()
     ]
-    return " ".join(spoken)
+    return ". ".join(spoken) + "."
 
 
 def meaning(found: Sequence[RunDifference], metric: str) -> str:
@@ -193,19 +195,21 @@ def wanted_of(found: Sequence[Compared]) -> dict[str, list[Compared]]:
     return {arm: [one for one in found if one.after == arm and is_wanted(one)] for arm in spoken}
 
 
-def _clause(one: RunDifference, metric: str, num_comparisons: int) -> str:
+def clause(
+    one: Difference, metric: str, num_comparisons: int, *, basis: str, size: str = "", means: str = "test"
+) -> str:
+    """What a comparison shows of its second arm: `basis` is what it is beyond chance over, by these `means`."""
     low, high = one.interval
-    bounds = f"{amount(low, metric).split()[0]} to {amount(high, metric).split()[0]}"
-    shown = f"{amount(one.difference, metric)} (95 % interval {bounds}, "
-    against = f"against {one.before.upper()}: {shown}n {one.num_examples})"
+    bounds = f"{amount(low, metric).split()[0]} to {amount(high, metric).split()[0]}{size}"
+    against = f"against {one.before.upper()}: {amount(one.difference, metric)} (95 % interval {bounds})"
     if low <= 0 <= high:
         smallest = one.detectable_difference
-        needs = "" if smallest is None else f"; this test would find about {amount(smallest, metric, signed=False)}"
+        needs = "" if smallest is None else f"; this {means} would find about {amount(smallest, metric, signed=False)}"
         return f"{against}, so no difference is shown{needs}"
     if one.p_holm >= SIGNIFICANCE:
         return f"{against}, which does not survive the correction for {num_comparisons} comparisons"
     is_better = (low > 0) != (metric == "nll")
-    return f"{against}, {'a gain' if is_better else 'a loss'} beyond chance over examples, of one training seed"
+    return f"{against}, {'a gain' if is_better else 'a loss'} beyond chance over {basis}"
 
 
 def amount(value: float, metric: str, *, signed: bool = True) -> str:

@@ -5,13 +5,12 @@ Shapes: C comparisons, J subspaces that are exchangeable under the hypothesis: t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from scipy.stats import spearmanr
 
-from spd_dist.analysis.intervals import paired_bootstrap
 from spd_dist.errors import DataError
 
 SIGNIFICANT = 0.05
@@ -160,18 +159,6 @@ class MechanismDetails:
     matches: list[MatchedPair]
     explored: list[ExploredComparison]
     validity: Validity | None = None
-
-
-def effect_of(
-    name: str, base: Mapping[str, float], projected: Mapping[str, float], kl: float, seed: int
-) -> ControlEffect:
-    """The effect of one projection on the gold answers' NLL, by row id.
-
-    Raises:
-        DataError: the two were not measured on the same rows.
-    """
-    found = paired_bootstrap(base, projected, seed)
-    return ControlEffect(name, found.difference, (found.interval.low, found.interval.high), kl)
 
 
 def rank_p_value(own: float, random: Sequence[float]) -> float:

@@ -5,6 +5,7 @@ Shapes: B slots, N rows of a pass, H KV heads, C columns, D head width.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,15 +16,14 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Dynam
 ZEROED_COLUMNS = 64
 
 
+@dataclass
 class Window:
-    """The part of the slots that the next pass reads: the first rows and columns."""
+    """The part of the slots that the next pass reads: the first columns, of the rows that it has."""
 
-    def __init__(self) -> None:
-        self.num_rows = 0
-        self.num_columns = 0
-        self.row_N = torch.empty(0, dtype=torch.long)
-        self.column_N = torch.empty(0, dtype=torch.long)
-        """Where each row's new token goes."""
+    num_columns: int = 0
+    row_N: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    column_N: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    """Where each row's new token goes."""
 
 
 class SlotLayer(CacheLayerMixin):
@@ -46,7 +46,7 @@ class SlotLayer(CacheLayerMixin):
         window = self.window
         self.keys[window.row_N, :, window.column_N] = key_states[:, :, 0]
         self.values[window.row_N, :, window.column_N] = value_states[:, :, 0]
-        part = (slice(window.num_rows), slice(None), slice(window.num_columns))
+        part = (slice(len(window.row_N)), slice(None), slice(window.num_columns))
         return self.keys[part], self.values[part]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -113,7 +113,7 @@ class SlotCache(Cache):
     def open(self, column_N: Tensor, num_columns: int) -> None:
         """Set the window for a pass that adds one token a row, in the columns `column_N`."""
         self._zero(num_columns)
-        self.window.num_rows, self.window.num_columns = len(column_N), num_columns
+        self.window.num_columns = num_columns
         self.window.row_N, self.window.column_N = self.row_B[: len(column_N)], column_N
 
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
-import io
 import os
 import subprocess
 import sys
@@ -155,15 +154,14 @@ def table(summary: StandaloneSummary, folder: str) -> str:
     extracted from, and `loops` those that repeat themselves.
     """
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     from spd_dist.analysis.answer_summary import manner
     from spd_dist.reports.report_text import pass_table
+    from spd_dist.tracking.console import TextConsole
 
     named = summary.model if summary.adapter is None else f"{summary.model} with {summary.adapter}"
-    text = io.StringIO()
-    console = Console(file=text, width=100, color_system=None, highlight=False)
+    console = TextConsole()
     num_samples = max(one.num_samples for one in summary.tasks.values())
     console.print(f"{named}: {manner(summary.temperature, num_samples)}", soft_wrap=True)
     found = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -183,7 +181,7 @@ def table(summary: StandaloneSummary, folder: str) -> str:
     if num_samples > 1:
         console.print(pass_table(summary.tasks))
     console.print(f"Files: {folder}/summary.json, and every answer in {folder}/TASK/evaluate/model/", soft_wrap=True)
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+    return console.text()
 
 
 def number_of(one: TaskSummary) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from spd_dist.analysis.intervals import paired_bootstrap
+from spd_dist.analysis.intervals import PairedDifference, paired_bootstrap
 from spd_dist.analysis.mechanism_verdict import (
     SCHEMA,
     ControlEffect,
@@ -18,7 +18,6 @@ from spd_dist.analysis.mechanism_verdict import (
     MechanismDetails,
     MechanismResult,
     VariantSummary,
-    effect_of,
     matched_p_value,
     max_statistic_p_values,
     rank_p_value,
@@ -117,19 +116,23 @@ class _Summing:
         """The effect of a variant on the gold answers."""
         values = self.values(variant)
         if variant.key not in self._effects:
-            kl, seed = self.measurement.mean_kl(variant, self.batches), self.measurement.context.seed
-            self._effects[variant.key] = effect_of(name, _answers(self.base), _answers(values), kl, seed)
+            found = self._between(self.base, values)
+            kl = self.measurement.mean_kl(variant, self.batches)
+            self._effects[variant.key] = ControlEffect(name, found.difference, found.interval, kl)
         return dataclasses.replace(self._effects[variant.key], name=name)
 
     def pair(self, name: str, pair: Pair) -> MatchedPair:
         """Two subspaces at equal distortion."""
         own, other = self.effect(SPD, pair.own), self.effect(name, pair.other)
-        seed = self.measurement.context.seed
-        between = paired_bootstrap(_answers(self.values(pair.other)), _answers(self.values(pair.own)), seed)
+        between = self._between(self.values(pair.other), self.values(pair.own))
         blended = "neither" if pair.share == 1 else SPD if pair.is_own_blended else name
-        interval = between.interval.low, between.interval.high
         effects = own.kl, other.kl, own.effect, other.effect
-        return MatchedPair(name, blended, pair.share, *effects, between.difference, interval, pair.is_matched)
+        return MatchedPair(name, blended, pair.share, *effects, between.difference, between.interval, pair.is_matched)
+
+    def _between(self, before: Values, after: Values) -> PairedDifference:
+        """Of the gold answers' NLL, by row."""
+        both = ({key: one.nll_answer for key, one in values.items()} for values in (before, after))
+        return paired_bootstrap(*both, self.measurement.context.seed)
 
     def summary(self, comparison: Comparison, name: str, variant: Variant, share: float) -> VariantSummary:
         """Everything of one variant."""
@@ -163,10 +166,6 @@ def kind_of(name: str) -> str:
     """Of a subspace's name: spd, random, equal_energy, control or candidate."""
     family = name.rpartition("_")[0]
     return CONTROLS[name].kind if name in CONTROLS else family or name
-
-
-def _answers(values: Values) -> dict[str, float]:
-    return {key: one.nll_answer for key, one in values.items()}
 
 
 def _summaries(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from spd_dist.analysis.mechanism_verdict import MatchedPair, MechanismDetails, MechanismResult, VariantSummary
@@ -14,8 +14,8 @@ from spd_dist.reports import figures
 from spd_dist.storage.artifacts import write_text
 
 
-def write_mechanism_page(path: Path, result: MechanismResult, details: MechanismDetails) -> None:
-    """Write the page of one test."""
+def template_of(name: str) -> Template:
+    """A template of this room; what models and data say is escaped."""
     environment = Environment(
         autoescape=True,
         undefined=StrictUndefined,
@@ -24,7 +24,12 @@ def write_mechanism_page(path: Path, result: MechanismResult, details: Mechanism
         lstrip_blocks=True,
         finalize=lambda value: visible(value) if type(value) is str else value,
     )
-    text = environment.get_template("mechanism.html.j2").render(
+    return environment.get_template(name)
+
+
+def write_mechanism_page(path: Path, result: MechanismResult, details: MechanismDetails) -> None:
+    """Write the page of one test."""
+    text = template_of("mechanism.html.j2").render(
         result=result,
         details=details,
         drawings=[(title, words, Markup(drawing)) for title, words, drawing in drawings(details)],

@@ -7,18 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from spd_dist.analysis.answer_summary import manner, samples_by_id
 from spd_dist.analysis.mechanism_verdict import MechanismDetails
-from spd_dist.analysis.notebook import visible
 from spd_dist.analysis.report import ExperimentReport, Report, SeedDetails
 from spd_dist.config import Config
 from spd_dist.reports import figures
 from spd_dist.reports.browser import browser, written_by
 from spd_dist.reports.difference import difference_of
-from spd_dist.reports.mechanism_page import drawings
+from spd_dist.reports.mechanism_page import drawings, template_of
 from spd_dist.storage.answers import answers_path, read_answers
 from spd_dist.storage.artifacts import write_text
 from spd_dist.storage.completions import finished_corpus, open_corpus
@@ -30,19 +28,7 @@ from spd_dist.types import Answer
 
 
 def render(template: str, report: Report | ExperimentReport, run_folder: Path, shown: Mapping[str, Any]) -> str:
-    """A page of `report` and of what else is `shown`, with settings and machine of the run in the folder.
-
-    What models and data say is escaped.
-    """
-    loader = PackageLoader("spd_dist.reports", ".")
-    environment = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        loader=loader,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: visible(value) if type(value) is str else value,
-    )
+    """A page of `report` and of what else is `shown`, with settings and machine of the run in the folder."""
     is_nll = report.metric == "nll"
     everywhere = {
         "report": report,
@@ -53,7 +39,7 @@ def render(template: str, report: Report | ExperimentReport, run_folder: Path, s
         "signed": lambda value: f"{value:+.3f}" if is_nll else f"{100 * value:+.1f}",
         "value": lambda value: f"{value:.3f}" if is_nll else f"{100 * value:.1f}",
     }
-    return environment.get_template(template).render({**shown, **everywhere})
+    return template_of(template).render({**shown, **everywhere})
 
 
 class PageFigure(NamedTuple):

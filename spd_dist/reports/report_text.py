@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import shlex
 import sys
@@ -10,13 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from spd_dist.analysis.answer_summary import AnswersSummary, manner
 from spd_dist.analysis.comparison import amount, meaning
 from spd_dist.analysis.report import ArmOverSeeds, ArmResult, Report, RunDifference
 from spd_dist.config import STAGES
+from spd_dist.tracking.console import TextConsole
 
 LONG_NAME = 24
 """An arm's name of so many characters is folded, so that the numbers beside it are not cut."""
@@ -28,8 +27,7 @@ def report_text(report: Report, run_folder: str | Path, *, width: int = 100) -> 
     In the table, `ended` are the answers that the arm ended by itself, `strict` and `lenient` those that a result could
     be extracted from, and `loops` those that repeat themselves.
     """
-    text = io.StringIO()
-    console = Console(file=text, width=width, color_system=None, highlight=False)
+    console = TextConsole(width)
     console.print(arms_table(report))
     if report.num_samples > 1:
         console.print(pass_table(report.arms))
@@ -53,7 +51,7 @@ def report_text(report: Report, run_folder: str | Path, *, width: int = 100) -> 
     parts = ", ".join(f"{verb} {each:.0f} s" for verb, each in seconds.items())
     console.print(f"Time: {sum(seconds.values()):.0f} s ({parts})" if parts else "Time: not recorded")
     console.print(f"Report: {Path(run_folder) / 'report.html'}", soft_wrap=True)
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+    return console.text()
 
 
 def next_steps(run_folder: str | Path) -> str:

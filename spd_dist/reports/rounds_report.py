@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from spd_dist.analysis.comparison import amount, comparisons
@@ -18,6 +16,7 @@ from spd_dist.reports.page import Questions, write_page
 from spd_dist.storage.answers import answers_path, read_answers
 from spd_dist.storage.records import read_record, write_record
 from spd_dist.storage.subspace_file import SiteDrift, SubspaceSummary
+from spd_dist.tracking.console import TextConsole
 
 
 def add_rounds(folders: Sequence[Path], questions: Questions) -> Report:
@@ -64,8 +63,7 @@ def _described(number: int, folder: Path, report: Report) -> RoundResult:
 
 def rounds_text(report: Report, *, width: int = 100) -> str:
     """The rounds as tables for a terminal."""
-    text = io.StringIO()
-    console = Console(file=text, width=width, color_system=None, highlight=False)
+    console = TextConsole(width)
     console.print(f"{report.task}: {len(report.rounds or [])} rounds, each on the student of the one before")
     console.print(_arms_table(report))
     for one in report.progress or []:
@@ -75,7 +73,7 @@ def rounds_text(report: Report, *, width: int = 100) -> str:
     for one in report.rounds or []:
         for before, sites in one.drift.items():
             console.print(f"Subspace of round {one.round} against round {before}: {moved(sites)}")
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+    return console.text()
 
 
 def moved(sites: Mapping[str, SiteDrift]) -> str:

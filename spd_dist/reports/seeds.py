@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from spd_dist.analysis.answer_summary import manner, values_by_id
 from spd_dist.analysis.comparison import (
-    SIGNIFICANCE,
     amount,
     arm_pairs,
     blind_notes,
+    clause,
     corrected,
     notes,
     overlap_notes,
@@ -41,6 +39,7 @@ from spd_dist.analysis.side_comparisons import OtherTask, forgetting_notes
 from spd_dist.errors import DataError
 from spd_dist.reports.report_text import pass_table
 from spd_dist.storage.answers import answers_path, read_answers
+from spd_dist.tracking.console import TextConsole
 from spd_dist.types import Answer, record_of
 
 DIAGNOSTICS = (
@@ -186,32 +185,15 @@ def seeds_verdict(found: Sequence[SeedsDifference], metric: str, num_seeds: int,
         return "One arm alone: there is nothing to compare."
     spoken = [
         f"{arm.upper()}, over {num_seeds} seeds and {num_examples} examples, "
-        f"{'; '.join(_clause(one, metric, len(found)) for one in wanted)}."
+        + "; ".join(clause(one, metric, len(found), basis="examples and seeds", means="experiment") for one in wanted)
         for arm, wanted in wanted_of(found).items()
     ]
-    return " ".join(spoken)
-
-
-def _clause(one: SeedsDifference, metric: str, num_comparisons: int) -> str:
-    low, high = one.interval
-    bounds = f"{amount(low, metric).split()[0]} to {amount(high, metric).split()[0]}"
-    against = f"against {one.before.upper()}: {amount(one.mean, metric)} (95 % interval {bounds})"
-    if low <= 0 <= high:
-        smallest = one.detectable_difference
-        needs = (
-            "" if smallest is None else f"; this experiment would find about {amount(smallest, metric, signed=False)}"
-        )
-        return f"{against}, so no difference is shown{needs}"
-    if one.p_holm >= SIGNIFICANCE:
-        return f"{against}, which does not survive the correction for {num_comparisons} comparisons"
-    is_better = (low > 0) != (metric == "nll")
-    return f"{against}, {'a gain' if is_better else 'a loss'} beyond chance over examples and seeds"
+    return ". ".join(spoken) + "."
 
 
 def seeds_text(result: SeedsReport, *, width: int = 100) -> str:
     """Arms, differences, verdict and notes for a terminal; `sd` is the standard deviation between seeds."""
-    text = io.StringIO()
-    console = Console(file=text, width=width, color_system=None, highlight=False)
+    console = TextConsole(width)
     metric, seeds = result.metric, result.seeds
     title = f"{result.task}: {len(seeds)} seeds ({', '.join(map(str, seeds))}), n {result.num_examples} each"
     if result.temperature > 0:
@@ -239,7 +221,7 @@ def seeds_text(result: SeedsReport, *, width: int = 100) -> str:
     console.print(result.verdict)
     for note in result.notes:
         console.print(f"Note: {note}")
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+    return console.text()
 
 
 def _cells(spread: ArmOverSeeds | SeedsDifference, metric: str, *, signed: bool) -> list[str]:

@@ -7,14 +7,12 @@ its hash, and each setting in which the experiment departed from it.
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from spd_dist.analysis.comparison import amount
@@ -35,6 +33,7 @@ from spd_dist.storage.artifacts import content_hash, sha256_of
 from spd_dist.storage.manifests import MANIFEST
 from spd_dist.storage.records import read_fields, read_record, write_record
 from spd_dist.storage.settings import changed, result_settings, settings_by_key
+from spd_dist.tracking.console import TextConsole
 from spd_dist.types import Json
 
 PROTOCOL = "protocol.json"
@@ -177,8 +176,7 @@ def protocol_note(experiment: Experiment) -> str | None:
 
 def plan_text(plan: Protocol, pilot: Pilot, file: Path) -> str:
     """The plan for a terminal: what shows the difference, what the config shows, and what neither can know."""
-    text = io.StringIO()
-    console = Console(file=text, width=100, color_system=None, highlight=False)
+    console = TextConsole()
     shown, design = amount(plan.difference, plan.metric, signed=False), plan.design
     console.print(f"To show {shown} of {plan.after.upper()} against {plan.before.upper()} in four of five cases:")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -202,4 +200,4 @@ def plan_text(plan: Protocol, pilot: Pilot, file: Path) -> str:
         console.print("Note: the pilot has one answer an example, which cannot say what more samples would show.")
     console.print("Hours are the pilot's machine's, seeds one after the other.")
     console.print(f"Written down: {file}", soft_wrap=True)
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+    return console.text()

@@ -34,7 +34,7 @@ def schema_of(kind: type[Any]) -> pa.Schema:
 
 
 class TableWriter(Generic[R]):
-    """Writes rows to a file, a batch at a time; as a context it closes it."""
+    """Writes rows to a file, a batch at a time."""
 
     def __init__(self, path: Path, kind: type[R]) -> None:
         self.schema = schema_of(kind)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 import warnings
@@ -59,6 +60,18 @@ class Bars:
         """Draw how far the run is; without an end while that is not known."""
         total = None if seconds_left is None else seconds + seconds_left
         self._bars.update(self._run, completed=seconds, total=total, words=words)
+
+
+class TextConsole(Console):
+    """Renders for a string, without colours."""
+
+    def __init__(self, width: int = 100) -> None:
+        self.written = io.StringIO()
+        super().__init__(file=self.written, width=width, color_system=None, highlight=False)
+
+    def text(self) -> str:
+        """What was printed, without white space at the ends of lines."""
+        return "\n".join(line.rstrip() for line in self.written.getvalue().splitlines())
 
 
 class Discreet(logging.Formatter):
