@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from scipy.stats import spearmanr
@@ -200,8 +201,10 @@ def max_statistic_p_values(effects: Sequence[Sequence[float]]) -> list[float]:
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
     """Spearman's, mean ranks for ties; None where one of the two does not vary."""
-    varies = min(len(set(first)), len(set(second))) > 1
-    return float(spearmanr(first, second).statistic) if varies else None
+    if min(len(set(first)), len(set(second))) < 2:
+        return None
+    found: Any = spearmanr(first, second)  # scipy types it by its version
+    return float(found.statistic)
 
 
 def sentence(result: MechanismResult, num_lower: int) -> str:

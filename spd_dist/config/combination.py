@@ -40,7 +40,7 @@ class Combination:
 
 def _fits(value: Any, wanted: Any) -> bool:
     if callable(wanted):
-        return wanted(value)
+        return bool(wanted(value))
     return value in wanted if isinstance(wanted, tuple) else value == wanted
 
 

@@ -131,8 +131,8 @@ class _Summing:
 
     def _between(self, before: Values, after: Values) -> PairedDifference:
         """Of the gold answers' NLL, by row."""
-        both = ({key: one.nll_answer for key, one in values.items()} for values in (before, after))
-        return paired_bootstrap(*both, self.measurement.context.seed)
+        first, second = ({key: one.nll_answer for key, one in values.items()} for values in (before, after))
+        return paired_bootstrap(first, second, self.measurement.context.seed)
 
     def summary(self, comparison: Comparison, name: str, variant: Variant, share: float) -> VariantSummary:
         """Everything of one variant."""
