@@ -38,7 +38,9 @@ def load_config(paths: Iterable[str | Path] = (), overrides: Iterable[str] = ())
     Raises:
         ConfigError: an unreadable file, an unknown key, a wrong type, or a value out of bounds.
     """
-    config = _with_sweep(_build(Config, _merged(paths, overrides), ""))
+    config: Config = _build(Config, _merged(paths, overrides), "")
+    arms = swept(config.evaluate.arms, config.evaluate.temperatures)
+    config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, arms=arms))
     _check(config)
     return config
 
@@ -95,12 +97,6 @@ def _merged(paths: Iterable[str | Path], overrides: Iterable[str]) -> Mapping[st
         raise ConfigError(f"{error.full_key}: an interpolation does not resolve: {_first_line(error)}") from error
 
 
-def _with_sweep(config: Config) -> Config:
-    """The config with the arms that `evaluate.temperatures` adds."""
-    arms = swept(config.evaluate.arms, config.evaluate.temperatures)
-    return dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, arms=arms))
-
-
 def _check(config: Config) -> None:
     check_across_fields(config)
     for arm in chosen(config.evaluate.arms):
@@ -115,7 +111,7 @@ def config_of_arm(config: Config, arm: Arm) -> Config:
     """
     if not arm.settings:
         return config
-    merged = OmegaConf.create(_plain(dataclasses.asdict(config)))
+    merged = OmegaConf.create(dataclasses.asdict(config))
     for word in arm.settings:
         merged = OmegaConf.merge(merged, _read_override(word)[1])
     own = _build(Config, OmegaConf.to_container(merged, resolve=True), "")
@@ -126,7 +122,7 @@ def config_of_arm(config: Config, arm: Arm) -> Config:
 
 def to_yaml(config: Config | Experiment) -> str:
     """Every field of `config`, as YAML that can be read back."""
-    return OmegaConf.to_yaml(OmegaConf.create(_plain(redacted_data(dataclasses.asdict(config)))))
+    return OmegaConf.to_yaml(OmegaConf.create(redacted_data(dataclasses.asdict(config))))
 
 
 def shipped_config(name: str) -> Path:
@@ -287,12 +283,3 @@ def _check_bounds(value: Any, metadata: Mapping[str, Any], key: str) -> None:
             raise ConfigError(
                 f"{key}: {value!r} is out of bounds; it must be {rule.replace('_', ' ')} {metadata[rule]}"
             )
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, so that YAML and JSON hold the same."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value

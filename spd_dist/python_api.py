@@ -31,8 +31,7 @@ from spd_dist.overrides import load_config
 from spd_dist.process.signals import StopSignals
 from spd_dist.projection.fold import fold_for_good_
 from spd_dist.projection.hooks import projected as held_to
-from spd_dist.projection.operators import parts_by_module
-from spd_dist.projection.targets import targets
+from spd_dist.projection.operators import parts_by_module, targets
 from spd_dist.stages.calibrate import calibrate, gradient_moments
 from spd_dist.stages.context import StageContext
 from spd_dist.stages.project import projection, subspace

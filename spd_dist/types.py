@@ -5,8 +5,9 @@ Shapes: N gradient rows, D width of a KV site, R rank of its subspace.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 if TYPE_CHECKING:  # the config is read without torch
@@ -88,14 +89,7 @@ class Certificate:
     num_dropped_rows: int = 0
 
     def __add__(self, other: Certificate) -> Certificate:
-        return Certificate(
-            energy=self.energy + other.energy,
-            delta=self.delta + other.delta,
-            lost_energy=self.lost_energy + other.lost_energy,
-            num_rows=self.num_rows + other.num_rows,
-            num_shrinks=self.num_shrinks + other.num_shrinks,
-            num_dropped_rows=self.num_dropped_rows + other.num_dropped_rows,
-        )
+        return Certificate(*map(operator.add, astuple(self), astuple(other)))
 
 
 @dataclass(frozen=True)

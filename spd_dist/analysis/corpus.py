@@ -90,7 +90,7 @@ def corpus_stats(completions: Sequence[Completion]) -> CorpusStats:
         texts.add(hashlib.blake2b(one.text.encode(), digest_size=12).digest())
         num_stopped += one.finish_reason == "stop"
         num_empty += is_empty(one)
-        num_repetitive += is_repetitive(one)
+        num_repetitive += is_repetitive(one.tokens)
     lengths = num_tokens_of(completions, "tokens")
     return CorpusStats(
         num_completions=num,

@@ -23,7 +23,7 @@ from spd_dist.launch import launcher
 from spd_dist.overrides import load_config, split_words
 
 if TYPE_CHECKING:
-    from spd_dist.planner import Cluster, Plan, Profile, StagePlan, Workload
+    from spd_dist.planner import Cluster, Plan, Profile, StagePlan
 
 GIB, TB = 2**30, 1e12
 COLUMNS = ("stage", "placement", "GiB a rank", "of which", "received", "time", "bottleneck")
@@ -71,9 +71,15 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
 
 def make_plan(config: Config, arguments: argparse.Namespace) -> tuple[Profile, Plan, list[str]]:
     """The model in numbers, the plan, and what else there is to say."""
-    from spd_dist.planner import plan_run, profile_of, smallest_cluster
+    from spd_dist.planner import Workload, plan_run, profile_of, smallest_cluster
 
-    cluster, workload = read_cluster(arguments), read_workload(config, arguments)
+    cluster = read_cluster(arguments)
+    workload = Workload.of(
+        config,
+        num_train=arguments.train_prompts,
+        num_test=arguments.test_prompts,
+        prompt_tokens=arguments.prompt_tokens,
+    )
     profile = profile_of(config)
     plan = plan_run(profile, config, cluster, workload)
     smallest = [smallest_cluster(profile, config, cluster, offload=offload) for offload in (False, True)]
@@ -104,18 +110,6 @@ def read_cluster(arguments: argparse.Namespace) -> Cluster:
         gpu_memory_gib=arguments.gpu_memory,
         host_memory_gib=arguments.host_memory,
         device=device_named(arguments.gpu),
-    )
-
-
-def read_workload(config: Config, arguments: argparse.Namespace) -> Workload:
-    """How much there is to do."""
-    from spd_dist.planner import Workload
-
-    return Workload.of(
-        config,
-        num_train=arguments.train_prompts,
-        num_test=arguments.test_prompts,
-        prompt_tokens=arguments.prompt_tokens,
     )
 
 

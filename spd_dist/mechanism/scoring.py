@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from spd_dist.data.batches import PaddedBatch, pad
 from spd_dist.data.held_out import PARTS, HeldOutExample
-from spd_dist.models.gradient_capture import supervised_rows
+from spd_dist.models.gradient_capture import layers_of, supervised_rows
 from spd_dist.models.policy import Policy
 from spd_dist.types import KVSite
 
@@ -160,9 +160,7 @@ class SharedPrefix:
 
     def __init__(self, model: nn.Module, sites: Iterable[KVSite]) -> None:
         """Find the layers; `sites` are any of the model's."""
-        parts = next(iter(sites)).module.split(".")
-        stack = parts[: next(index for index, part in enumerate(parts) if part.isdigit())]
-        self.layers = list(model.get_submodule(".".join(stack)).children())
+        self.layers = layers_of(model, next(iter(sites)))
         self.inputs: dict[int, Tensor] = {}
         self.gives_tuples = False
 

@@ -84,8 +84,8 @@ def capture(model: PreTrainedModel, sites: Sequence[KVSite], *, checkpointing: b
         for name in {site.module: None for site in sites}:
             hook = model.get_submodule(name).register_forward_hook(partial(_record, caught, name))
             undo.callback(hook.remove)
-        if checkpointing:
-            undo.enter_context(_checkpointed(_layers_from(model, min(sites))))
+        if checkpointing:  # below the lowest site nothing is kept anyway
+            undo.enter_context(_checkpointed(layers_of(model, min(sites))[min(sites).layer :]))
         yield caught
 
 
@@ -110,11 +110,11 @@ def _frozen(model: nn.Module) -> Generator[None]:
             module.training = True
 
 
-def _layers_from(model: nn.Module, site: KVSite) -> list[nn.Module]:
-    """The site's layer and those above it: below, nothing is kept anyway."""
+def layers_of(model: nn.Module, site: KVSite) -> list[nn.Module]:
+    """All layers of a model, one of which has this site."""
     parts = site.module.split(".")
     stack = parts[: next(index for index, part in enumerate(parts) if part.isdigit())]
-    return list(model.get_submodule(".".join(stack)).children())[site.layer :]
+    return list(model.get_submodule(".".join(stack)).children())
 
 
 @contextmanager

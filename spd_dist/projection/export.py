@@ -31,9 +31,15 @@ from spd_dist.models.checkpoint_files import (
     open_checkpoint,
 )
 from spd_dist.projection.fold import check_fold_kept, fold_, fold_plan
-from spd_dist.projection.operators import as_update, check_projection, parts_by_module, projection_hash
+from spd_dist.projection.operators import (
+    Target,
+    as_update,
+    check_projection,
+    parts_by_module,
+    projection_hash,
+    targets,
+)
 from spd_dist.projection.parity import Parity, check_parity, load_float32
-from spd_dist.projection.targets import Target, targets
 from spd_dist.types import Projection
 
 RECORD = "spd_fold.json"

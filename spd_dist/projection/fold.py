@@ -13,8 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from spd_dist.distributed.zero import restored_on_exit, unsharded_for_write
 from spd_dist.errors import ConfigError
 from spd_dist.models.lora import LEAST_KEPT
-from spd_dist.projection.operators import SitePart
-from spd_dist.projection.targets import Target
+from spd_dist.projection.operators import SitePart, Target
 
 FOLDABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 REMEDY = "set generate.engine=hf and generate.apply_as=hook"

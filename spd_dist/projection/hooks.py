@@ -14,8 +14,15 @@ from torch import Tensor, nn
 
 from spd_dist.errors import ConfigError, DataError
 from spd_dist.projection.fold import folded
-from spd_dist.projection.operators import SitePart, check_projection, parts_by_module
-from spd_dist.projection.targets import Target, claimed, find_module, targets
+from spd_dist.projection.operators import (
+    SitePart,
+    Target,
+    check_projection,
+    claimed,
+    find_module,
+    parts_by_module,
+    targets,
+)
 from spd_dist.types import KVSite, Projection
 
 OBSERVED_ROWS = 256

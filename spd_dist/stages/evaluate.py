@@ -39,7 +39,7 @@ from spd_dist.storage.artifacts import JsonlWriter
 from spd_dist.storage.completions import is_repetitive
 from spd_dist.storage.keyed_parts import Key, merge_parts, part_path, read_parts
 from spd_dist.storage.records import write_record
-from spd_dist.types import Answer, Completion, Projection, Prompt, SupervisedExample
+from spd_dist.types import Answer, Projection, Prompt, SupervisedExample
 
 
 def evaluate_arm(
@@ -250,9 +250,6 @@ def _judged(decoded: Decoded, policy: Policy, test_set: TestSet, row: Row, nll: 
     output = str(policy.tokenizer.decode(list(decoded.tokens), skip_special_tokens=True))
     spoken = judged_text(policy.tokenizer, decoded.request.tokens, decoded.tokens, test_set.thinking_marks)
     request, score = decoded.request, test_set.task.score(row, spoken)
-    completion = Completion(
-        request.id, request.sample, request.seed, request.tokens, decoded.tokens, output, decoded.finish_reason
-    )
     return Answer(
         id=request.id,
         output=output,
@@ -265,7 +262,7 @@ def _judged(decoded: Decoded, policy: Policy, test_set: TestSet, row: Row, nll: 
         lenient=score.lenient,
         strict_correct=score.strict_correct,
         lenient_correct=score.lenient_correct,
-        is_repetitive=is_repetitive(completion),
+        is_repetitive=is_repetitive(decoded.tokens),
         nll=nll,
         sample=request.sample,
         reason=score.reason,

@@ -151,9 +151,8 @@ def is_empty(completion: Completion) -> bool:
     return not completion.text.strip()
 
 
-def is_repetitive(completion: Completion, *, size: int = 4, at_least_tokens: int = 32) -> bool:
-    """Whether more than half of the runs of `size` tokens in it occurred before: it goes in circles."""
-    tokens = completion.tokens
+def is_repetitive(tokens: Sequence[int], *, size: int = 4, at_least_tokens: int = 32) -> bool:
+    """Whether more than half of the runs of `size` tokens occurred before: a completion goes in circles."""
     if len(tokens) < at_least_tokens:
         return False
     num_runs = len(tokens) - size + 1

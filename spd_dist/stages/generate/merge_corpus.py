@@ -80,7 +80,7 @@ class Counting:
         self.reasons[completion.finish_reason] += 1
         self.num_tokens += len(completion.tokens)
         self.num_empty += is_empty(completion)
-        self.num_repetitive += is_repetitive(completion)
+        self.num_repetitive += is_repetitive(completion.tokens)
 
     def counts(self) -> CorpusCounts:
         """Of a corpus that may be empty."""

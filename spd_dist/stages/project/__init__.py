@@ -1,16 +1,15 @@
 """Stage 4, project: cut the strongest directions out of each site's moments, and make of them what generation applies.
 
-subspace.py         moments -> Subspace, the same on every rank, and what its certificate proves of it
-drift.py            how far it moved since earlier rounds
+subspace.py         moments -> Subspace, the same on every rank; what is proven of it, and how far it moved
 operator_choice.py  Subspace -> Projection, by `project.mode`
 """
 
-from spd_dist.stages.project.drift import drift
 from spd_dist.stages.project.operator_choice import projection
 from spd_dist.stages.project.subspace import (
     angle_bound,
     certified_energy_fraction,
     certified_energy_share,
+    drift,
     site_summaries,
     subspace,
 )
