@@ -1,4 +1,4 @@
-"""Drift since earlier rounds: angles between subspaces, and energies of this round's moments."""
+"""How far a subspace moved since earlier rounds: angles, and energies of this round's moments."""
 
 import math
 
