@@ -17,7 +17,7 @@ from spd_dist.config import Finetune
 from spd_dist.distributed.zero import is_sharded, weights_fingerprint
 from spd_dist.errors import ConfigError, StopRequested
 from spd_dist.projection.hooks import projected
-from spd_dist.projection.targets import MARK
+from spd_dist.projection.operators import MARK
 from spd_dist.seeding import generator
 from spd_dist.stages.finetune.batching import global_batches
 
