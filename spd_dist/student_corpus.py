@@ -132,7 +132,7 @@ def _reason(one: Completion, filters: Sequence[str]) -> str | None:
     """Why a completion is left out by itself."""
     if "ended" in filters and one.finish_reason != "stop":
         return "cut"
-    return "loops" if "loops" in filters and is_repetitive(one) else None
+    return "loops" if "loops" in filters and is_repetitive(one.tokens) else None
 
 
 def _compare(completions: Sequence[Completion], reasons: list[str | None], vote: Vote) -> None:
