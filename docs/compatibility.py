@@ -37,6 +37,7 @@ FEATURES = {
     "a budget for thoughts": ("generate.max_thought_tokens=64",),
     "tensor parallel": ("generate.tensor_parallel=2",),
     "directions by gradient x activation": ("project.directions=gradient_x_activation",),
+    "sampling away from the policy": ("generate.contrast=2",),
     "projection by KV head": ("project.insertion=head",),
 }
 COLUMNS = {

@@ -52,6 +52,10 @@ class Arm:
         """Whether its student learns a teacher's distributions, in a run with this `finetune.loss`."""
         return self.trains and (self.own("finetune.loss") or loss) == "distil"
 
+    def contrasts(self, beta: float) -> bool:
+        """Whether its completions take two passes a token, in a run with this `generate.contrast`."""
+        return self.trains and self.projects and float(self.own("generate.contrast") or beta) != 1
+
     def own(self, key: str) -> str | None:
         """The value of a setting, as it is written, that this arm has for its own; None if it has the run's."""
         words = [word.partition("=") for word in self.settings]
@@ -71,6 +75,7 @@ SSD = (
 
 RANDOM = "project.mode=random"
 DISTIL = ("finetune.loss=distil",)
+CONTRAST = ("generate.contrast=2",)
 FILTERED = ("generate.num_samples=4", "finetune.filter=[ended,loops,agreed]")
 
 ARMS = {
@@ -84,6 +89,8 @@ ARMS = {
         Arm("random", "itself", True, "control: a random subspace of the same rank", (RANDOM,)),
         Arm("spd_distil", "itself", True, "as spd, towards the projected policy's distributions", DISTIL),
         Arm("random_distil", "itself", True, "control: as spd_distil, with a random subspace", (RANDOM, *DISTIL)),
+        Arm("spd_contrast", "itself", True, "as spd, from twice the projection's change of log p", CONTRAST),
+        Arm("random_contrast", "itself", True, "control: the same of a random subspace", (RANDOM, *CONTRAST)),
         Arm("filtered", "itself", True, "as spd, of 4 samples those that end, loop not and agree", FILTERED),
         Arm("identity", "itself", True, "control: projected to everything", ("project.mode=identity",)),
         Arm("full", "itself", True, "control: the gradient of the whole sequence", ("calibrate.mask=full",)),

@@ -55,8 +55,9 @@ def corrected(found: Sequence[Compared]) -> list[Compared]:
 def arm_pairs(arms: Sequence[str]) -> list[tuple[str, str]]:
     """The family of comparisons: every arm after the first, and each arm of the method after its controls.
 
-    An arm of the method is `spd` or a variant, `spd@rank=16`. Its controls are, of each kind of the other arms, those
-    with the same changes (`random@rank=16`), or else those that are no variant of the method's (`psr`).
+    An arm of the method is `spd` or a variant, `spd@rank=16` or one with a name, `spd_distil`. Its controls are, of
+    each kind of the other arms, those with the same changes (`random@rank=16`, `random_distil`), or else those that are
+    no variant of the method's (`psr`).
     """
     first, *others = arms
     methods = [arm for arm in others if is_method(arm)]
@@ -85,11 +86,14 @@ def _controls(method: str, methods: Sequence[str], arms: Sequence[str]) -> list[
 
 
 def _kind(arm: str) -> str:
-    return arm.partition("@")[0]
+    return arm.partition("@")[0].partition("_")[0]
 
 
 def _changes(arm: str) -> frozenset[str]:
-    return frozenset(arm.split("@")[1:])
+    """What parts it from its kind: settings, and what its name says behind an underscore."""
+    name, *settings = arm.split("@")
+    _, has_name, named = name.partition("_")
+    return frozenset([*settings, *([named] if has_name else [])])
 
 
 def paired(before: str, after: str, answers: Mapping[str, Sequence[Answer]], metric: str, seed: int) -> RunDifference:

@@ -88,6 +88,18 @@ COMBINATIONS = (
         ("generate.num_samples=4", "finetune.filter=[ended,loops]"), ("finetune.filter=[agreed]",),
     ),
     Combination(
+        ("generate.contrast", "generate.engine"),
+        {"generate.contrast": other_than(1), "generate.engine": other_than("hf")},
+        "which has one policy", ("generate.engine=hf", "generate.contrast=1"),
+        ("generate.contrast=2", "generate.engine=hf_cb"),
+    ),
+    Combination(
+        ("generate.contrast", "generate.apply_as"),
+        {"generate.contrast": other_than(1), "generate.apply_as": "fold"},
+        "which leaves the policy as it was nowhere", ("generate.apply_as=hook", "generate.contrast=1"),
+        ("generate.contrast=2", "generate.apply_as=fold"),
+    ),
+    Combination(
         ("generate.num_samples", "generate.temperature"), {"generate.num_samples": above(1), "generate.temperature": 0},
         _SAME, ("generate.temperature=0.7", "generate.num_samples=1"),
         ("generate.num_samples=2", "generate.temperature=0"),

@@ -121,6 +121,9 @@ class Generate:
     engine: Engine = setting("auto", "auto chooses, and logs why")
     placement: Literal["auto", "replica", "layerwise"] = setting("auto", "whole on each rank, or sharded in lock-step")
     apply_as: Literal["hook", "fold"] = setting("hook", "project by forward hooks, or by folding into the weights")
+    contrast: float = setting(
+        1.0, "beta of log p + beta (log q - log p): p the policy, q the projected one, which 1 is", at_least=0
+    )
     temperature: float = setting(0.7, "0 is greedy", at_least=0)
     top_p: float = setting(0.9, "nucleus sampling", above=0, at_most=1)
     top_k: int = setting(0, "0 is off", at_least=0)
@@ -252,5 +255,5 @@ class Evaluate:
         """The settings of an engine that answers; `generate` says how one with a process of its own is set up."""
         shared = dataclasses.replace(generate or Generate(), apply_as="hook", batch_invariant=self.batch_invariant)
         shared = dataclasses.replace(shared, engine=engine_of(self.engine, shared.vllm_python, None))
-        shared = dataclasses.replace(shared, placement=self.placement, batch_size=self.batch_size)
+        shared = dataclasses.replace(shared, placement=self.placement, batch_size=self.batch_size, contrast=1.0)
         return dataclasses.replace(shared, max_new_tokens=self.max_new_tokens)

@@ -31,7 +31,8 @@ MAX_PREFILL_TOKENS = 4096
 class Prefilled(NamedTuple):
     """A prompt that the model has read."""
 
-    cache: Cache
+    caches: Sequence[Cache]
+    """Of each policy."""
     row: int
     logits_V: Tensor
 
@@ -60,14 +61,14 @@ class ContinuousBatcher:
         self.rows = self.drawer.rows
         self.waiting: deque[Request] = deque()
         self.prefix: tuple[int, ...] = ()
-        self.prefix_cache: Cache | None = None
+        self.prefix_caches: Sequence[Cache | None] = [None] if stopping.contrast is None else [None, None]
         self.last_read: dict[tuple[int, ...], Prefilled] = {}
 
     def run(self, requests: Sequence[Request]) -> Iterator[Decoded]:
         """Decode all of them, in the order in which they are given."""
         self.waiting.extend(requests)
         num_columns = self.fixed_columns or _longest(requests) + self.stopping.sampling.max_new_tokens
-        self.cache = SlotCache(self.num_layers, self.num_slots, num_columns)
+        self.caches = [SlotCache(self.num_layers, self.num_slots, num_columns) for _ in self.prefix_caches]
         self.column_L = torch.arange(num_columns, device=self.device)
         self.mask_BL = torch.zeros(self.num_slots, num_columns, dtype=torch.long, device=self.device)
         if self.fixed_columns is None:
@@ -94,11 +95,11 @@ class ContinuousBatcher:
         shared = common_prefix([request.tokens for request in requests])
         if len(shared) < MIN_PREFIX_TOKENS or len(requests) == 1:
             return
-        cache = prefill_cache(self.num_layers)
+        caches = [prefill_cache(self.num_layers) for _ in self.prefix_caches]
         input_1S = torch.tensor([shared], device=self.device)
-        for _ in self._prefill(input_1S, torch.ones_like(input_1S), cache):
+        for _ in self._prefill(input_1S, torch.ones_like(input_1S), caches):
             pass  # there is no row yet that could go on
-        self.prefix, self.prefix_cache = shared, cache
+        self.prefix, self.prefix_caches = shared, caches
 
     def _next_group(self) -> list[Request]:
         """The next prompts to read together: the longest comes first, so that it sets the padding."""
@@ -111,7 +112,8 @@ class ContinuousBatcher:
         read, start = [self.last_read[request.tokens] for request in group], len(self.rows)
         logits_NV = torch.stack([one.logits_V for one in read])
         for slot, (request, one) in enumerate(zip(group, read, strict=True), start):
-            self.cache.admit(one.cache, one.row, slot, prefix=len(self.prefix), num_columns=len(request.tokens))
+            for cache, read_cache in zip(self.caches, one.caches, strict=True):
+                cache.admit(read_cache, one.row, slot, prefix=len(self.prefix), num_columns=len(request.tokens))
         self.drawer.admit(group, logits_NV.shape[-1])
         for _ in group:
             self.waiting.popleft()
@@ -134,14 +136,14 @@ class ContinuousBatcher:
         )
         column_S = self.column_L[:width]
         is_token_NS = (column_S < start) | (column_S >= start + torch.tensor(pads, device=self.device)[:, None])
-        cache = prefill_cache(self.num_layers, self.prefix_cache, len(prompts))
-        logits_NV = yield from self._prefill(input_NS, is_token_NS.long(), cache)
+        caches = [prefill_cache(self.num_layers, prefix, len(prompts)) for prefix in self.prefix_caches]
+        logits_NV = yield from self._prefill(input_NS, is_token_NS.long(), caches)
         self.last_read |= {
-            prompt: Prefilled(cache, row, logits_V)
+            prompt: Prefilled(caches, row, logits_V)
             for row, (prompt, logits_V) in enumerate(zip(prompts, logits_NV, strict=True))
         }
 
-    def _prefill(self, input_NS: Tensor, mask_NL: Tensor, cache: Cache) -> Generator[None, None, Tensor]:
+    def _prefill(self, input_NS: Tensor, mask_NL: Tensor, caches: Sequence[Cache]) -> Generator[None, None, Tensor]:
         """logits_NV at the last position; positions count the tokens before each, without the padding."""
         num_rows, width = input_NS.shape
         position_NS = (mask_NL.cumsum(-1) - 1).clamp_min(0)[:, -width:]
@@ -149,9 +151,9 @@ class ContinuousBatcher:
         for stop in range(most, width, most):
             first, last = last, stop
             mask_so_far = mask_NL[:, : stop - width]
-            self._forward(input_NS[:, first:stop], mask_so_far, position_NS[:, first:stop], cache)
+            self._forward(input_NS[:, first:stop], mask_so_far, position_NS[:, first:stop], caches)
             yield
-        return self._forward(input_NS[:, last:], mask_NL, position_NS[:, last:], cache)
+        return self._forward(input_NS[:, last:], mask_NL, position_NS[:, last:], caches)
 
     def _step(self) -> Iterator[Decoded]:
         """One token for every row; what is finished by it."""
@@ -160,14 +162,23 @@ class ContinuousBatcher:
         num_rows = len(self.rows) if self.fixed_columns is None else self.num_slots
         num_columns = self.fixed_columns or max(row.num_cached for row in self.rows) + 1
         token_N1, column_N1 = self.drawer.newest(num_rows)
-        self.cache.open(column_N1[:, 0], num_columns)
+        for cache in self.caches:
+            cache.open(column_N1[:, 0], num_columns)
         mask_NL = self.mask_BL[:num_rows, :num_columns]
         mask_NL.copy_(self.column_L[:num_columns] <= column_N1)
-        logits_NV = self._forward(token_N1, mask_NL, column_N1, self.cache)
+        logits_NV = self._forward(token_N1, mask_NL, column_N1, self.caches)
         self.drawer.draw(logits_NV[: len(self.rows)])
         yield from self._evict_finished()
 
-    def _forward(self, input_NS: Tensor, mask_NL: Tensor, position_NS: Tensor, cache: Cache) -> Tensor:
+    def _forward(self, input_NS: Tensor, mask_NL: Tensor, position_NS: Tensor, caches: Sequence[Cache]) -> Tensor:
+        """logits_NV that are drawn from, after a pass of each policy."""
+        contrast, own_NV = self.stopping.contrast, self._pass(input_NS, mask_NL, position_NS, caches[0])
+        if contrast is None:
+            return own_NV
+        with contrast.without():
+            return contrast.logits(self._pass(input_NS, mask_NL, position_NS, caches[1]), own_NV)
+
+    def _pass(self, input_NS: Tensor, mask_NL: Tensor, position_NS: Tensor, cache: Cache) -> Tensor:
         num_rows, width = input_NS.shape
         # The last states as a slice are no matrix, and a CPU multiplies them row by row, in 16 bits without its fast
         # kernels: 4.9 s where 32 rows that are taken by their index need 0.02 (49152 words, 576 wide, one thread).
@@ -187,7 +198,8 @@ class ContinuousBatcher:
             row.is_done = True
             last = self.drawer.remove(slot)
             if last is not None:
-                self.cache.move(len(self.rows), slot, last.num_cached)
+                for cache in self.caches:
+                    cache.move(len(self.rows), slot, last.num_cached)
             yield decoded
 
 

@@ -145,6 +145,11 @@ def decode(
         if num_layers and not (fixed_columns and batch_size == 1):
             num_slots = batch_size if fixed_columns else min(batch_size, len(ordered))
             loop = ContinuousBatcher(model, settings, num_layers, num_slots, fixed_columns)
+        elif settings.contrast is not None:
+            raise DataError(
+                f"generate.contrast: {settings.contrast.beta:g} needs two caches of plain keys and values, which this "
+                "model or a single row of fixed shape does not have; set generate.contrast=1"
+            )
         else:
             loop = StaticLoop(model, settings, 1 if fixed_columns else batch_size)
         try:

@@ -20,7 +20,7 @@ from spd_dist.inference.external.vllm_engine import VLLMEngine, check_vllm, vllm
 from spd_dist.inference.external.vllm_process import EnginePool
 from spd_dist.inference.hf_engines import ContinuousBatchingEngine, HFEngine
 from spd_dist.inference.placement import Placement
-from spd_dist.inference.requests import Decoded, Request
+from spd_dist.inference.requests import Contrast, Decoded, Request
 from spd_dist.inference.sampling import Sampling
 from spd_dist.models.policy import Policy
 from spd_dist.models.save_weights import save_model, stored_parameters, whole_tensors
@@ -150,7 +150,8 @@ class EngineKind(NamedTuple):
 
 
 def _open_hf(setup: EngineSetup, stack: ExitStack) -> Opened:
-    fixed_columns = setup.max_length if setup.config.batch_invariant else None
+    fixed_columns, beta = setup.max_length if setup.config.batch_invariant else None, setup.config.contrast
+    held = setup.monitor if beta != 1 else None
     return setup.opened(
         HFEngine(
             setup.policy,
@@ -159,6 +160,7 @@ def _open_hf(setup: EngineSetup, stack: ExitStack) -> Opened:
             setup.monitor,
             setup.placement,
             setup.work.section,
+            contrast=None if held is None else Contrast(beta, held.paused),
         )
     )
 

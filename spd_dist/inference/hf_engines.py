@@ -19,7 +19,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from spd_dist.errors import DataError
 from spd_dist.inference.decode import decode
 from spd_dist.inference.placement import Placement
-from spd_dist.inference.requests import Decoded, DecodeSettings, Request, half_batch, is_out_of_memory
+from spd_dist.inference.requests import Contrast, Decoded, DecodeSettings, Request, half_batch, is_out_of_memory
 from spd_dist.inference.sampling import Sampling
 from spd_dist.models.policy import Policy
 from spd_dist.projection.hooks import ProjectionMonitor, projected
@@ -51,13 +51,14 @@ class HFEngine:
     placement: Placement
     section: str
     name: str = "hf"
+    contrast: Contrast | None = None
 
     def complete(self, requests: Sequence[Request], sampling: Sampling) -> Generator[Decoded, None, None]:
         """Completions as they finish."""
         return decode(
             self.policy.model,
             requests,
-            DecodeSettings(sampling, frozenset(self.policy.eos_token_ids), self.policy.pad_token_id),
+            DecodeSettings(sampling, frozenset(self.policy.eos_token_ids), self.policy.pad_token_id, self.contrast),
             batch_size=self.batch_size,
             fixed_columns=self.fixed_columns,
             smaller=functools.partial(half_batch, section=self.section, in_step=self.placement == "layerwise"),

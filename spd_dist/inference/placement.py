@@ -189,6 +189,7 @@ def _decode_bytes(model: PreTrainedModel, config: Generate, max_length: int, num
         prompt_tokens=max(1, max_length - config.max_new_tokens),
         new_tokens=config.max_new_tokens,
         element_bytes=model.dtype.itemsize,
+        num_caches=1 + (config.contrast != 1),
     )
 
 
@@ -228,11 +229,12 @@ class DecodeBytes(NamedTuple):
 
 
 def decode_bytes(
-    outline: Outline, *, batch_size: int, prompt_tokens: int, new_tokens: int, element_bytes: int
+    outline: Outline, *, batch_size: int, prompt_tokens: int, new_tokens: int, element_bytes: int, num_caches: int = 1
 ) -> DecodeBytes:
     """What decoding `batch_size` rows takes, beside shards of the same weights.
 
     Tokens are those of the longest prompt and completion; `element_bytes` has a weight, and an activation.
+    A row has two caches under `generate.contrast`.
     """
     prefill_tokens = min(batch_size * prompt_tokens, MAX_PREFILL_TOKENS)
     columns = batch_size * (prompt_tokens + new_tokens)
@@ -243,4 +245,4 @@ def decode_bytes(
     layer = prefill_tokens * (4 * outline.hidden_size + inside)
     sampled = SAMPLING_BYTES * batch_size * outline.vocabulary_size
     working = max(element_bytes * layer, sampled)
-    return DecodeBytes(element_bytes * outline.num_parameters, element_bytes * cache, working)
+    return DecodeBytes(element_bytes * outline.num_parameters, num_caches * element_bytes * cache, working)

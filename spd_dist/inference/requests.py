@@ -1,10 +1,17 @@
-"""A completion in the making: what was asked, what was drawn, when it ends; and memory that runs out meanwhile."""
+"""A completion in the making: what was asked, what was drawn, when it ends; and memory that runs out meanwhile.
+
+Shapes: N rows, V vocabulary.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal
+
+from torch import Tensor
 
 from spd_dist.errors import DataError
 from spd_dist.inference.sampling import Sampling
@@ -77,12 +84,30 @@ class Decoded:
 
 
 @dataclass(frozen=True)
+class Contrast:
+    """Draw from log p + beta (log q - log p): q the model as it is, p as it is where `without` holds.
+
+    Each is given the drawn tokens, and has a cache of its own. As contrastive decoding (Li et al., arXiv 2210.15097),
+    with the untouched policy as the weaker model.
+    """
+
+    beta: float
+    without: Callable[[], AbstractContextManager[None]]
+
+    def logits(self, of_p_NV: Tensor, of_q_NV: Tensor) -> Tensor:
+        """What is drawn from, in float32; a token that both rule out stays so."""
+        log_p_NV, log_q_NV = (logits_NV.float().log_softmax(-1) for logits_NV in (of_p_NV, of_q_NV))
+        return log_p_NV + self.beta * (log_q_NV - log_p_NV).nan_to_num_(nan=0.0)
+
+
+@dataclass(frozen=True)
 class DecodeSettings:
     """How completions are drawn, and which tokens end one."""
 
     sampling: Sampling
     eos_token_ids: frozenset[int]
     pad_token_id: int
+    contrast: Contrast | None = None
 
 
 @dataclass(eq=False)

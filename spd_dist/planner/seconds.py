@@ -146,7 +146,12 @@ def _calibrate(job: _Job) -> list[Phase]:
 
 def _generate(job: _Job) -> list[Phase]:
     rows, tokens = planned_rows(job.config.generate.batch_size), job.workload.completion_tokens
-    phases = [phase for arm in job.students for phase in _decode(job, job.num_completions(arm), rows, tokens)]
+    phases = [
+        phase
+        for arm in job.students
+        for phase in _decode(job, job.num_completions(arm), rows, tokens)
+        * (1 + arm.contrasts(job.config.generate.contrast))
+    ]
     if job.placement == "replica" and job.zero.stage == 3:
         network, host = job.gathers(job.profile.policy.num_parameters)
         phases += [Phase(network_bytes=network, host_bytes=host)] * len(job.students)

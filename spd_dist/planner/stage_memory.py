@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from spd_dist.arms import chosen
 from spd_dist.config import Config, planned_rows
 from spd_dist.inference.placement import decode_bytes
 from spd_dist.models.model_stats import Outline
@@ -110,7 +111,9 @@ def _calibrate(placement: Placement, profile: Profile, config: Config, cluster: 
 
 def _generate(placement: Placement, profile: Profile, config: Config, cluster: Cluster) -> Need:
     generate, weights = config.generate, _placed(placement, profile, config, cluster)
-    return _decoding(weights, profile, config, planned_rows(generate.batch_size), generate.max_new_tokens)
+    contrasts = any(arm.contrasts(generate.contrast) for arm in chosen(config.evaluate.arms))
+    needed = _decoding(weights, profile, config, planned_rows(generate.batch_size), generate.max_new_tokens)
+    return Need({**needed.device, "cache": (1 + contrasts) * needed.device["cache"]}, needed.host)
 
 
 def _placed(placement: Placement, profile: Profile, config: Config, cluster: Cluster) -> Need:

@@ -42,6 +42,15 @@ class ProjectionMonitor:
         self._observed = dict.fromkeys(self.calls, 0)
         self._worst: dict[KVSite, Tensor] = {}
 
+    @contextmanager
+    def paused(self) -> Generator[None]:
+        """Within this context the hooks do not act."""
+        was_on, self.is_on = self.is_on, False
+        try:
+            yield
+        finally:
+            self.is_on = was_on
+
     def leakage(self) -> float | None:
         """The largest ||z - zP|| / ||z|| of any site, z being a projected output; None if there was none to see.
 

@@ -246,6 +246,25 @@ def test_two_ranks_make_the_corpus_of_one(model: Path, expected: bytes, expected
     run_on_ranks(2, tmp_path / "store", on_two_ranks, model, tmp_path, expected, expected_bfloat16)
 
 
+CONTRASTED = dataclasses.replace(CONFIG, contrast=2.0)
+
+
+def contrast(model: Path, folder: Path, expected: bytes) -> None:
+    policy = policy_of(model, this_world(), zero_stage=3)
+    for placement in PLACEMENTS:
+        config = dataclasses.replace(CONTRASTED, placement=placement, batch_size=3)
+        summary = run(policy, folder / placement, config)
+        assert merged(folder / placement, summary) == expected
+        assert summary.leakage < 1e-5
+        assert min(summary.hook_calls.values()) >= 1
+
+
+def test_a_contrast_of_two_policies_makes_the_corpus_of_one_rank_on_two(model: Path, expected: bytes, tmp_path: Path):
+    alone = generating.corpus(model, tmp_path / "alone", CONTRASTED)
+    assert alone != expected
+    run_on_ranks(2, tmp_path / "store", contrast, model, tmp_path, alone)
+
+
 def test_four_ranks_make_the_corpus_of_one(model: Path, expected: bytes, tmp_path: Path):
     run_on_ranks(4, tmp_path / "store", on_four_ranks, model, tmp_path, expected)
 

@@ -15,12 +15,12 @@ FILTERED = "filtered@finetune.filter=[ended,loops]@generate.num_samples=3"
 @pytest.mark.seconds
 def test_variants_of_what_a_student_learns_run_beside_the_method(tmp_path: Path):
     run, model = tmp_path / "run", save_tiny_model(tmp_path / "model")
-    arms = f"evaluate.arms=[base,spd,spd_distil,random_distil,'{FILTERED}']"
+    arms = f"evaluate.arms=[base,spd,spd_distil,random_distil,spd_contrast,'{FILTERED}']"
     hot = ["generate.max_new_tokens=64", "generate.temperature=5", "generate.top_p=1"]  # so that some of them end
     words = [f"model.name={model}", *BRIEF, *hot, arms, f"run_dir={run}"]
     launch(1, words, tmp_path / "log")
     report = read_json(run / "report.json")
-    assert list(report["arms"]) == ["base", "spd", "spd_distil", "random_distil", FILTERED]
+    assert list(report["arms"]) == ["base", "spd", "spd_distil", "random_distil", "spd_contrast", FILTERED]
     own, distilled, control = (
         (run / folder / "generate/completions/completions.jsonl").read_text()
         for folder in ("", "arms/spd_distil", "arms/random_distil")

@@ -35,6 +35,8 @@ def test_every_arm_of_the_table_can_be_evaluated():
         "random",
         "spd_distil",
         "random_distil",
+        "spd_contrast",
+        "random_contrast",
         "filtered",
         "identity",
         "full",
@@ -53,6 +55,8 @@ def test_arms_differ_from_the_run_in_what_their_names_say_only():
     assert differing("identity") == {"project.mode": "identity"}
     assert differing("spd_distil") == {"finetune.loss": "distil"}
     assert differing("random_distil") == {"finetune.loss": "distil", "project.mode": "random"}
+    assert differing("spd_contrast") == {"generate.contrast": 2.0}
+    assert differing("random_contrast") == {"generate.contrast": 2.0, "project.mode": "random"}
     wanted = ("ended", "loops", "agreed")
     assert differing("filtered") == {"finetune.filter": wanted, "generate.num_samples": 4}
     assert differing("filtered@generate.num_samples=8")["generate.num_samples"] == 8

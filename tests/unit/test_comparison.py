@@ -49,6 +49,17 @@ def test_a_control_may_have_changes_of_its_own():
     ]  # fmt: skip
 
 
+def test_a_variant_with_a_name_is_held_against_the_control_of_that_name():
+    arms = ["base", "psr", "spd", "random", "spd_distil", "random_distil", "filtered"]
+    assert arm_pairs(arms)[6:] == [
+        ("psr", "spd"), ("random", "spd"), ("filtered", "spd"),
+        ("psr", "spd_distil"), ("random_distil", "spd_distil"), ("filtered", "spd_distil"),
+    ]  # fmt: skip
+    assert arm_pairs(["base", "spd", "random", "spd_distil"])[3:] == [("random", "spd"), ("random", "spd_distil")]
+    rho = ["base", "spd_distil", "random_distil@rho=0.4"]
+    assert arm_pairs(rho)[2:] == [("random_distil@rho=0.4", "spd_distil")]
+
+
 def test_the_verdict_is_about_every_variant_of_the_method_and_about_no_control():
     found = comparisons({arm: answers(100 + 10 * index) for index, arm in enumerate(RANKS)}, "accuracy", 0)
     text = verdict(found, "accuracy")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -12,6 +13,7 @@ import pytest
 import torch
 from families import FAMILIES, family_model
 from peft import LoraConfig, get_peft_model
+from projections import four_sites
 from tiny import tiny_model
 from waits import Waits
 
@@ -20,9 +22,10 @@ from spd_dist.inference import continuous, drawing
 from spd_dist.inference.continuous import ContinuousBatcher
 from spd_dist.inference.decode import decode
 from spd_dist.inference.kv_cache import SlotCache, num_slot_layers
-from spd_dist.inference.requests import Decoded, DecodeSettings, Request, half_batch
+from spd_dist.inference.requests import Contrast, Decoded, DecodeSettings, Request, half_batch
 from spd_dist.inference.sampling import Sampling
-from spd_dist.types import ThoughtBudget
+from spd_dist.projection.hooks import projected
+from spd_dist.types import Projection, ThoughtBudget
 
 ENDS = frozenset(range(2, 64, 9))
 
@@ -104,6 +107,58 @@ def test_tokens_are_the_same_at_batch_1_8_and_64(sampling):
     assert decoded(model, work, sampling, batch_size=8) == alone
     assert decoded(model, random.Random(0).sample(work, len(work)), sampling, batch_size=64) == alone
     assert {reason for _, reason in alone.values()} == {"stop", "length"}
+
+
+@torch.no_grad()
+def contrasted_by_hand(model: torch.nn.Module, hold: Projection, request: Request, beta: float) -> tuple[int, ...]:
+    """Greedy from log p + beta (log q - log p), by whole passes without any cache."""
+    tokens = list(request.tokens)
+    for _ in range(GREEDY.max_new_tokens):
+        log_p_V = model(torch.tensor([tokens]), use_cache=False).logits[0, -1].log_softmax(-1)
+        with projected(model, hold):
+            log_q_V = model(torch.tensor([tokens]), use_cache=False).logits[0, -1].log_softmax(-1)
+        tokens.append((log_p_V + beta * (log_q_V - log_p_V)).argmax().item())
+        if tokens[-1] in ENDS:
+            break
+    return tuple(tokens[len(request.tokens) :])
+
+
+@pytest.mark.seconds
+def test_contrasted_tokens_are_those_of_two_policies_by_hand_in_every_batch():
+    model, work, hold = tiny_model(vocab_size=64), requests(12, shared=10), four_sites()
+    plain = decoded(model, work, GREEDY, batch_size=4)
+    with projected(model, hold) as monitor:
+        held = decoded(model, work, GREEDY, batch_size=4)
+        for beta in (0.0, 1.0, 3.0):
+            settings = dataclasses.replace(drawn(GREEDY), contrast=Contrast(beta, monitor.paused))
+            found = {one.request.id: one.tokens for one in decode(model, work, settings, batch_size=5)}
+            if beta < 3:
+                expected = {id: tokens for (id, _), (tokens, _) in (held if beta else plain).items()}
+                assert found == expected, "0 is the policy as it is, 1 the projected one"
+            else:
+                assert found != {id: tokens for (id, _), (tokens, _) in held.items()}
+        sampled = dataclasses.replace(drawn(SAMPLED), contrast=Contrast(2.0, monitor.paused))
+        batches = [
+            {one.request.id: one.tokens for one in decode(model, work, sampled, **options)}
+            for options in ({"batch_size": 1}, {"batch_size": 7}, {"batch_size": 3, "fixed_columns": 64})
+        ]
+        assert batches[0] == batches[1] == batches[2]
+    for request in work[:4]:
+        assert found[request.id] == contrasted_by_hand(model, hold, request, 3.0)
+
+
+def test_a_token_that_both_policies_rule_out_stays_ruled_out():
+    contrast = Contrast(2.0, contextlib.nullcontext)
+    logits_NV = torch.tensor([[1.0, 2.0, -torch.inf]])
+    assert contrast.logits(logits_NV, logits_NV.flip(1).roll(-1, 1))[0, 2] == -torch.inf
+    torch.testing.assert_close(contrast.logits(logits_NV, logits_NV), logits_NV.log_softmax(-1))
+
+
+def test_a_contrast_without_two_caches_of_plain_keys_and_values_is_refused():
+    model = family_model("qwen3_next")
+    settings = dataclasses.replace(drawn(GREEDY), contrast=Contrast(2.0, contextlib.nullcontext))
+    with pytest.raises(DataError, match=r"generate\.contrast: 2 needs two caches .*; set generate\.contrast=1"):
+        list(decode(model, requests(2), settings))
 
 
 def test_a_beginning_that_all_prompts_share_is_read_once_and_changes_nothing():
@@ -226,7 +281,7 @@ def test_a_pass_waits_for_the_device_once_and_takes_no_memory_for_keys_and_value
         with Waits() as waits:
             yield from step(loop)
         found.append(waits.found)
-        kept.add(tuple(tensor.data_ptr() for layer in loop.cache.slots for tensor in (layer.keys, layer.values)))
+        kept.add(tuple(tensor.data_ptr() for layer in loop.caches[0].slots for tensor in (layer.keys, layer.values)))
 
     monkeypatch.setattr(ContinuousBatcher, "_step", counted)
     endless = DecodeSettings(sampling, frozenset(), 0)

@@ -219,6 +219,27 @@ def test_slower_networks_and_devices_take_longer_and_are_named(profile, config):
     assert taken("generate", "replica").bottleneck == "launches"
 
 
+def test_a_teacher_a_second_policy_and_more_samples_cost_what_they_do_more(profile, config):
+    cluster = Cluster(2, 4, device=dataclasses.replace(device_named("H100"), flops=1e10))
+
+    def having(*arms):
+        return changed(config, "evaluate", arms=("base", *arms))
+
+    def taken(stage, *arms):
+        return cost(stage, "replica", profile, having(*arms), cluster=cluster, workload=WORKLOAD).seconds
+
+    attention, last = 2 * 16 * 2048 * 64, 2 * sum(profile.student.trained)
+    three, four = (count * (profile.student.forward_flops + attention) + last for count in (3, 4))
+    assert taken("finetune", "spd_distil") / taken("finetune", "spd") == pytest.approx(four / three)
+    assert taken("finetune", "spd", "spd_distil") == taken("finetune", "spd") + taken("finetune", "spd_distil")
+    assert taken("finetune", "filtered") == 4 * taken("finetune", "spd"), "if nothing is left out"
+    assert taken("generate", "spd_contrast") == pytest.approx(2 * taken("generate", "spd"), rel=0.01)
+    plain, twice = (
+        need("generate", "replica", profile, having(arm), CLUSTER).device["cache"] for arm in ("spd", "spd_contrast")
+    )
+    assert twice == 2 * plain
+
+
 def test_deepspeeds_settings_are_heeded():
     zero = Zero.of(Distributed(deepspeed=OFFLOADED))
     assert (zero.prefetch_bucket_size, zero.offloads_parameters, zero.offloads_optimizer) == (5_000_000, True, False)
