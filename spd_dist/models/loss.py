@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from spd_dist.models.forward import call_model
 from spd_dist.models.gradient_capture import supervised_rows
+from spd_dist.models.lora import TokenKeys
 
 ALONE: Mapping[str, Tensor | int] = MappingProxyType({})
 """The context of rows that hold one sequence each."""
@@ -134,12 +135,21 @@ def _divergence_and_gradient(logit_CV: Tensor, taught_CV: Tensor, cap: float, sc
 class Student(nn.Module):
     """A causal language model whose forward pass gives the summed loss of chosen tokens: what DeepSpeed trains."""
 
-    def __init__(self, model: PreTrainedModel | PeftModel, teacher: Teacher | None = None) -> None:
-        """`teacher` is what a loss without labels learns from: the same model under what the teacher changes of it."""
+    def __init__(
+        self, model: PreTrainedModel | PeftModel, teacher: Teacher | None = None, keys: TokenKeys | None = None
+    ) -> None:
+        """A student of its own, or of a teacher.
+
+        Args:
+            model: what is trained.
+            teacher: what a loss without labels learns from: the same model under what the teacher changes of it.
+            keys: of the dropout inside the model's adapters.
+        """
         super().__init__()
         self.model: Any = model
         self.tail = logits_tail(model)
         self.teacher = teacher
+        self.keys = keys or TokenKeys()
 
     def forward(
         self,

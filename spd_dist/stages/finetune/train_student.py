@@ -19,7 +19,6 @@ from spd_dist.models.forward import use_liger
 from spd_dist.models.lora import (
     InputSums,
     PeftModel,
-    TokenKeys,
     adapted_modules,
     add_adapters,
     key_dropout,
@@ -28,7 +27,7 @@ from spd_dist.models.lora import (
     summing_inputs,
     without_adapters,
 )
-from spd_dist.models.loss import Teacher
+from spd_dist.models.loss import Student, Teacher
 from spd_dist.models.model_card import Card
 from spd_dist.models.policy import Policy
 from spd_dist.projection.hooks import projected
@@ -111,9 +110,10 @@ def finetune(
         adapted = add_adapters(policy.model, config, generator=seeded, inputs=inputs)
     else:
         policy.model.requires_grad_(True)
-    keys = key_dropout(adapted) if adapted is not None else TokenKeys()
+    keys = None if adapted is None else key_dropout(adapted)
     with taught_by(policy, adapted, projection) as teacher:
-        outcome = Trainer(policy, corpus, config, context, keys=keys, teacher=teacher).run()
+        student = Student(policy.model, teacher, keys)
+        outcome = Trainer(policy, student, corpus, config, context).run()
     saved_adapter, saved_model = _save(policy, adapted, corpus, config, context, outcome=outcome)
     return StudentSummary(
         num_sequences=len(corpus.train),

@@ -17,8 +17,7 @@ from spd_dist.distributed.memory import peak_bytes, peak_flops
 from spd_dist.distributed.training_engine import DeepSpeedEngine, close_engine, training_engine, training_settings
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError, StopRequested
-from spd_dist.models.lora import TokenKeys
-from spd_dist.models.loss import Student, Teacher
+from spd_dist.models.loss import Student
 from spd_dist.models.model_stats import Outline, outline_of
 from spd_dist.models.policy import Policy
 from spd_dist.models.save_weights import probe_logits
@@ -90,18 +89,10 @@ class Trainer:
     """One fine-tuning run of a student. Its methods are collectives."""
 
     def __init__(
-        self,
-        policy: Policy,
-        corpus: Corpus,
-        config: Finetune,
-        context: StageContext,
-        *,
-        keys: TokenKeys,
-        teacher: Teacher | None = None,
+        self, policy: Policy, student: Student, corpus: Corpus, config: Finetune, context: StageContext
     ) -> None:
-        """`keys` are those of the dropout inside the policy's adapters; `teacher` is what `loss=distil` learns from."""
-        self.policy, self.corpus, self.config, self.context, self.keys = policy, corpus, config, context, keys
-        self.student = Student(policy.model, teacher)
+        """`student` is the policy's model, with its dropout's keys and its teacher, if it has one."""
+        self.policy, self.student, self.corpus, self.config, self.context = policy, student, corpus, config, context
         self.steps_per_epoch = -(-len(corpus.train) // config.global_batch_size)
         self.num_steps = self.steps_per_epoch * config.num_epochs
         self.checkpoints = Checkpoints(
@@ -192,7 +183,7 @@ class Trainer:
     def _train(self, engine: DeepSpeedEngine) -> None:
         trainer = TrainStep(
             engine,
-            self.keys,
+            self.student.keys,
             self.corpus.train,
             self.config,
             self.context.seed,
