@@ -1,6 +1,9 @@
 """Expressions: equal by Math-Verify's conventions, and its equalities that no grader would sign."""
 
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -249,3 +252,15 @@ def test_a_comparison_without_an_end_is_ended_and_the_next_one_works() -> None:
 )
 def test_what_is_taken_as_the_answer(text: str, strict: str | None, lenient: str | None) -> None:
     assert expression_answers(text) == (strict, lenient)
+
+
+def test_a_script_that_new_processes_cannot_read_is_an_error_and_no_verdict(tmp_path: Path) -> None:
+    script = tmp_path / "unguarded.py"
+    script.write_text(
+        "from spd_dist.data.scoring.expressions import math_verify_equal\nprint(math_verify_equal('x+1', '1+x'))\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.rstrip().splitlines()[-1].startswith("RuntimeError: the process that compares expressions did ")
+    assert "if __name__ == '__main__':" in done.stderr.rstrip().splitlines()[-1]

@@ -26,7 +26,7 @@ TASKS = {
     for task in (json.loads(line)["task"] for line in CASES.read_text().splitlines())
 }
 """Name, or the metric of a described task -> what the cases call it: of a described task, the text of its file."""
-IN_SANDBOX = ("mbpp", "humaneval", "tests")
+IN_SANDBOX = ("mbpp", "mbpp_plus", "humaneval", "humaneval_plus", "tests")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from spd_dist.data.scoring.phrases import (
     END,
     FOREIGN,
     HEADED,
+    IS_IN_BRACKETS,
     IS_RIGHT,
     IT_IS,
     NEGATED,
@@ -27,6 +28,9 @@ from spd_dist.data.scoring.phrases import (
 )  # fmt: skip
 from spd_dist.data.scoring.thoughts import TURNED, settled
 
+MIN_CUT = 20
+"""Characters of a choice's text that are taken for it where the output was cut."""
+
 
 def committed_letter(text: str, letters: str, choices: Sequence[str] = ()) -> str | None:
     """The letter that `text` gives as its answer, in whatever form a person would take for one; else None.
@@ -37,7 +41,7 @@ def committed_letter(text: str, letters: str, choices: Sequence[str] = ()) -> st
     given = _all_given(text, letters, choices)
     if given:  # what was stated is the answer, and of several that differ none
         return stated_letter(text, letters, choices)
-    return _by_text(text, letters, choices) or _in_brackets(text, letters, choices)
+    return _by_text(text, letters, choices) or _in_a_line(text, letters, choices)
 
 
 def stated_letter(text: str, letters: str, choices: Sequence[str] = ()) -> str | None:
@@ -52,7 +56,11 @@ def _named_by_lines(text: str, letters: str, choices: Sequence[str]) -> tuple[se
     """The letters that stand alone in a line, and those whose choice's text does, or is said to be the answer."""
     spelled, both = _spelled(text), f"{letters}{letters.lower()}"
     by_letter = set(
-        re.findall(rf"^\W*(?:(?:[Oo]ption|[Ll]etter) )?\(?([{both}])(?:[^\w?\n]*$|,? because\b)", spelled, re.MULTILINE)
+        re.findall(
+            rf"^\W*(?:(?:[Oo]ption|[Ll]etter) )?\(?([{both}])(?![-+#])(?:[^\w?\n]*$|,? because\b)",
+            spelled,
+            re.MULTILINE,
+        )
     )
     names = {
         name: letter
@@ -61,6 +69,7 @@ def _named_by_lines(text: str, letters: str, choices: Sequence[str]) -> tuple[se
     }
     said = [re.sub(r"^\W*(\w)[).:]*\s+[-\u2014]\s|^\W*(\w)[).:]+\s", r"\1\2 ", line) for line in spelled.splitlines()]
     said += [*(match[1] for match in re.finditer(rf"{ANSWER}([^\n]*)", spelled))]
+    said += re.split(r"(?<=[.!?])\s+", spelled)
     return {letter.upper() for letter in by_letter}, {
         names[name] for name in map(_bare, said) if name in names and not re.fullmatch(r"[a-z]?", name)
     }
@@ -70,38 +79,50 @@ def _all_given(text: str, letters: str, choices: Sequence[str]) -> list[tuple[in
     spelled = _spelled(text)
     given = sorted(set(_given(spelled, letters, choices)), key=lambda one: one[0])
     return [
-        (place, letter if _is_its_own(letter, spelled[place:], letters, choices) else None) for place, letter in given
+        (place, letter if _is_its_own(letter, spelled, place, letters, choices) else None) for place, letter in given
     ]
 
 
-def _is_its_own(letter: str | None, rest: str, letters: str, choices: Sequence[str]) -> bool:
-    """Whether the text behind a letter is not that of another choice: `B. Rome`, where Rome is C."""
-    following = re.match(r"\W*\w[).:\]\"*]*[ \t]+([^\n]+)", rest)
-    if letter is None or following is None or letters.index(letter) >= len(choices):
+def _is_its_own(letter: str | None, text: str, place: int, letters: str, choices: Sequence[str]) -> bool:
+    """Whether the text beside a letter is not that of another choice: `B. Rome` and `Rome (B)`, where Rome is C."""
+    following = re.match(r"\W*\w[).:,\]\"*]*[ \t]+(?:[-\u2014][ \t]+)?([^\n]+)", text[place:])
+    if letter is None or letters.index(letter) >= len(choices):
+        return True
+    own, *_ = texts = [_bare(str(choices[letters.index(letter)])), *(_bare(str(choice)) for choice in choices)]
+    before = text[:place].casefold()
+    if any(one != own and re.search(rf"(?<!\w){re.escape(one)}[\s*]*\($", before) for one in texts):
+        return False
+    if following is None:
         return True
     said = {_bare(following[1]), _bare(re.split(r"[.,;:(]\s|\.$", following[1])[0])} - {""}
-    own, *_ = texts = [_bare(str(choices[letters.index(letter)])), *(_bare(str(choice)) for choice in choices)]
-    is_own = own != "" and any(one.startswith(own) for one in said)
-    return is_own or not said & set(texts[1:])
+    cut = [one for one in said if len(one) > MIN_CUT]
+    is_own = own != "" and (any(one.startswith(own) for one in said) or any(own.startswith(one) for one in cut))
+    return is_own or not (said & set(texts[1:]) or any(other.startswith(one) for one in cut for other in texts[1:]))
 
 
 def _spelled(text: str) -> str:
     spelled = re.sub(r"^[ \t]*\|[-:| \t]+\|?[ \t]*$\n?", "", plain(text), flags=re.MULTILINE)  # a table's rule
     spelled = re.sub(r"^[ \t]*\|[ \t]*|[ \t]*\|[ \t]*$", "", spelled, flags=re.MULTILINE)
+    spelled = re.sub(r"\A\W*(?i:sure|of course|certainly|great question|okay|ok)[!.,]\s+", "", spelled)
+    spelled = re.sub(r"\A\W*A:\s+(?=Let's|So\b|The\b|\([A-Z]\))", "", spelled)  # of `Q: ... A: ...`
     return NEGATED.sub(" ", ticked(spelled)).strip()
 
 
 def _given(text: str, letters: str, choices: Sequence[str]) -> Iterator[tuple[int, str | None]]:
     both = f"{letters}{letters.lower()}"
-    alone = re.fullmatch(rf"[^\w?]*(?:\d+[.)]\s*)?_*([{both}])_*[^\w?]*", text)
+    alone = re.fullmatch(rf"[^\w?]*(?:\d+[.)]\s*)?_*([{both}])(?![-+#])_*[^\w?]*", text)
     if alone:
         yield 0, alone[1].upper()
         return
-    opening = re.match(rf"[\s*\"'\[(]*([{letters}])(?!\.[A-Za-z]\b){AFTER_OPENING}", text)
-    opening = opening or re.match(rf"[\s*\"]*\(([{both}])\)", text) or re.match(rf"[\s*]*([{both}])[).](?=\s|$)", text)
+    opening = re.match(rf"[\s*\"'\[(]*([{letters}])(?!\.[A-Za-z]\b|\.\s?[A-Z][a-z]?\.){AFTER_OPENING}", text)
+    opening = (
+        opening
+        or re.match(rf"[\s*\"]*\(([{both}])\)", text)
+        or re.match(rf"[\s*]*([{both}])[).](?!\s?[A-Z][a-z]?\.)(?=\s|$)", text)
+    )
     is_told = (
         opening
-        and re.match(r"\s+(?:is|as|seems|would)\b", text[opening.end() :])
+        and re.match(rf"(?:(?:,| and|, and) [{letters}])*\s+(?:is|are|as|seems|would)\b", text[opening.end() :])
         and (re.search(rf"{ANSWER}[\s*\"'\[(]*[{both}](?![\w'?])", text))
     )  # `A is a letter; the answer is D`
     is_word = opening and _is_word(opening[1], text[opening.end() :])
@@ -114,13 +135,16 @@ def _given(text: str, letters: str, choices: Sequence[str]) -> Iterator[tuple[in
         (CHOSEN, letters, ""),
         (CHOSEN, letters.lower(), rf"{NO_WORD}{END}"),
         (OPTION, letters, rf"{NO_WORD}{END}"),
+        (IS_IN_BRACKETS, letters, r"(?=\))"),
         *((one, letters, f"{NO_WORD}{END}") for one in (IT_IS, CONCLUDED, TAKEN_BACK)),
     ):
         for match in re.finditer(rf"{pattern}[\s*\"'\[(]*([{taken}]){end or NO_WORD}", text):
             rest = text[match.end() :]
             if not _is_word(match[1], rest):
                 yield match.start(1), _alone(match[1], rest, letters)
-    if match := re.search(rf"(?<=\w{{3}}[.!?])\s+\(?([{letters}])\)?[.!]?[\s*`]*$", text):  # a sentence of its own
+    if match := re.search(
+        rf"(?:(?<=\w{{3}}[.!?])|(?<=\.\.\.))\s+\(?([{letters}])\)?[.!]?[\s*`]*$", text
+    ):  # a sentence of its own
         yield match.start(1), match[1]
     for match in re.finditer(
         rf"(?<!\w)(?:\(?([{letters}])\)?|\(([{both}])\))(?:(?:[.):]?[ \t]+{NO_DENIAL}[\w']+){{0,4}}?"
@@ -158,7 +182,9 @@ def _is_choice(said: str, letter: str, letters: str, choices: Sequence[str]) -> 
 
 
 def _is_word(letter: str, rest: str) -> bool:
-    """Whether the letter is the article or the pronoun: `A man`, `I think`."""
+    """Whether the letter is the article, the pronoun or a name's: `A man`, `I think`, `C. elegans is`."""
+    if re.match(r"\.\s+(?!th|because|since)[a-z]{3,}\s+(?:is|are|was|were|has|have|can)\b", rest):
+        return True
     return letter in "AaIi" and re.match(r"\s+[a-z]", rest) is not None and not re.match(
         r"\s+(?:or|and|is|because|since|as|seems|would)\b", rest
     )  # fmt: skip
@@ -174,6 +200,8 @@ def _alone(letter: str, rest: str, letters: str) -> str | None:
         rf"|[ \t]+([{letters}])(?=[.,;)]?\s*$|[.,;)]?\s*\n))",
         rest,
     )
+    if re.match(r"[).]*\s*\(\s*(?:or|maybe|perhaps|possibly)\b", rest):
+        return None
     said = next(filter(None, other.groups())) if other else ""
     is_other = other is not None and said != letter.upper() and not _is_word(said, rest[other.end() :])
     return None if is_other else letter.upper()
@@ -185,7 +213,9 @@ def _by_text(text: str, letters: str, choices: Sequence[str]) -> str | None:
     if len(_named_by_lines(text, letters, choices)[1]) > 1:
         return None
     said = {_bare(text), _bare(text.strip().partition("\n")[0])}
-    said |= {re.sub(r"^(?:it|that|this)(?: is|'s) ", "", one) for one in said}
+    said |= {
+        re.sub(r"^(?:it|that|this)(?: is|'s) | is (?:the|my) (?:right |correct )?answer$", "", one) for one in said
+    }
     said |= {_bare(match[1]) for match in re.finditer(rf"{ANSWER}([^\n]*)", text)}
     said |= {_bare(re.split(r",? (?:and |but )?(?:not|rather than|instead of) ", one)[0]) for one in said}
     named = (
@@ -209,22 +239,26 @@ def letter_in_a_sentence(text: str, letters: str, choices: Sequence[str]) -> str
     names = {letter: _bare(str(choice)) for letter, choice in zip(letters, choices, strict=False)}
     named = {letter for letter, name in names.items() if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", bare)}
     ends = {letter for letter in named if bare.endswith(f" {names[letter]}") and not names[letter].isdigit()}
-    is_plain = not re.search(r"[.!?;:]\s|\n", text.strip()) and not _unsure(bare) and not DENIED.search(bare)
+    is_plain = not re.search(r"[.!?;:]\s|\n|\([A-Z]\)", text.strip()) and not _unsure(bare) and not DENIED.search(bare)
     inside = {letter for letter in named - ends if any(names[letter] in names[one] for one in ends)}
     return ends.pop() if is_plain and len(ends) == 1 and named - inside == ends else None
 
 
-def _in_brackets(text: str, letters: str, choices: Sequence[str]) -> str | None:
-    """The letter in brackets, or after `option`."""
+def _in_a_line(text: str, letters: str, choices: Sequence[str]) -> str | None:
+    """The letter in brackets, or after `option`, that is a line by itself or beside its own text: `Paris (B)`."""
     spelled = NEGATED.sub(" ", plain(text))
-    if re.match(r"\W*[A-Za-z]\W*$", spelled):
-        return None
-    found = re.finditer(
-        rf"(?<!\w)\(([{letters}])\)|\b(?:[Oo]ption|[Cc]hoice|[Ll]etter|[Aa]nswer) ([{letters}{letters.lower()}])\b",
+    given = list[tuple[int, str | None]]()
+    both = f"{letters}{letters.lower()}"
+    for line in re.finditer(
+        rf"^(.*?)(?:\(([{letters}])\)|\b(?:[Oo]ption|[Cc]hoice|[Ll]etter|[Aa]nswer) \(?([{both}])\)?)(?![\w'])(.*)$",
         spelled,
-    )
-    places = [(max(match.start(1), match.start(2)), (match[1] or match[2]).upper()) for match in found]
-    given = [(place, one if _is_its_own(one, spelled[place:], letters, choices) else None) for place, one in places]
+        re.MULTILINE,
+    ):
+        letter = (line[2] or line[3]).upper()
+        own = _bare(str(choices[letters.index(letter)])) if letters.index(letter) < len(choices) else _bare(line[4])
+        before = re.sub(r"^(?:the )?(?:final |correct )?answer(?: is)?\W*", "", _bare(line[1]))
+        if before in ("", own, "probably", "likely", "definitely", "only") and _bare(line[4]) in ("", own, "holds"):
+            given.append((line.start(), letter))
     for choice in choices:
         spelled = spelled.replace(str(choice), " " * len(str(choice)))  # `or` may stand in one
     return None if _unsure(spelled) else settled(given, spelled, str.__eq__)

@@ -37,8 +37,12 @@ _UNITS = (
     r"|points?)"
 )
 _TEXT = r"\\(?:text|mathrm|textbf|textit|mbox|mathbf)"
+_PERIODIC = r"(\d{1,30})\.(\d{0,30})\\overline\s*\{(\d{1,30})\}"
+"""`0.1\\overline{6}`, a fraction: what repeats, over as many nines, behind what does not."""
 _REWRITTEN = tuple((re.compile(pattern), instead) for pattern, instead in (
     (r"[\u2212\u2013]", "-"),
+    (_PERIODIC, lambda it: rf"\frac{{{int(it[1] + it[2] + it[3]) - int(it[1] + it[2])}}}"
+        f"{{{10 ** len(it[2]) * (10 ** len(it[3]) - 1)}}}"),
     (r"\\(?:left|right|big|Big|displaystyle|limits)(?![a-z])", ""),
     (r"\\!", ""),
     (r"\\[dtc]frac", r"\\frac"),
@@ -105,8 +109,9 @@ def expression_answers(text: str) -> tuple[str | None, str | None]:
     if _is_cut(text, boxes):
         return None, None
     boxes = [(place, _with_power(text, place, content)) for place, content in boxes]
-    strict = settled(boxes, text, same_expression)
-    if strict is None and len(boxes) > 1:
+    said = [(place, one) for place, one in _said_alone(text) if place > boxes[-1][0]] if boxes else []
+    strict = settled([*boxes, *said], text, same_expression)
+    if strict is None and len(boxes) > 1 and not said:
         strict = ", ".join(dict.fromkeys(content for _, content in boxes))  # as in `\boxed{5} and \boxed{-5}`
     return strict, strict if boxes else _unboxed(text)
 
@@ -179,7 +184,9 @@ def _verified(answer: str, gold: str) -> bool:
             parse(rf"\boxed{{{text}}}", parsing_timeout=None, raise_on_error=False)  # pyright: ignore[reportArgumentType]  # None is no limit, as its text says
             for text in (gold, answer)
         )
-        return bool(right and given) and verify(right, given, timeout_seconds=None, raise_on_error=False)
+        return bool(right and given) and verify(
+            right, given, timeout_seconds=None, raise_on_error=False, allow_set_relation_comp=True
+        )
     except (ArithmeticError, AttributeError, MemoryError, NotImplementedError, RecursionError, TypeError, ValueError):
         return False  # what sympy raises on what it can't do
     finally:
@@ -231,13 +238,32 @@ def _unboxed(text: str) -> str | None:
         return settled(stated, text, same_expression)
     last = next((line for line in reversed(text.strip().splitlines()) if line.strip()), "")
     alone = re.fullmatch(r"[\s*]*(.+?)[\s*.]*", last)
-    return (_formula(alone[1]) if alone and _MATHS.fullmatch(alone[1]) else None) or last_number(text)
+    return (
+        (_formula(alone[1]) if alone and _MATHS.fullmatch(alone[1]) else None) or last_number(text) or _words_said(text)
+    )
+
+
+def _words_said(text: str) -> str | None:
+    """A word or name that is said to be the answer: `The answer is Monday.`"""
+    words = [(place, said.strip(" .*")) for place, said in stated_answers(text)]
+    return settled([one for one in words if _WORDS.fullmatch(one[1])], text, str.__eq__)
 
 
 def _stated(text: str) -> Iterator[tuple[int, str]]:
     for place, said in stated_answers(text):
         if _MATHS.search(said) or re.search(r"\d", said):
             yield place, said
+
+
+def _said_alone(text: str) -> Iterator[tuple[int, str]]:
+    """What is said to be the answer, where that is a formula or a number and nothing else."""
+    for place, said in _stated(text):
+        bare = said.strip(" .*")
+        formula = _MATHS.fullmatch(bare)
+        if formula and "boxed" not in bare:
+            yield place, next(filter(None, formula.groups()))
+        elif (number := parse_number(bare)) is not None:
+            yield place, str(number)
 
 
 def _formula(text: str) -> str | None:

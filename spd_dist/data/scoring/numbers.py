@@ -29,12 +29,20 @@ _DIGIT = re.compile(r"(?![0-9])\d")
 _LETTER = re.compile(r"[\U0001d400-\U0001d7cd\u24b6-\u24e9]")
 """A letter of the mathematical alphabets, or in a circle."""
 _RAISED = re.compile(r"[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+")
+_SAID_IN_CODE = re.compile(r"####.*|# *(?:output|answer)\b.*", re.IGNORECASE)
 _MARKUP = (
-    (re.compile(r"\\d?t?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r"\1/\2"),
+    (  # a program's numbers are not said, but for a comment that says what comes out
+        re.compile(r"```(?:python\d?|py)\b[^\n]*\n(?=[^`]*[=(])[^`]*(?:```|\Z)"),
+        lambda code: "\n".join(_SAID_IN_CODE.findall(code[0])),
+    ),
+    (re.compile(r"\\[dt]?frac\s*(\d)\s*(\d)"), r"\\frac{\1}{\2}"),
+    (re.compile(r"(?<=\d)\\[dt]?frac"), r" \\frac"),
+    (re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r"\1/\2"),
     (re.compile(r"\\(?:text|mathrm|mathbf|textbf|mbox)\s*\{([^{}]*)\}"), r" \1"),
     (re.compile(r"\{([,:])\}"), r"\1"),
     (re.compile(r"\\f?boxed\s*\{([^{}]*)\}"), r" answer: \1 "),
     (re.compile(r"<(?:final[_ ]?)?answer>", re.IGNORECASE), " answer: "),
+    (re.compile(r"[-=]+>(?=\s*[$]?[-\d])"), " "),
     (re.compile(r"\\pm\b\s*|\u00b1\s*"), "\u00b1"),
     (re.compile(r"\\sqrt\s*(?:\[[^\]]*\])?\s*\{?|\u221a\s*"), "\u221a"),
     (re.compile(r"\bRs\.? ?(?=\d)"), "$"),
@@ -51,18 +59,19 @@ _MARKUP = (
     (re.compile(r"\\[()\[\]]"), " "),
     (
         re.compile(
-            r"</?(?:[biup]|(?i:strong|em|span|div|code|(?:final[_ ]?)?answer|final))>|<([BIUP])>(?=.*</\1>)|</[BIUP]>"
+            r"</?(?:[biup]|(?i:strong|em|span|div|code|(?:final[_ ]?)?answer|final|solution|result))>"
+            r"|<([BIUP])>(?=.*</\1>)|</[BIUP]>"
         ),
         " ",
     ),
     (re.compile(r"<([$]?-?[\d.,]+)>"), r" \1 "),
     (re.compile(r"(?<=\d) ?\[\d{1,2}\]"), ""),  # the number of a source
-    (re.compile(r"\*\*|__|`"), ""),
+    (re.compile(r"~~[^~\n]+~~|\*\*|__|`"), ""),
     (re.compile(r"(?<![\w$])\$(?=[^$\n]*\$(?!\d))([^$\n]*)\$"), r" \1 "),  # $...$ of LaTeX
     (re.compile(r"(?<!\S)[*_]+(?=[-+\w$])|(?<=\w)[*_]+(?=[\s.,;:!?]|$)"), ""),
 )
 _UNITS = (
-    r"(?:cm|mm|km|m|kg|g|mg|lbs?|oz|ft|in|l|ml|h|hrs?|min|s|mph|kph|km/h|m/s|\u00b0[CF]?|\u20ac|\u00a3|USD|dollars?"
+    r"(?:cm|mm|km|mi|m|kg|g|mg|lbs?|oz|ft|in|l|ml|h|hrs?|min|s|mph|kph|km/h|m/s|\u00b0[CF]?|\u20ac|\u00a3|USD|dollars?"
     r"|cents?)"
 )
 _SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
@@ -72,12 +81,14 @@ _INTEGER = (
 )
 _EXPONENT = r"(?:[eE][+-]?\d+| ?\* ?10 ?\^ ?(?:\{[+-]?\d+\}|[+-]?\d+))"
 NUMBER = re.compile(
-    r"(?<![\w.^/\\\u00b1\u221a])(?<![A-Za-z]\()(?<!\d,)(?<!\d:)(?<!\d')(?<!-to-)"
+    r"(?<![\w.^/\\\u00b1\u221a])(?<![A-Za-z]\()(?<!\d,)(?<!\d:)(?<!\d')(?<!-to-)(?<![A-Za-z]-)"
     r"(?P<sign>(?<![\w)\].%])(?<![\d)\]%] )[-+])?(?:[$\u20ac\u00a3\u00a5\u20b9] ?(?P<inner>-)?)?"
     rf"(?P<value>\d+ (?:and )?\d+/\d+"
     rf"|(?:(?:{_INTEGER})(?:\.\d+)?|\.\d+){_EXPONENT}?(?: ?/ ?(?:\d+(?:\.\d+)?))?)"
     rf"(?P<scale>(?: (?:{'|'.join(_SCALES)})\b)*)(?P<after> ?%|{_UNITS})?"
-    r"(?![\w^/\u2030]|[.,:']\d|\(|-to-|[\u0370-\u03ff]|\\(?:pi|sqrt|frac)\b)",
+    r"(?![\w^\u2030\u2080-\u2089]|/(?!(?:an? )?[a-z]{2,}\b(?!/))"
+    r"|(?:\.+|[,:'])\d|\(|\+(?!\s?[\d$(.])|-to-|[\u0370-\u03ff]"
+    r"| ?\u221a| ?\\(?:pi|sqrt|frac)\b)",
     re.ASCII,
 )
 
@@ -103,6 +114,7 @@ class Number(NamedTuple):
 def plain(text: str) -> str:
     """`text` with one spelling of minus signs, spaces and fractions, and without LaTeX and markdown around numbers."""
     spelled = _FRACTION.sub(lambda one: f"{' ' * bool(one[1])}{unicodedata.normalize('NFKC', one[2])}", text)
+    spelled = re.sub(r"^([^\w\n]*)\u2212 +(?=\d)", r"\1-", spelled, flags=re.MULTILINE)  # never a bullet
     spelled = _RAISED.sub(lambda one: f"^{unicodedata.normalize('NFKC', one[0])}", spelled).translate(_SPELLINGS)
     spelled = _DIGIT.sub(lambda one: str(unicodedata.decimal(one[0])), spelled)
     spelled = _LETTER.sub(lambda one: unicodedata.normalize("NFKC", one[0]), spelled)

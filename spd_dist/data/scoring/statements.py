@@ -19,7 +19,7 @@ from spd_dist.data.scoring.numbers import (
     plain,
     same_number,
 )
-from spd_dist.data.scoring.phrases import ANSWER_VERBS, ANSWER_WORDS
+from spd_dist.data.scoring.phrases import ANSWER_VERBS, ANSWER_WORDS, BESIDE, CLOSING, OUT_OF, REFUSED, SUM_IN_BRACKETS
 from spd_dist.data.scoring.thoughts import TURNED, settled
 
 _ARITHMETIC = re.compile(r"[\d)%] ?[-+*/^] ?[$(]*[-.]?\d", re.ASCII)
@@ -47,9 +47,9 @@ _CORRECTED = re.compile(
 )
 """`No wait, it is 5`."""
 _NEGATED = re.compile(
-    r",?\s*\b(?:and |but )?(?:not|isn't|is not)\s+[$\u20ac\u00a3]?[-+]?[\d.,]*\d\w*%?"
+    r",?\s*\b(?:and |but )?(?:not|never|isn't|is not|rather than|instead of)\s+[$\u20ac\u00a3]?[-+]?[\d.,]*\d\w*%?"
     r"(?:,?\s+but\b|[,;.]\s+(?:it's|it is|but)\b)?"
-    r"|\b(?:can't|cannot|couldn't|could not|isn't) be [$]?-?\d[\d.,]*"
+    r"|\b(?:can't|cannot|couldn't|could not|isn't) be [$]?-?\d[\d.,]*|[$]?\d[\d.,]*\?\s*(?:no|nope|wrong)\b"
     r"|(?<![\w.])[$]?-?\d[\d.,]*(?: \w+)? (?:is|was|would be) "
     r"(?:wrong|incorrect|too (?:low|high|small|large|big|many|much|few)"
     r"|not (?:the (?:answer|right|correct|final)|right|correct|enough|it\b))",
@@ -74,15 +74,18 @@ _REASON = re.compile(
 _ASIDE = re.compile(r"\([^()]*\)")
 _OR_ASIDE = re.compile(r"\(\s*(?:or|maybe|perhaps|possibly|not sure)\b", re.IGNORECASE)
 _BOUND = re.compile(
-    r"(?:\u00b1|\b(?:more|less|fewer|greater|larger|smaller|higher|lower) than|\b(?:over|under|above|below)"
-    r"|[<\u2264]=?|[\w)] ?[>\u2265]=?)\s*$",
+    r"(?:\u00b1|\b(?:more|less|fewer|greater|larger|smaller|higher|lower) than(?: the)?|\b(?:over|under|above|below)"
+    r"|[<\u2264\u2265]=?|[\w)] ?>=?)\s*$|(?:^|\s)>$",
     re.IGNORECASE,
 )
-"""What makes a bound of the number behind it."""
+_OR_MORE = re.compile(
+    r" ?(?:[a-z]+ )?or (?:more|less|fewer|higher|lower|greater|above|below|over|under)\b", re.IGNORECASE
+)
 _ALTERNATIVES = re.compile(
     r"[\d%] ?\w* ?(?:\bor\b|\bto\b|\bversus\b|\bvs\b)[^\d\n]{0,12}$"
-    r"|\d ?(?:years?|months?|weeks?|days?|hours?|hrs?|minutes?|mins?|dollars?|pounds?|feet|foot|ft)"
-    r",? and $",
+    r"|\d [a-z]+(?: on \w+)?,? and $"
+    r"|\d ?(?:years?|months?|weeks?|days?|hours?|hrs?|minutes?|mins?|pounds?|feet|foot|ft),? $"
+    r"|\bif\b[^.,;:=\n]*$",
     re.IGNORECASE,
 )
 """What stands before a number that is one of two: `5 or 6`, `2 hours and 30 minutes`."""
@@ -91,34 +94,21 @@ _UNSURE = re.compile(r"\bI (?:don't|do not) know\b|\bnot sure\b|\bno idea\b|\?\?
 _ONE = r"[-+]?[$\u20ac\u00a3]?\d[\d.,]*%?(?: [A-Za-z]+)?"
 _LISTED = re.compile(rf"\W*{_ONE}(?:(?:,\s+|;\s*|\s*&\s*)(?:(?:and|or) )?{_ONE}|\s+(?:and|or)\s+{_ONE})+\W*")
 """A line that is several quantities and nothing else: `8 apples, 9 pears`."""
-_HEDGED = re.compile(r"\b(?:could|might|may)(?: \w+)? be [$]?([-+]?\d[\d.,]*\d|\d)", re.IGNORECASE)
-_STEP = re.compile(r"\b[Ss]tep \d+\b")
+_HEDGED = re.compile(
+    r"\b(?:(?:could|might|may)(?: \w+)? be|(?:maybe|perhaps|possibly)(?: it(?:'s| is))?) [$]?([-+]?\d[\d.,]*\d|\d)",
+    re.IGNORECASE,
+)
+_STEP = re.compile(r"\b(?i:step|method|case|part|example|question|problem|option|phase) \d+\b")
 _ITEM = re.compile(r"^[ \t]*(\d{1,2})[.)][ \t]+(?=\D)", re.MULTILINE)
 """The number of an item of a list."""
 _SENTENCE_ASIDE = re.compile(r"(?<=[.!?]) ?\([A-Z][^()\n]*[.!?]\)")
-_CLOSING = re.compile(
-    r"\n\W*(?:let me know|(?:I )?hope (?:this|that|it)|feel free|would you like|is there anything|do you have"
-    r"|if you (?:have|need)[^\n]*\b(?:questions?|help|clarification))\b[^\n]*\s*\Z",
-    re.IGNORECASE,
-)
-"""What an assistant says at the end, whatever was asked."""
-_OUT_OF = re.compile(r" (?:[a-z]+ ){0,3}?(?:out of|left (?:over )?(?:from|of|out of)) [$]?\d[\d,.]*(?=\W*$| [a-z])")
-"""`5 out of 12`: what the answer is a part of."""
-_SUM_IN_BRACKETS = re.compile(r"\(\s*[$]?\d[\d.,]*(?:\s*[-+*/]\s*[$]?\d[\d.,]*)+\s*\)")
 _ALONE_FIRST = re.compile(rf"[^\w+-]*({_ONE})\s*(?:\.(?=\s+[A-Z])|\n)")
 _ALONE = re.compile(rf"^[^\w+-]*({_ONE})\W*$", re.MULTILINE)
 """A line that is one quantity and nothing else."""
 _OF_A_PART = re.compile(r"answer (?:to|of)\b", re.IGNORECASE)
-_EXPLAINED = re.compile(r"\W*(?:explanation|because|reason(?:ing)?|solution|since|justification)\b", re.IGNORECASE)
-
-
-_REFUSED = re.compile(
-    r"\W*(?:(?:I'm|I am|We're) (?:so |very )?sorry|sorry|as an AI\b[^.,\n]*|unfortunately|I apologi[sz]e)?[,.:]?\s*"
-    r"(?:but )?(?:I|we)(?: (?:can't|cannot|can not|won't)|(?: am| are|'m|'re) (?:unable|not able)) (?:to )?"
-    r"(?:help|assist|answer|solve|determine|provide|do (?:that|this|it)|comply|complete)\b",
-    re.IGNORECASE,
+_EXPLAINED = re.compile(
+    r"\W*(?:explanation|because|reason(?:ing)?|solution|since|justification|let me explain)\b", re.IGNORECASE
 )
-"""How a refusal begins."""
 
 
 def number_answers(text: str) -> tuple[str | None, str | None]:
@@ -144,13 +134,14 @@ def last_number(text: str) -> str | None:
 
     None where the answer is not one number: several statements that differ, `5 or 6`, `10 - 5` without its result.
     """
-    spelled = _CLOSING.sub("", plain(text))
+    spelled = CLOSING.sub("", plain(text))
     said = stated_answers(spelled)
     said = [one for one in said if re.search(r"\d", one[1])] or said  # `Final Answer: The final answer is 5` is one
     stated = [(place, segment_number(segment)) for place, segment in said]
     if stated and re.search(r"\d", spelled[stated[0][0] :]):
         alone = [(match.start(1), segment_number(match[1])) for match in _ALONE.finditer(spelled)]
-        stated = sorted([*stated, *alone, *_corrections(spelled, stated[0][0])], key=lambda one: one[0])
+        hedged = [(match.start(1), match[1]) for match in _HEDGED.finditer(spelled, stated[-1][0])]
+        stated = sorted([*stated, *alone, *hedged, *_corrections(spelled, stated[0][0])], key=lambda one: one[0])
         return settled(stated, spelled, same_number)
     found = _unstated(spelled)
     segments = [segment for _, segment in [*said, *_marked_words(spelled)] if not re.search(r"\d", segment)]
@@ -179,7 +170,7 @@ def segment_number(segment: str) -> str | None:
     if not re.search(r"\d", sentence) and NO_NUMBER.match(sentence):
         return None
     spelled = sentence if re.search(r"\d", sentence) else spelled
-    head = _OUT_OF.sub("", _REASON.split(spelled, maxsplit=1)[0])
+    head = OUT_OF.sub("", _REASON.split(spelled, maxsplit=1)[0])
     if not re.search(r"=|\d ?[-+*/^]", head) and (found := _one_of(head)) is not None:
         return found
     for side in reversed(_MAKES.sub("=", spelled).split("=")):
@@ -198,11 +189,17 @@ def _one_of(side: str) -> str | None:
     """The number of one side of an equation, if there is only one, and no aside and no bound in front denies it."""
     bare = re.sub(r"^(\W*)([-+]) +(?=[\d.$])", r"\1\2", _without_asides(side))
     numbers = list(numbers_in(bare))
+    if numbers and re.search(r"(?<![-=])>\s*$", bare[: numbers[0].start]):
+        return None
     values = {parse_number(number.text) for number in numbers}
-    if len(values) != 1 or "\u00b1" in side or _BOUND.search(bare[: numbers[0].start]) or _is_sum(side):
+    if len(values) != 1 or "\u00b1" in side or _is_bound(bare, numbers[0].start, numbers[-1].stop) or _is_sum(side):
         return None
     asides = [parse_number(aside.group()[1:-1]) for aside in _ASIDE.finditer(side)] if bare != side else []
     return numbers[0].text if all(one is None or _is_as_percent(one, *values) for one in asides) else None
+
+
+def _is_bound(text: str, start: int, stop: int) -> bool:
+    return _BOUND.search(text[:start]) is not None or _OR_MORE.match(text, stop) is not None
 
 
 def _without_asides(side: str) -> str:
@@ -249,12 +246,14 @@ def _corrections(spelled: str, start: int) -> list[tuple[int, str]]:
 
 def _unstated(spelled: str) -> str | None:
     """The last number of a text that states none as its answer, if nothing beside it makes it one of several."""
-    spelled = _SUM_IN_BRACKETS.sub(
-        lambda one: " " if re.search(r"\d", spelled[: one.start()]) else one.group(), spelled
-    )
-    spelled = _STEP.sub(" ", _NEGATED.sub(" ", _SENTENCE_ASIDE.sub(" ", spelled)))
+    spelled = SUM_IN_BRACKETS.sub(lambda one: " " if re.search(r"\d", spelled[: one.start()]) else one.group(), spelled)
+    spelled = _STEP.sub(" ", _NEGATED.sub(" ", _SENTENCE_ASIDE.sub(" ", OUT_OF.sub("", spelled))))
+    while (
+        bare := BESIDE.sub(lambda one: one.group() if _OR_ASIDE.match(one.group().strip()) else " ", spelled)
+    ) != spelled:
+        spelled = bare
     spelled = _ITEM.sub(" ", spelled) if _ITEM.findall(spelled)[:2] == ["1", "2"] else spelled
-    numbers = [] if _REFUSED.match(spelled) else list(numbers_in(spelled))
+    numbers = [] if REFUSED.match(spelled) else list(numbers_in(spelled))
     if not numbers or len(set(_HEDGED.findall(spelled))) > 1:
         return None
     last = numbers[-1]
@@ -263,13 +262,15 @@ def _unstated(spelled: str) -> str | None:
     lines = [line for line in spelled.splitlines() if re.search(r"\d", line)]
     if is_operand and any(_ALONE.match(side) for side in lines[-1].split("=")[:-1]):  # `12 = 10 + 2`
         return segment_number(lines[-1])
+    if re.match(rf"\W*{_ONE}(?:{_REASON.pattern})", lines[-1]):
+        return segment_number(lines[-1])
     is_term = _VARIABLE.search(NUMBER.sub("0", lines[-1].rpartition("=")[2])) is not None
     if (
         is_operand
         or is_term
         or "\u00b1" in lines[-1]
         or _ALTERNATIVES.search(before)
-        or _BOUND.search(before)
+        or _is_bound(spelled, last.start, last.stop)
         or _BETWEEN.search(before)
         or (_UNSURE.search(before) and re.match(r"\W*\?", spelled[last.stop :]))
         or _LISTED.fullmatch(lines[-1])
@@ -282,6 +283,7 @@ def _opening(spelled: str, last: str) -> str | None:
     """`last`, if the text does not open with another number alone: of these two, the first where it is explained."""
     first = _ALONE_FIRST.match(spelled)
     number = segment_number(first[1]) if first else None
-    if first is None or number is None or same_number(number, last):
+    items = [line for line in _ALONE.findall(spelled) if re.search(r"[a-z]", line)]
+    if first is None or number is None or same_number(number, last) or len(set(items)) > 1:  # `3 dogs`, `9 cats`
         return last
     return number if _EXPLAINED.match(spelled, first.end()) else None

@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 _MARKS = (
-    (re.compile(r"<(?:(?:seed:)?think|thinking|thoughts?|reasoning|scratchpad)>", re.IGNORECASE),
-     re.compile(r"</(?:(?:seed:)?think|thinking|thoughts?|reasoning|scratchpad)>", re.IGNORECASE)),
+    (re.compile(r"<(?:(?:seed:)?think|thinking|thoughts?|reasoning|scratchpad|reflection|analysis)>", re.IGNORECASE),
+     re.compile(r"</(?:(?:seed:)?think|thinking|thoughts?|reasoning|scratchpad|reflection|analysis)>", re.IGNORECASE)),
     (re.compile(r"\u25c1think\u25b7"), re.compile(r"\u25c1/think\u25b7")),
     (re.compile(r"<\|START_THINKING\|>"), re.compile(r"<\|END_THINKING\|>")),
     (re.compile(r"\[THINK\]"), re.compile(r"\[/THINK\]")),
     (re.compile(r"<\|channel\|>analysis"), re.compile(r"<\|channel\|>final(?:<\|message\|>)?")),
+    (re.compile(r"\Aanalysis(?=[A-Z])"), re.compile(r"assistantfinal")),  # gpt-oss, without its special tokens
     (re.compile(r"<\|begin_of_thought\|>"), re.compile(r"<\|end_of_thought\|>")),
 )  # fmt: skip
 TURNED = re.compile(
@@ -34,7 +35,9 @@ _HEAD = re.compile(
 )
 """The head of its own turn, which a model repeats."""
 _CALL = re.compile(
-    r"<(tool_call|function_call)>.*?(?:</\1>|\Z)|(?:\[TOOL_CALLS\]|<\|python_tag\|>|<\|tool_call\|>).*", re.DOTALL
+    r"<(tool_call|function_call)>.*?(?:</\1>|\Z)|(?:\[TOOL_CALLS\]|<\|python_tag\|>|<\|tool_call\|>).*"
+    r"|\{\s*\"name\"\s*:\s*\"[^\"\n]*\"\s*,\s*\"(?:arguments|parameters)\"\s*:.*",
+    re.DOTALL,
 )
 """A call of a tool, which asks and does not answer."""
 _INVISIBLE = re.compile(r"[\u200b\u2060\ufeff]")

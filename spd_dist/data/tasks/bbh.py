@@ -31,7 +31,7 @@ SUBTASKS = (
 WORDS = ("true", "false", "yes", "no", "valid", "invalid")
 """Answers that are one of two words."""
 _ONLY_A_WORD = re.compile(rf"^\W*({'|'.join(WORDS)})(?:,? (?:and )?not \w+)?\W*$", re.IGNORECASE | re.MULTILINE)
-_SENTENCE_OF_A_WORD = re.compile(rf"(?:^|(?<=[.!?])\s+)({'|'.join(WORDS)})(?=[.!?](?:\s|$))", re.IGNORECASE)
+_SENTENCE_OF_A_WORD = re.compile(rf"(?:^|(?<=[.!?])\s+)({'|'.join(WORDS)})(?=[.!](?:\s|$))", re.IGNORECASE)
 _NO = re.compile(r"\bno\b", re.IGNORECASE)
 """An answer here, and no sign that another one is taken back."""
 _UNSURE = re.compile(
@@ -42,6 +42,8 @@ _GIVEN_WORDS = re.compile(
     re.IGNORECASE,
 )
 """What was to be sorted, repeated before it is."""
+_ALONE = re.compile(r"\W*\d+(?:[.,]\d+)*\W*")
+"""A line that is one number and nothing else."""
 _SLANG = {"yeah": "yes", "yep": "yes", "yup": "yes", "nope": "no"}
 
 
@@ -90,7 +92,11 @@ class Bbh:
 
 def same_answer(left: str, right: str) -> bool:
     """Equality as numbers, else as text; lists of words word by word, with or without an `and` before the last."""
-    return same_number(left, right) or same_text(left, right) or same_text(re.sub(r",\s*and\b", ",", left), right)
+    return (
+        same_number(left, right)
+        or same_text(left, right)
+        or same_text(re.sub(r",?\s+and\s+(?=\w+\W*$)", ",", left), right)
+    )
 
 
 def same_text(left: str, right: str) -> bool:
@@ -101,11 +107,11 @@ def same_text(left: str, right: str) -> bool:
 def _plain(text: str) -> str:
     if listed := re.fullmatch(r"[\s*_]*\[((?:\s*(?:'[^']*'|\"[^\"]*\")\s*,?)+)\][\s*_]*\.?", text):  # Python's
         text = re.sub(r"['\"]", "", listed[1])
-    if listed := re.fullmatch(r"[\s*_]*\(([^()]+,[^()]+)\)\.?[\s*_]*", text):
+    if listed := re.fullmatch(r"[\s*_]*[(\[]([^()\[\]]+,[^()\[\]]+)[)\]]\.?[\s*_]*", text):
         text = listed[1]
     if re.fullmatch(r"\s*1[.)] .*", text, re.DOTALL):
         text = re.sub(r"(?:^|(?<=\s))\d+[.)]\s+", " ", text)
-    text = re.sub(r"(?<=\w)\s*(?:\u2192|->|=>)\s*(?=\w)", " ", text.strip("*_ \n"))
+    text = re.sub(r"(?<=\w)\s*(?:\u2192|->|=>|<|(?<=\s)/(?=\s))\s*(?=\w)", " ", text.strip("*_ \n"))
     bare = re.sub(r"[\s,;|\"`]+", " ", unicodedata.normalize("NFC", text).casefold()).strip(" .*'")
     return bare if re.search(r"\w", bare) else bare.replace(" ", "")
 
@@ -124,8 +130,10 @@ def _read(gold: str, text: str, choices: Sequence[str]) -> tuple[str | None, str
         return None, None
     if gold.casefold() in WORDS:
         turns = list(TURNED.finditer(_NO.sub("  ", text)))
-        if turns and (last := _word(text[turns[-1].end() :])):
+        tail = text[turns[-1].end() :] if turns else ""
+        if last := _word(tail) or _concluded(tail) or _lone_word(tail):
             return last, last
+        said, is_equation = said.rpartition("=")[2], "=" in said  # a step of a working, it may be
         words = [
             *_ONLY_A_WORD.findall(text),
             *_SENTENCE_OF_A_WORD.findall(text),
@@ -134,10 +142,12 @@ def _read(gold: str, text: str, choices: Sequence[str]) -> tuple[str | None, str
         ]
         if len({word.casefold() for word in words if word}) > 1 and not TURNED.search(_NO.sub("  ", text)):
             return None, None
-        return _word(said), _word(said) or _concluded(text) or _lone_word(text)
+        strict = None if is_equation else _word(said)
+        return strict, _word(said) or _concluded(text) or _lone_word(text) or next(filter(None, words), None)
     if re.fullmatch(r"-?\d+", gold):
         marked, lenient = number_answers(text)
-        return marked or (segment_number(said) if lenient or not stated else None), lenient
+        is_whole = bool(stated) or text.strip() == said or _ALONE.fullmatch(said) is not None
+        return marked or (segment_number(said) if is_whole and (lenient or not stated) else None), lenient
     listed = _one_word_a_line(text)
     last = next((line for line in reversed(text.splitlines()) if line.strip()), "")
     return listed or _after_colon(said), listed or _after_colon(said if stated else last)
@@ -156,7 +166,11 @@ def _word(said: str) -> str | None:
     """One of the two words, where `said` begins with it."""
     said = re.sub(rf"\bnot\s+(?:{'|'.join(WORDS)})\s*,?\s+but\s+", "", said, flags=re.IGNORECASE)
     match = re.match(
-        rf"\W*({'|'.join([*WORDS, *_SLANG])})\b(?!\s+(?:or|and|one|doubt|idea|clue|way)\b|\s*[/|])", said, re.IGNORECASE
+        rf"\W*({'|'.join([*WORDS, *_SLANG])})\b(?!\s+(?:or|and|one|doubt|idea|clue|way)\b|\s*[/|?]"
+        r"|\s+(?:is|was)(?:n't| not| wrong| incorrect)\b"
+        r"|,\s*(?:yes|no|maybe)\s*(?:[,.?]|$))",
+        said,
+        re.IGNORECASE,
     )
     return _SLANG.get(match[1].casefold(), match[1]) if match else None
 
@@ -170,18 +184,24 @@ def _concluded(text: str) -> str | None:
 def _lone_word(text: str) -> str | None:
     """The word of the answer's form that stands anywhere, if it is the only one and not negated."""
     text = re.sub(rf",\s*(?:and )?not ({'|'.join(WORDS)})\b", "", text, flags=re.IGNORECASE)
+    words = "|".join(WORDS)
     is_negated = re.search(
-        rf"(?:\b(?:not|neither|never|no way)|n't)\s+(?:\w+\s+){{0,2}}(?:{'|'.join(WORDS)})\b", text, re.IGNORECASE
+        r"(?:\b(?:not|neither|never|no way|(?:would|could|might|may) be)|n't)\s+"
+        rf"(?:\w+\s+){{0,2}}(?:{words})\b|\b(?:{words})(?:\s*\?|\s+(?:is|was)(?:n't| not| wrong| incorrect)\b)",
+        text,
+        re.IGNORECASE,
     )
-    text = re.sub(r"\bno (?:one|doubt|idea|clue|way)\b", " ", text, flags=re.IGNORECASE)
-    found = {word.casefold() for word in re.findall(rf"\b({'|'.join(WORDS)})\b", text, re.IGNORECASE)}
+    text = re.sub(r"\bno(?= [a-z])", " ", text, flags=re.IGNORECASE)  # `no one`
+    found = {word.casefold() for word in re.findall(rf"\b({words})\b", text, re.IGNORECASE)}
     return found.pop() if len(found) == 1 and not is_negated and not _UNSURE.search(text) else None
 
 
 def _one_word_a_line(text: str) -> str | None:
     """The words of an answer of one word a line, with or without numbers and bullets."""
-    lines = [re.sub(r"^\s*(?:[-*\u2022]|\d+[.)])\s*", "", line).strip() for line in plain(text).strip().splitlines()]
-    lines = [line for line in lines if line]
+    lines = [line for line in plain(text).strip().splitlines() if line.strip()]
+    listed = [line for line in lines if re.match(r"\s*(?:[-*\u2022]|\d+[.)])\s+\w", line)]
+    listed = [] if stated_answers(plain(text)) else listed
+    lines = [re.sub(r"^\s*(?:[-*\u2022]|\d+[.)])\s*", "", line).strip() for line in listed or lines]
     return " ".join(lines) if len(lines) > 1 and all(len(line.split()) == 1 for line in lines) else None
 
 

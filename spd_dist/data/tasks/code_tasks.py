@@ -85,8 +85,11 @@ class HumanEval:
 
         def continued(text: str) -> str | None:
             blocks = [block for block in python_blocks(text) if block.strip()]
-            lines = (blocks[-1] if blocks else text.partition("```")[0]).strip("\n").splitlines()
-            return longest_program(_as_body(lines), after=row["prompt"].rstrip())
+            for block in [*reversed(blocks), text.partition("```")[0]]:  # a fence may only have been closed
+                body = longest_program(_as_body(block.strip("\n").splitlines()), after=row["prompt"].rstrip())
+                if body and body.strip():
+                    return body
+            return None
 
         return judged_by_tests(
             without_thoughts(output), row["solution"], lambda program: execute(program, tests, ""),
