@@ -96,7 +96,9 @@ def _is_its_own(letter: str | None, text: str, place: int, letters: str, choices
         return True
     said = {_bare(following[1]), _bare(re.split(r"[.,;:(]\s|\.$", following[1])[0])} - {""}
     cut = [one for one in said if len(one) > MIN_CUT]
-    is_own = own != "" and (any(one.startswith(own) for one in said) or any(own.startswith(one) for one in cut))
+    is_own = own != "" and (
+        any(re.match(rf"{re.escape(own)}(?!\w|[.,]\d)", one) for one in said) or any(own.startswith(one) for one in cut)
+    )
     return is_own or not (said & set(texts[1:]) or any(other.startswith(one) for one in cut for other in texts[1:]))
 
 
@@ -162,7 +164,8 @@ def _lists(text: str, letters: str, first: str, choices: Sequence[str]) -> bool:
         letter for letter, said in found if first.upper() == letters[0] or _is_choice(said, letter, letters, choices)
     }
     only = set(re.findall(rf"^\W*([{letters}])\W*$", text, re.MULTILINE))
-    line = set(re.findall(rf"(?<!\w)\(?([{letters}])[).:]\s", text.partition("\n")[0]))
+    row = re.findall(rf"(?<!\w)(?:\(?([{letters}])[).:]|\(([{letters.lower()}])\))\s", text.partition("\n")[0])
+    line = {(upper or lower).upper() for upper, lower in row}
     own = {letter for letter in line if re.search(_enumerated(letter, letters, choices), text, re.IGNORECASE)}
     is_row = len(line) > 2 or len(own) > 1 or (line == set(letters) and len(line) > 1)
     beside = re.match(rf"\W*[{letters}][.)]\s+\(?[{letters}][.)]", text) is not None

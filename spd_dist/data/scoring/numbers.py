@@ -48,7 +48,8 @@ _MARKUP = (
     (re.compile(r"\bRs\.? ?(?=\d)"), "$"),
     (
         re.compile(
-            r"\bnegative\s+(?=[$]?\d)|(?:^|(?<=\bis )|(?<=: )|(?<=# ))minus\s+(?=[$]?\d)", re.IGNORECASE | re.MULTILINE
+            r"\bnegative\s+(?=[$]?\d)|(?:^[ \t]*|(?<=\bis )|(?<=: )|(?<=# ))minus\s+(?=[$]?\d)",
+            re.IGNORECASE | re.MULTILINE,
         ),
         "-",
     ),
@@ -114,7 +115,7 @@ class Number(NamedTuple):
 def plain(text: str) -> str:
     """`text` with one spelling of minus signs, spaces and fractions, and without LaTeX and markdown around numbers."""
     spelled = _FRACTION.sub(lambda one: f"{' ' * bool(one[1])}{unicodedata.normalize('NFKC', one[2])}", text)
-    spelled = re.sub(r"^([^\w\n]*)\u2212 +(?=\d)", r"\1-", spelled, flags=re.MULTILINE)  # never a bullet
+    spelled = re.sub(r"^((?:[^\w\n]|_)*)\u2212 +(?=\d)", r"\1-", spelled, flags=re.MULTILINE)  # never a bullet
     spelled = _RAISED.sub(lambda one: f"^{unicodedata.normalize('NFKC', one[0])}", spelled).translate(_SPELLINGS)
     spelled = _DIGIT.sub(lambda one: str(unicodedata.decimal(one[0])), spelled)
     spelled = _LETTER.sub(lambda one: unicodedata.normalize("NFKC", one[0]), spelled)

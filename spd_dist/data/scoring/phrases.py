@@ -42,7 +42,9 @@ ANSWER = (
     r"\b(?:[Aa](?:nswer|NSWER)\b(?:[\"']|(?: to [^.\n:]{1,60}?)?)|[Aa]ns\.?(?=[\s:=])"
     r"|(?:(?:correct|right|best) )?(?<!each )(?<!every )(?<!any )(?<!which )(?<!following )"
     r"(?:[Oo]ption|[Cc]hoice|[Ll]etter|[Gg]uess|one)\"?(?=\s*(?:is|was|:|=))"
-    r"|[Ff]inal(?=\s*:))\s*(?:is|was|would be|must be|should be|has to be|:|=|-|\u2014)(?:\s+but\b)?\W*?"
+    r"|[Ff]inal(?=\s*:)"
+    r"|(?:[Ss]olution|[Oo]utput|[Rr]esult|[Rr]esponse)(?=\s*:\W*[A-Za-z]\W*(?:\n|$)))"
+    r"\s*(?:is|was|would be|must be|should be|has to be|:|=|-|\u2014)(?:\s+but\b)?\W*?"
     r"(?:(?:the |an? )?(?:correct |right |best )?(?:option|choice|letter|answer)\b[\s:]*(?:is\b)?\W*)?"
 )
 FOREIGN = (

@@ -30,8 +30,10 @@ SUBTASKS = (
 )  # fmt: skip
 WORDS = ("true", "false", "yes", "no", "valid", "invalid")
 """Answers that are one of two words."""
-_ONLY_A_WORD = re.compile(rf"^\W*({'|'.join(WORDS)})(?:,? (?:and )?not \w+)?\W*$", re.IGNORECASE | re.MULTILINE)
-_SENTENCE_OF_A_WORD = re.compile(rf"(?:^|(?<=[.!?])\s+)({'|'.join(WORDS)})(?=[.!](?:\s|$))", re.IGNORECASE)
+_ONLY_A_WORD = re.compile(
+    rf"^\W*({'|'.join(WORDS)})(?:(?:,? (?:and )?not \w+)?\W*$|,? (?:because|since)\b)", re.IGNORECASE | re.MULTILINE
+)
+_SENTENCE_OF_A_WORD = re.compile(rf"(?:^|(?<=[.!?])\s+)({'|'.join(WORDS)})(?=[.!][*`]*(?:\s|$))", re.IGNORECASE)
 _NO = re.compile(r"\bno\b", re.IGNORECASE)
 """An answer here, and no sign that another one is taken back."""
 _UNSURE = re.compile(
@@ -146,7 +148,7 @@ def _read(gold: str, text: str, choices: Sequence[str]) -> tuple[str | None, str
         return strict, _word(said) or _concluded(text) or _lone_word(text) or next(filter(None, words), None)
     if re.fullmatch(r"-?\d+", gold):
         marked, lenient = number_answers(text)
-        is_whole = bool(stated) or text.strip() == said or _ALONE.fullmatch(said) is not None
+        is_whole = bool(stated) or plain(text).strip() == said or _ALONE.fullmatch(said) is not None
         return marked or (segment_number(said) if is_whole and (lenient or not stated) else None), lenient
     listed = _one_word_a_line(text)
     last = next((line for line in reversed(text.splitlines()) if line.strip()), "")
