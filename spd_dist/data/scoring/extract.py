@@ -9,7 +9,8 @@ from spd_dist.data.scoring.statements import last_number
 from spd_dist.data.scoring.thoughts import settled
 
 _CALCULATOR = re.compile(r"<<[^<>\n]*>>")
-_FENCE = re.compile(r"```[ \t]*([\w+-]*)[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
+_FENCE = re.compile(r"```[ \t]*([\w+-]*)[^\n`]*\n(.*?)(?:(?=```[ \t]*\w)|```|\Z)", re.DOTALL)
+"""A fence with a language always opens: one without, in front of it, only closed what nothing had opened."""
 
 
 def without_calculator(solution: str) -> str:
