@@ -37,12 +37,16 @@ _UNITS = (
     r"|points?)"
 )
 _TEXT = r"\\(?:text|mathrm|textbf|textit|mbox|mathbf)"
-_PERIODIC = r"(\d{1,30})\.(\d{0,30})\\overline\s*\{(\d{1,30})\}"
-"""`0.1\\overline{6}`, a fraction: what repeats, over as many nines, behind what does not."""
+
+
+def _as_fraction(it: re.Match[str]) -> str:
+    r"""`0.1\overline{6}` as a fraction: what repeats, over as many nines, behind what does not."""
+    return rf"\frac{{{int(it[1] + it[2] + it[3]) - int(it[1] + it[2])}}}{{{(10 ** len(it[3]) - 1) * 10 ** len(it[2])}}}"
+
+
 _REWRITTEN = tuple((re.compile(pattern), instead) for pattern, instead in (
     (r"[\u2212\u2013]", "-"),
-    (_PERIODIC, lambda it: rf"\frac{{{int(it[1] + it[2] + it[3]) - int(it[1] + it[2])}}}"
-        f"{{{10 ** len(it[2]) * (10 ** len(it[3]) - 1)}}}"),
+    (r"(\d{1,30})\.(\d{0,30})\\overline\s*\{(\d{1,30})\}", _as_fraction),
     (r"\\(?:left|right|big|Big|displaystyle|limits)(?![a-z])", ""),
     (r"\\!", ""),
     (r"\\[dtc]frac", r"\\frac"),

@@ -30,11 +30,15 @@ _LETTER = re.compile(r"[\U0001d400-\U0001d7cd\u24b6-\u24e9]")
 """A letter of the mathematical alphabets, or in a circle."""
 _RAISED = re.compile(r"[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+")
 _SAID_IN_CODE = re.compile(r"####.*|# *(?:output|answer)\b.*", re.IGNORECASE)
+
+
+def _what_code_says(block: re.Match[str]) -> str:
+    """A program's numbers are not said, but for a comment about what comes out."""
+    return "\n".join(one.group() for one in _SAID_IN_CODE.finditer(block[0]))
+
+
 _MARKUP = (
-    (  # a program's numbers are not said, but for a comment that says what comes out
-        re.compile(r"```(?:python\d?|py)\b[^\n]*\n(?=[^`]*[=(])[^`]*(?:```|\Z)"),
-        lambda code: "\n".join(_SAID_IN_CODE.findall(code[0])),
-    ),
+    (re.compile(r"```(?:python\d?|py)\b[^\n]*\n(?=[^`]*[=(])[^`]*(?:```|\Z)"), _what_code_says),
     (re.compile(r"\\[dt]?frac\s*(\d)\s*(\d)"), r"\\frac{\1}{\2}"),
     (re.compile(r"(?<=\d)\\[dt]?frac"), r" \\frac"),
     (re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r"\1/\2"),
