@@ -147,7 +147,7 @@ def test_the_right_answer_beside_another_one_never_makes_it_right(one, between, 
 
 
 def test_of_expressions_too_a_second_answer_never_helps_and_space_and_bold_print_never_matter():
-    for case, task, row, score in judged("math"):
+    for case, task, row, score in judged("math")[::4]:  # each takes three comparisons of Math-Verify
         if score.correct:
             bold = case["output"] if "\n" in case["output"] else f"**{case['output']}**"
             assert task.score(row, f"\n {bold}\n\n").correct
