@@ -154,7 +154,8 @@ def _given(text: str, letters: str, choices: Sequence[str]) -> Iterator[tuple[in
         text,
     ):
         if "(" in match.group() or CLAUSE.search(text[: match.start()]):
-            yield match.start(), _alone(match[1] or match[2], "", letters)
+            is_shared = re.match(r",? (?:but|and) so is\b", text[match.end() :])
+            yield match.start(), None if is_shared else (match[1] or match[2]).upper()
 
 
 def _lists(text: str, letters: str, first: str, choices: Sequence[str]) -> bool:

@@ -19,7 +19,8 @@ _CORRECT = r"(?:correct[aeo]?|corrett[ao]|corret[ao]|richtig\w*|bonne|\u0627\u06
 _BE = r"(?:ist|est|es|\u00e9|\u00e8)"
 NEGATED = re.compile(
     r"\b(?i:wrong|incorrect|worst|false) (?:answer|option|choice|one|letter)\s*(?:is|:|=)\s*\(?[A-Z]\)?(?!\w)|"
-    r"\b(?i:not|isn't|neither|nor|never|rather than|instead of|rule out|eliminate)\s+(?:option |choice |answer:? )?"
+    r"\b(?i:not|isn't|neither|nor|never|rather than|instead of|rule out|eliminate)\s+"
+    r"(?:only )?(?:option |choice |answer:? )?"
     r"\(?[A-Z]\)?(?=[\s.,;:)]|$)(?:,?\s+but\b)?"
     r"|(?<!\w)\(?[A-Z]\)?\s*[:=]\s*(?:no|wrong|incorrect|false)\b"
     r"|(?<!\w)\(?[A-Z]\)?(?:[.:]?[ \t]+(?![A-Z]\b)[\w']+){0,4}?[ \t]+(?:is|are|was|seems|would be)\s+"
@@ -33,7 +34,8 @@ NEGATED = re.compile(
     r"|\b(?i:people|students?|person|child|candidate|many|most|some|others|someone|anyone)\b(?:(?!\b(?:I|we)\b)[^.\n]){0,40}?"
     r"\b(?:choose|pick|select|say|go with|think)\s+(?:option )?\(?[A-Z]\)?(?!\w)"
     r"|\b(?<![Nn]o )(?<![Ww]ithout )(?<![Ww]ithout a )(?<![Bb]eyond )(?<![Bb]eyond a )"
-    r"(?i:doubt|don't think|do not think|don't believe|unlikely)\b[^.\n]{0,30}?(?<!\w)\(?[A-Z]\)?(?!\w)"
+    r"(?i:doubt|don't think|do not think|don't believe|unlikely"
+    r"|not (?:sure|certain|confident|convinced))\b[^.\n]{0,30}?(?<!\w)\(?[A-Z]\)?(?!\w)"
     r"|\b(?i:anything|everything|all|any) (?:but|except)\s+(?:option |choice )?\(?[A-Z]\)?(?!\w)"
     r"|\b(?i:while|although|though)\s[^,.;\n]*(?<!\w)[A-Z](?!\w)[^,.;\n]*(?:,|(?=[.;\n]|$))"
 )
@@ -68,7 +70,7 @@ IT_IS = (
     r"(?:(?:option|choice|letter|answer) )?"
 )
 CONCLUDED = (
-    r"\b(?i:so|therefore|thus|hence|clearly|definitely|certainly|obviously|of course),?"
+    r"\b(?i:so|therefore|thus|hence|clearly|definitely|certainly|probably|likely|obviously|of course),?"
     r"\s+(?:the )?(?:option |choice |letter )?"
 )
 HEADED = r"(?m:^)\W*(?i:(?:the )?(?:final |correct )?answer)[ \t]*\n\s*"
@@ -125,10 +127,10 @@ _OF_WHAT = (
 )
 BESIDE = re.compile(
     rf"(?<=[\d%])(?: (?!{_CLAUSE_OF_ITS_OWN})[A-Za-z]+){{0,6}}? {_OF_WHAT}"
-    r"(?: (?:the|all|these|those|her|his|their|end of))* [$]?\d[\d.,]*(?: [A-Za-z]+){0,5}(?=\W*$)"
+    r"(?: (?:the|all|these|those|her|his|their|end of))* [$]?\d[\d.,]*%?(?: [A-Za-z]+){0,5}(?=\W*$)"
     r"|(?<=\d)(?: [A-Za-z]+){1,6} (?:in|of|since) (?:19|20)\d\d(?=\W*$)"
     r"|(?<=\d)(?: [a-z]+){0,3}: \d+ [a-z]+(?:, \d+ [a-z]+)*,? and \d+ [a-z]+(?=\W*$)"
-    r"|(?<=\w) \((?:[a-z]|\d[\d.,]*(?: [a-z]+){2})[^()\n]*\)(?=\W*$)"
+    r"|(?<=\w) \((?:[a-z]|\d[\d.,]*(?: [A-Za-z]+){2})[^()\n]*\)(?=\W*$)"
 )
 """What a number at the end belongs to that is not the answer: `$64 for the 16 glasses`, `$10 in 50 minutes`."""
 _JUDGED = re.compile(
