@@ -28,6 +28,7 @@ from spd_dist.data.scoring.phrases import (
 )  # fmt: skip
 from spd_dist.data.scoring.thoughts import TURNED, settled
 
+_FOLLOWING = re.compile(r"\W*\w[).:,\]\"*]*[ \t]+(?:[-\u2014][ \t]+)?([^\n]+)")
 MIN_CUT = 20
 """Characters of a choice's text that are taken for it where the output was cut."""
 
@@ -85,11 +86,11 @@ def _all_given(text: str, letters: str, choices: Sequence[str]) -> list[tuple[in
 
 def _is_its_own(letter: str | None, text: str, place: int, letters: str, choices: Sequence[str]) -> bool:
     """Whether the text beside a letter is not that of another choice: `B. Rome` and `Rome (B)`, where Rome is C."""
-    following = re.match(r"\W*\w[).:,\]\"*]*[ \t]+(?:[-\u2014][ \t]+)?([^\n]+)", text[place:])
+    following = _FOLLOWING.match(text, place)
     if letter is None or letters.index(letter) >= len(choices):
         return True
     own, *_ = texts = [_bare(str(choices[letters.index(letter)])), *(_bare(str(choice)) for choice in choices)]
-    before = text[:place].casefold()
+    before = text[max(0, place - max(map(len, texts)) - len(" **(")) : place].casefold()
     if any(one != own and re.search(rf"(?<!\w){re.escape(one)}[\s*]*\($", before) for one in texts):
         return False
     if following is None:
