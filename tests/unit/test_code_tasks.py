@@ -108,6 +108,7 @@ def test_the_reference_passes_and_its_prompt_shows_the_problem(name, execute):
     ]
 
 
+@pytest.mark.seconds
 def test_more_inputs_decide_than_are_shown(execute):
     rounded = "```python\ndef half(x):\n    return x // 2\n```"
     assert given("mbpp", MBPP, execute)[0].score(given("mbpp", MBPP, execute)[1], rounded).correct

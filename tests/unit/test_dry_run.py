@@ -49,6 +49,7 @@ def trained_peak(finetune):
     return live.peak
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("changes", [{}, {"mode": "full"}, {"loss": "distil"}], ids=lambda changes: str(changes))
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_training_pass_holds_what_two_shallow_copies_foretell(changes, checkpointing):
@@ -75,6 +76,7 @@ def test_capturing_gradients_holds_what_two_shallow_copies_foretell(checkpointin
     assert foretold == pytest.approx(live.peak, rel=0.1)
 
 
+@pytest.mark.seconds
 def test_linear_layers_of_zero3_keep_the_inputs_of_frozen_weights():
     linear = torch.nn.functional.linear
     sharded = finetune_peak(CONFIG, FINETUNE, torch.float32, is_sharded=True)

@@ -109,6 +109,7 @@ def test_the_engine_of_the_guide_gives_the_same_greedy_corpus(policy, expected, 
     assert run(policy, tmp_path, engine="plain") == expected
 
 
+@pytest.mark.seconds
 def test_continuous_batching_gives_the_same_greedy_corpus(policy, expected, tmp_path):
     assert run(policy, tmp_path, engine="hf_cb") == expected
 
@@ -127,6 +128,7 @@ def test_continuous_batching_gives_the_same_bytes_beyond_a_sliding_window(tmp_pa
     assert max(len(json.loads(line)["tokens"]) for line in made[0].splitlines()) == 96
 
 
+@pytest.mark.seconds
 def test_continuous_batching_halves_its_batch_when_memory_runs_out(policy, caplog):
     """In the thread that decodes, where an error ends every request that is under way."""
     work, passes = [dataclasses.replace(one, sample=k) for one in REQUESTS for k in range(4)], []
@@ -408,6 +410,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     ("fault", "message"),
     [

@@ -215,6 +215,7 @@ def pairs(table: str) -> list[list[str]]:
     return [line.split(" | ") for line in table.strip().splitlines()]
 
 
+@pytest.mark.seconds
 def test_an_expression_is_equal_however_it_is_written() -> None:
     assert [pair for pair in pairs(EQUAL) if not same_expression(*pair)] == []
     assert same_expression("\u22125", "-5")  # the sign that people paste

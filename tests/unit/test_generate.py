@@ -73,6 +73,7 @@ def test_a_corpus_holds_every_prompt_and_sample_in_order(policy, expected, tmp_p
     assert read_record(tmp_path / "summary.json", CorpusSummary) == summary
 
 
+@pytest.mark.seconds
 def test_the_projection_acts_and_the_policy_stays_as_it_was(policy, expected, tmp_path):
     summary = run(policy, tmp_path / "spd")
     assert min(summary.hook_calls.values()) >= 1
@@ -272,6 +273,7 @@ def test_prompts_that_cannot_be_answered_are_named(policy, tmp_path):
         run(policy, tmp_path, prompts=[Prompt("long", "", (5,) * 600)])
 
 
+@pytest.mark.seconds
 def test_a_corpus_beyond_the_thresholds_fails_loudly(policy, tmp_path):
     config = dataclasses.replace(CONFIG, max_new_tokens=1, max_empty_rate=0.0)
     with pytest.raises(
@@ -330,6 +332,7 @@ def test_leakage_beyond_rounding_is_an_error():
         check_leakage(attempt, torch.float32)
 
 
+@pytest.mark.seconds
 def test_fixed_shapes_make_a_bfloat16_corpus_independent_of_kills(model, tmp_path):
     policy = policy_of(model)
     policy.model.bfloat16()

@@ -109,6 +109,7 @@ def test_arms_over_different_examples_are_refused():
         mcnemar({}, {})
 
 
+@pytest.mark.seconds
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=9))
 @settings(max_examples=10, deadline=None)
 def test_holms_correction_is_that_of_statsmodels(values):

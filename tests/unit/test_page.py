@@ -88,6 +88,7 @@ def test_a_large_test_set_does_not_make_a_large_page(folder):
     assert f"{NUM_SHOWN} of 2000 examples" in text
 
 
+@pytest.mark.seconds
 def test_the_same_numbers_give_the_same_page(folder):
     assert page_of(folder) == page_of(folder)
 
@@ -118,6 +119,7 @@ def subspaces(folder):
         save_subspace(folder / stage / "subspace.safetensors", Subspace(sites))
 
 
+@pytest.mark.seconds
 def test_angles_and_losses_are_in_the_report_and_the_page_draws_them_from_there(folder):
     subspaces(folder)
     text = page_of(folder)

@@ -74,6 +74,7 @@ def test_shards_of_all_ranks_hold_the_model_once(profile, config):
     assert "shards" not in needed.device
 
 
+@pytest.mark.seconds
 def test_full_fine_tuning_holds_sixteen_bytes_of_optimizer_for_each_parameter(config):
     full = changed(config, "finetune", mode="full")
     profile = profile_of(full)
@@ -102,6 +103,7 @@ def test_weights_of_4_bits_and_the_one_that_is_made_whole_are_counted(config):
     assert profiles[0].weight_bytes - profiles[1].weight_bytes == pytest.approx(linear * (2 - 0.516), rel=1e-3)
 
 
+@pytest.mark.seconds
 def test_activations_that_wait_on_the_host_and_states_of_8_bits_are_counted(profile, config):
     waiting = changed(config, "finetune", offload_activations=True)
     for placement in ("replica", "layerwise", "offload"):

@@ -54,6 +54,7 @@ def reference_probabilities(logits_NV: torch.Tensor, sampling: Sampling, prompt_
     return processors(prompt_NT, logits_NV.clone()).double().softmax(-1)
 
 
+@pytest.mark.seconds
 @given(
     st.integers(0, 10_000),
     st.sampled_from([0.3, 0.7, 1.0, 1.6]),

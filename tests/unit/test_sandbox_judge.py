@@ -119,6 +119,7 @@ WRONG = {
 }  # fmt: skip
 
 
+@pytest.mark.seconds
 def test_the_reason_says_what_went_wrong(any_sandbox):
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda wrong: any_sandbox.run(*wrong), WRONG.values()))

@@ -125,6 +125,7 @@ def test_arms_that_never_differ_are_said_to_show_nothing(tmp_path):
     ]
 
 
+@pytest.mark.seconds
 def test_the_family_of_all_comparisons_is_corrected_by_holm(tmp_path):
     result = over_seeds([run(tmp_path / str(seed), seed, spd=spd) for seed, spd in ((1, 70), (2, 74), (3, 73))])
     p_values = [one.p_value for one in result.comparisons]

@@ -156,6 +156,7 @@ def test_files_that_are_no_subspace_are_refused(tmp_path):
         load_subspace(path)
 
 
+@pytest.mark.seconds
 def test_compare_prints_and_draws(tmp_path, capsys):
     paths = [tmp_path / "a.safetensors", tmp_path / "run" / "project" / "subspace.safetensors"]
     for path, seed in zip(paths, (1, 2), strict=True):

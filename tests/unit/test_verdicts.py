@@ -146,6 +146,7 @@ def test_the_right_answer_beside_another_one_never_makes_it_right(one, between, 
     assert TURNED.search(between.join(both)) or not task.score(row, between.join(both)).correct
 
 
+@pytest.mark.seconds
 def test_of_expressions_too_a_second_answer_never_helps_and_space_and_bold_print_never_matter():
     for case, task, row, score in judged("math")[::4]:  # each takes three comparisons of Math-Verify
         if score.correct:

@@ -36,6 +36,7 @@ def run_in(folder, wandb, **changes):
     return read_offline_run(folder)
 
 
+@pytest.mark.seconds
 def test_an_offline_run_holds_config_metrics_step_axes_tables_and_exit_code(tmp_path):
     folder = tmp_path / "demo"
     folder.mkdir()
@@ -237,6 +238,7 @@ with MetricLogger(folder / "metrics", mirror=open_mirror(Metrics(wandb="offline"
 """
 
 
+@pytest.mark.seconds
 def test_a_run_outlives_the_death_of_wandb_with_a_warning_of_each_kind(tmp_path):
     child = subprocess.run([sys.executable, "-c", DYING, tmp_path], capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stderr
