@@ -62,7 +62,7 @@ def load_experiment(paths: Iterable[str | Path], overrides: Iterable[str] = ()) 
     }
     for (key, instead), (value, unset) in of_each_run.items():
         if value != unset:
-            raise ConfigError(f"{key}: {value!r} is not valid in an experiment of a run a seed; set {instead}")
+            raise ConfigError(f"{key}: {_shown(value)} is not valid in an experiment of a run a seed; set {instead}")
     if len(set(experiment.seeds)) < max(2, len(experiment.seeds)):
         raise ConfigError(
             f"seeds: {list(experiment.seeds)} is not valid; name at least two, each once, or use launchers/spd.py"
@@ -86,10 +86,10 @@ def _merged(paths: Iterable[str | Path], overrides: Iterable[str]) -> Mapping[st
             merged = OmegaConf.merge(merged, values)
         except (OmegaConfBaseException, TypeError, ValueError) as error:
             raise ConfigError(f"{source} does not merge with what stands before it: {_first_line(error)}") from error
-    for section in (merged, merged.get("run")):
-        if OmegaConf.is_dict(section) and OmegaConf.is_dict(section.get("generate")):
-            generate: Any = OmegaConf.to_container(section.generate)
-            keep_secret(str(generate.get("command")))
+    written: Any = OmegaConf.to_container(merged)
+    for section in (written, written.get("run")):
+        if isinstance(section, dict) and isinstance(section.get("generate"), dict):
+            keep_secret(str(section["generate"].get("command")))
     try:
         resolved: Any = OmegaConf.to_container(merged, resolve=True)
         return resolved
@@ -159,11 +159,16 @@ def _read_file(path: str | Path) -> tuple[str, Any]:
 
 def _read_override(word: str) -> tuple[str, Any]:
     if "=" not in word or word.startswith("="):
-        raise ConfigError(f"{word!r} is not an override: write section.key=value, as in finetune.num_epochs=3")
+        raise ConfigError(f"{_shown(word)} is not an override: write section.key=value, as in finetune.num_epochs=3")
     try:
         return word, OmegaConf.from_dotlist([word])
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
-        raise ConfigError(f"{word!r} is not an override: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{_shown(word)} is not an override: {' '.join(str(error).split())}") from error
+
+
+def _shown(value: Any) -> str:
+    """A value for an error: as Python writes it, but short."""
+    return re.sub(r"(?s)^(.{200}).+$", r"\1...", repr(value))
 
 
 def _first_line(error: Exception) -> str:
@@ -173,13 +178,13 @@ def _first_line(error: Exception) -> str:
 
 def _build(section: type, values: Any, prefix: str) -> Any:
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{prefix.rstrip('.')}: {values!r} is not a section; its keys are {_names(section)}")
+        raise ConfigError(f"{prefix.rstrip('.')}: {_shown(values)} is not a section; its keys are {_names(section)}")
     hints = typing.get_type_hints(section)
     fields = {item.name: item for item in dataclasses.fields(section)}
     for name in values:
         if name not in fields:
             raise ConfigError(
-                f"{prefix}{name}: unknown key (value {values[name]!r}); {_nearest(prefix, str(name), section)}"
+                f"{prefix}{name}: unknown key (value {_shown(values[name])}); {_nearest(prefix, str(name), section)}"
             )
     built = {}
     for name, value in values.items():
@@ -235,10 +240,12 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         fits = origin is None and type(value) is hint
     is_line = hint is str and key.removeprefix("run.") not in OF_SEVERAL_LINES
     if fits and is_line and isinstance(value, str) and _CONTROL.search(value):
-        raise ConfigError(f"{key}: {value!r} is not valid; it must be text of one line, without control characters")
+        raise ConfigError(
+            f"{key}: {_shown(value)} is not valid; it must be text of one line, without control characters"
+        )
     if fits:
         return value
-    raise ConfigError(f"{key}: {value!r} is not valid; it must be {_describe(hint)}")
+    raise ConfigError(f"{key}: {_shown(value)} is not valid; it must be {_describe(hint)}")
 
 
 def _convert_to_one_of(value: Any, choices: tuple[Any, ...], hint: Any, key: str) -> Any:
@@ -249,7 +256,7 @@ def _convert_to_one_of(value: Any, choices: tuple[Any, ...], hint: Any, key: str
             return _convert(value, choice, key)
         except ConfigError:
             continue
-    raise ConfigError(f"{key}: {value!r} is not valid; it must be {_describe(hint)}")
+    raise ConfigError(f"{key}: {_shown(value)} is not valid; it must be {_describe(hint)}")
 
 
 def _describe(hint: Any) -> str:
@@ -260,13 +267,8 @@ def _describe(hint: Any) -> str:
         return " or ".join(map(_describe, arguments))
     if origin is tuple:
         return f"a list, each {_describe(arguments[0])}"
-    names: dict[Any, str] = {
-        int: "an integer",
-        float: "a number",
-        bool: "true or false",
-        str: "text",
-        types.NoneType: "null",
-    }
+    names: dict[Any, str] = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+    names[types.NoneType] = "null"
     return names.get(hint, "a mapping")
 
 
@@ -281,5 +283,5 @@ def _check_bounds(value: Any, metadata: Mapping[str, Any], key: str) -> None:
     for rule, holds in rules.items():
         if rule in metadata and not holds(metadata[rule]):
             raise ConfigError(
-                f"{key}: {value!r} is out of bounds; it must be {rule.replace('_', ' ')} {metadata[rule]}"
+                f"{key}: {_shown(value)} is out of bounds; it must be {rule.replace('_', ' ')} {metadata[rule]}"
             )

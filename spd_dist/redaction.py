@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 from spd_dist.types import Json
 
@@ -34,7 +35,7 @@ _OPTION = re.compile(r"(?P<before>(?<![\w-])--?(?P<name>[A-Za-z][\w-]*)(?:\s+|=)
 _ASSIGNED = re.compile(r"(?P<before>(?<![\w.-])(?P<name>[A-Za-z_][\w.-]*)\s?=\s?)(?P<value>[^\s'\"${&][^\s'\"&]*)")
 _QUOTED = re.compile(r"(?P<before>\"(?P<name>[A-Za-z_][\w.-]*)\"\s*:\s*\")(?P<value>[^\"${][^\"]*)")
 _HEADER = re.compile(r"(?P<before>\b(?:Bearer|Basic)\s+)[\w.~+/=-]{6,}")
-_ADDRESS = re.compile(r"(?P<before>\b[a-z][a-z0-9+.-]*://[^\s/:@]*:)[^\s/@]+(?=@)")
+_ADDRESS = re.compile(r"(?P<before>\b[a-z][a-z0-9+.-]*://(?:[^\s/:@]*:)?)[^\s/]+(?=@)")
 _KNOWN_FORMS = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[\w-]{16,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|AKIA[0-9A-Z]{16}"
     r"|xox[a-z]-[\w-]{10,}|wandb_v1_\w{16,})"
@@ -110,6 +111,7 @@ def _secrets() -> Iterable[tuple[str, str]]:
         (value, name)
         for name, value in os.environ.items()
         if len(value) >= (MIN_LETTERS if name not in _FROM_COMMAND else 4)
-        and (name in _FROM_COMMAND or (looks_secret(name) and not value.startswith("/")))
+        and (name in _FROM_COMMAND or (looks_secret(name) and not os.path.exists(value)))  # of a file is no secret
     ]
+    found += [(quoted, name) for value, name in found if (quoted := quote(value, safe="")) != value]
     return sorted(found, key=lambda pair: (-len(pair[0]), pair[1]))

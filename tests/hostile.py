@@ -143,6 +143,13 @@ REFUSED = [
     "os.mkdir('/usr/new')",
     "os.remove('/guest/spd_dist/sandbox/inside/judge.py')",
     "resource.setrlimit(resource.RLIMIT_AS, (2 ** 40, 2 ** 40))",
+    "resource.setrlimit(resource.RLIMIT_CORE, (0, 0))",
+    "os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))",
+    "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})",
+    "os.setpriority(os.PRIO_PROCESS, 0, 19)",
+    "os.open('/proc/self/autogroup', os.O_WRONLY)",
+    "os.open('/proc/self/mem', os.O_RDWR)",
+    "libc.syncfs(os.open('/tmp', os.O_RDONLY))",
 ]
 """What `achieves` must not."""
 
@@ -213,6 +220,24 @@ OVER_MEMORY = {
     ),
     "larger pipes": _using("import fcntl\n    fcntl.fcntl(os.pipe()[1], 1031, 2 ** 20)"),
     "larger sockets": _using("socket.socketpair()[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 ** 20)"),
+    "a list of who may read, with each file": _using(
+        "import struct\n    users = [(1, 7, 2**32 - 1), *[(2, 7, os.getuid())] * 8180, (4, 7, 2**32 - 1), "
+        "(16, 7, 2**32 - 1), (32, 7, 2**32 - 1)]\n"
+        "    value = struct.pack('<I', 2) + b''.join(struct.pack('<HHI', *each) for each in users)\n"
+        "    for n in range(3000):\n        open(f'/tmp/{n}', 'w').close()\n"
+        "        os.setxattr(f'/tmp/{n}', 'system.posix_acl_access', value)"
+    ),
+    "threads whose first has ended": _using(
+        "for _ in range(5):\n        if os.fork() == 0:\n            threading.Thread(target=held).start()\n"
+        f"            libc.syscall({60 if X86 else 93}, 0)\n    time.sleep(3)",
+        "def held():\n    time.sleep(0.3)\n    block = bytearray(100 * 2 ** 20)\n"
+        "    for at in range(0, len(block), 4096): block[at] = 1\n    time.sleep(3)\n",
+    ),
+    "filters for its own calls": _using(
+        "import struct\n    body = ctypes.create_string_buffer(struct.pack('HBBI', 6, 0, 0, 0x7fff0000) * 4000)\n"
+        "    rules = ctypes.create_string_buffer(struct.pack('HxxxxxxP', 4000, ctypes.addressof(body)))\n"
+        "    if libc.prctl(22, 2, rules, 0, 0) < 0: raise OSError(ctypes.get_errno())"
+    ),
     "watches": _using("if libc.inotify_init1(0) < 0: raise OSError(ctypes.get_errno())"),
     "rules": _using("if libc.syscall(444, (ctypes.c_uint64 * 1)(4), 8, 0) < 0: raise OSError(ctypes.get_errno())"),
 }
@@ -285,5 +310,19 @@ CUNNING = {
         f"    __index__ = __int__\n    def __eq__(self, other): return True\n{_FUNCTION}return Four()"
     ),
     "a name that is a word of the judge": f"{_FUNCTION}return ['object', 0]\n__assertion_held__ = lambda *a: True",
+    "numbers at an address of the judge": (
+        "class Numbers:\n    __array_interface__ = {'shape': (1,), 'typestr': '<f8', 'version': 3, 'data': (1, True)}\n"
+        f"{_FUNCTION}return Numbers()"
+    ),
+    "writes on its descriptor while the judge waits": (
+        "import json, os, struct, time\nbody = json.dumps({'value': 7}).encode()\nif os.fork() == 0:\n"
+        "    time.sleep(0.05)\n    for _ in range(50): os.write(3, struct.pack('!I', len(body)) + body)\n"
+        f"    os._exit(0)\n{_FUNCTION}time.sleep(0.3)\n    return 7"
+    ),
+    "answers before it is asked": (
+        "import gc\nchannel = next(one for one in gc.get_objects() if type(one).__name__ == 'Channel')\n"
+        "for value in (None, ['object', 0], 7, 7): channel.send({'value': value})\n"
+        f"{_FUNCTION}return 7"
+    ),
 }
 """Those that take a way around: through /proc, the kernel, time, the judge's own words. None is right."""

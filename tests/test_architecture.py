@@ -23,7 +23,7 @@ MAY_IMPORT = {  # besides itself
     "types": set(),
     "arms": {"errors", "config"},
     "overrides": {"config", "errors", "redaction", "yaml_files", "arms", "types"},
-    "distributed": {"config", "types", "errors"},
+    "distributed": {"config", "types", "errors", "redaction"},
     "process": BELOW,
     "sandbox": {"errors"},
     "data": BELOW,

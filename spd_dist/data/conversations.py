@@ -228,7 +228,16 @@ def apply_template(tokenizer: Tokenizer, config: Data, conversation: Conversatio
         ) from error
 
 
-_FAULTS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+_FAULTS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 """What a template may end in: its own words, or Python's."""
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from spd_dist.distributed.world import World
+from spd_dist.redaction import redacted
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ class Heartbeat:
         """Write it beside the heartbeats: those of a thousand ranks in one log would hide the cause."""
         path = self.folder / f"failed_{self.world.rank:05d}.txt"
         try:
-            path.write_text(text, encoding="utf-8")
+            path.write_text(redacted(text), encoding="utf-8")
         except OSError as error:
             log.warning("%s cannot be written (%s):\n%s", path, error, text)
 

@@ -5,14 +5,19 @@ On several ranks: `deepspeed --module spd_dist.launch NAME [ARGUMENTS]`.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import importlib
+import math
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from types import TracebackType
+from typing import Any, Protocol
 
 from spd_dist.errors import UserError
+from spd_dist.redaction import redacted
 
 LAUNCHERS = {
     "run": "run_method:main",
@@ -52,6 +57,7 @@ def launcher(work: Callable[[Sequence[str] | None], int]) -> Main:
 
     @functools.wraps(work)
     def main_of(words: Sequence[str] | None = None) -> int:
+        hide_secrets()
         try:
             return work(words)
         except UserError as error:
@@ -60,6 +66,30 @@ def launcher(work: Callable[[Sequence[str] | None], int]) -> Main:
             return error.exit_code
 
     return main_of
+
+
+def at_least(smallest: float, kind: Callable[[str], float] = int) -> Callable[[str], Any]:
+    """The type of an option that is a number: one that is none, or smaller, ends with exit code 2 and a sentence."""
+
+    def number(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not smallest <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text!r} is not valid; it must be {smallest:g} or more")
+        return value
+
+    return number
+
+
+def hide_secrets() -> None:
+    """From now on, a fault of ours is printed as Python does, but without what is secret in it."""
+    sys.excepthook = _without_secrets
+
+
+def _without_secrets(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    print(redacted("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from spd_dist.config import Config
 from spd_dist.errors import UserError
+from spd_dist.launch import at_least, hide_secrets
 from spd_dist.overrides import load_config, split_words
 from spd_dist.process.launcher_watchdog import watch_launchers
 
@@ -34,6 +35,7 @@ SECONDS_OF_ONE_LAUNCH = 120
 
 def main() -> int:
     """Look at this host, meet the others, and say what is wrong."""
+    hide_secrets()
     watch_launchers(os.environ)
     arguments = parse_arguments()
     try:
@@ -52,10 +54,14 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", nargs="+", action="extend", default=[], metavar="YAML", help="as for spd.py")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as for spd.py")
-    parser.add_argument("--min-disk-gib", type=float, default=5.0, metavar="G", help="free in run_dir")
-    parser.add_argument("--min-gb-per-second", type=float, default=0.0, metavar="B", help="of an all-reduce")
-    parser.add_argument("--max-skew-seconds", type=float, default=1.0, metavar="S", help="between clocks")
-    parser.add_argument("--timeout-seconds", type=float, default=40.0, metavar="S", help="for the ranks to meet")
+    parser.add_argument("--min-disk-gib", type=at_least(0, float), default=5.0, metavar="G", help="free in run_dir")
+    parser.add_argument(
+        "--min-gb-per-second", type=at_least(0, float), default=0.0, metavar="B", help="of an all-reduce"
+    )
+    parser.add_argument("--max-skew-seconds", type=at_least(0, float), default=1.0, metavar="S", help="between clocks")
+    parser.add_argument(
+        "--timeout-seconds", type=at_least(1, float), default=40.0, metavar="S", help="for the ranks to meet"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args()
     arguments.config, arguments.overrides = split_words(arguments.config + arguments.overrides)

@@ -210,6 +210,9 @@ def harness_command(config: Config, tasks: Mapping[str, str | None], adapter: Pa
     check_for_harness(config, tasks)
     model = {"pretrained": model_folder(config), "dtype": config.model.dtype, "revision": config.model.revision}
     model |= {"peft": adapter, "trust_remote_code": config.model.trust_remote_code or None}
+    for name, value in model.items():
+        if "," in str(value):
+            raise ConfigError(f"--lm-eval: {name}: {str(value)!r} holds a comma, which ends a setting of the harness")
     words = {
         "--model": "hf",
         "--model_args": ",".join(f"{name}={value}" for name, value in model.items() if value is not None),

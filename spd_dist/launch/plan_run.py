@@ -19,7 +19,7 @@ from rich.table import Table
 
 from spd_dist.config import Config
 from spd_dist.errors import ConfigError
-from spd_dist.launch import launcher
+from spd_dist.launch import at_least, launcher
 from spd_dist.overrides import load_config, split_words
 
 if TYPE_CHECKING:
@@ -60,9 +60,9 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--gpu", default="H100", help="H200, H100, A100 or L40S: how fast it is")
     parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="of each GPU")
     parser.add_argument("--host-memory", type=float, default=1024.0, metavar="GIB", help="of each host, for offload")
-    parser.add_argument("--train-prompts", type=int, default=7473, help="unless data.num_train says it")
-    parser.add_argument("--test-prompts", type=int, default=1319, help="unless data.num_test says it")
-    parser.add_argument("--prompt-tokens", type=int, default=128, help="mean length of a prompt")
+    parser.add_argument("--train-prompts", type=at_least(1), default=7473, help="unless data.num_train says it")
+    parser.add_argument("--test-prompts", type=at_least(1), default=1319, help="unless data.num_test says it")
+    parser.add_argument("--prompt-tokens", type=at_least(1), default=128, help="mean length of a prompt")
     parser.add_argument("--markdown", action="store_true", help="print a section of docs/scaling.md")
     arguments = parser.parse_intermixed_args(words)
     arguments.config, arguments.overrides = split_words(arguments.config + arguments.overrides)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from spd_dist.hub.publish import PRODUCTS, Publication, publish
 from spd_dist.hub.repository import Patience
-from spd_dist.launch import launcher
+from spd_dist.launch import at_least, launcher
 
 
 @launcher
@@ -49,6 +49,6 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--base-model", metavar="OWNER/NAME", help="the base model's name on the hub, for the card")
     parser.add_argument("--public", action="store_true", help="everybody may see it")
     parser.add_argument(
-        "--attempts", type=int, default=Patience().num_attempts, help="of a request (default: %(default)s)"
+        "--attempts", type=at_least(1), default=Patience().num_attempts, help="of a request (default: %(default)s)"
     )
     return parser.parse_args(words)

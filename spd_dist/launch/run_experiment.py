@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from spd_dist.config import Experiment
 from spd_dist.data.tasks import check_tasks
 from spd_dist.errors import ConfigError
-from spd_dist.launch import launcher, own_rank
+from spd_dist.launch import at_least, launcher, own_rank
 from spd_dist.launch.run_method import begin, on_every_rank
 from spd_dist.overrides import load_experiment, split_words, to_yaml
 from spd_dist.process.signals import StopSignals
@@ -53,14 +53,19 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", nargs="+", action="extend", default=[], metavar="YAML", help="later files win")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="win over every file")
-    parser.add_argument("--task", type=int, default=0, metavar="INDEX", help="which job of an array this is, from 0")
     parser.add_argument(
-        "--num-tasks", type=int, default=1, metavar="N", help="how many there are; fewer than jobs is fine"
+        "--task", type=at_least(0), default=0, metavar="INDEX", help="which job of an array this is, from 0"
+    )
+    parser.add_argument(
+        "--num-tasks", type=at_least(1), default=1, metavar="N", help="how many there are; fewer than jobs is fine"
     )
     parser.add_argument("--report", action="store_true", help="compare what is complete, and do nothing else")
     parser.add_argument("--list", action="store_true", help="print the jobs and whether they are finished, and exit")
     parser.add_argument(
-        "--power", type=float, metavar="POINTS", help="plan how much shows this difference, and write it down, and exit"
+        "--power",
+        type=at_least(0, float),
+        metavar="POINTS",
+        help="plan how much shows this difference, and write it down, and exit",
     )
     parser.add_argument("--pilot", type=Path, metavar="DIR", help="a finished run or experiment that --power plans by")
     parser.add_argument("--show-config", action="store_true", help="print the resolved config and exit")

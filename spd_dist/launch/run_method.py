@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, NoReturn
 from spd_dist.config import STAGES, Config
 from spd_dist.data.tasks import check_tasks
 from spd_dist.errors import ConfigError, DataError, UserError, writing
-from spd_dist.launch import launcher, own_rank
+from spd_dist.launch import at_least, launcher, own_rank
 from spd_dist.overrides import load_config, split_words, to_yaml
 from spd_dist.process.environment import home_of, make_room, where_files_go
 from spd_dist.process.launcher_watchdog import watch_launchers
 from spd_dist.process.signals import StopSignals
+from spd_dist.redaction import redacted
 
 if TYPE_CHECKING:
     from spd_dist.distributed.world import World
@@ -136,19 +137,8 @@ def parser() -> argparse.ArgumentParser:
         ("--preview-masks", "examples, kept tokens marked"),
         ("--preview-scoring", "test rows, their references judged"),
     ):
-        parser.add_argument(option, type=at_least_one, metavar="N", help=f"print N {shown}, and exit")
+        parser.add_argument(option, type=at_least(1), metavar="N", help=f"print N {shown}, and exit")
     return parser
-
-
-def at_least_one(text: str) -> int:
-    """The number of an option that counts something.
-
-    Raises:
-        argparse.ArgumentTypeError: it is none, or below 1.
-    """
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not valid; it must be 1 or more")
-    return int(text)
 
 
 def check_restart(config: Config, arguments: argparse.Namespace) -> None:
@@ -247,7 +237,7 @@ def on_every_rank(config: Config, work: Callable[[World], str]) -> int:
             end_now(error.exit_code)  # the others are inside a collective: only a closed connection reaches them
         code = error.exit_code
     except BaseException as error:  # noqa: BLE001 - printed, and no rank may be left waiting for this one
-        print(brief(error) or traceback.format_exc(), file=sys.stderr, flush=True)
+        print(redacted(brief(error) or traceback.format_exc()), file=sys.stderr, flush=True)
         time.sleep(SECONDS_FOR_THE_CAUSE if world.size > 1 else 0)
         end_now(1)
     else:

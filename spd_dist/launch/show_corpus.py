@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from spd_dist.analysis.corpus import corpus_diff, corpus_stats, length_histogram, load_corpus, pairs
-from spd_dist.launch import launcher
+from spd_dist.launch import at_least, launcher
 from spd_dist.storage.completions import to_text
 from spd_dist.types import Completion
 
@@ -49,7 +49,7 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
             verb.add_argument("file", type=Path, metavar="FILE.jsonl", help="where to write it")
         if name == "show":
             verb.add_argument("--id", action="append", dest="ids", help="only this prompt; may be repeated")
-            verb.add_argument("--num", type=int, default=5, help="at most so many completions")
+            verb.add_argument("--num", type=at_least(1), default=5, help="at most so many completions")
             verb.add_argument("--differing", action="store_true", help="only prompts whose two completions differ")
     return parser.parse_args(words)
 

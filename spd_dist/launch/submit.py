@@ -21,7 +21,7 @@ from pathlib import Path
 import jinja2
 
 from spd_dist.errors import ConfigError
-from spd_dist.launch import launcher
+from spd_dist.launch import at_least, launcher
 from spd_dist.overrides import load_config, load_experiment, split_words
 
 TEMPLATES = Path("slurm")
@@ -144,14 +144,16 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", nargs="+", action="extend", default=[], metavar="YAML", help="as for spd.py")
     parser.add_argument("words", nargs="*", metavar="section.key=value", help="as for spd.py; for sweep: the plan")
     parser.add_argument("--nodes", default="1", metavar="N[,N...]", help="of each job; for stages, of each in turn")
-    parser.add_argument("--ranks-per-node", type=int, default=8, metavar="R", help="one a GPU")
-    parser.add_argument("--cpus-per-rank", type=int, default=8, metavar="C")
+    parser.add_argument("--ranks-per-node", type=at_least(1), default=8, metavar="R", help="one a GPU")
+    parser.add_argument("--cpus-per-rank", type=at_least(1), default=8, metavar="C")
     parser.add_argument("--no-gpus", action="store_true", help="ask for no GPUs: ranks run on CPUs")
     parser.add_argument("--time", default="24:00:00", metavar="[D-]HH:MM:SS")
-    parser.add_argument("--margin-seconds", type=int, default=300, metavar="S", help="asked to stop so long before")
+    parser.add_argument(
+        "--margin-seconds", type=at_least(0), default=300, metavar="S", help="asked to stop so long before"
+    )
     parser.add_argument("--array", metavar="0-N%%K", help="of an array: N + 1 tasks, K at a time")
     parser.add_argument("--launcher", choices=("srun", "deepspeed", "torchrun"), default="srun")
-    parser.add_argument("--max-requeues", type=int, default=20)
+    parser.add_argument("--max-requeues", type=at_least(0), default=20)
     parser.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION", help="as in --sbatch=--partition=gpu"
     )

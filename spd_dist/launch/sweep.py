@@ -29,7 +29,7 @@ from rich.table import Table
 from yaml import YAMLError
 
 from spd_dist.errors import ConfigError, DataError
-from spd_dist.launch import launcher
+from spd_dist.launch import at_least, launcher
 from spd_dist.overrides import load_config, split_words
 from spd_dist.yaml_files import load_yaml
 
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("plan", "status", "collect", "words"))
     parser.add_argument("file", type=Path, help="the sweep for plan, else the plan")
-    parser.add_argument("index", type=int, nargs="?", help="for words: the point")
+    parser.add_argument("index", type=at_least(0), nargs="?", help="for words: the point")
     chosen = parser.parse_args(arguments)
     if chosen.action == "plan":
         plan(chosen.file)

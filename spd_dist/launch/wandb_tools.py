@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spd_dist.launch import launcher
+from spd_dist.launch import at_least, launcher
 from spd_dist.overrides import load_config
+from spd_dist.redaction import redacted
 
 DASHBOARD = """\
 Make the W&B dashboard of a run's project: `python launchers/dashboard.py RUN_DIR [--report] [--dry-run]`.
@@ -88,9 +89,13 @@ def sync(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=SYNC, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="rounds and sweeps in it are found")
     parser.add_argument("--dry-run", action="store_true", help="say what would be uploaded, in order")
-    parser.add_argument("--timeout", type=float, default=900.0, metavar="SECONDS", help="of one part")
+    parser.add_argument("--timeout", type=at_least(1, float), default=900.0, metavar="SECONDS", help="of one part")
     parser.add_argument(
-        "--settled", type=float, default=30.0, metavar="SECONDS", help="leave out what was written to later than that"
+        "--settled",
+        type=at_least(0, float),
+        default=30.0,
+        metavar="SECONDS",
+        help="leave out what was written to later than that",
     )
     arguments = parser.parse_args(words)
     left = []
@@ -115,9 +120,19 @@ def find_parts(run_dir: Path) -> list[Part]:
 def name_and_task(folder: Path) -> tuple[str, int]:
     """The run's name and its task's index, as it wrote them beside its parts; else the folder's name, and 0."""
     run_id = folder.name.rpartition("-")[2]
-    found = (json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.parent.glob("*.json")))
-    own: dict[str, Any] = next((described for described in found if described.get("id") == run_id), {})
-    return own.get("name", folder.name), own.get("task_index", 0)
+    found = map(_described, sorted(folder.parent.glob("*.json")))
+    own = next((described for described in found if described.get("id") == run_id), {})
+    name, index = own.get("name"), own.get("task_index")
+    return name if isinstance(name, str) else folder.name, index if isinstance(index, int) else 0
+
+
+def _described(file: Path) -> dict[str, Any]:
+    """What a run wrote beside its parts; nothing where it is cut or something else."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def handled(part: Part, arguments: argparse.Namespace) -> str:
@@ -134,6 +149,6 @@ def handled(part: Part, arguments: argparse.Namespace) -> str:
     except subprocess.TimeoutExpired:
         return "timed out"
     if not part.is_uploaded:  # W&B's exit code is 0 also when it failed
-        print(done.stderr.strip() or done.stdout.strip(), file=sys.stderr)
+        print(redacted(done.stderr.strip() or done.stdout.strip()), file=sys.stderr)
         return "failed"
     return "uploaded"

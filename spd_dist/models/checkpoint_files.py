@@ -103,7 +103,7 @@ def open_checkpoint(path: Path) -> CheckpointFolder:
         DataError: the folder has no safetensors weights, or one that cannot be read.
     """
     if (path / INDEX).is_file():
-        files = sorted(set(_json(path / INDEX)["weight_map"].values()))
+        files = files_of(path / INDEX)
     elif (path / WEIGHTS).is_file():
         files = [WEIGHTS]
     else:
@@ -121,20 +121,29 @@ def _stored(path: Path, file: str) -> list[StoredTensor]:
             if length > os.fstat(stream.fileno()).st_size:
                 raise ValueError("its header is longer than the file")
             header = json.loads(stream.read(length))
-    except (OSError, ValueError) as error:
+        return [
+            StoredTensor(name, file, 8 + length + int(entry["data_offsets"][0]), str(entry["dtype"]), _shape(entry))
+            for name, entry in header.items()
+            if name != "__metadata__"
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise DataError(f"--base {path}: {file} cannot be read: {error}; download the checkpoint again") from error
-    return [
-        StoredTensor(name, file, 8 + length + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
-        for name, entry in header.items()
-        if name != "__metadata__"
-    ]
 
 
-def _json(path: Path) -> Any:
+def _shape(entry: Mapping[str, Any]) -> tuple[int, ...]:
+    return tuple(map(int, entry["shape"]))
+
+
+def files_of(path: Path) -> list[str]:
+    """The files that an index names: all beside it, since they are read and, for an export, written there."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}; download the checkpoint again") from error
+        files = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        elsewhere = [file for file in files if Path(file).name != file]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path} is no index of weights: {error!r}; download the checkpoint again") from error
+    if elsewhere:
+        raise DataError(f"{path} names {elsewhere[0]!r}, and weights lie beside their index; download the model again")
+    return files
 
 
 def copy_checkpoint(checkpoint: CheckpointFolder, target: Path, rewritten: set[str]) -> None:

@@ -70,7 +70,7 @@ def check_gguf(path: Path) -> GGUFHeader:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 header = _Reader(data).header()
-            except (_Damaged, UnicodeDecodeError) as error:
+            except (_Damaged, UnicodeDecodeError, RecursionError) as error:
                 raise DataError(
                     f"model.name: {path} is cut or damaged: no whole header is in its {size:,} bytes; {AGAIN}"
                 ) from error
@@ -132,7 +132,13 @@ class _Reader:
         tensors = tuple(self.tensor() for _ in range(num_tensors))
         alignment = values.get("general.alignment", ALIGNMENT)
         architecture, num_parts = values.get("general.architecture"), values.get("split.count", 1)
-        if not tensors or not isinstance(architecture, str) or not isinstance(alignment, int) or alignment < 1:
+        if (
+            not tensors
+            or not isinstance(architecture, str)
+            or not isinstance(alignment, int)
+            or alignment < 1
+            or not isinstance(num_parts, int)
+        ):
             raise _Damaged
         return GGUFHeader(architecture, num_parts, tensors, -(-self.place // alignment) * alignment)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from spd_dist.distributed.uneven_work import wait_for_all_ranks
 from spd_dist.distributed.world import World
 from spd_dist.distributed.zero import DeepSpeedEngine, end_engine, frozen_engine, sharding_settings, weights_fingerprint
 from spd_dist.errors import DataError
+from spd_dist.models.checkpoint_files import files_of
 from spd_dist.models.gguf import converted, find_gguf, is_gguf
 from spd_dist.models.gguf_header import check_gguf
 from spd_dist.models.lora import keep_codes_, load_adapter, quantised
@@ -194,7 +194,7 @@ def _is_cached(config: Model) -> bool:
     if folder is None or not (folder / "config.json").exists():
         return False
     indices = [*folder.glob("*.index.json")]
-    named = {name for file in indices for name in json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()}
+    named = {name for file in indices for name in files_of(file)}
     return all((folder / name).exists() for name in named) and any(next(folder.glob(kind), None) for kind in WEIGHTS)
 
 

@@ -164,7 +164,7 @@ class Bubblewrap:
         for link, target in layout.links.items():
             words += ["--symlink", target, link]
         words += ["--hostname", HOST_NAME, "--dev-bind", "/dev/null", "/proc/cmdline"]
-        return [*words, "--remount-ro", "/", "--chdir", "/tmp", "--", *inner]
+        return [*words, "--remount-ro", "/proc", "--remount-ro", "/", "--chdir", "/tmp", "--", *inner]
 
 
 class Namespaces:

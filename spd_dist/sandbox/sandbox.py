@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from spd_dist.sandbox.cgroups import Group, Hierarchy, group_in
-from spd_dist.sandbox.inside.wire import Channel, Ended
+from spd_dist.sandbox.inside.wire import MAX_MESSAGE_BYTES, Channel, Ended
 from spd_dist.sandbox.isolation import (
     GUEST,
     ISOLATED_PYTHON,
@@ -100,6 +100,11 @@ class Sandbox:
         Raises:
             SandboxError: the sandbox did not start; or even alone the program had to wait for what others use.
         """
+        room = MAX_MESSAGE_BYTES - len(json.dumps([program, *tests, setup])) - 128
+        if room < 0:
+            if len(json.dumps(program)) < MAX_MESSAGE_BYTES // 2:
+                raise SandboxError(f"a program's tests are longer than what is judged, by {-room} bytes")
+            return Verdict(False, f"the program is longer than what is judged, by {-room} bytes")
         with among_others():
             verdict = self._run(program, tests, setup, patience=1)
         if verdict is None:

@@ -96,6 +96,21 @@ def test_a_function_is_completed_in_whatever_form(name, execute):
     assert {form for form, score in wrong.items() if score.correct} == set()
 
 
+def test_an_answer_has_no_say_in_what_the_prompt_defines(execute):
+    """As in HumanEval's `decode_cyclic`, whose test takes the prompt's `encode_cyclic`."""
+    prompt = 'def encode(s):\n    return s[::-1]\n\n\ndef decode(s):\n    """ Undo encode. """\n'
+    test = "def check(candidate):\n    assert candidate(encode('ab')) == 'ab'\n"
+    solution = "    return s[::-1]\n"
+    raw = {**HUMANEVAL, "prompt": prompt, "canonical_solution": solution, "test": test, "entry_point": "decode"}
+    task, row = given("humaneval", raw, execute)
+    same = "```python\ndef encode(s):\n    return s\n\ndef decode(s):\n    return s\n```"
+    found = [
+        task.score(row, output).correct
+        for output in (solution, same, same.replace("return s\n`", f"{solution.strip()}\n`"))
+    ]
+    assert found == [True, False, True]
+
+
 @pytest.mark.parametrize("name", RAW)
 def test_the_reference_passes_and_its_prompt_shows_the_problem(name, execute):
     task, row = given(name, RAW[name], execute)

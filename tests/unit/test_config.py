@@ -51,6 +51,17 @@ def test_a_wrong_override_names_key_value_and_rule(override, message):
         load_config(overrides=[override])
 
 
+def test_a_section_that_is_an_interpolation_and_a_long_value_are_one_short_sentence():
+    for word in (
+        "generate=${nope}",
+        "run.generate=${oc.env:NO_SUCH_VARIABLE}",
+        f"seed={'a' * 100_000}",
+    ):
+        with pytest.raises(ConfigError) as refused:
+            load_config([], [word])
+        assert len(str(refused.value)) < 500
+
+
 def test_whole_numbers_may_be_written_as_floats():
     config = load_config(overrides=["generate.max_new_tokens=1e3", "data.num_test=50.0", "calibrate.layers=[2.0,last]"])
     assert (config.generate.max_new_tokens, config.data.num_test, config.calibrate.layers) == (1000, 50, (2, "last"))

@@ -186,10 +186,19 @@ def test_folders_that_are_no_checkpoint_are_refused(base, tmp_path):
     (base / "model.safetensors").write_bytes(whole[:40])
     with pytest.raises(DataError, match="header is longer than the file"):
         export_folded(base, four_sites(), tmp_path / "out")
+    for header in (b"[]", b'{"a": 3}', b'{"a": {"dtype": "F32", "shape": 3, "data_offsets": [0, 4]}}', b'{"a":' * 3000):
+        (base / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+        with pytest.raises(DataError, match=r"model\.safetensors cannot be read"):
+            export_folded(base, four_sites(), tmp_path / "out")
     (base / "model.safetensors").write_bytes(whole)
-    (base / "model.safetensors.index.json").write_text("{")
-    with pytest.raises(DataError, match="is not JSON"):
-        export_folded(base, four_sites(), tmp_path / "out")
+    for index, says in {
+        "{": "is no index of weights: JSONDecodeError",
+        '{"weight_map": 3}': "is no index of weights: AttributeError",
+        '{"weight_map": {"a": "../model.safetensors"}}': "names '../model.safetensors', and weights lie beside",
+    }.items():
+        (base / "model.safetensors.index.json").write_text(index)
+        with pytest.raises(DataError, match=says):
+            export_folded(base, four_sites(), tmp_path / "out")
     (base / "model.safetensors.index.json").unlink()
     (base / "config.json").write_text("{}")
     with pytest.raises(DataError, match="does not describe a causal LM"):

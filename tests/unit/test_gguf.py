@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import tempfile
 import threading
@@ -268,9 +269,16 @@ def of_another_version(path: Path) -> None:
     path.write_bytes(data[:4] + (1).to_bytes(4, "little") + data[8:])
 
 
+def with_a_list_in_lists(path: Path) -> None:
+    """Its one value: lists, each in another."""
+    value = b"\x01" + bytes(7) + b"x" + struct.pack("<I", 9) + 3000 * struct.pack("<IQ", 9, 1)
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + value + bytes(64))
+
+
 @pytest.mark.parametrize(
     ("write", "expected", "remedy"),
     [
+        (with_a_list_in_lists, r"cut or damaged: no whole header is in its \d", "download it again"),
         (lambda path: path.write_bytes(b""), r"no GGUF file: it is empty, where one begins with b'GGUF'", "download"),
         (lambda path: path.write_text("version https://git-lfs"), r"no GGUF file: it begins with b'vers'", "download"),
         (of_another_version, r"is of version 1 of GGUF, and 2 and 3 are read", "llama.cpp"),

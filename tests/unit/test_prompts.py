@@ -128,6 +128,7 @@ FAILING = [
     "{{ messages[0].content.nothing.more }}",
     "{{ 1 / 0 }}",
     "{{ raise_exception('no') }}",
+    "{{ 'x' * 10 ** 15 }}",
 ]
 
 

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from spd_dist.errors import ConfigError
+from spd_dist.launch import launcher
 from spd_dist.overrides import load_config, to_yaml
 from spd_dist.process.environment import environment
 from spd_dist.redaction import HIDDEN, looks_secret, redacted, redacted_data, redacted_words
@@ -25,6 +26,7 @@ OTHER = [
 HELD = [
     f"eng --model m --key {CANARY} --port 80", f"eng --api-key={CANARY}", f"HF_TOKEN={CANARY} eng",
     f"eng -token {CANARY}", f"curl -H 'Authorization: Bearer {CANARY}'", f"https://user:{CANARY}@host/x",
+    f"https://{CANARY}@host/x", f"https://user:a@b:{CANARY}@host/x",
     "hf_aaaaBBBBccccDDDDeeee", f"eng --json '{{\"api_key\": \"{CANARY}\"}}'", f"http://host/?token={CANARY}&n=1",
 ]  # fmt: skip
 FREE = [
@@ -72,6 +74,32 @@ def test_a_variable_of_a_command_is_written_as_the_interpolation_and_used_as_its
     assert CANARY not in text
     (tmp_path / "config.yaml").write_text(text)
     assert load_config([tmp_path / "config.yaml"]) == config
+
+
+def test_a_secret_is_known_in_an_address_and_where_it_begins_as_a_path_does(monkeypatch, tmp_path):
+    monkeypatch.setenv("SOME_PASSWORD", "p@ss/word+1")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", f"/{CANARY}")
+    monkeypatch.setenv("SERVICE_KEY", str(tmp_path))
+    found = redacted(f"https://host/?next=p%40ss%2Fword%2B1 and /{CANARY} and {tmp_path}/key.json")
+    assert found == (
+        "https://host/?next=${oc.env:SOME_PASSWORD} and ${oc.env:AWS_SECRET_ACCESS_KEY} and " + f"{tmp_path}/key.json"
+    )
+
+
+def test_a_traceback_holds_no_secret(monkeypatch, capsys):
+    monkeypatch.setenv("SOME_PASSWORD", CANARY)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+
+    @launcher
+    def main(words):
+        raise RuntimeError(f"no answer of {CANARY}")
+
+    with pytest.raises(RuntimeError) as failed:
+        main([])
+    sys.excepthook(failed.type, failed.value, failed.tb)
+    said = capsys.readouterr().err
+    assert "RuntimeError: no answer of ${oc.env:SOME_PASSWORD}" in said
+    assert CANARY not in said
 
 
 def test_data_is_hidden_by_its_key_or_by_its_value(monkeypatch):

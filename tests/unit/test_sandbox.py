@@ -138,6 +138,21 @@ def test_children_that_end_are_still_children(sandbox):
     assert sandbox.run(program, TESTS) == PASSED
 
 
+def test_signals_without_end_do_not_keep_a_supervisor_busy():
+    """It looks at what is used every now and then, and not whenever a program sends it the signal of a child's end."""
+    code = (
+        "import os, signal, time\nfrom spd_dist.sandbox.inside import supervisor\nlooked = []\n"
+        "def usage():\n    looked.append(1)\n    return supervisor.Usage(0, 0, 0, 0)\n"
+        "supervisor.usage = usage\nsignal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})\n"
+        "began, child = time.monotonic(), os.fork()\nif child == 0:\n    for _ in range(300):\n"
+        "        os.kill(os.getppid(), signal.SIGCHLD)\n        time.sleep(0.001)\n    os._exit(0)\n"
+        "limits = dict.fromkeys(supervisor.Usage._fields, 1)\nassert supervisor._watch(child, limits, {}) == 0\n"
+        "assert len(looked) <= (time.monotonic() - began) / 0.05 + 1, len(looked)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_what_the_kernel_holds_for_a_program_is_counted(tmp_path):
     with open(tmp_path / "locked", "w") as file, contextlib.ExitStack() as stack:
         for start in range(4000):

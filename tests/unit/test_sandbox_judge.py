@@ -13,7 +13,7 @@ from sandboxes import usable_sandbox
 from spd_dist.config import Data
 from spd_dist.data.sources import load_rows
 from spd_dist.data.tasks import find_task, with_execution
-from spd_dist.sandbox import Limits, Sandbox, Verdict
+from spd_dist.sandbox import Limits, Sandbox, SandboxError, Verdict
 
 REAL_ROWS = Path("../shared/data")
 PASSED = Verdict(True, "passed")
@@ -65,6 +65,11 @@ RIGHT = {
         "assert f(1) == [1]",
     ),
     "packages": ("import numpy\ndef f(x): return numpy.int64(x) + 1, numpy.bool_(1)", "assert f(1) == (2, True)"),
+    "arrays": (
+        "import numpy\ndef f(x): return numpy.array([x, 2.0])",
+        "import numpy as np\nassert np.allclose(f(1), [1, 2]) and f.__name__ == 'f'",
+    ),
+    "nothing, where nothing is right": ("def f(x): return []", "import numpy\nassert numpy.allclose(f(1), [])"),
     "much talk": (
         "import sys\nprint('x' * 10**6)\ndef f(x):\n    print(x, file=sys.stderr)\n    return x",
         "assert f(1)",
@@ -108,6 +113,14 @@ WRONG = {
     r"test 1 of 1: AssertionError": ("class math:\n    isclose = lambda *a: True\ndef f(x): return 7", [
         "assert math.isclose(f(1), 2)"
     ]),
+    r"test 1 of 1: AssertionError nothing is compared with something": (
+        "def f(x): return []", ["import numpy as np\nassert np.allclose(f(1), 3.5)"],
+    ),
+    r"test 1 of 1: TypeError .*Remote.*": (
+        "class A: __array_interface__ = {'shape': (1,), 'typestr': '<f8', 'version': 3, 'data': (1, True)}\n"
+        "def f(x): return A()", ["import numpy as np\nassert np.allclose(f(1), 3.5)"],
+    ),
+    r"the program is longer than what is judged, by \d+ bytes": (f"{HONEST}\n#{'x' * 9 * 2**20}", TESTS),
     r"loading the program: the program ended by itself": ("import os; os._exit(0)", TESTS),
     r"test 1 of 2: the program was ended by signal 9": ("import os\ndef double(x): os.kill(os.getpid(), 9)", TESTS),
     r"test 1 of 2: the program exceeded cpu_seconds": ("def double(x):\n    while True: pass", TESTS),
@@ -127,6 +140,11 @@ def test_the_reason_says_what_went_wrong(any_sandbox):
         assert not verdict.passed
         with pytest.raises(ValueError, match=f"^{reason}$"):
             raise ValueError(verdict.reason)
+
+
+def test_tests_that_are_too_long_say_nothing_of_a_program(any_sandbox):
+    with pytest.raises(SandboxError, match=r"a program's tests are longer than what is judged, by \d+ bytes"):
+        any_sandbox.run(HONEST, [f"assert double(2) == 4\n#{'x' * 9 * 2**20}"])
 
 
 def test_a_verdict_does_not_depend_on_the_order_of_a_set(any_sandbox):

@@ -143,6 +143,8 @@ def test_settings_without_a_model_or_an_address_and_what_cannot_be_folded_are_re
         made(policy, tmp_path, named)
     with pytest.raises(ConfigError, match=r"generate.server.url: 'ftp://x' is not valid .*; set it to http://"):
         made(policy, tmp_path, dataclasses.replace(named, server=Server(url="ftp://x")))
+    with pytest.raises(ConfigError, match=r"generate.server.url: a name or password in an address is not sent"):
+        made(policy, tmp_path, dataclasses.replace(named, server=Server(url="http://me:secret@host/v1")))
     with pytest.raises(ConfigError, match=r"project.insertion=rope: .* cannot be folded into weights"):
         made(policy, tmp_path, asking(server), dataclasses.replace(some_projection(), insertion="rope"))
     assert server.bodies == []

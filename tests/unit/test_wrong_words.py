@@ -14,7 +14,16 @@ from spd_dist.data.tasks import find_task
 from spd_dist.data.tasks.description import read_description
 from spd_dist.errors import ConfigError, DataError
 from spd_dist.hub.repository import subspace_file
-from spd_dist.launch import export_policy, plan_run, run_method
+from spd_dist.launch import (
+    export_policy,
+    plan_run,
+    push_product,
+    run_experiment,
+    run_method,
+    submit,
+    sweep,
+    wandb_tools,
+)
 from spd_dist.models.policy import load_tokenizer
 from spd_dist.overrides import load_config
 
@@ -43,6 +52,28 @@ def test_a_preview_of_nothing_starts_no_run(monkeypatch, capsys, tmp_path, optio
 def test_a_cluster_of_nothing_is_refused(capsys, option, value, rule):
     assert plan_run.main(["--config", "package:quickstart", f"{option}={value}"]) == 2
     assert f"error: {option}: {value} is not valid; it must be {rule}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("main", "words"),
+    [
+        (submit.main, ["fused", "--ranks-per-node=0"]),
+        (submit.main, ["fused", "--max-requeues=many"]),
+        (wandb_tools.sync, ["runs", "--timeout=nan"]),
+        (wandb_tools.sync, ["runs", "--settled=-1"]),
+        (push_product.main, ["runs/a", "adapter", "o/n", "--attempts=0"]),
+        (plan_run.main, ["--test-prompts=-3"]),
+        (run_experiment.main, ["--task=-1"]),
+        (run_experiment.main, ["--power=inf"]),
+        (sweep.main, ["words", "plan.json", "-1"]),
+    ],
+)
+def test_a_number_that_is_none_or_too_small_is_refused(monkeypatch, capsys, tmp_path, main, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    assert f"'{words[-1].rpartition('=')[2]}' is not valid; it must be " in capsys.readouterr().err
 
 
 def test_a_base_that_is_no_model_is_refused_before_anything_is_read(monkeypatch, capsys, tmp_path):

@@ -103,6 +103,19 @@ def until_needed(program: str, called: Set[str]) -> str:
     return "\n".join(program.splitlines()[:last])
 
 
+def helpers(prompt: str, of: str, tests: Sequence[str]) -> str:
+    """What `tests` use of a prompt's own definitions, but for the function `of` that is asked for; empty if nothing.
+
+    A test that decodes what the prompt's function has encoded must not take an answer's word for that function.
+    """
+    if not parses(whole := f"{prompt.rstrip()}\n    pass") or not all(map(parses, tests)):
+        return ""
+    with warnings.catch_warnings(action="ignore"):
+        body = [node for node in ast.parse(whole).body if of not in _names_of(node)]
+    needed = set[str]().union(*map(_used, tests)) & {name for node in body for name in _names_of(node)}
+    return "\n".join(map(ast.unparse, body)) if needed else ""
+
+
 def _names_of(node: ast.stmt) -> set[str]:
     """The names that a statement defines, also where it stands under a condition."""
     if isinstance(node, ast.If | ast.Try | ast.With):

@@ -9,7 +9,15 @@ from typing import Any
 
 from spd_dist.data import spans
 from spd_dist.data.scoring.extract import fenced
-from spd_dist.data.scoring.programs import called_by, longest_program, parses, python_blocks, python_in, with_imports
+from spd_dist.data.scoring.programs import (
+    called_by,
+    helpers,
+    longest_program,
+    parses,
+    python_blocks,
+    python_in,
+    with_imports,
+)
 from spd_dist.data.scoring.thoughts import without_thoughts
 from spd_dist.data.spans import Span
 from spd_dist.data.tasks.execution import Execute, ProgramForm, allowed, judged_by_tests
@@ -74,6 +82,7 @@ class HumanEval:
         """
         execute, name = allowed(self.name, self.execute), row["entry_point"]
         tests = [f"{row['test']}\n\ncheck({name})"]
+        setup = helpers(row["prompt"], name, tests)
 
         def is_whole(block: str) -> bool:
             defined = rf"^(?:async )?def {re.escape(name)}\b|^{re.escape(name)} *="
@@ -92,7 +101,7 @@ class HumanEval:
             return None
 
         return judged_by_tests(
-            without_thoughts(output), row["solution"], lambda program: execute(program, tests, ""),
+            without_thoughts(output), row["solution"], lambda program: execute(program, tests, setup),
             called={name}, form=ProgramForm(complete, is_whole, continued),
         )  # fmt: skip
 

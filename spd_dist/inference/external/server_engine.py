@@ -47,6 +47,11 @@ def check_server(server: Server, arm: str, projection: Projection | None) -> Non
             raise ConfigError(
                 f"generate.server.url: {server.url!r} is not valid with engine=server; set it to http://HOST:PORT/v1"
             )
+        if address.username is not None:
+            raise ConfigError(
+                "generate.server.url: a name or password in an address is not sent; put the server's key into the "
+                f"variable that generate.server.key_variable names, {server.key_variable}"
+            )
     if arm not in server.models:
         known = ", ".join(server.models) or "none"
         raise ConfigError(

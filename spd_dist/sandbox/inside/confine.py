@@ -27,7 +27,11 @@ REFUSED: Mapping[str, tuple[int, int]] = {
     "shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190), "mq_open": (240, 180),
     "inotify_init": (253, _NOWHERE), "inotify_init1": (294, 26), "fanotify_init": (300, 262),
     "landlock_create_ruleset": (444, 444), "modify_ldt": (154, _NOWHERE),
-    "vmsplice": (278, 75), "splice": (275, 76), "tee": (276, 77), "sendfile": (40, 71),
+    "vmsplice": (278, 75), "splice": (275, 76), "tee": (276, 77), "sendfile": (40, 71), "seccomp": (317, 277),
+    "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "setxattrat": (463, 463),
+    # Giving way to others, so that the wall clock ends what had no time; work that all of the machine has to do.
+    "setpriority": (141, 140), "ioprio_set": (251, 30), "sched_setaffinity": (203, 122), "sched_setparam": (142, 118),
+    "sched_setscheduler": (144, 119), "sched_setattr": (314, 274), "sync": (162, 81), "syncfs": (306, 267),
 }  # fmt: skip
 """By name: the numbers on x86_64 and on aarch64."""
 
@@ -41,10 +45,11 @@ class _Rule(NamedTuple):
     value: int
 
 
-_CLONE, _MMAP, _FCNTL = (56, 220), (9, 222), (72, 25)
+_CLONE, _MMAP, _FCNTL, _PRCTL, _SETRLIMIT, _PRLIMIT = (56, 220), (9, 222), (72, 25), (157, 167), (160, 164), (302, 261)
 _NEW_NAMESPACE = (0x00020000, 0x02000000, 0x04000000, 0x08000000, 0x10000000, 0x20000000, 0x40000000)
 _SHARED_ANONYMOUS, _HUGE = 0x21, 0x40000
 _ALL = 0xFFFFFFFF
+SET_SECCOMP = 22
 _LOCK_OF_FILE, _LOCK_OF_FILE_WAIT, _SET_LEASE, _NOTIFY, _SET_PIPE_SIZE = 37, 38, 1024, 1026, 1031
 
 RULES = (
@@ -54,6 +59,10 @@ RULES = (
     _Rule(_MMAP, 3, _HUGE, _HUGE),
     *(_Rule(_FCNTL, 1, _ALL, command) for command in (_LOCK_OF_FILE, _LOCK_OF_FILE_WAIT, _SET_LEASE, _NOTIFY)),
     _Rule(_FCNTL, 1, _ALL, _SET_PIPE_SIZE),
+    _Rule(_PRCTL, 0, _ALL, SET_SECCOMP),
+    # Its limit of one byte keeps a crash from starting a program of the host's, which a limit of none does not.
+    _Rule(_SETRLIMIT, 0, _ALL, resource.RLIMIT_CORE),
+    _Rule(_PRLIMIT, 1, _ALL, resource.RLIMIT_CORE),
 )
 """What is refused by its arguments."""
 
@@ -72,7 +81,7 @@ _LOAD, _AND, _IF_EQUAL, _IF_AT_LEAST, _RETURN = 0x20, 0x54, 0x15, 0x35, 0x06
 _NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16
 _ALLOW, _FAIL, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
 _OTHER_ABI = 0x40000000
-_SET_SECCOMP, _FILTER = 22, 2
+_FILTER = 2
 
 
 def can_filter() -> bool:
@@ -85,7 +94,7 @@ def refuse_system_calls() -> None:
     program = _program(_MACHINES[os.uname().machine])
     instructions = ctypes.create_string_buffer(b"".join(program), 8 * len(program))
     described = struct.pack("HxxxxxxP", len(program), ctypes.addressof(instructions))
-    call("prctl", _SET_SECCOMP, _FILTER, ctypes.create_string_buffer(described, len(described)), 0, 0)
+    call("prctl", SET_SECCOMP, _FILTER, ctypes.create_string_buffer(described, len(described)), 0, 0)
 
 
 def _program(machine: _Machine) -> list[bytes]:
@@ -178,7 +187,7 @@ def limit_resources(limits: Mapping[str, int]) -> None:
     """What one process may use; the supervisor watches the sum over all of them."""
     ceilings = {
         resource.RLIMIT_AS: limits["memory_mib"] * _MIB,
-        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_CORE: 1,  # core(5): with 0, a pipe in core_pattern is still fed
         resource.RLIMIT_CPU: limits["cpu_seconds"] + 1,  # a little later than the supervisor, which can say why
         resource.RLIMIT_FSIZE: limits["file_mib"] * _MIB,
         resource.RLIMIT_MEMLOCK: 0,

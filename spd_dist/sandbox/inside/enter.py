@@ -114,7 +114,8 @@ def make_root(layout: Mapping[str, Any]) -> None:
     os.mkdir(f"{NEW_ROOT}/proc")
     check("mount", "proc", f"{NEW_ROOT}/proc", "proc", NO_SUID | NO_DEVICES | NO_EXEC, None)
     check("mount", "/dev/null", f"{NEW_ROOT}/proc/cmdline", None, BIND, None)  # how the host was started
-    make_read_only(NEW_ROOT, 0)
+    for folder in (f"{NEW_ROOT}/proc", NEW_ROOT):
+        make_read_only(folder, 0)
     os.chdir(NEW_ROOT)
     check("pivot_root", ".", ".")
     check("umount2", ".", DETACH)

@@ -5,8 +5,10 @@ The kernel kills every process of a PID namespace with its first one, and lets n
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, NoReturn
 
@@ -21,7 +23,7 @@ from spd_dist.sandbox.inside.confine import (
 EXIT_CODES: Mapping[str, int] = {"cpu_seconds": 71, "memory_mib": 72, "num_processes": 73, "num_files": 74}
 """What the supervisor ends with where the sum over all processes is over a limit; 128 + N: ended by signal N."""
 
-_WATCH_SECONDS = 0.05
+_WATCH_SECONDS, _PAUSE_SECONDS = 0.05, 0.002
 _NICENESS = 10
 
 _WRITABLE = ("/tmp", "/dev/shm")
@@ -73,9 +75,9 @@ def supervise(work: Callable[[], None], limits: Mapping[str, int], counters: Map
         for counter in counters.values():
             os.close(counter.descriptor)
         limit_resources(limits)
+        os.nice(_NICENESS)
         if can_filter():
             refuse_system_calls()
-        os.nice(_NICENESS)
         work()
         os._exit(0)
     for descriptor in range(3):
@@ -85,17 +87,22 @@ def supervise(work: Callable[[], None], limits: Mapping[str, int], counters: Map
 
 def _watch(child: int, limits: Mapping[str, int], counters: Mapping[str, Counter]) -> int:
     """The code to end with."""
+    due = 0.0
     while True:
-        signal.sigtimedwait({signal.SIGCHLD}, _WATCH_SECONDS)
+        if signal.sigtimedwait({signal.SIGCHLD}, max(0.0, due - time.monotonic())) is not None:
+            time.sleep(_PAUSE_SECONDS)  # whoever sends us the signal without end does not keep us busy
         ended = _ended()
         for name, counter in counters.items():
             if counter.value() > (limits[name] if name == "cpu_seconds" else 0):
                 return EXIT_CODES[name]
         if child in ended:
             return 0 if ended[child] >= 0 else 128 - ended[child]
+        if time.monotonic() < due:
+            continue
         for name, used in usage()._asdict().items():
             if used > limits[name]:
                 return EXIT_CODES[name]
+        due = time.monotonic() + _WATCH_SECONDS
 
 
 def _ended() -> dict[int, int]:
@@ -120,7 +127,7 @@ def usage() -> Usage:
             continue
         try:
             fields = _read(f"/proc/{name}/stat").rpartition(b")")[2].split()
-            kib += sum(_kib_of(_read(f"/proc/{name}/status")))
+            kib += _kib(f"/proc/{name}")
         except (FileNotFoundError, ProcessLookupError):  # it has just ended
             continue
         ticks += sum(map(int, fields[11:15]))  # its own time and that of its children, in user and system mode
@@ -135,10 +142,21 @@ def _read(path: str) -> bytes:
         return file.read()
 
 
-def _kib_of(status: bytes) -> list[int]:
-    """Of a process: memory in use, its page tables, and what is swapped out; a zombie has none."""
+def _kib(process: str) -> int:
+    """Of a process: memory in use, its page tables, and what is swapped out; a zombie has none.
+
+    A first thread that has ended tells of none, whatever the others hold: one of those is asked.
+    """
+    found = _kib_of(_read(f"{process}/status"))
+    for thread in [] if found else os.listdir(f"{process}/task"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found = found or _kib_of(_read(f"{process}/task/{thread}/status"))
+    return found
+
+
+def _kib_of(status: bytes) -> int:
     lines = [line.split() for line in status.splitlines() if line.startswith((b"VmRSS:", b"VmPTE:", b"VmSwap:"))]
-    return [int(line[1]) for line in lines]
+    return sum(int(line[1]) for line in lines)
 
 
 def _in_writable_folders() -> tuple[int, float]:
