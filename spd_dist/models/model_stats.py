@@ -6,9 +6,11 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -42,6 +44,23 @@ def meta_model(config: PretrainedConfig, dtype: torch.dtype, *, num_layers: int 
 def first_line(error: Exception) -> str:
     """An error in short: some messages list all that would have been right."""
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def is_of_files(error: Exception) -> bool:
+    """Whether a library has met what it can't read in a model's files; else memory or another rank may be the cause.
+
+    What `tokenizers` raises has no class of its own.
+    """
+    known = (
+        OSError, ArithmeticError, AttributeError, ImportError, LookupError, RecursionError, TypeError, ValueError,
+        SafetensorError, UnpicklingError,
+    )  # fmt: skip
+    return isinstance(error, known) or type(error) is Exception or "mismatch" in str(error)
+
+
+def in_a_line(error: Exception) -> str:
+    """What an error says, without line ends, and not without end."""
+    return " ".join(str(error).split())[:600] or type(error).__name__
 
 
 def shallow(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:

@@ -32,6 +32,7 @@ from spd_dist.models.checkpoint_files import files_of
 from spd_dist.models.gguf import converted, find_gguf, is_gguf
 from spd_dist.models.gguf_header import check_gguf
 from spd_dist.models.lora import keep_codes_, load_adapter, quantised
+from spd_dist.models.model_stats import in_a_line, is_of_files
 
 WEIGHTS = ("*.safetensors", "*.bin")
 
@@ -272,28 +273,28 @@ def _local_source(config: Model) -> str:
 
 def _read(reader: Any, source: str, model: Model, settings: dict[str, Any] | None = None) -> Any:
     options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code, **(settings or {})}
-    if model.revision is not None:
-        options["revision"] = model.revision
-    if (source, model.revision) in _fetched:
-        options["local_files_only"] = True
+    options |= {} if model.revision is None else {"revision": model.revision}
+    options |= {"local_files_only": True} if (source, model.revision) in _fetched else {}
     if source.startswith(("/", "./", "../", "~")) and not Path(source).exists():
         raise DataError(f"model.name: {model.name}: no such folder or file (from {Path.cwd()}); correct the path")
     try:
         if "local_files_only" not in options and not Path(source).exists() and _in_cache(model) is None:
             _ask_hub(model)
         return reader.from_pretrained(source, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise DataError(f"model.name: {model.name} can't be loaded by {reader.__name__}: {error}") from error
+    except Exception as error:
+        if not is_of_files(error):
+            raise
+        raise DataError(f"model.name: {model.name} can't be loaded by {reader.__name__}: {in_a_line(error)}") from error
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
     """Every token that ends a sequence, by the model's generation config and by the tokenizer."""
     settings: Any = model.generation_config  # remote code may leave None there
     declared = settings.eos_token_id if settings is not None else None
-    from_model: list[int | None] = declared if isinstance(declared, list) else [declared]
-    found = sorted({token for token in [*from_model, cast("int | None", tokenizer.eos_token_id)] if token is not None})
-    if not found:
+    from_model: list[Any] = declared if isinstance(declared, list) else [declared]
+    found = [token for token in [*from_model, cast("int | None", tokenizer.eos_token_id)] if token is not None]
+    if not found or not all(isinstance(token, int) for token in found):
         raise DataError(
             "model.name: neither the model nor its tokenizer names an end-of-sequence token; set tokenizer.eos_token"
         )
-    return tuple(found)
+    return tuple(sorted(set(found)))

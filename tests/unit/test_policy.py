@@ -1,14 +1,19 @@
 """Names of models, and a fingerprint that sees every bit."""
 
+import json
+import os
+from pathlib import Path
+
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import save_tiny_model, tiny_model
 
-from spd_dist.config import Distributed
+from spd_dist.config import Distributed, Model
+from spd_dist.distributed.world import World
 from spd_dist.distributed.zero import merge_settings, sharding_settings, weights_fingerprint
 from spd_dist.errors import ConfigError, DataError
 from spd_dist.models.gguf import find_gguf
-from spd_dist.models.policy import resolve_dtype
+from spd_dist.models.policy import load_policy, resolve_dtype
 
 
 def test_the_fingerprint_sees_one_changed_bit_a_swap_and_a_dtype():
@@ -25,6 +30,48 @@ def test_the_fingerprint_sees_one_changed_bit_a_swap_and_a_dtype():
     weight[0, [0, 1]] = weight[0, [1, 0]]
     assert weights_fingerprint(model) == before
     assert weights_fingerprint(model.bfloat16()) != before
+
+
+class Runs:
+    """Unpickled, it makes a folder."""
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("code-ran",)
+
+
+def weights_as_a_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Runs()}, folder / "pytorch_model.bin")
+
+
+def code_beside_it(folder: Path) -> None:
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {"auto_map": {"AutoConfig": "evil.A", "AutoModelForCausalLM": "evil.B"}, "model_type": "evil"}
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "evil.py").write_text("import os\nos.mkdir('code-ran')\n")
+
+
+HOSTILE = {
+    "a tokenizer of nothing": lambda folder: (folder / "tokenizer.json").write_text("{}"),
+    "a tokenizer that is no text": lambda folder: (folder / "tokenizer.json").write_bytes(b"\xff\xfe"),
+    "settings that are a list": lambda folder: (folder / "config.json").write_text("[]"),
+    "settings that are deep": lambda folder: (folder / "config.json").write_text('{"a":' * 5000),
+    "weights that are cut": lambda folder: os.truncate(folder / "model.safetensors", 1000),
+    "weights with a huge header": lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 100),
+    "an end that is no number": lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": "x"}'),
+    "weights as a pickle": weights_as_a_pickle,
+    "code beside it": code_beside_it,
+}
+
+
+@pytest.mark.parametrize("spoil", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_model_folder_is_named_in_a_line_and_runs_nothing(tmp_path, monkeypatch, spoil):
+    monkeypatch.chdir(tmp_path)
+    folder = save_tiny_model(tmp_path / "model")
+    spoil(folder)
+    with pytest.raises(DataError, match=r"^model\.name: [^\n]*$"):
+        load_policy(Model(str(folder)), Distributed(zero_stage=0), World(0, 1, torch.device("cpu")))
+    assert not (tmp_path / "code-ran").exists()
 
 
 def test_only_gguf_names_are_taken_for_gguf(tmp_path):
