@@ -33,10 +33,10 @@ size: few large ones on an accelerator, where memory is faster than it is scarce
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Sum of the negative log-likelihoods of `label_N` under softmax(tail(hidden_ND weight_VD')).
+    """Sum of the negative log-likelihoods of label_N under softmax(tail(hidden_ND weight_VD')).
 
-    With `teacher_ND`, the states that a teacher has at the same positions, it is the sum of KL(p || q), q being that
-    distribution and p the teacher's by the same output layer; the labels count for nothing then.
+    If its target is not label_N but teacher_ND, the states that a teacher has at the same positions, it is the sum of
+    KL(p || q), q being that distribution and p the teacher's by the same output layer.
 
     The gradients are made chunk by chunk in the forward pass (as in Liger's kernel, arXiv:2410.10989): the loss is a
     scalar, so backward only scales them. Nothing of size N x V lives, and nothing is computed twice.
@@ -46,31 +46,31 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden_ND: Tensor,
-        label_N: Tensor,
+        target: Tensor,
         weight_VD: Tensor,
         bias_V: Tensor | None,
         tail: tuple[float, float],
-        teacher_ND: Tensor | None = None,
     ) -> Any:
         """(sum of the losses, loss_N without gradient) in float32.
 
-        `tail` is (cap, scale): if cap > 0, logits are cap tanh(scale z / cap).
+        `target` is label_N, integers, or teacher_ND. `tail` is (cap, scale): if cap > 0, logits are
+        cap tanh(scale z / cap).
         """
         cap, scale = tail
         wants_hidden, _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
-        loss_N = torch.empty(len(label_N), dtype=torch.float32, device=hidden_ND.device)
+        loss_N = torch.empty(len(target), dtype=torch.float32, device=hidden_ND.device)
         grad_ND = torch.empty_like(hidden_ND) if wants_hidden else None
         grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
         grad_V = torch.zeros_like(bias_V, dtype=torch.float32) if bias_V is not None and wants_bias else None
         size = max(1, CHUNK_BYTES.get(hidden_ND.device.type, CHUNK_BYTES["cpu"]) // (4 * len(weight_VD)))
-        for start in range(0, len(label_N), size):
+        for start in range(0, len(target), size):
             rows = slice(start, start + size)
             logit_CV = torch.nn.functional.linear(hidden_ND[rows], weight_VD, bias_V).float()
-            if teacher_ND is None:
-                loss_N[rows], grad_CV = _loss_and_gradient(logit_CV, label_N[rows], cap, scale)
-            else:
-                taught_CV = torch.nn.functional.linear(teacher_ND[rows], weight_VD, bias_V).float()
+            if target.is_floating_point():
+                taught_CV = torch.nn.functional.linear(target[rows], weight_VD, bias_V).float()
                 loss_N[rows], grad_CV = _divergence_and_gradient(logit_CV, taught_CV, cap, scale)
+            else:
+                loss_N[rows], grad_CV = _loss_and_gradient(logit_CV, target[rows], cap, scale)
             grad_CV = grad_CV.to(hidden_ND.dtype)
             if grad_ND is not None:
                 torch.mm(grad_CV, weight_VD, out=grad_ND[rows])
@@ -90,7 +90,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             None if grad is None else (grad * grad_outputs[0]).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return hidden, None, weight, bias, None, None
+        return hidden, None, weight, bias, None
 
 
 def _apply_tail_(logit_CV: Tensor, cap: float, scale: float) -> Tensor | None:
@@ -167,15 +167,15 @@ class Student(nn.Module):
             context: `position_ids` (B, T) of packed rows, or an `attention_mask`.
         """
         inputs = {"input_ids": token_BT, "use_cache": False, **context}
-        taught = self._taught(inputs, source_N) if label_N is None else None
+        target = self._taught(inputs, source_N) if label_N is None else label_N
         own = self._read(inputs, source_N)
         if self.tail is None:
-            loss_N = _whole_losses(own, label_N, taught)
+            loss_N = _whole_losses(own, target)
             return loss_N.sum(), loss_N.detach()
-        head, labels = self.model.get_output_embeddings(), source_N if label_N is None else label_N
+        head = self.model.get_output_embeddings()
 
         def loss(hidden_ND: Tensor) -> Any:
-            return LinearCrossEntropy.apply(hidden_ND, labels, head.weight, head.bias, self.tail, taught)
+            return LinearCrossEntropy.apply(hidden_ND, target, head.weight, head.bias, self.tail)
 
         with _forward_replaced(head, loss):
             return head(own)  # called as a module: ZeRO-3 gathers its weight around it
@@ -199,11 +199,11 @@ class Student(nn.Module):
             self.model.train(was_training)
 
 
-def _whole_losses(logit_NV: Tensor, label_N: Tensor | None, taught_NV: Tensor | None) -> Tensor:
-    if taught_NV is None:
-        assert label_N is not None
-        return cross_entropy(logit_NV.float(), label_N, reduction="none")
-    log_q_NV, log_p_NV = logit_NV.float().log_softmax(1), taught_NV.float().log_softmax(1)
+def _whole_losses(logit_NV: Tensor, target: Tensor) -> Tensor:
+    """As of `LinearCrossEntropy`, from logits; a teacher's `target` is its logits."""
+    if not target.is_floating_point():
+        return cross_entropy(logit_NV.float(), target, reduction="none")
+    log_q_NV, log_p_NV = logit_NV.float().log_softmax(1), target.float().log_softmax(1)
     return kl_div(log_q_NV, log_p_NV, reduction="none", log_target=True).sum(1)
 
 
