@@ -38,7 +38,7 @@ def main(words: Sequence[str] | None = None) -> int:
     signals, arguments = begin(), parse_arguments(words)
     if not 0 <= arguments.task < arguments.num_tasks:
         raise ConfigError(f"--task: {arguments.task} is not valid; it must be below --num-tasks {arguments.num_tasks}")
-    if (arguments.power is None) != (arguments.pilot is None) or not (arguments.power or 1.0) > 0:
+    if (arguments.power is None) != (arguments.pilot is None) or arguments.power == 0:
         raise ConfigError(f"--power {arguments.power}: give points above 0, and --pilot DIR, a finished run")
     experiment = load_experiment(arguments.config, arguments.overrides)
     check_tasks(experiment.run)

@@ -7,10 +7,9 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from spd_dist.launch import at_least, launcher
 from spd_dist.overrides import load_config
@@ -126,7 +125,7 @@ def name_and_task(folder: Path) -> tuple[str, int]:
     return name if isinstance(name, str) else folder.name, index if isinstance(index, int) else 0
 
 
-def _described(file: Path) -> dict[str, Any]:
+def _described(file: Path) -> Mapping[str, object]:
     """What a run wrote beside its parts; nothing where it is cut or something else."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))

@@ -73,7 +73,7 @@ def train_whole_and_in_parts(model: Path, folder: Path, zero_stage: int, changes
 
 @pytest.mark.parametrize(("zero_stage", "changes"), [
     (3, LORA),
-    (3, FULL),
+    pytest.param(3, FULL, marks=pytest.mark.slow),
     pytest.param(1, FULL, marks=pytest.mark.slow),
     pytest.param(2, LORA, marks=pytest.mark.slow),
     pytest.param(0, LORA, marks=pytest.mark.slow),

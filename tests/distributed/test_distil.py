@@ -102,6 +102,7 @@ def test_two_ranks_have_the_losses_of_one_and_a_kill_changes_no_bit(model, expec
         torch.testing.assert_close(torch.load(tmp_path / f"{name}.pt"), expected, atol=2e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_four_ranks_packed_and_checkpointed_have_the_losses_of_one(model, expected, tmp_path):
     kinds = {"run": {"micro_batch_size": 1, "packing": True, "checkpointing": True}}
     run_on_ranks(4, tmp_path / "store", keep, model, tmp_path, kinds)

@@ -258,7 +258,7 @@ def resume_from_what_another_world_left(policy: Policy, test_set: TestSet, folde
     assert again.done == 0
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_answers_do_not_depend_on_ranks_placement_or_kills(tmp_path, model, expected, world_size):
     run_on_ranks(world_size, tmp_path / "store", answers_are_those_of_one_rank, model, tmp_path, expected)
 
@@ -312,6 +312,7 @@ def test_another_engine_gives_the_same_answers(model, expected, tmp_path, engine
         assert [path.name for path in (tmp_path / "run" / arm).iterdir()] == [f"{TASK.name}.jsonl"]
 
 
+@pytest.mark.slow
 def test_a_program_is_given_the_students_adapter(model, tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     command = f"{sys.executable} {tmp_path / 'program.py'} {{model}} {{prompts}} {{output}}"

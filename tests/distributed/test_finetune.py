@@ -315,6 +315,7 @@ def validation_loss(model: Path, run: Path) -> float:
     return total / count
 
 
+@pytest.mark.slow
 def test_the_best_epoch_is_kept_and_training_stops_after_patience(model, tmp_path):
     run_on_ranks(2, tmp_path / "store", keep_the_best_epoch, model, tmp_path / "run")
 

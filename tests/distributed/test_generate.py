@@ -265,6 +265,7 @@ def test_a_contrast_of_two_policies_makes_the_corpus_of_one_rank_on_two(model: P
     run_on_ranks(2, tmp_path / "store", contrast, model, tmp_path, alone)
 
 
+@pytest.mark.slow
 def test_four_ranks_make_the_corpus_of_one(model: Path, expected: bytes, tmp_path: Path):
     run_on_ranks(4, tmp_path / "store", on_four_ranks, model, tmp_path, expected)
 

@@ -47,6 +47,7 @@ def test_two_ranks_on_4_bit_weights_make_the_student_of_one(tmp_path):
     assert second.mean() < first.mean() - 0.1, "it learns"
 
 
+@pytest.mark.slow
 def test_activations_that_wait_in_host_memory_change_no_loss(tmp_path):
     here, there = losses_of(
         tmp_path, (2, 3, {"checkpointing": True}), (2, 3, {"checkpointing": True, "offload_activations": True})

@@ -30,6 +30,7 @@ def written(run: Path) -> list[Path]:
     return [path for arm in (run, run / "arms/ssd") for path in arm.glob("generate/completions/part-*.jsonl")]
 
 
+@pytest.mark.slow  # a real array does it in tests/cluster
 def test_tasks_of_an_array_share_one_corpus_and_a_stop_loses_nothing(words, tmp_path):
     launch(2, [*words, f"run_dir={tmp_path / 'whole'}"], tmp_path / "log")
     whole = corpora(tmp_path / "whole")

@@ -180,6 +180,7 @@ KILLS = {
 }
 
 
+@pytest.mark.slow  # make test-faults kills in CI
 def test_a_run_stopped_on_request_and_killed_in_every_stage_ends_as_if_undisturbed(words, undisturbed, tmp_path):
     run, log = tmp_path / "run", tmp_path / "log"
     started = Launch(2, [*words, f"run_dir={run}"], log)
@@ -194,6 +195,7 @@ def test_a_run_stopped_on_request_and_killed_in_every_stage_ends_as_if_undisturb
     torch.testing.assert_close(losses(run), losses(undisturbed), rtol=0, atol=0)
 
 
+@pytest.mark.slow  # real jobs do it in tests/cluster
 def test_stages_run_as_separate_jobs_on_different_numbers_of_ranks(words, undisturbed, tmp_path):
     run, log = tmp_path / "run", tmp_path / "log"
     arguments = [*words, f"run_dir={run}"]

@@ -12,7 +12,7 @@ from spd_dist.storage.completions import read_completions
 FILTERED = "filtered@finetune.filter=[ended,loops]@generate.num_samples=3"
 
 
-@pytest.mark.seconds
+@pytest.mark.slow
 def test_variants_of_what_a_student_learns_run_beside_the_method(tmp_path: Path):
     run, model = tmp_path / "run", save_tiny_model(tmp_path / "model")
     arms = f"evaluate.arms=[base,spd,spd_distil,random_distil,spd_contrast,'{FILTERED}']"

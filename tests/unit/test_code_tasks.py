@@ -142,7 +142,7 @@ def test_rows_of_another_benchmark_are_refused(name, other, remedy, execute):
         given(name, RAW[other], execute)
 
 
-@pytest.mark.seconds
+@pytest.mark.slow
 def test_a_verdict_does_not_depend_on_the_load():
     """More work at once than the wall clock's limit allows: who had to wait is judged again, alone."""
     sandbox = usable_sandbox(Limits(cpu_seconds=1, wall_seconds=3))

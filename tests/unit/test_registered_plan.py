@@ -169,7 +169,7 @@ def test_a_plan_after_the_first_answer_is_refused(pilot, tmp_path, capsys):
     ("words", "message"),
     [
         (["--power", "2"], "--power 2.0: give points above 0, and --pilot DIR"),
-        (["--power", "-1", "--pilot", "{pilot}"], "--power -1.0: give points above 0"),
+        (["--power", "0", "--pilot", "{pilot}"], "--power 0.0: give points above 0"),
         (["--power", "2", "--pilot", "{pilot}", "arms=[base,random]"], "random did not answer in it"),
         (["--power", "2", "--pilot", "{nowhere}"], "report.json"),
     ],
