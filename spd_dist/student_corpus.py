@@ -19,7 +19,7 @@ from spd_dist.data.prompts import judged_text, make_references, with_eos
 from spd_dist.data.scoring.programs import canonical
 from spd_dist.data.tasks import Row, Task, runs_code
 from spd_dist.data.templates import Tokenizer
-from spd_dist.data.thinking import as_sampled, learned_parts
+from spd_dist.data.thinking import as_sampled, check_unfinished, find_thought, learned_parts
 from spd_dist.distributed.collectives import together
 from spd_dist.distributed.uneven_work import on_main
 from spd_dist.errors import ConfigError, DataError
@@ -60,7 +60,12 @@ def corpus_of(run: Run, arm: Arm, policy: Policy, folder: Path) -> Sequence[Comp
         if arm.learns_from == "references":
             return make_references(rows[: config.calibrate.num_examples], *rest, eos_token_ids=ends)
         own = as_sampled(open_corpus(run.folder.folder(arm.stage("generate")) / "completions"), rows, *rest)
-        own, summary = filtered(own, config, votes_by(rows, run.task, policy.tokenizer, config))
+        vote = votes_by(rows, run.task, policy.tokenizer, config)
+        if config.finetune.filter:  # which may leave out every thought that was cut
+            thoughts = (find_thought(one, policy.tokenizer, config.data.thinking_marks) for one in own)
+            check_unfinished(sum(thought.is_unfinished for thought in thoughts), len(own), config)
+    own, summary = filtered(own, config, vote)
+    with together("preparing what the student learns from"):
         if arm.learns_from == "itself, ended":
             own = with_eos(own, lambda tokens: str(policy.tokenizer.decode(tokens)), eos_token_ids=ends)
         own = learned_parts(own, policy.tokenizer, config)
@@ -102,9 +107,10 @@ def votes_by(rows: Sequence[Row], task: Task, tokenizer: Tokenizer, config: Conf
 def filtered(
     completions: Sequence[Completion], config: Config, vote: Vote
 ) -> tuple[Sequence[Completion], FilterSummary | None]:
-    """The completions that `finetune.filter` keeps, in their order, and what became of the others.
+    """The completions that `finetune.filter` keeps, in their order, and what became of the others. A collective.
 
-    All of them, as they are, and no summary where nothing is filtered.
+    All of them, as they are, and no summary where nothing is filtered. Rank 0 decides: reading an answer has limits of
+    time, which ranks may not meet alike.
 
     Raises:
         DataError: nothing is left.
@@ -112,20 +118,26 @@ def filtered(
     filters = config.finetune.filter
     if not filters:
         return completions, None
-    reasons = [_reason(one, filters) for one in completions]
-    if "agreed" in filters:
-        _compare(completions, reasons, vote)
+    reasons = on_main("filtering completions", lambda: _reasons(completions, filters, vote))
     kept = [one for one, reason in zip(completions, reasons, strict=True) if reason is None]
     rejected = Counter(reason for reason in reasons if reason is not None)
     summary = FilterSummary(len(completions), len(kept), dict(sorted(rejected.items())))
-    told = ", ".join(f"{count} {reason}" for reason, count in summary.num_rejected.items()) or "none"
+    rejections = ", ".join(f"{count} {reason}" for reason, count in summary.num_rejected.items()) or "none"
     if not kept:
         raise DataError(
-            f"finetune.filter: of {len(completions)} completions nothing is left ({told}); name fewer filters, or "
-            "raise generate.max_new_tokens or generate.num_samples"
+            f"finetune.filter: of {len(completions)} completions nothing is left ({rejections}); name fewer filters, "
+            "or raise generate.max_new_tokens or generate.num_samples"
         )
-    log.info("finetune: %d of %d completions are kept; left out: %s", len(kept), len(completions), told)
+    log.info("finetune: %d of %d completions are kept; left out: %s", len(kept), len(completions), rejections)
     return kept, summary
+
+
+def _reasons(completions: Sequence[Completion], filters: Sequence[str], vote: Vote) -> list[str | None]:
+    """Why each is left out; None for those that are kept."""
+    reasons = [_reason(one, filters) for one in completions]
+    if "agreed" in filters:
+        _compare(completions, reasons, vote)
+    return reasons
 
 
 def _reason(one: Completion, filters: Sequence[str]) -> str | None:

@@ -6,6 +6,7 @@ Shapes: N rows, V vocabulary.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -97,7 +98,8 @@ class Contrast:
     def logits(self, of_p_NV: Tensor, of_q_NV: Tensor) -> Tensor:
         """What is drawn from, in float32; a token that both rule out stays so."""
         log_p_NV, log_q_NV = (logits_NV.float().log_softmax(-1) for logits_NV in (of_p_NV, of_q_NV))
-        return log_p_NV + self.beta * (log_q_NV - log_p_NV).nan_to_num_(nan=0.0)
+        are_out_NV = log_p_NV.isneginf() & log_q_NV.isneginf()
+        return (log_p_NV + self.beta * (log_q_NV - log_p_NV)).masked_fill_(are_out_NV, -math.inf)
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ _MARKUP = (
     (re.compile(r"\{([,:])\}"), r"\1"),
     (re.compile(r"\\f?boxed\s*\{([^{}]*)\}"), r" answer: \1 "),
     (re.compile(r"<(?:final[_ ]?)?answer>", re.IGNORECASE), " answer: "),
-    (re.compile(r"[-=]+>(?=\s*[$]?[-\d])"), " "),
+    (re.compile(r"(?<![-=])[-=]++>(?=\s*[$]?[-\d])"), " "),
     (re.compile(r"\\pm\b\s*|\u00b1\s*"), "\u00b1"),
     (re.compile(r"\\sqrt\s*(?:\[[^\]]*\])?\s*\{?|\u221a\s*"), "\u221a"),
     (re.compile(r"\bRs\.? ?(?=\d)"), "$"),

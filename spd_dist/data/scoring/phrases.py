@@ -37,7 +37,8 @@ NEGATED = re.compile(
     r"(?i:doubt|don't think|do not think|don't believe|unlikely"
     r"|not (?:sure|certain|confident|convinced))\b[^.\n]{0,30}?(?<!\w)\(?[A-Z]\)?(?!\w)"
     r"|\b(?i:anything|everything|all|any) (?:but|except)\s+(?:option |choice )?\(?[A-Z]\)?(?!\w)"
-    r"|\b(?i:while|although|though)\s[^,.;\n]*(?<!\w)[A-Z](?!\w)[^,.;\n]*(?:,|(?=[.;\n]|$))"
+    r"|(?<!\ba )\b(?i:while|although|though)\s(?:[^,.;\n]*(?<!\w)[A-Z](?!\w)[^,.;\n]*,"
+    r"|(?:(?!\banswer\b)[^,.;\n])*(?<!\w)(?!I\b)[A-Z](?!\w)(?:(?!\banswer\b)[^,.;\n])*(?=[.;\n]|$))"
 )
 """What an answer is not: `not A but`, `A is wrong`, `many would choose A`, `while A seems right`."""
 ANSWER = (
@@ -81,10 +82,11 @@ IS_IN_BRACKETS = (
 """`The sentence with the right order is (B)`."""
 OPTION = rf"^\W*(?i:{_OPTION})\s+"
 IS_RIGHT = (
-    r"(?:(?:is|must be|seems|would be) (?:the |my |our )?(?:only )?"
-    r"(?:correct|right|best|true|answer|one\b|most (?:plausible|likely|accurate|appropriate|suitable|reasonable))"
+    r"(?:(?:is|must be|seems|would be) (?:(?:the |my |our )?(?:only )?"
+    r"(?:correct|right|best|true|answer|most (?:plausible|likely|accurate|appropriate|suitable|reasonable))"
+    r"|the (?:only )?one\b(?!\s+of))"
     rf"|(?:fits|matches) (?:better|best)|{_BE} (?:la |le |die |a |o )?{_CORRECT})"
-    r"(?!\s+if\b)"
+    r"(?!\s+(?:if|not|wrong|incorrect|false|un\w+)\b)"
 )
 NO_DENIAL = r"(?!(?i:no|n\u00e3o|non|nicht|pas|not|never|n'est)\b)"
 """In front of each word between a letter and its praise."""

@@ -85,7 +85,7 @@ _ALTERNATIVES = re.compile(
     r"[\d%] ?\w* ?(?:\bor\b|\bto\b|\bversus\b|\bvs\b)[^\d\n]{0,12}$"
     r"|\d [a-z]+(?: on \w+)?,? and $"
     r"|\d ?(?:years?|months?|weeks?|days?|hours?|hrs?|minutes?|mins?|pounds?|feet|foot|ft),? $"
-    r"|\bif\b[^.,;:=\n]*$",
+    r"|\bif \w+(?:'s|'re| (?:was|were|is|had been|would be|are))\b[^.,;:=\n]*$",
     re.IGNORECASE,
 )
 """What stands before a number that is one of two: `5 or 6`, `2 hours and 30 minutes`."""
@@ -98,7 +98,9 @@ _HEDGED = re.compile(
     r"\b(?:(?:could|might|may)(?: \w+)? be|(?:maybe|perhaps|possibly)(?: it(?:'s| is))?) [$]?([-+]?\d[\d.,]*\d|\d)",
     re.IGNORECASE,
 )
-_STEP = re.compile(r"\b(?i:step|method|case|part|example|question|problem|option|phase) \d+\b")
+_STEP = re.compile(
+    r"\b(?<!this )(?<!that )(?<!which )(?i:step|method|case|part|example|question|problem|option|phase) \d+\b"
+)
 _ITEM = re.compile(r"^[ \t]*(\d{1,2})[.)][ \t]+(?=\D)", re.MULTILINE)
 """The number of an item of a list."""
 _SENTENCE_ASIDE = re.compile(r"(?<=[.!?]) ?\([A-Z][^()\n]*[.!?]\)")
@@ -248,9 +250,10 @@ def _unstated(spelled: str) -> str | None:
     """The last number of a text that states none as its answer, if nothing beside it makes it one of several."""
     spelled = SUM_IN_BRACKETS.sub(lambda one: " " if re.search(r"\d", spelled[: one.start()]) else one.group(), spelled)
     spelled = _STEP.sub(" ", _NEGATED.sub(" ", _SENTENCE_ASIDE.sub(" ", OUT_OF.sub("", spelled))))
-    while (
-        bare := BESIDE.sub(lambda one: one.group() if _OR_ASIDE.match(one.group().strip()) else " ", spelled)
-    ) != spelled:
+    for _ in range(8):  # endings, of which each is a scan
+        bare = BESIDE.sub(lambda one: one.group() if _OR_ASIDE.match(one.group().strip()) else " ", spelled)
+        if bare == spelled:
+            break
         spelled = bare
     spelled = _ITEM.sub(" ", spelled) if _ITEM.findall(spelled)[:2] == ["1", "2"] else spelled
     numbers = [] if REFUSED.match(spelled) else list(numbers_in(spelled))

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from spd_dist.analysis.subspace_algebra import complement_basis, fix_signs
 from spd_dist.config import Project
+from spd_dist.errors import ConfigError
 from spd_dist.seeding import generator
-from spd_dist.stages.project.subspace import NULL, blocks
+from spd_dist.stages.project.subspace import DIRECTIONS, NULL, blocks
 from spd_dist.types import KVSite, Projection, SiteOperator, SiteSubspace, Subspace
 
 
@@ -25,7 +26,15 @@ def projection(whole: Subspace, config: Project, seed: int) -> Projection:
     random     blend, with a random subspace of the same rank (of each KV head, under `head`), from a named generator
     isotropic  the mean gain of blend, R/D + rho (1 - R/D), in every direction: how much of an effect is mere shrinking
     identity   nothing goes
+
+    Raises:
+        ConfigError: soft, of a subspace whose directions are not the gradients'.
     """
+    if config.mode == "soft" and DIRECTIONS in whole.metadata:
+        raise ConfigError(
+            f"project.mode: soft is not valid with a subspace of directions {whole.metadata[DIRECTIONS]}, since its "
+            "gains are of the gradients' own directions; set project.mode=hard"
+        )
     operators = {
         site: _operator(site, part, config, seed)
         for site, part in whole.sites.items()

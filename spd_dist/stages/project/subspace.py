@@ -101,7 +101,7 @@ def _cut(site: KVSite, moments: SiteMoments, config: Project, cross_DD: Tensor |
     if cross_DD is not None:
         found_DR = _spectrum(-cross_DD, blocks(site, config.insertion)).vector_DD[:, :rank]
         kept = (found_DR.T @ second_moment(moments, config) * found_DR.T).sum() / total
-        return SiteSubspace(fix_signs(found_DR).float(), eigenvalue_D, kept.item(), moments.certificate)
+        return SiteSubspace(fix_signs(found_DR).float(), eigenvalue_D, min(1.0, kept.item()), moments.certificate)
     num_null = max(0, rank - num_real)
     if num_null:
         log.warning(
