@@ -75,7 +75,7 @@ def peft_model(init: str, **settings: object) -> PeftModel:
     adapted = get_peft_model(model, config)
     if init == "eva":
         batches = [{"input_ids": READ[-1], "attention_mask": torch.ones_like(READ[-1])}]
-        initialize_lora_eva_weights(adapted, batches, show_progress_bar=False)
+        initialize_lora_eva_weights(adapted, batches, gather_distributed_inputs=False, show_progress_bar=False)
     return adapted
 
 
