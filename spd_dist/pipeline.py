@@ -70,7 +70,7 @@ def find_subspace(run: Run, arm: Arm, *, wanted: bool) -> None:
     made = stage_inputs.of_subspace(run, arm)
 
     def work(folder: Path) -> None:
-        policy = run.policy()
+        policy, by_effect = run.policy(), config.project.directions == "gradient_x_activation"
         with together("finding the supervised tokens and the sites"):
             examples, audit = make_examples(rows, run.task, policy.tokenizer, config.data, config.calibrate)
             sites = discover_sites(policy.model, config.calibrate.layers, whole_keys=config.project.insertion == "rope")
@@ -78,10 +78,10 @@ def find_subspace(run: Run, arm: Arm, *, wanted: bool) -> None:
         shards, planned_rank = config.calibrate.num_shards, config.project.planned_rank
         plans = plan_sketches(sites, config.sketch, planned_rank=planned_rank, num_shards=shards)
         key = (config.calibrate, config.reduce, config.sketch.non_finite, tuple(plans.items()))
+        # Before the other pass, which a stop in this one would lose.
+        pair = gradient_moments(policy, examples, sites, config.calibrate, run.context(folder)) if by_effect else None
         moments = run.memoize(key, lambda: sum_moments(run, config, examples, sites, folder))
         names = {"base_model": policy.name, "base_fingerprint": policy.fingerprint, "config_hash": made["settings"]}
-        by_effect = config.project.directions == "gradient_x_activation"
-        pair = gradient_moments(policy, examples, sites, config.calibrate, run.context(folder)) if by_effect else None
         found = subspace(moments, sites, config.project, run.world, metadata=names, cross=pair.cross if pair else None)
         moved = drift(moments, found, earlier, config.project, run.world)
         found = found if config.refit or not earlier else earlier[min(earlier)]

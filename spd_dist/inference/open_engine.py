@@ -67,7 +67,8 @@ def open_engine(
     name, reason = choose_engine(config, work.section)
     if world.is_main and (work.section == "generate" or name != "hf"):
         log.info("%s: engine %s, since %s", work.section, name, reason)
-    config = dataclasses.replace(config, engine=name)
+    contrast = 1.0 if projection is None else config.contrast  # with nothing, which would take a second cache
+    config = dataclasses.replace(config, engine=name, contrast=contrast)
     with together("looking at the longest prompt"):
         check_context(policy.model, work.longest, config.max_new_tokens, section=work.section)
     max_length = len(work.longest.tokens) + config.max_new_tokens

@@ -14,10 +14,10 @@ from spd_dist.mechanism.controls import (
     SPD,
     Material,
     control_subspace,
+    directions_of,
     equal_energy_subspace,
     given,
     random_subspace,
-    strongest,
 )
 from spd_dist.mechanism.measurement import Variant
 from spd_dist.stages.project import projection
@@ -113,7 +113,7 @@ def own_subspace(comparison: Comparison, material: Material) -> Subspace:
     if comparison.fraction is not None:
         for site, part in sites.items():
             rank = max(1, int(site.width * comparison.fraction))
-            basis_DR = fix_signs(strongest(given(material.calibration).gradient[site], rank)).float()
+            basis_DR = fix_signs(directions_of(found, given(material.calibration), site, rank)).float()
             sites[site] = dataclasses.replace(part, basis_DR=basis_DR, num_null_directions=0)
     return Subspace(sites, found.metadata)
 

@@ -18,6 +18,7 @@ from spd_dist.config import Mechanism
 from spd_dist.errors import ConfigError
 from spd_dist.seeding import generator
 from spd_dist.stages.calibrate import CalibrationMoments, Moments
+from spd_dist.stages.project.subspace import DIRECTIONS
 from spd_dist.types import KVSite, SiteSubspace, Subspace
 
 M = TypeVar("M")
@@ -151,6 +152,12 @@ def given(material: M | None) -> M:
     """Material that is there."""
     assert material is not None, "`chosen_controls` leaves out what there is no material for"
     return material
+
+
+def directions_of(found: Subspace, moments: CalibrationMoments, site: KVSite, rank: int) -> Tensor:
+    """What the method keeps at a site, at any rank: float64 columns, by the directions that `found` was made of."""
+    by_effect = DIRECTIONS in found.metadata
+    return strongest(-moments.cross[site] if by_effect else moments.gradient[site], rank)
 
 
 def strongest(moment_DD: Tensor, rank: int) -> Tensor:

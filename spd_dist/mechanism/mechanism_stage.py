@@ -29,7 +29,14 @@ from spd_dist.distributed.uneven_work import on_main
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError
 from spd_dist.mechanism.comparisons import Comparison, layers_of, own_subspace, planned
-from spd_dist.mechanism.controls import CONTROLS, Material, chosen_controls, control_subspace, needs_moments, strongest
+from spd_dist.mechanism.controls import (
+    CONTROLS,
+    Material,
+    chosen_controls,
+    control_subspace,
+    directions_of,
+    needs_moments,
+)
 from spd_dist.mechanism.measure import HeldOut, measure
 from spd_dist.mechanism.measurement import PARTS
 from spd_dist.mechanism.summing import MechanismOutcome
@@ -194,15 +201,16 @@ def all_sites(run: Run, found: Subspace, layers: set[int]) -> list[KVSite]:
 
 
 def with_sites(found: Subspace, sites: Sequence[KVSite], moments: CalibrationMoments, config: Config) -> Subspace:
-    """The subspace with the strongest directions at sites that the run did not calibrate."""
+    """The subspace with what the method would keep at sites that the run did not calibrate."""
     parts = dict(found.sites)
     like = next(iter(parts.values()))
     for site in sites:
         if site not in parts:
-            basis_DR = fix_signs(strongest(moments.gradient[site], config.project.planned_rank(site.width))).float()
-            eigenvalue_D = torch.linalg.eigvalsh(moments.gradient[site]).flip(0).clamp_min(0)
-            kept = (eigenvalue_D[: basis_DR.shape[1]].sum() / eigenvalue_D.sum()).item()
-            parts[site] = SiteSubspace(basis_DR, eigenvalue_D, kept, like.certificate)
+            kept_DR = directions_of(found, moments, site, config.project.planned_rank(site.width))
+            gradient_DD = moments.gradient[site]
+            eigenvalue_D = torch.linalg.eigvalsh(gradient_DD).flip(0).clamp_min(0)
+            energy = ((kept_DR.T @ gradient_DD * kept_DR.T).sum() / gradient_DD.trace()).item()
+            parts[site] = SiteSubspace(fix_signs(kept_DR).float(), eigenvalue_D, min(1.0, energy), like.certificate)
     return Subspace(parts, found.metadata)
 
 

@@ -44,6 +44,7 @@ from spd_dist.projection.hooks import projected
 from spd_dist.stages.calibrate import calibrate, gradient_moments
 from spd_dist.stages.context import StageContext
 from spd_dist.stages.project import projection, site_summaries, subspace
+from spd_dist.stages.project.subspace import DIRECTIONS
 from spd_dist.types import Certificate, SiteMoments, SiteSubspace, Subspace
 
 CPU = torch.device("cpu")
@@ -351,6 +352,12 @@ def test_a_comparison_of_no_site_is_an_error_and_of_another_rank_is_cut_anew(mat
     found = own_subspace(comparison, material)
     assert {part.basis_DR.shape for part in found.sites.values()} == {(16, 4)}
     assert {site.kind for site in found.sites} == {"key"}
+    by_effect = Subspace(material.spd.sites, {DIRECTIONS: "gradient_x_activation"})
+    for site, part in own_subspace(comparison, dataclasses.replace(material, spd=by_effect)).sites.items():
+        basis_DR, cross_DD = part.basis_DR.double(), material.calibration.cross[site]
+        assert_close(
+            (basis_DR.T @ cross_DD @ basis_DR).trace(), torch.linalg.eigvalsh(cross_DD)[:4].sum(), rtol=1e-5, atol=0
+        )
     with pytest.raises(DataError, match=r"layers=9: the subspace has no such site.*change mechanism.kinds"):
         own_subspace(planned(Mechanism(explore=("layers=9",)))[-1], material)
 

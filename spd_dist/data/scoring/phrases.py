@@ -136,7 +136,7 @@ BESIDE = re.compile(
 )
 """What a number at the end belongs to that is not the answer: `$64 for the 16 glasses`, `$10 in 50 minutes`."""
 _JUDGED = re.compile(
-    r"^(\W*[A-Z][).:](?:[^\n]*?(?:[.:(\u2014-]|\bis))?[^\w\n]*)\b(?:(?i:(correct|right|true)|incorrect|wrong|false))\W*$",
+    r"^([^\w\n]*+[A-Z][).:](?:[^\n]*?(?:[.:(\u2014-](?![.:(\u2014-])|\bis))?[^\w\n]*+)\b(?:(?i:(correct|right|true)|incorrect|wrong|false))\W*$",
     re.MULTILINE,
 )
 """A line about one choice that ends in a word about it: `A. Berlin - the capital of Germany. Incorrect.`"""

@@ -46,9 +46,10 @@ def learning_rate_fraction(step: int, *, num_steps: int, num_warmup_steps: int) 
 class Speedometer:
     """What a training's steps cost on this hardware."""
 
-    def __init__(self, outline: Outline, world: World) -> None:
+    def __init__(self, outline: Outline, world: World, *, has_teacher: bool = False) -> None:
         self.world = world
-        self.flops_per_token = outline.training_flops  # without attention's, as is usual
+        # Without attention's, as is usual.
+        self.flops_per_token = outline.training_flops + has_teacher * outline.forward_flops
         self.peak_flops = peak_flops(world)
 
     def measure(self, num_tokens: int, seconds: float) -> dict[str, float]:
@@ -106,7 +107,7 @@ class Trainer:
         reports = ProgressReports(every_seconds=context.progress_seconds, run=context.estimate)
         self.progress = Progress("finetune", self.num_steps, "steps", reports)
         self.heartbeat = context.heartbeat or Heartbeat(context.folder / "heartbeat", context.world)
-        self.speed = Speedometer(outline_of(policy.model), context.world)
+        self.speed = Speedometer(outline_of(policy.model), context.world, has_teacher=student.teacher is not None)
         self.state = State()
         self.batches: list[list[int]] = []
         """Of the current epoch."""
