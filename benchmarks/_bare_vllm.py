@@ -1,7 +1,8 @@
 """`LLM.generate` with nothing around it, for `engines.py`: run by an interpreter that has vllm.
 
-In: a JSON line with the engine's settings and requests, then a line for each round. Out: a line when the first request
-is answered, and one for each round, with its seconds and tokens. Arguments and sampling are those of our own engine.
+In: a JSON line with the engine's settings and requests, then a line for each round. Out: a line when the first of all
+requests is answered, and one for each round, with its seconds and tokens. Arguments and sampling are those of our own
+engine.
 """
 
 import json
@@ -28,8 +29,13 @@ def main() -> None:
         answers.write(json.dumps(found) + "\n")
         answers.flush()
 
-    engine.generate(prompts[:1], sampling[:1], use_tqdm=False)
+    for number, (prompt, asked) in enumerate(zip(prompts, sampling, strict=True)):
+        engine.llm_engine.add_request(str(number), prompt, asked)
+    while not any(one.finished for one in engine.llm_engine.step()):
+        pass
     say(first=1.0)
+    while engine.llm_engine.has_unfinished_requests():
+        engine.llm_engine.step()
     for _ in sys.stdin:
         engine.reset_prefix_cache()
         started, cpu = time.perf_counter(), time.process_time()

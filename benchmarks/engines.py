@@ -185,7 +185,7 @@ def saved_adapter(policy: Policy, folder: Path) -> Path:
 def bare_vllm(
     stack: ExitStack, policy: Policy, work: list[Request], config: Generate, options: argparse.Namespace
 ) -> subprocess.Popen:
-    """The program that calls `LLM.generate`, once it has answered the first request."""
+    """The program that calls `LLM.generate`, once it has answered the first of all requests."""
     length = max(len(one.tokens) for one in work) + options.tokens
     settings = vllm_settings(policy, policy.origin, None, config, EnginePool(), length)
     sampling = asdict(Sampling(max_new_tokens=options.tokens)) | {"eos_token_ids": list(policy.eos_token_ids)}

@@ -142,6 +142,14 @@ class Zero:
         sizes = [size for size in sizes if size >= self.param_persistence_threshold]
         return min(sum(sizes), max(sizes, default=0) + 2 * self.prefetch_bucket_size)
 
+    def fetched_forward(self, sizes: Iterable[int]) -> int:
+        """Whole at a time while a forward pass begins: what is fetched ahead lies in its buckets and beside them.
+
+        A bucket lives until the last of its parameters has been used.
+        """
+        sizes = [size for size in sizes if size >= self.param_persistence_threshold]
+        return min(2 * sum(sizes), max(sizes, default=0) + 3 * self.prefetch_bucket_size)
+
     def gathered_backward(self, sizes: Iterable[int], *, reused: int, checkpointing: bool = False) -> int:
         """Whole at the turn of a forward and backward pass: the last layers stay, as they are used again at once.
 

@@ -126,8 +126,17 @@ def _placed(placement: Placement, profile: Profile, config: Config, cluster: Clu
     return weights
 
 
+def _fetching(weights: Need, profile: Profile, config: Config) -> Need:
+    """The same while a pass begins, if they are gathered: before there is a cache."""
+    if "gathered" not in weights.device:
+        return weights
+    zero, frozen = Zero.of(config.distributed), profile.policy.frozen
+    gathered = profile.element_bytes * (zero.persistent(frozen) + zero.fetched_forward(frozen))
+    return Need({**weights.device, "gathered": gathered}, weights.host)
+
+
 def _token_effects(placement: Placement, profile: Profile, config: Config, cluster: Cluster) -> Need:
-    weights = _placed(placement, profile, config, cluster)
+    weights = _fetching(_placed(placement, profile, config, cluster), profile, config)
     return Need({**weights.device, "activations": profile.score_peak}, weights.host)
 
 
@@ -146,7 +155,10 @@ def _decoding(weights: Need, profile: Profile, config: Config, batch_size: int, 
         new_tokens=new_tokens,
         element_bytes=profile.element_bytes,
     )
-    return Need({**weights.device, "cache": needed.cache, "activations": needed.working}, weights.host)
+    decoding = Need({**weights.device, "cache": needed.cache, "activations": needed.working}, weights.host)
+    first = _fetching(weights, profile, config)
+    reading = Need({**first.device, "cache": 0, "activations": needed.working}, first.host)
+    return max(decoding, reading, key=lambda one: one.device_bytes)
 
 
 def _finetune(placement: Placement, profile: Profile, config: Config, cluster: Cluster) -> Need:

@@ -20,6 +20,8 @@ from spd_dist.sandbox import cgroups as module
 from spd_dist.sandbox.cgroups import PREFIX, Hierarchy, find_hierarchies
 from spd_dist.sandbox.isolation import GUEST, INSIDE, Namespaces
 
+pytestmark = pytest.mark.seconds
+
 LIMITS = Limits(cpu_seconds=1, memory_mib=256)
 OF_CPU = ("children that the kernel reaps", "children that nobody waits for")
 OF_MEMORY = ("memory that is shared and not looked at",)
@@ -68,7 +70,6 @@ def test_a_group_counts_what_a_program_hides_from_whoever_adds_it_up(unfiltered,
     assert list(found.folder.glob(f"{PREFIX}{os.getpid()}-*")) == []
 
 
-@pytest.mark.seconds
 def test_without_a_group_and_a_filter_it_is_hidden(unfiltered):
     """The control: else the test above would show nothing."""
     assert reasons(unfiltered, (), OVER_CPU[OF_CPU[0]]) == "passed"
@@ -171,7 +172,6 @@ def test_what_holds_each_limit_is_said_in_a_line(monkeypatch):
     )
 
 
-@pytest.mark.seconds
 def test_namespaces_are_entered_with_the_groups_files_as_well():
     """The files that the supervisor reads pass through what enters the namespaces."""
     found = find_hierarchies()

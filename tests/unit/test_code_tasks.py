@@ -87,6 +87,7 @@ def given(name: str, raw: Row, execute) -> tuple[Task, Row]:
 
 
 @pytest.mark.parametrize("name", ["humaneval", "humaneval_plus"])
+@pytest.mark.seconds
 def test_a_function_is_completed_in_whatever_form(name, execute):
     task, row = given(name, RAW[name], execute)
     with ThreadPoolExecutor(2) as pool:

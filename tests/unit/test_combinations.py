@@ -54,6 +54,7 @@ def test_no_pair_stands_twice_and_the_defaults_have_none():
     load_config([], [])
 
 
+@pytest.mark.seconds
 def test_the_page_is_what_the_table_makes():
     assert compatibility.PAGE.read_text(encoding="utf-8") == compatibility.page()
     assert "no (" in compatibility.page()

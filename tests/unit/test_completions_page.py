@@ -30,6 +30,8 @@ from spd_dist.storage.records import write_record
 from spd_dist.storage.subspace_file import save_subspace
 from spd_dist.types import Certificate, Completion, KVSite, SiteSubspace, Subspace, TokenEffects
 
+pytestmark = pytest.mark.seconds
+
 HOSTILE = "a\0b \u202egnp \ud800 </script><script>alert(1)</script> <!-- \u2028 &amp;"
 SHOWN = "a[U+0000]b [U+202E]gnp [U+D800] </script><script>alert(1)</script> <!-- \u2028 &amp;"
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
@@ -71,7 +73,6 @@ def data_of(page):
     return blocks[0], [row for block in blocks[1:] for row in block]
 
 
-@pytest.mark.seconds
 def test_the_page_holds_what_each_arm_wrote_and_what_the_projection_changes_at_each_token(folder):
     head, rows = data_of(page_of(folder))
     assert head["arms"] == ["psr", "spd"]
@@ -110,7 +111,6 @@ def test_a_text_can_neither_end_its_element_nor_turn_what_is_shown(folder):
     assert not set(page.read_text()) & {"\0", "\u202e", "\ud800"}
 
 
-@pytest.mark.seconds
 def test_of_more_than_a_page_holds_it_has_a_sample_and_says_so(folder, monkeypatch):
     monkeypatch.setattr(browsers, "MOST_COMPLETIONS", 40)
     written(folder, num=100, coloured=3)
@@ -181,7 +181,6 @@ def test_two_runs_are_compared_example_by_example_with_what_both_wrote(folder, o
     assert rows[5]["arms"][2] is None
 
 
-@pytest.mark.seconds
 def test_runs_of_other_examples_or_of_no_common_arm_are_refused(folder, other):
     write_report(other, {"psr": "plain"}, Asked("arithmetic", "accuracy", 1))
     with pytest.raises(DataError, match=r"no arm is in both runs: it has psr, and .* has base; name a run"):
@@ -199,7 +198,6 @@ def only_base(folder):
     return dataclasses.replace(report, arms={"base": report.arms["base"]})
 
 
-@pytest.mark.seconds
 def test_the_launcher_writes_the_page_again_beside_another_run(folder, other, tmp_path, capsys):
     page_of(folder).unlink()
     assert main([str(folder)]) == 0
@@ -261,7 +259,6 @@ say({seen, tokens, outline, fits: frame.scrollWidth <= frame.clientWidth,
 """
 
 
-@pytest.mark.seconds
 @needs_browser
 @pytest.mark.parametrize(("width", "is_dark"), [(1280, False), (400, True)])
 def test_keys_and_buttons_go_through_the_completions_without_an_error(folder, tmp_path, width, is_dark):
@@ -287,7 +284,6 @@ def test_a_fault_of_a_script_and_one_that_the_policy_refuses_would_be_seen(folde
 
 
 @needs_browser
-@pytest.mark.seconds
 def test_ten_thousand_completions_are_read_when_they_are_looked_at(folder, tmp_path):
     written(folder, num=5000, text="word " * 100)
     page = page_of(folder)

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.seconds
+
 PROGRAM = """
 import logging, sys
 from spd_dist.tracking.console import set_up_logging

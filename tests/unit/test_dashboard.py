@@ -9,6 +9,8 @@ from spd_dist.launch.wandb_tools import dashboard as main
 from spd_dist.tracking.dashboard import SECTIONS, logged_metrics, plots, report, workspace
 from spd_dist.tracking.metrics import MetricLogger
 
+pytestmark = pytest.mark.seconds
+
 PROJECT = {"project": "spd", "entity": "me"}
 
 

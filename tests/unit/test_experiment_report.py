@@ -15,6 +15,8 @@ from spd_dist.storage.keyed_parts import write_merged
 from spd_dist.storage.records import read_record
 from spd_dist.tracking.metrics import MetricLogger
 
+pytestmark = pytest.mark.seconds
+
 
 @pytest.fixture
 def places(tmp_path):
@@ -73,7 +75,6 @@ def test_stages_that_a_run_took_over_cost_it_nothing(places):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-@pytest.mark.seconds
 def test_a_phone_shows_the_page_without_scrolling_sideways(places, tmp_path):
     written(places)
     page = places[1][0].parent / "report.html"

@@ -11,6 +11,8 @@ import pytest
 
 from spd_dist.process.launcher_watchdog import Process, is_running, launchers_above, read_process, watch_launchers
 
+pytestmark = pytest.mark.seconds
+
 RANK = ("python", "-u", "launchers/spd.py")
 LAUNCH = ("python", "-u", "-m", "deepspeed.launcher.launch", "--world_info=x")
 RUNNER = ("/venv/bin/python", "/venv/bin/deepspeed", "launchers/spd.py")

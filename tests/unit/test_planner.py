@@ -49,6 +49,7 @@ def changed(config, section, **values):
     return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
 
 
+@pytest.mark.seconds
 def test_a_profile_holds_no_weights_and_knows_the_sites(profile):
     assert 0.7e9 < profile.policy.num_parameters < 0.75e9
     assert (profile.element_bytes, profile.weight_bytes) == (2, 2 * profile.policy.num_parameters)

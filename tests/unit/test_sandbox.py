@@ -41,6 +41,8 @@ from spd_dist.sandbox import Limits, Sandbox, SandboxError, Verdict, open_sandbo
 from spd_dist.sandbox.inside.supervisor import held_mib
 from spd_dist.sandbox.isolation import Layout, Namespaces, layout
 
+pytestmark = pytest.mark.seconds
+
 PASSED = Verdict(True, "passed")
 SHORT = Limits(cpu_seconds=1, wall_seconds=6, memory_mib=1024 + os.getpid() % 1000)
 """Short, and told apart from those of other processes: `processes_left` looks for them."""
@@ -101,7 +103,6 @@ def test_no_hostile_program_passes_stays_or_harms_its_neighbours(sandbox, progra
     check_hostile(sandbox, programs, num_pairs)
 
 
-@pytest.mark.seconds
 @HELD_ALIKE
 def test_no_greedy_program_passes_stays_or_harms_its_neighbours(sandbox):
     assert check_hostile(sandbox, STUBBORN | GREEDY)["sleeps"].reason == "not judged within 6 s"
@@ -112,7 +113,6 @@ def test_a_hundred_programs_are_tried():
     assert len({program for kind in kinds for program in kind.values()}) + len(REFUSED) >= 100
 
 
-@pytest.mark.seconds
 @HELD_ALIKE
 def test_time_and_memory_are_counted_whoever_holds_them(sandbox):
     """Right programs that take too much, each in a way in which it could go unseen, beside one that does not."""
@@ -162,7 +162,6 @@ def test_what_the_kernel_holds_for_a_program_is_counted(tmp_path):
         assert held_mib() > 4000 * 250 / 2**20 + 200 * 0.2
 
 
-@pytest.mark.seconds
 def test_programs_reach_neither_files_nor_network_nor_kernel(sandbox, tmp_path):
     secret, target = tmp_path / "secret", tmp_path / "target"
     secret.write_text("hunter2")
@@ -331,7 +330,6 @@ def interpreter_of_ordinary_users() -> str:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="the other tests run as an ordinary user already")
 @pytest.mark.parametrize("root_of", [(), ("unshare", "--user", "--map-root-user")], ids=["itself", "a container"])
-@pytest.mark.seconds
 def test_it_holds_for_an_ordinary_user_as_well(root_of):
     """And for one that is root in a container of its own, where there is nobody else to become."""
     usable_sandbox()

@@ -15,6 +15,8 @@ from spd_dist.data.sources import load_rows
 from spd_dist.data.tasks import find_task, with_execution
 from spd_dist.sandbox import Limits, Sandbox, SandboxError, Verdict
 
+pytestmark = pytest.mark.seconds
+
 REAL_ROWS = Path("../shared/data")
 PASSED = Verdict(True, "passed")
 
@@ -132,7 +134,6 @@ WRONG = {
 }  # fmt: skip
 
 
-@pytest.mark.seconds
 def test_the_reason_says_what_went_wrong(any_sandbox):
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda wrong: any_sandbox.run(*wrong), WRONG.values()))

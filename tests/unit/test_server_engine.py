@@ -17,6 +17,8 @@ from spd_dist.projection.hooks import projected
 from spd_dist.stages.context import StageContext
 from spd_dist.stages.generate import generate
 
+pytestmark = pytest.mark.seconds
+
 GREEDY = dataclasses.replace(CONFIG, temperature=0.0, num_samples=1, engine="hf")
 
 
@@ -61,7 +63,6 @@ def test_a_server_gives_the_same_greedy_corpus_through_its_faults(policy, model,
     assert {"seed", "repetition_penalty", "presence_penalty", "frequency_penalty", "stop"} <= server.bodies[-1].keys()
 
 
-@pytest.mark.seconds
 def test_servers_share_the_work_and_one_that_is_gone_leaves_it_to_the_others(policy, model, server, tmp_path):
     served = policy_of(model)
     with projected(served.model, some_projection(), "fold", observe=0), serving(served) as second:
@@ -81,7 +82,6 @@ def test_each_of_several_servers_must_serve_the_policy(policy, model, server, tm
             made(policy, tmp_path / "run", dataclasses.replace(asking(server), server=both))
 
 
-@pytest.mark.seconds
 def test_a_server_that_stays_busy_ends_in_a_sentence_and_the_same_command_goes_on(policy, model, server, tmp_path):
     server.faults.extend([lambda answer: answer] * 8 + [429] * 20)
     with pytest.raises(DataError, match=r"failed 3 times \(generate.server.retries\), the last with 429: .*is kept"):

@@ -15,6 +15,8 @@ from spd_dist.config import Config, Metrics
 from spd_dist.tracking.metrics import MetricLogger, Product, read_metrics
 from spd_dist.tracking.wandb_mirror import open_mirror
 
+pytestmark = pytest.mark.seconds
+
 SETTINGS = dataclasses.asdict(Config())
 
 
@@ -36,7 +38,6 @@ def run_in(folder, wandb, **changes):
     return read_offline_run(folder)
 
 
-@pytest.mark.seconds
 def test_an_offline_run_holds_config_metrics_step_axes_tables_and_exit_code(tmp_path):
     folder = tmp_path / "demo"
     folder.mkdir()
@@ -120,7 +121,6 @@ def test_a_run_that_is_started_again_goes_on_as_the_same_run(tmp_path, server):
     assert not server.unknown
 
 
-@pytest.mark.seconds
 def test_a_server_that_fails_means_offline_after_the_time_it_was_given(tmp_path, caplog, server):
     server.failing["*"] = 1000
     mirror = open_mirror(Metrics(wandb="auto"), tmp_path, SETTINGS, init_seconds=1.0)
@@ -130,7 +130,6 @@ def test_a_server_that_fails_means_offline_after_the_time_it_was_given(tmp_path,
     assert read_offline_run(tmp_path).exit_code == 3
 
 
-@pytest.mark.seconds
 def test_a_server_that_stumbles_gets_everything_in_the_end(tmp_path, server):
     go_on(tmp_path, range(4), disturb=lambda: server.failing.update(file_stream=1))
     (run,) = server.runs.values()
@@ -139,7 +138,6 @@ def test_a_server_that_stumbles_gets_everything_in_the_end(tmp_path, server):
 
 
 @pytest.mark.parametrize("illness", ["refuses", "is slow", "answers 500"])
-@pytest.mark.seconds
 def test_a_run_goes_on_when_the_server_falls_ill(illness, tmp_path, server):
     cures = {
         "refuses": server.refuse,
@@ -154,7 +152,6 @@ def test_a_run_goes_on_when_the_server_falls_ill(illness, tmp_path, server):
     assert log.stat().st_size > 0
 
 
-@pytest.mark.seconds
 def test_a_slow_server_costs_the_time_that_it_was_given_once(tmp_path, caplog, server):
     server.delay_seconds = 60.0
     started = time.monotonic()
@@ -164,7 +161,6 @@ def test_a_slow_server_costs_the_time_that_it_was_given_once(tmp_path, caplog, s
     assert len(read_offline_run(tmp_path).history) == 2
 
 
-@pytest.mark.seconds
 def test_no_table_and_no_artifact_asks_the_server_anything_that_a_run_would_wait_for(tmp_path, server):
     """What is asked is counted when it comes in, so the answers need not be waited for."""
     (tmp_path / "weights").write_text("weights")
@@ -179,7 +175,6 @@ def test_no_table_and_no_artifact_asks_the_server_anything_that_a_run_would_wait
     mirror.finish(0)
 
 
-@pytest.mark.seconds
 def test_what_the_server_did_not_take_in_time_is_told(tmp_path, caplog, server):
     go_on(tmp_path, range(4), disturb=lambda: vars(server).update(delay_seconds=60.0), finish_seconds=1.0)
     assert "W&B: finishing failed, no more of that is sent; all is in the run's folder: Timed out" in caplog.text
@@ -238,7 +233,6 @@ with MetricLogger(folder / "metrics", mirror=open_mirror(Metrics(wandb="offline"
 """
 
 
-@pytest.mark.seconds
 def test_a_run_outlives_the_death_of_wandb_with_a_warning_of_each_kind(tmp_path):
     child = subprocess.run([sys.executable, "-c", DYING, tmp_path], capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stderr

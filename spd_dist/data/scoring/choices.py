@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Sequence, Set
 
@@ -29,6 +30,8 @@ from spd_dist.data.scoring.phrases import (
 from spd_dist.data.scoring.thoughts import TURNED, settled
 
 _FOLLOWING = re.compile(r"\W*\w[).:,\]\"*]*[ \t]+(?:[-\u2014][ \t]+)?([^\n]+)")
+MAX_MARKUP = 40
+"""Times that a choice's text may be longer with its markup, and by how many characters."""
 MIN_CUT = 20
 """Characters of a choice's text that are taken for it where the output was cut."""
 
@@ -95,7 +98,8 @@ def _is_its_own(letter: str | None, text: str, place: int, letters: str, choices
         return False
     if following is None:
         return True
-    said = {_bare(following[1]), _bare(re.split(r"[.,;:(]\s|\.$", following[1])[0])} - {""}
+    line = following[1][: MAX_MARKUP * max(map(len, texts)) + MAX_MARKUP]  # what is longer is no choice's text
+    said = {_bare(line), _bare(re.split(r"[.,;:(]\s|\.$", line)[0])} - {""}
     cut = [one for one in said if len(one) > MIN_CUT]
     is_own = own != "" and (
         any(re.match(rf"{re.escape(own)}(?!\w|[.,]\d)", one) for one in said) or any(own.startswith(one) for one in cut)
@@ -273,5 +277,6 @@ def _unsure(text: str) -> bool:
     return re.search(r"\b(?:or|not sure|unsure|don't know|cannot|maybe|perhaps)\b", text, re.IGNORECASE) is not None
 
 
+@functools.lru_cache(maxsize=256)
 def _bare(text: str) -> str:
     return re.sub(r"\s+", " ", plain(text).casefold()).strip(" .*\"'`:;,!")

@@ -75,6 +75,8 @@ _MARKUP = (
     (re.compile(r"(?<![\w$])\$(?=[^$\n]*\$(?!\d))([^$\n]*)\$"), r" \1 "),  # $...$ of LaTeX
     (re.compile(r"(?<!\S)[*_]+(?=[-+\w$])|(?<=\w)[*_]+(?=[\s.,;:!?]|$)"), ""),
 )
+_BLANKS = ((re.compile(r"[^\S\n]{3,}"), "  "), (re.compile(r"\n(?:[^\S\n]*\n){2,}"), "\n\n"))
+"""Long runs of spaces and of empty lines, which every pattern would try from each of their places."""
 _UNITS = (
     r"(?:cm|mm|km|mi|m|kg|g|mg|lbs?|oz|ft|in|l|ml|h|hrs?|min|s|mph|kph|km/h|m/s|\u00b0[CF]?|\u20ac|\u00a3|USD|dollars?"
     r"|cents?)"
@@ -125,7 +127,14 @@ def plain(text: str) -> str:
     spelled = _LETTER.sub(lambda one: unicodedata.normalize("NFKC", one[0]), spelled)
     for pattern, instead in _MARKUP:
         spelled = pattern.sub(instead, spelled)
-    return spelled
+    return without_blanks(spelled)
+
+
+def without_blanks(text: str) -> str:
+    """`text` with at most two spaces or one empty line in a row."""
+    for pattern, instead in _BLANKS:
+        text = pattern.sub(instead, text)
+    return text
 
 
 def parse_number(text: str) -> Fraction | None:

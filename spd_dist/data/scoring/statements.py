@@ -18,6 +18,7 @@ from spd_dist.data.scoring.numbers import (
     parse_number,
     plain,
     same_number,
+    without_blanks,
 )
 from spd_dist.data.scoring.phrases import ANSWER_VERBS, ANSWER_WORDS, BESIDE, CLOSING, OUT_OF, REFUSED, SUM_IN_BRACKETS
 from spd_dist.data.scoring.thoughts import TURNED, settled
@@ -49,8 +50,8 @@ _CORRECTED = re.compile(
 _NEGATED = re.compile(
     r",?\s*\b(?:and |but )?(?:not|never|isn't|is not|rather than|instead of)\s+[$\u20ac\u00a3]?[-+]?[\d.,]*\d\w*%?"
     r"(?:,?\s+but\b|[,;.]\s+(?:it's|it is|but)\b)?"
-    r"|\b(?:can't|cannot|couldn't|could not|isn't) be [$]?-?\d[\d.,]*|[$]?\d[\d.,]*\?\s*(?:no|nope|wrong)\b"
-    r"|(?<![\w.])[$]?-?\d[\d.,]*(?: \w+)? (?:is|was|would be) "
+    r"|\b(?:can't|cannot|couldn't|could not|isn't) be [$]?-?\d[\d.,]*|(?<![\d.,])[$]?\d[\d.,]*+\?\s*(?:no|nope|wrong)\b"
+    r"|(?<![\w.,])[$]?-?\d[\d.,]*+(?: \w+)? (?:is|was|would be) "
     r"(?:wrong|incorrect|too (?:low|high|small|large|big|many|much|few)"
     r"|not (?:the (?:answer|right|correct|final)|right|correct|enough|it\b))",
     re.IGNORECASE,
@@ -250,6 +251,7 @@ def _unstated(spelled: str) -> str | None:
     """The last number of a text that states none as its answer, if nothing beside it makes it one of several."""
     spelled = SUM_IN_BRACKETS.sub(lambda one: " " if re.search(r"\d", spelled[: one.start()]) else one.group(), spelled)
     spelled = _STEP.sub(" ", _NEGATED.sub(" ", _SENTENCE_ASIDE.sub(" ", OUT_OF.sub("", spelled))))
+    spelled = without_blanks(spelled)
     for _ in range(8):  # endings, of which each is a scan
         bare = BESIDE.sub(lambda one: one.group() if _OR_ASIDE.match(one.group().strip()) else " ", spelled)
         if bare == spelled:

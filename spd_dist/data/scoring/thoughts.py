@@ -43,12 +43,15 @@ _CALL = re.compile(
 _INVISIBLE = re.compile(r"[\u200b\u2060\ufeff]")
 """Spaces without width, and byte order marks."""
 _NEXT_QUESTION = re.compile(
-    r"\n\s*(?:[*_#>]+[ \t]*)*"
+    r"\n\s*+(?:[*_#>]++[ \t]*+)*+"
     r"(?:(?:(?:Next|New|Another)\s+)?(?:Question|Q|Problem|Exercise|Human|User|Instruction)\s*\d*[*_]*\s*[:\uff1a]"
     r"|The following are multiple choice questions\b|\[(?:Question|Problem)\])"
 )
 
 
+MOST_MARKS = 60
+_RUN = re.compile(rf"\W{{{2 * MOST_MARKS},}}")
+"""Marks, spaces and empty lines that a model could not stop writing: each pattern would try them from every place."""
 MIN_ECHO = 12
 """Characters of a question that is looked for at the beginning of its answer."""
 
@@ -101,8 +104,9 @@ def without_thoughts(output: str) -> Spoken:
 def until_next_question(text: str, asked: str = "") -> str:
     """What stands before a next question that the model went on to ask itself (lm-evaluation-harness stops there).
 
-    The question that was `asked` may be repeated before the answer.
+    The question that was `asked` may be repeated before the answer. A long run without letter or digit comes back cut.
     """
+    text = _RUN.sub(lambda run: run[0][:MOST_MARKS] + run[0][-MOST_MARKS:], text)
     begun = re.search(r"\S", text)
     if begun is None:
         return text
