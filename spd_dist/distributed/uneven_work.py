@@ -28,6 +28,8 @@ SIGNS = 8
 LONGEST_SECONDS = 30.0
 FIRST_SECONDS, LONGEST_POLL_SECONDS = 0.005, 10.0
 """Between two looks at whether all are done. (A blocking `get` would print two warnings each time that it gives up.)"""
+NAMING_SECONDS = 1.0
+"""Between the end of the store and that of the rank that held it, as another one sees them."""
 DONE = b"done"
 
 
@@ -133,7 +135,9 @@ class StoreWait:
             if now - self.contact > self.limit_seconds:
                 raise RuntimeError(f"the store is gone, while {doing}")
         if self.fault is not None:
-            raise RuntimeError(f"the store is gone, while {doing}") from self.fault
+            time.sleep(NAMING_SECONDS)
+            gone = lost_ranks()
+            raise RuntimeError(f"{gone[0] if gone else 'the store is gone'}, while {doing}") from self.fault
         self.thread.join()
         if self.end != DONE:
             lost = f"no sign of life from rank {self.end.decode()} for {self.limit_seconds:.0f} s"

@@ -37,6 +37,7 @@ def losses_of(tmp_path: Path, *runs: tuple[int, int, dict]) -> list[torch.Tensor
     return found
 
 
+@pytest.mark.slow
 @needs_bitsandbytes
 def test_two_ranks_on_4_bit_weights_make_the_student_of_one(tmp_path):
     one, two = losses_of(
@@ -91,6 +92,7 @@ def go_on_alone(model: Path, folder: Path, zero_stage: int) -> None:
         train(model, folder, distributed={"zero_stage": zero_stage}, **EIGHT_BITS)
 
 
+@pytest.mark.slow
 @needs_bitsandbytes
 @pytest.mark.parametrize("zero_stage", [
     2, pytest.param(0, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)
@@ -105,6 +107,7 @@ def test_states_of_8_bits_learn_nearly_as_those_of_32_and_go_on_after_a_stop(tmp
     torch.testing.assert_close(found, expected, atol=0.05, rtol=0)
 
 
+@pytest.mark.slow
 @needs_bitsandbytes
 def test_states_of_8_bits_are_refused_at_another_number_of_ranks(tmp_path):
     model = save_tiny_model(tmp_path / "policy", hidden_size=64, intermediate_size=128, head_dim=16)

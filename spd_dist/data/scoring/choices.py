@@ -151,8 +151,10 @@ def _given(text: str, letters: str, choices: Sequence[str]) -> Iterator[tuple[in
                 yield match.start(1), _alone(match[1], rest, letters)
     if match := re.search(
         rf"(?:(?<=\w{{3}}[.!?])|(?<=\.\.\.))\s+\(?([{letters}])\)?[.!]?[\s*`]*$", text
-    ):  # a sentence of its own
-        yield match.start(1), match[1]
+    ):  # a sentence of its own, unless it is where a list of the choices was cut
+        listed = re.findall(rf"^[\s*]*\(?([{letters}])[).:][ \t]+\S", text, re.MULTILINE)
+        if not listed or match[1] in listed or letters.index(match[1]) != letters.index(listed[-1]) + 1:
+            yield match.start(1), match[1]
     for match in re.finditer(
         rf"(?<!\w)(?:\(?([{letters}])\)?|\(([{both}])\))(?:(?:[.):]?[ \t]+{NO_DENIAL}[\w']+){{0,4}}?"
         rf" {IS_RIGHT}|\s*[:=]\s*(?:yes|correct|right|true))\b",

@@ -43,7 +43,7 @@ NEGATED = re.compile(
 """What an answer is not: `not A but`, `A is wrong`, `many would choose A`, `while A seems right`."""
 ANSWER = (
     r"\b(?:[Aa](?:nswer|NSWER)\b(?:[\"']|(?: to [^.\n:]{1,60}?)?)|[Aa]ns\.?(?=[\s:=])"
-    r"|(?:(?:correct|right|best) )?(?<!each )(?<!every )(?<!any )(?<!which )(?<!following )"
+    r"|(?:(?:correct|right|best) )?(?<![Ee]ach )(?<![Ee]very )(?<![Aa]ny )(?<![Ww]hich )(?<![Ff]ollowing )"
     r"(?:[Oo]ption|[Cc]hoice|[Ll]etter|[Gg]uess|one)\"?(?=\s*(?:is|was|:|=))"
     r"|[Ff]inal(?=\s*:)"
     r"|(?:[Ss]olution|[Oo]utput|[Rr]esult|[Rr]esponse)(?=\s*:\W*[A-Za-z]\W*(?:\n|$)))"
