@@ -101,7 +101,7 @@ class Run:
 
     def kept_status(self) -> AbstractContextManager[None]:
         """Within, `status.json` says how the run up to its last stage stands; each of several jobs has its own."""
-        return kept_status(status_path(self.folder.path, self.part), self.world, self.scope.last)
+        return kept_status(status_path(self.folder.path, self.part), self.heartbeat, self.scope.last)
 
     def rows(self, split: Split) -> Sequence[Row]:
         """The rows of a split, the same on every rank.

@@ -18,6 +18,7 @@ from spd_dist.config import STAGES, Config, Experiment
 from spd_dist.data.sources import load_rows
 from spd_dist.data.tasks import find_task
 from spd_dist.distributed.collectives import together
+from spd_dist.distributed.heartbeat import Heartbeat
 from spd_dist.distributed.uneven_work import on_main
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError
@@ -60,7 +61,8 @@ def run_experiment(
     """
     top = Path(experiment.folder)
     watch(signals, top, None if num_tasks == 1 else task)
-    with kept_status(status_path(top, "" if num_tasks == 1 else task_name(task)), world, STAGES[-1]):
+    part = "" if num_tasks == 1 else task_name(task)
+    with kept_status(status_path(top, part), Heartbeat(top / "heartbeat" / part, world), STAGES[-1]):
         if num_tasks == 1:
             return compare(experiment, world, signals, scores_tokens=True)
         for job in jobs(experiment)[task::num_tasks]:

@@ -16,8 +16,8 @@ from typing import Any, Literal
 from omegaconf import OmegaConf
 
 from spd_dist.config import STAGES
+from spd_dist.distributed.heartbeat import Heartbeat, naming_lagging_ranks
 from spd_dist.distributed.uneven_work import on_main
-from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError, DataError, StopRequested
 from spd_dist.redaction import redacted_data
 from spd_dist.storage.artifacts import JsonlWriter, read_jsonl, replacing, write_text
@@ -56,14 +56,15 @@ def status_path(folder: Path, part: str = "") -> Path:
 
 
 @contextmanager
-def kept_status(path: Path, world: World, last: str) -> Generator[None]:
+def kept_status(path: Path, heartbeat: Heartbeat, last: str) -> Generator[None]:
     """Rank 0 writes `running`, and in the end `complete`, `stopped` or `failed`; a killed run stays `running`.
 
-    A collective: no rank begins if the first state can't be written.
+    A collective: no rank begins if the first state can't be written. Where it fails, the error says where ranks were.
 
     Raises:
         DataError: the disk is full or may not be written.
     """
+    world = heartbeat.world
 
     def write(state: State, reason: str = "") -> None:
         if world.is_main:
@@ -86,16 +87,17 @@ def kept_status(path: Path, world: World, last: str) -> Generator[None]:
         with suppress(DataError, OSError):  # the disk may be what failed
             write(state, reason)
 
-    on_main("writing the status", lambda: write("running"))
-    try:
-        yield
-    except StopRequested as stop:
-        write_alone("stopped", str(stop))
-        raise
-    except BaseException as error:
-        write_alone("failed", f"{type(error).__name__}: {error}")
-        raise
-    on_main("writing the status", lambda: write("complete"))
+    with naming_lagging_ranks(heartbeat):
+        on_main("writing the status", lambda: write("running"))
+        try:
+            yield
+        except StopRequested as stop:
+            write_alone("stopped", str(stop))
+            raise
+        except BaseException as error:
+            write_alone("failed", f"{type(error).__name__}: {error}")
+            raise
+        on_main("writing the status", lambda: write("complete"))
 
 
 def read_status(run_dir: Path) -> Status | None:

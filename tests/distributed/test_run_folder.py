@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_on_ranks
 
+from spd_dist.distributed.heartbeat import Heartbeat
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError, DataError
 from spd_dist.storage import run_folder
@@ -37,7 +38,7 @@ def use_the_folder(path: Path) -> None:
     kind = NotADirectoryError if world.rank == 0 else RuntimeError  # rank 0's error, told to all
     with (
         pytest.raises(kind, match="Not a directory"),
-        kept_status(stage / "rank_0.txt" / "status.json", world, "evaluate"),
+        kept_status(stage / "rank_0.txt" / "status.json", Heartbeat(stage / "heartbeat", world), "evaluate"),
     ):
         pytest.fail("a rank went on though its status can't be written")
     dist.barrier()

@@ -1,8 +1,12 @@
 """The file that says how a run stands: what a batch script reads instead of a launcher's exit code."""
 
+from contextlib import AbstractContextManager
+from pathlib import Path
+
 import pytest
 import torch
 
+from spd_dist.distributed.heartbeat import Heartbeat
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError, StopRequested
 from spd_dist.storage.restart import kept_status, read_status
@@ -10,9 +14,13 @@ from spd_dist.storage.restart import kept_status, read_status
 WORLD = World(0, 2, torch.device("cpu"))
 
 
+def kept_in(folder: Path, world: World = WORLD) -> AbstractContextManager[None]:
+    return kept_status(folder / "status.json", Heartbeat(folder.parent / "heartbeat", world), "evaluate")
+
+
 def test_a_run_that_ends_well_is_complete_and_was_running_before(tmp_path):
     assert read_status(tmp_path) is None
-    with kept_status(tmp_path / "status.json", WORLD, "evaluate"):
+    with kept_in(tmp_path):
         assert read_status(tmp_path).state == "running"
     status = read_status(tmp_path)
     assert (status.state, status.until, status.world_size) == ("complete", "evaluate", 2)
@@ -27,7 +35,7 @@ def test_a_run_that_ends_well_is_complete_and_was_running_before(tmp_path):
     ],
 )
 def test_the_reason_of_an_end_is_kept_and_the_error_goes_on(tmp_path, error, state, reason):
-    with pytest.raises(type(error)), kept_status(tmp_path / "status.json", WORLD, "evaluate"):
+    with pytest.raises(type(error)), kept_in(tmp_path):
         raise error
     assert (read_status(tmp_path).state, read_status(tmp_path).reason) == (state, reason)
 
@@ -41,11 +49,11 @@ def test_a_disk_that_failed_does_not_hide_why(tmp_path):
         folder.touch()
         raise RuntimeError("the cause")
 
-    with pytest.raises(RuntimeError, match="the cause"), kept_status(folder / "status.json", WORLD, "evaluate"):
+    with pytest.raises(RuntimeError, match="the cause"), kept_in(folder):
         fail()
 
 
 def test_only_rank_0_writes(tmp_path):
-    with kept_status(tmp_path / "status.json", World(1, 2, torch.device("cpu")), "evaluate"):
+    with kept_in(tmp_path, World(1, 2, torch.device("cpu"))):
         pass
     assert not (tmp_path / "status.json").exists()
