@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,3 +66,22 @@ def writing(path: str | Path | None = None) -> Generator[None]:
         remedy = MAKE_ROOM if error.errno in UNWRITABLE else REPAIR
         place = path or error.filename or "a file of the run"
         raise DataError(f"{place} cannot {done}: {error.strerror}; {remedy}") from error
+
+
+MOST_NAME_BYTES = 255
+"""Of a file or folder, on every common file system."""
+
+
+def named_path(name: str) -> Path:
+    """The path that a user names: `~` is a home, if there is one.
+
+    Raises:
+        DataError: no file system takes a name of that length.
+    """
+    path = Path(os.path.expanduser(name))
+    longest = max((len(part.encode("utf-8", "surrogatepass")) for part in path.parts), default=0)
+    if longest > MOST_NAME_BYTES:
+        raise DataError(
+            f"{name[:40]}...: a name of {longest} bytes, of which file systems take {MOST_NAME_BYTES}; correct the path"
+        )
+    return path

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from spd_dist.data.text_files import Numbered, read_csv, read_json, read_jsonl, read_tsv
-from spd_dist.errors import DataError
+from spd_dist.errors import DataError, named_path
 
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
@@ -63,7 +63,7 @@ def read_rows(name: str) -> Iterator[Located]:
 
 
 def _paths(name: str) -> list[str]:
-    path = Path(name).expanduser()
+    path = named_path(name)
     if path.exists() or not re.search(r"[*?\[]", name):
         return [name]
     found = sorted(glob.glob(str(path), recursive=True))
@@ -76,7 +76,7 @@ _Reader = Callable[[IO[bytes], str], Numbered]
 
 
 def _read_file(name: str) -> Iterator[Located]:
-    path = Path(name).expanduser()
+    path = named_path(name)
     packing = path.suffix if path.suffix in COMPRESSIONS else ""
     bare = path.with_suffix("") if packing else path
     if not path.exists():
@@ -158,7 +158,7 @@ def read_saved(name: str, split: str) -> Iterator[Located]:
     import datasets  # seconds to import, and most runs read files
     import datasets.exceptions
 
-    folder = Path(name).expanduser()
+    folder = named_path(name)
     try:
         saved = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
@@ -176,12 +176,12 @@ def read_saved(name: str, split: str) -> Iterator[Located]:
 
 def is_folder(name: str) -> bool:
     """Whether there is a local folder of this name."""
-    return bool(name) and Path(name).expanduser().is_dir()
+    return bool(name) and named_path(name).is_dir()
 
 
 def is_saved(name: str) -> bool:
     """Whether a folder was written by `datasets.save_to_disk`."""
-    folder = Path(name).expanduser()
+    folder = named_path(name)
     return any((folder / file).is_file() for file in ("dataset_dict.json", "state.json"))
 
 

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any, NoReturn
 
 from spd_dist.config import Data
@@ -25,7 +24,7 @@ from spd_dist.data.readers import (
 )
 from spd_dist.data.tasks.protocol import Row, Split, Task
 from spd_dist.data.text_files import held, shown
-from spd_dist.errors import DataError
+from spd_dist.errors import DataError, named_path
 
 
 @dataclass(frozen=True)
@@ -140,14 +139,20 @@ def _named(rows: Iterable[Located], key: str) -> Iterator[Located]:
 
 
 def parse_source(text: str, split: str) -> Source:
-    """`text` as a source; `split` is what the hub is asked for where the text does not say."""
-    sliced = re.fullmatch(r"(.*)\[(-?\d*):(-?\d*)\]", text)
+    """`text` as a source; `split` is what the hub is asked for where the text does not say.
+
+    Raises:
+        DataError: it names nothing, or what no file system takes.
+    """
+    sliced = re.fullmatch(r"(.*)\[(-?\d{0,15}):(-?\d{0,15})\]", text)
     text, *bounds = sliced.groups() if sliced else (text, "", "")
     rows = slice(*(int(bound) if bound else None for bound in bounds))
     if is_file_name(text) and not is_folder(text.partition(":")[0]):
         return Source(text, "", "", rows)
     name, subset, named_split = (*text.split(":", 2), "", "")[:3]
     name, _, revision = (name, "", "") if is_folder(name) else name.partition("@")
+    if not name:
+        raise DataError(f"source {text!r}: names nothing; give files, a folder, or NAME:CONFIG:SPLIT of the hub")
     return Source(name, subset, named_split or split, rows, revision or None)
 
 
@@ -179,9 +184,9 @@ def _read_hub(source: Source) -> Iterator[Located]:
     pinned = f"@{source.revision}" if source.revision else ""
     try:
         rows = datasets.load_dataset(
-            str(Path(source.name).expanduser()), source.subset or None, split=source.split, revision=source.revision
+            str(named_path(source.name)), source.subset or None, split=source.split, revision=source.revision
         )
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, IndexError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"hub data set {where}{pinned}: cannot be loaded: {error}; check name, revision, config and split, the "
             "network and HF_HUB_OFFLINE, or give a local path: data.train=rows.jsonl"

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from spd_dist.distributed.lock import alone_in
-from spd_dist.errors import DataError
+from spd_dist.errors import DataError, named_path
 from spd_dist.models.conversion import check_written, read_gguf, read_settings, why_incomplete, write_model
 from spd_dist.models.gguf_header import check_gguf
 
@@ -49,7 +49,7 @@ def find_gguf(name: str) -> Path | None:
         return None
     if name.startswith(PACKAGE):
         return _in_package(name.removeprefix(PACKAGE))
-    path = Path(name).expanduser()
+    path = named_path(name)
     if not path.is_file():
         raise DataError(f"model.name: {name} is no file; give the path of a GGUF file, a model folder or a hub name")
     return path

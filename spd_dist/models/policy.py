@@ -27,7 +27,7 @@ from spd_dist.distributed.collectives import gather_objects, together
 from spd_dist.distributed.uneven_work import wait_for_all_ranks
 from spd_dist.distributed.world import World
 from spd_dist.distributed.zero import DeepSpeedEngine, end_engine, frozen_engine, sharding_settings, weights_fingerprint
-from spd_dist.errors import DataError
+from spd_dist.errors import DataError, named_path
 from spd_dist.models.checkpoint_files import files_of
 from spd_dist.models.gguf import converted, find_gguf, is_gguf
 from spd_dist.models.gguf_header import check_gguf
@@ -56,7 +56,7 @@ def locate_model(config: Model) -> Reachable:
     if gguf is not None:
         check_gguf(gguf)
         return Reachable("GGUF", gguf.stat().st_size, str(gguf))
-    named = Path(config.name).expanduser()
+    named = named_path(config.name)
     folder = named if named.is_dir() else _in_cache(config)
     if folder is None:
         return Reachable(_architecture(config.name, config), 0, "the hub, to be downloaded")
@@ -267,7 +267,7 @@ def _local_source(config: Model) -> str:
     gguf = find_gguf(config.name)
     if gguf is not None:
         return str(converted(gguf, config.cache_dir))
-    folder = Path(config.name).expanduser()
+    folder = named_path(config.name)
     return str(folder) if folder.is_dir() else config.name
 
 

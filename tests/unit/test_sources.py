@@ -289,3 +289,36 @@ def test_only_the_published_rows_have_the_published_size(tmp_path, monkeypatch):
     assert published_size(of_three, Data(test=write(tmp_path / "others.jsonl", others), num_test=1)) == 3
     assert published_size(of_three, Data(test=write(tmp_path / "wrong.jsonl", [*rows[:2], row(2, answer="9")]))) is None
     assert published_size(of_three, Data(test=write(tmp_path / "more.jsonl", [*rows, row(4)]))) is None
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (" ", "source '': names nothing; give files"),
+        ("@main", "source '@main': names nothing; give files"),
+        ("x" * 300 + ".jsonl", "a name of 306 bytes, of which file systems take 255"),
+        ("~nobody_of_this_name/rows.jsonl", "no such file"),
+        ("/", "cannot be loaded"),
+        ("rows.jsonl[99999999999999999999:]", "cannot be loaded|a local file must be|no such file|no file matches"),
+    ],
+)
+def test_a_source_that_is_none_is_one_sentence(source, message):
+    with pytest.raises(DataError, match=message):
+        ids("test", Data(test=source))
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "message"),
+    [
+        ("mmlu", {"question": "?", "choices": [], "answer": 0}, "0 choices; give 1 to 26"),
+        (
+            "mbpp",
+            {"task_id": 1, "text": "x", "code": "", "test_list": [["assert f()"]]},
+            "a test is no text; write each",
+        ),
+        ("mbpp", {"id": 1, "prompt": "x", "code": "", "setup": "", "tests": [1]}, "a test is no text; write each"),
+    ],
+)
+def test_lists_of_a_row_hold_what_the_task_reads(tmp_path, task, change, message):
+    with pytest.raises(DataError, match=message):
+        ids("test", Data(test=write(tmp_path / "rows.jsonl", [change])), find_task(task))

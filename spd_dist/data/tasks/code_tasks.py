@@ -52,7 +52,7 @@ class HumanEval:
         row = {**raw, "id": str(raw.get("task_id", raw["id"])), "solution": raw.get("canonical_solution", "")}
         if f"def {row['entry_point']}" not in row["prompt"] or "def check(" not in row["test"]:
             raise DataError(
-                f"{self.name} row {row['id']!r}: its prompt must define {row['entry_point']!r} and its test "
+                f"{self.name} row {row['id']!r}: its prompt must define {row['entry_point'][:60]!r} and its test "
                 "check(candidate), as HumanEval's rows do; correct the row, or take another task"
             )
         return row
@@ -139,11 +139,13 @@ class Mbpp:
                 f"{self.name} row {number!r}: it has entry_point and no test_list: it is a row of HumanEval; take the "
                 "task humaneval or humaneval_plus for it"
             )
+        tests = raw.get("test_list", raw.get("tests"))
+        if isinstance(tests, list) and not all(isinstance(test, str) for test in tests):
+            raise DataError(f"{self.name} row {number!r}: a test is no text; write each as an assert")
         if "test_list" not in raw:
             return {"setup": "", **raw}
         imports = "\n".join(raw.get("test_imports") or ())
         prompt = raw["text"] if "text" in raw else raw["prompt"]
-        tests = raw["test_list"]
         if isinstance(tests, str):
             raise DataError(
                 f"{self.name} row {number!r}: its test_list is one text; write it as a list of texts, each an assert"

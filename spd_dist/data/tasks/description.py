@@ -32,7 +32,7 @@ from spd_dist.data.spans import find_mask
 from spd_dist.data.tasks.bbh import same_text
 from spd_dist.data.tasks.protocol import Row
 from spd_dist.data.text_files import shown
-from spd_dist.errors import ConfigError, DataError
+from spd_dist.errors import ConfigError, DataError, named_path
 from spd_dist.types import record_of
 
 EXTRACTIONS = ("number", "letter", "boxed", "text", "whole")
@@ -83,10 +83,10 @@ def read_description(path: str) -> Description:
     Raises:
         ConfigError: the file cannot be read, or a key is missing, unknown or not valid.
     """
-    if not Path(path).expanduser().is_file():
+    if not named_path(path).is_file():
         raise ConfigError(f"data.task: {path}: no such file (from {Path.cwd()}); correct the path, or name a task")
     try:
-        values = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+        values = yaml.safe_load(named_path(path).read_text(encoding="utf-8"))
     except (OSError, RecursionError, UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"data.task: {path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     known = [item.name for item in fields(Description)]

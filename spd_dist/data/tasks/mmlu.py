@@ -12,6 +12,7 @@ from spd_dist.data.scoring.choices import committed_letter, stated_letter
 from spd_dist.data.scoring.thoughts import until_next_question, without_thoughts
 from spd_dist.data.spans import Span
 from spd_dist.data.tasks.protocol import Metric, Row, Score, Split, scored
+from spd_dist.errors import DataError
 
 HUB = "cais/mmlu:all"
 INSTRUCTION = "Give the letter of the right answer."
@@ -31,7 +32,9 @@ class Mmlu:
 
     def normalise(self, raw: Mapping[str, Any], subset: str) -> Row | None:
         """The hub numbers the answers from 0; a CSV file, too, as text."""
-        answer = raw["answer"]
+        answer, choices = raw["answer"], raw["choices"]
+        if isinstance(choices, list) and not 0 < len(choices) <= len(string.ascii_uppercase):
+            raise DataError(f"mmlu row {raw.get('id')!r}: {len(choices)} choices; give 1 to 26")
         is_number = isinstance(answer, int) or (isinstance(answer, str) and answer.isdigit())
         return {**raw, "answer": string.ascii_uppercase[int(answer)] if is_number else answer}
 
