@@ -53,10 +53,11 @@ test: install
 test-fast: install
 	@$(PYTEST) -n $(NUM_TEST_WORKERS) --dist loadfile -m "not slow and not gpu and not seconds" tests/unit tests/test_architecture.py
 
-# bitsandbytes lies beside the environment: in it, peft would load it in every process.
+# Beside the environment: in it, peft would load bitsandbytes in every process. Of the other one only axe-core's script is read.
+BESIDE := $(VENV)-slow
 test-slow: install
-	@test -d "$(VENV)-quantized" || "$(VENV)/bin/python" -m pip install --quiet --no-deps --target "$(VENV)-quantized" bitsandbytes==0.50.2
-	@PYTHONPATH="$(abspath $(VENV)-quantized)" $(PYTEST) -m "slow and not cluster and not gpu"
+	@test -d "$(BESIDE)" || "$(VENV)/bin/python" -m pip install --quiet --no-deps --target "$(BESIDE)" bitsandbytes==0.50.2 axe-playwright-python==0.1.8
+	@PYTHONPATH="$(abspath $(BESIDE))" $(PYTEST) -m "slow and not cluster and not gpu"
 
 test-vllm: install
 	@test -x "$(VLLM_VENV)/bin/python" || $(MAKE) vllm-env

@@ -300,8 +300,9 @@ say(axe.run(document, {resultTypes: ["violations"]}).then((found) => found.viola
 """
 
 
+@pytest.mark.slow
 @needs_browser
-@pytest.mark.skipif(axe_source() is None, reason="needs axe-core: pip install axe-playwright-python")
+@pytest.mark.skipif(axe_source() is None, reason="needs axe-core: make test-slow brings it")
 @pytest.mark.parametrize(("width", "is_dark"), [(1280, False), (400, False), (1280, True)])
 def test_axe_finds_nothing_serious(folder, other, tmp_path, width, is_dark):
     write_record(folder / "mechanism" / "details.json", details())

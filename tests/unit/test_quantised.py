@@ -23,7 +23,7 @@ from spd_dist.models.policy import load_policy
 from spd_dist.models.save_weights import whole_tensors
 
 pytest.importorskip("bitsandbytes", reason="the extra quantized is not installed")
-pytestmark = pytest.mark.slow  # make test-slow installs it
+pytestmark = pytest.mark.slow  # make test-slow brings it
 
 ALONE = World(0, 1, torch.device("cpu"))
 TOKENS = torch.arange(3, 30)[None]
