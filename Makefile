@@ -56,7 +56,7 @@ test-fast: install
 # Beside the environment: in it, peft would load bitsandbytes in every process. Of the other one only axe-core's script is read.
 BESIDE := $(VENV)-slow
 test-slow: install
-	@test -d "$(BESIDE)" || "$(VENV)/bin/python" -m pip install --quiet --no-deps --target "$(BESIDE)" bitsandbytes==0.50.2 axe-playwright-python==0.1.8
+	@test -d "$(BESIDE)/bitsandbytes" -a -d "$(BESIDE)/axe_playwright_python" || "$(VENV)/bin/python" -m pip install --quiet --no-deps --target "$(BESIDE)" bitsandbytes==0.50.2 axe-playwright-python==0.1.8
 	@PYTHONPATH="$(abspath $(BESIDE))" $(PYTEST) -m "slow and not cluster and not gpu"
 
 test-vllm: install

@@ -90,6 +90,8 @@ def sources_of(task: Task, split: Split, config: Data) -> str | None:
     return own or sources_of(task, "train", config)
 
 
+MOST_DIGITS = 18
+"""Of a bound of a slice: what fits a machine word."""
 PUBLISHED_TESTS: Mapping[str, str] = {
     "gsm8k": "b69f6af2f21d73ca",
     "svamp": "014c5ca183fc9b77",
@@ -142,10 +144,12 @@ def parse_source(text: str, split: str) -> Source:
     """`text` as a source; `split` is what the hub is asked for where the text does not say.
 
     Raises:
-        DataError: it names nothing, or what no file system takes.
+        DataError: it names nothing, what no file system takes, or a row that none has.
     """
-    sliced = re.fullmatch(r"(.*)\[(-?\d{0,15}):(-?\d{0,15})\]", text)
+    sliced = re.fullmatch(r"(.*)\[(-?\d*):(-?\d*)\]", text)
     text, *bounds = sliced.groups() if sliced else (text, "", "")
+    if max(map(len, bounds)) > MOST_DIGITS:
+        raise DataError(f"source {text[:60]!r}: a slice has more than {MOST_DIGITS} digits; no data set has such a row")
     rows = slice(*(int(bound) if bound else None for bound in bounds))
     if is_file_name(text) and not is_folder(text.partition(":")[0]):
         return Source(text, "", "", rows)

@@ -104,7 +104,7 @@ def _calibrate(placement: Placement, profile: Profile, config: Config, cluster: 
     exchange = FLOAT64 * widths[0] ** 2 * (2 * in_flight + num_sending + 1)
     working = max(profile.calibrate_peak + rows, exchange)
     turn = Need({**weights.device, "sketches": sketches, "activations": working}, weights.host)
-    reading = _weights(profile.policy, placement, profile, cluster, zero)
+    reading = _fetching(_weights(profile.policy, placement, profile, cluster, zero), profile, config)
     way = Need({**reading.device, "sketches": sketches, "activations": 0}, reading.host)
     return max(turn, way, key=lambda one: one.device_bytes)
 
@@ -127,7 +127,7 @@ def _placed(placement: Placement, profile: Profile, config: Config, cluster: Clu
 
 
 def _fetching(weights: Need, profile: Profile, config: Config) -> Need:
-    """The same while a pass begins, if they are gathered: before there is a cache."""
+    """Gathered weights while a pass begins, before there is a cache; others as they are."""
     if "gathered" not in weights.device:
         return weights
     zero, frozen = Zero.of(config.distributed), profile.policy.frozen

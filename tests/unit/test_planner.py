@@ -252,6 +252,8 @@ def test_deepspeeds_settings_are_heeded():
     assert zero.persistent([10, 99_999, 100_000]) == 100_009
     assert zero.gathered_forward([10, 30_000_000, 40_000_000]) == 50_000_000
     assert zero.gathered_forward([10, 3_000_000, 4_000_000]) == 7_000_000
+    assert zero.fetched_forward([10, 3_000_000, 4_000_000]) == 14_000_000, "in its bucket and beside it"
+    assert zero.fetched_forward([10, 30_000_000, 40_000_000]) == 40_000_000 + 3 * 5_000_000
     huge = [200_000_000] * 20
     assert zero.gathered_backward(huge, reused=sum(huge)) == 200_000_000 + 10_000_000 + 500_000_000
     few = [10_000_000] * 10

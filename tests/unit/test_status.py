@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spd_dist.distributed.heartbeat import Heartbeat
+from spd_dist.distributed.heartbeat import TITLE, Heartbeat
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError, StopRequested
 from spd_dist.storage.restart import kept_status, read_status
@@ -49,8 +49,9 @@ def test_a_disk_that_failed_does_not_hide_why(tmp_path):
         folder.touch()
         raise RuntimeError("the cause")
 
-    with pytest.raises(RuntimeError, match="the cause"), kept_in(folder):
+    with pytest.raises(RuntimeError, match="the cause") as caught, kept_in(folder):
         fail()
+    assert any(note.startswith(TITLE) for note in caught.value.__notes__), "and where ranks were is said"
 
 
 def test_only_rank_0_writes(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Iterator, Sequence, Set
 
@@ -30,8 +29,8 @@ from spd_dist.data.scoring.phrases import (
 from spd_dist.data.scoring.thoughts import TURNED, settled
 
 _FOLLOWING = re.compile(r"\W*\w[).:,\]\"*]*[ \t]+(?:[-\u2014][ \t]+)?([^\n]+)")
-MAX_MARKUP = 40
-"""Times that a choice's text may be longer with its markup, and by how many characters."""
+MOST_MARKUP = 400
+"""Characters by which a choice's text may be longer with its markup."""
 MIN_CUT = 20
 """Characters of a choice's text that are taken for it where the output was cut."""
 
@@ -82,29 +81,28 @@ def _named_by_lines(text: str, letters: str, choices: Sequence[str]) -> tuple[se
 def _all_given(text: str, letters: str, choices: Sequence[str]) -> list[tuple[int, str | None]]:
     spelled = _spelled(text)
     given = sorted(set(_given(spelled, letters, choices)), key=lambda one: one[0])
-    return [
-        (place, letter if _is_its_own(letter, spelled, place, letters, choices) else None) for place, letter in given
-    ]
+    texts = [_bare(str(choice)) for choice in choices]
+    return [(place, letter if _is_its_own(letter, spelled, place, letters, texts) else None) for place, letter in given]
 
 
-def _is_its_own(letter: str | None, text: str, place: int, letters: str, choices: Sequence[str]) -> bool:
+def _is_its_own(letter: str | None, text: str, place: int, letters: str, texts: Sequence[str]) -> bool:
     """Whether the text beside a letter is not that of another choice: `B. Rome` and `Rome (B)`, where Rome is C."""
     following = _FOLLOWING.match(text, place)
-    if letter is None or letters.index(letter) >= len(choices):
+    if letter is None or letters.index(letter) >= len(texts):
         return True
-    own, *_ = texts = [_bare(str(choices[letters.index(letter)])), *(_bare(str(choice)) for choice in choices)]
+    own = texts[letters.index(letter)]
     before = text[max(0, place - max(map(len, texts)) - len(" **(")) : place].casefold()
     if any(one != own and re.search(rf"(?<!\w){re.escape(one)}[\s*]*\($", before) for one in texts):
         return False
     if following is None:
         return True
-    line = following[1][: MAX_MARKUP * max(map(len, texts)) + MAX_MARKUP]  # what is longer is no choice's text
+    line = following[1][: max(map(len, texts)) + MOST_MARKUP]  # what is longer is no choice's text
     said = {_bare(line), _bare(re.split(r"[.,;:(]\s|\.$", line)[0])} - {""}
     cut = [one for one in said if len(one) > MIN_CUT]
     is_own = own != "" and (
         any(re.match(rf"{re.escape(own)}(?!\w|[.,]\d)", one) for one in said) or any(own.startswith(one) for one in cut)
     )
-    return is_own or not (said & set(texts[1:]) or any(other.startswith(one) for one in cut for other in texts[1:]))
+    return is_own or not (said & set(texts) or any(other.startswith(one) for one in cut for other in texts))
 
 
 def _spelled(text: str) -> str:
@@ -279,6 +277,5 @@ def _unsure(text: str) -> bool:
     return re.search(r"\b(?:or|not sure|unsure|don't know|cannot|maybe|perhaps)\b", text, re.IGNORECASE) is not None
 
 
-@functools.lru_cache(maxsize=256)
 def _bare(text: str) -> str:
     return re.sub(r"\s+", " ", plain(text).casefold()).strip(" .*\"'`:;,!")

@@ -106,15 +106,14 @@ def until_next_question(text: str, asked: str = "") -> str:
 
     The question that was `asked` may be repeated before the answer. A long run without letter or digit comes back cut.
     """
+    echo = text.find(asked.strip()) if len(asked.strip()) >= MIN_ECHO else -1
+    is_echoed = echo >= 0 and not re.search(r"\d|\banswer\b", text[:echo], re.IGNORECASE)
+    text = text[echo + len(asked.strip()) :] if is_echoed else text
     text = _RUN.sub(lambda run: run[0][:MOST_MARKS] + run[0][-MOST_MARKS:], text)
     begun = re.search(r"\S", text)
     if begun is None:
         return text
-    start = begun.end()
-    echo = text.find(asked.strip()) if len(asked.strip()) >= MIN_ECHO else -1
-    if echo >= 0 and not re.search(r"\d|\banswer\b", text[:echo], re.IGNORECASE):
-        text, start = text[echo + len(asked.strip()) :], 0
-    following = _NEXT_QUESTION.search(text, start)
+    following = _NEXT_QUESTION.search(text, 0 if is_echoed else begun.end())
     return text[: following.start()] if following else text
 
 

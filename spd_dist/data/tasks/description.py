@@ -82,6 +82,7 @@ def read_description(path: str) -> Description:
 
     Raises:
         ConfigError: the file cannot be read, or a key is missing, unknown or not valid.
+        DataError: no file system takes its name.
     """
     if not named_path(path).is_file():
         raise ConfigError(f"data.task: {path}: no such file (from {Path.cwd()}); correct the path, or name a task")
