@@ -124,7 +124,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors and string metadata as safetensors, from whatever device they are on.
+    """Write tensors and string metadata as safetensors, from whatever device they are on: the same to the same bytes.
 
     Raises:
         DataError: the disk is full or may not be written.
@@ -136,6 +136,19 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, dict(metadata or {}))
         except SafetensorError as error:
             raise DataError(f"{path} cannot be written: {error}; {MAKE_ROOM}") from error
+        _sort_metadata(partial)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Order the names in a safetensors header, which the library writes in another order each time."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:  # as it was, but for the order
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def read_tensors(path: str | Path) -> TensorFile:

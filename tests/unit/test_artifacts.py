@@ -45,9 +45,14 @@ def test_json_and_tensors_come_back_as_they_were_written(tmp_path):
 
 
 def test_equal_tensors_make_equal_files(tmp_path):
-    for name in ("a", "b"):
-        write_tensors(tmp_path / name, {"x": torch.arange(5.0), "y": torch.ones(2)}, {"k": "v"})
-    assert sha256_of(tmp_path / "a") == sha256_of(tmp_path / "b")
+    metadata = {"caf\u00e9": '"\\\n\x01\u2028', "task": "gsm8k", "rank": "4", "seed": "0", "layers": "[1, 2]"}
+    tensors = {"x": torch.arange(5.0), "y": torch.ones(2)}
+    for name in map(str, range(20)):
+        write_tensors(tmp_path / name, tensors, metadata)
+    assert len({sha256_of(tmp_path / name) for name in map(str, range(20))}) == 1
+    found, kept = read_tensors(tmp_path / "0")
+    assert kept == metadata
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
 
 
 def write_half(path):
