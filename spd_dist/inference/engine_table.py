@@ -132,8 +132,8 @@ class EngineSetup:
         return Opened(engine, "external", self.monitor, num_starts)
 
 
-def _no_check(setup: EngineSetup) -> None:
-    """Nothing more can be wrong."""
+def _nothing(setup: EngineSetup) -> None:
+    """Nothing to do."""
 
 
 class EngineKind(NamedTuple):
@@ -145,8 +145,10 @@ class EngineKind(NamedTuple):
     """What a second run of it repeats."""
     in_process: bool = False
     """It calls the policy itself, which the projection is put on for it."""
-    check: Callable[[EngineSetup], None] = _no_check
+    check: Callable[[EngineSetup], None] = _nothing
     """Refuses settings that can't be met, before anything is done."""
+    prepare: Callable[[EngineSetup], None] = _nothing
+    """Begins what may go on while the policy answers the probes."""
 
 
 def _open_hf(setup: EngineSetup, stack: ExitStack) -> Opened:
@@ -215,9 +217,13 @@ def _open_vllm(setup: EngineSetup, stack: ExitStack) -> Opened:
         return setup.opened(Idle("vllm"))
     pool = setup.work.pool or stack.enter_context(EnginePool().closed_at_the_end())
     settings = vllm_settings(policy, model, held, config, pool, setup.max_length)
-    before = pool.num_starts
-    process = pool.of(config, settings, pool.folder or setup.folder, vllm_environment(config, world))
-    return setup.opened(VLLMEngine(process, policy, held, setup.label), pool.num_starts - before)
+    process = pool.of(config, settings, setup.folder, vllm_environment(config, world))
+    return setup.opened(VLLMEngine(process, policy, held, setup.label), pool.new_starts())
+
+
+def _prepare_vllm(setup: EngineSetup) -> None:
+    if setup.work.pool is not None and setup.work.requests:
+        setup.work.pool.prepare(setup.config, setup.folder, vllm_environment(setup.config, setup.world))
 
 
 def _check_vllm(setup: EngineSetup) -> None:
@@ -260,6 +266,7 @@ ENGINES: Mapping[str, EngineKind] = {
         _open_vllm,
         "each its own, by its seed: the same up to how the engine rounds in a batch",
         check=_check_vllm,
+        prepare=_prepare_vllm,
     ),
     "server": EngineKind(
         _open_server,

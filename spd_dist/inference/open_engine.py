@@ -80,6 +80,7 @@ def open_engine(
     setup, kind = EngineSetup(policy, projection, config, world, work, placement, expected), ENGINES[name]
     with together("checking the engine's settings"):
         kind.check(setup)
+        kind.prepare(setup)
     num_rows = rows_of_a_pass(policy, config, world, max_length, placement)
     if world.is_main and config.batch_size == "auto" and kind.in_process:
         log.info("%s: %d rows a pass, the most that fit in memory", work.section, num_rows)

@@ -58,20 +58,18 @@ class VLLMSettings:
 class VLLMProcess:
     """An engine at work, by lines in and out."""
 
-    def __init__(
-        self, python: str, settings: VLLMSettings, folder: Path, environment: Mapping[str, str], silence_seconds: float
-    ) -> None:
-        """Start it and wait until it is ready.
+    def __init__(self, python: str, folder: Path, environment: Mapping[str, str], silence_seconds: float) -> None:
+        """Start the process, which imports vllm; it takes no device before its settings come.
 
         Raises:
             ConfigError: there is no such interpreter.
-            DataError: vLLM can't run the model, or says nothing for `silence_seconds`.
+            DataError: the folder can't be written.
         """
-        self.settings, self.folder, self.silence_seconds = settings, folder, silence_seconds
+        self.folder, self.environment, self.silence_seconds = folder, environment, silence_seconds
+        self.settings: VLLMSettings | None = None
         self.log = folder / "engine.log"
         self._lines: queue.Queue[bytes | None] = queue.Queue()
         self._outbox: queue.Queue[bytes | None] = queue.Queue()
-        started = time.monotonic()
         with ExitStack() as stack:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -89,6 +87,15 @@ class VLLMProcess:
             self._stack = stack.pop_all()
         for work in (self._read, self._write):
             threading.Thread(target=work, name="vllm", daemon=True).start()
+
+    def begin(self, settings: VLLMSettings) -> None:
+        """Give the engine its settings and wait until it is ready.
+
+        Raises:
+            DataError: vLLM can't run the model, or says nothing for `silence_seconds`.
+        """
+        started = time.monotonic()
+        self.settings = settings
         try:
             self.send(dataclasses.asdict(settings))
             self.version = self.receive("ready")["vllm"]
@@ -97,8 +104,10 @@ class VLLMProcess:
             raise
         log.info("vLLM %s is ready after %.0f s", self.version, time.monotonic() - started)
 
-    def serves(self, settings: VLLMSettings) -> bool:
-        """Whether it is at work and has these settings; sequences may be shorter than it was started for."""
+    def may_serve(self, settings: VLLMSettings, environment: Mapping[str, str]) -> bool:
+        """Whether it is at work and has these settings, or none yet; its sequences may be longer."""
+        if self.settings is None:
+            return self.environment == environment and self.process.poll() is None
         own = dataclasses.replace(self.settings, max_length=settings.max_length)
         return own == settings and self.settings.max_length >= settings.max_length and self.process.poll() is None
 
@@ -170,21 +179,35 @@ class EnginePool:
         self.folder = folder
         self.process: VLLMProcess | None = None
         self.num_starts = 0
+        self._num_told = 0
         self.sites: tuple[VLLMSite, ...] = ()
         """Sites that later uses will project."""
         self.lora_rank = 0
         """Of the largest adapter of later uses."""
 
+    def prepare(self, config: Generate, folder: Path, environment: Mapping[str, str]) -> None:
+        """Start the process of an engine whose settings come later, unless one is at work."""
+        if self.process is None:
+            assert config.vllm_python is not None  # a rule of the config
+            self.process = VLLMProcess(
+                config.vllm_python, self.folder or folder, environment, config.engine_timeout_seconds
+            )
+            self.num_starts += 1
+
     def of(self, config: Generate, settings: VLLMSettings, folder: Path, environment: Mapping[str, str]) -> VLLMProcess:
         """The engine of these settings: the one at work if it has them, else another in its place."""
-        if self.process is not None and self.process.serves(settings):
-            return self.process
-        self.close()
-        silence_seconds = config.engine_timeout_seconds
-        assert config.vllm_python is not None  # a rule of the config
-        self.process = VLLMProcess(config.vllm_python, settings, folder, environment, silence_seconds)
-        self.num_starts += 1
+        if self.process is not None and not self.process.may_serve(settings, environment):
+            self.close()
+        self.prepare(config, folder, environment)
+        assert self.process is not None
+        if self.process.settings is None:
+            self.process.begin(settings)
         return self.process
+
+    def new_starts(self) -> int:
+        """Processes that were started since this was asked last."""
+        before, self._num_told = self._num_told, self.num_starts
+        return self.num_starts - before
 
     @contextmanager
     def closed_at_the_end(self) -> Generator[EnginePool]:

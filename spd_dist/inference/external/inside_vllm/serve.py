@@ -29,13 +29,18 @@ def main() -> int:
     """Serve until the input ends; a failure of the engine ends the process, with its own words on standard error."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what the engine prints is no answer
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     try:
         import vllm
     except ImportError as error:
         sys.stderr.write(f"vllm is not installed in {sys.executable}: {error}\n")
         return NOT_INSTALLED
-    settings = json.loads(sys.stdin.readline())
-    server = _Server(settings, answers)
+    import vllm.v1.engine.llm_engine  # takes long, and may be over when the settings come
+
+    line = sys.stdin.readline()
+    if not line:
+        return 0
+    server = _Server(json.loads(line), answers)
     server.say({"ready": {"vllm": vllm.__version__, "settings": server.arguments}})
     server.serve()
     return 0
@@ -90,7 +95,6 @@ class _Server:
 
     def __init__(self, settings: dict[str, Any], answers: Any) -> None:
         os.environ["SPD_VLLM_SITES"] = json.dumps(settings["sites"])
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
