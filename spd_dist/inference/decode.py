@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from spd_dist.errors import DataError
 from spd_dist.inference.continuous import ContinuousBatcher
 from spd_dist.inference.drawing import Drawer
 from spd_dist.inference.kv_cache import num_slot_layers
+from spd_dist.inference.packed_weights import packed_weights
 from spd_dist.inference.requests import Decoded, DecodeSettings, Request, half_batch, is_out_of_memory
 from spd_dist.types import Prompt
 
@@ -145,6 +146,7 @@ def decode(
         if num_layers and not (fixed_columns and batch_size == 1):
             num_slots = batch_size if fixed_columns else min(batch_size, len(ordered))
             loop = ContinuousBatcher(model, settings, num_layers, num_slots, fixed_columns)
+            products = packed_weights(model)
         elif settings.contrast is not None:
             raise DataError(
                 f"generate.contrast: {settings.contrast.beta:g} needs two caches of plain keys and values, which this "
@@ -152,8 +154,10 @@ def decode(
             )
         else:
             loop = StaticLoop(model, settings, 1 if fixed_columns else batch_size)
+            products = nullcontext()  # its passes are transformers' own, to the bit
         try:
-            yield from loop.run(ordered)
+            with products:
+                yield from loop.run(ordered)
             return
         except RuntimeError as error:
             if not is_out_of_memory(str(error)):

@@ -112,7 +112,7 @@ def choose_placement(policy: Policy, config: Generate, world: World, max_length:
         return "replica"
     if config.placement != "auto":
         return config.placement
-    needed, free = needed_bytes(policy, config, max_length), free_bytes(world)
+    needed, free = needed_bytes(policy, config, max_length, is_cpu=world.device.type == "cpu"), free_bytes(world)
     fits = all_ranks(needed <= HEADROOM * free)
     placement: Placement = "replica" if fits else "layerwise"
     log.info("%s: placement %s, %.2f GiB needed, %.2f GiB free", section, placement, needed / 2**30, free / 2**30)
@@ -126,7 +126,8 @@ def will_be_whole(model: Model, distributed: Distributed, config: Generate, worl
     prepare_model(model)
     with together("reading the model's configuration"):
         skeleton = meta_model(load_settings(model), resolve_dtype(model.dtype, world.device))
-    return all_ranks(_needed_bytes(skeleton, config, max_length) <= HEADROOM * free_bytes(world))
+    needed = _needed_bytes(skeleton, config, max_length, is_cpu=world.device.type == "cpu")
+    return all_ranks(needed <= HEADROOM * free_bytes(world))
 
 
 def load_to_answer(config: Config, world: World, *, adapter: Path, longest: int) -> Policy:
@@ -143,9 +144,9 @@ def load_to_answer(config: Config, world: World, *, adapter: Path, longest: int)
     return load(config.model, config.distributed, world, adapter=adapter)
 
 
-def needed_bytes(policy: Policy, config: Generate, max_length: int) -> int:
+def needed_bytes(policy: Policy, config: Generate, max_length: int, *, is_cpu: bool) -> int:
     """What a rank needs beside its shards to decode by itself."""
-    return _needed_bytes(policy.model, config, max_length)
+    return _needed_bytes(policy.model, config, max_length, is_cpu=is_cpu)
 
 
 def rows_of_a_pass(policy: Policy, config: Generate, world: World, max_length: int, placement: Placement) -> int:
@@ -158,11 +159,10 @@ def rows_of_a_pass(policy: Policy, config: Generate, world: World, max_length: i
     outline = outline_of(policy.model)
 
     def needed(num_rows: int) -> int:
-        one = _decode_bytes(policy.model, config, max_length, num_rows)
-        if policy.engine is None:  # its weights are there already
-            return one.cache + one.working
-        gathered = one.weights if placement == "replica" else 2 * one.weights // outline.num_layers
-        return gathered + one.cache + one.working
+        one = _decode_bytes(policy.model, config, max_length, num_rows, is_cpu=world.device.type == "cpu")
+        if placement == "layerwise":
+            return 2 * one.weights // outline.num_layers + one.cache + one.working
+        return sum(one) - (one.weights if policy.engine is None else 0)  # its weights are there already
 
     most = MOST_ROWS_ON_CPU if world.device.type == "cpu" else MOST_ROWS
     return largest_batch(needed, HEADROOM * free_bytes(world), most)
@@ -178,11 +178,13 @@ def largest_batch(needed: Callable[[int], int], free: float, most: int) -> int:
     return most
 
 
-def _needed_bytes(model: PreTrainedModel, config: Generate, max_length: int) -> int:
-    return sum(_decode_bytes(model, config, max_length, planned_rows(config.batch_size)))
+def _needed_bytes(model: PreTrainedModel, config: Generate, max_length: int, *, is_cpu: bool) -> int:
+    return sum(_decode_bytes(model, config, max_length, planned_rows(config.batch_size), is_cpu=is_cpu))
 
 
-def _decode_bytes(model: PreTrainedModel, config: Generate, max_length: int, num_rows: int) -> DecodeBytes:
+def _decode_bytes(
+    model: PreTrainedModel, config: Generate, max_length: int, num_rows: int, *, is_cpu: bool
+) -> DecodeBytes:
     return decode_bytes(
         outline_of(model),
         batch_size=num_rows,
@@ -190,6 +192,7 @@ def _decode_bytes(model: PreTrainedModel, config: Generate, max_length: int, num
         new_tokens=config.max_new_tokens,
         element_bytes=model.dtype.itemsize,
         num_caches=1 + (config.contrast != 1),
+        is_cpu=is_cpu,
     )
 
 
@@ -222,6 +225,8 @@ class DecodeBytes(NamedTuple):
 
     weights: int
     """Whole."""
+    packed: int
+    """Their copy in the layout of a CPU's products (`packed_weights.py`)."""
     cache: int
     """Keys and values of a full batch, and of the prompts that are being read."""
     working: int
@@ -229,7 +234,14 @@ class DecodeBytes(NamedTuple):
 
 
 def decode_bytes(
-    outline: Outline, *, batch_size: int, prompt_tokens: int, new_tokens: int, element_bytes: int, num_caches: int = 1
+    outline: Outline,
+    *,
+    batch_size: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    element_bytes: int,
+    num_caches: int = 1,
+    is_cpu: bool = False,
 ) -> DecodeBytes:
     """What decoding `batch_size` rows takes, beside shards of the same weights.
 
@@ -245,4 +257,5 @@ def decode_bytes(
     layer = prefill_tokens * (4 * outline.hidden_size + inside)
     sampled = SAMPLING_BYTES * batch_size * outline.vocabulary_size
     working = max(element_bytes * layer, sampled)
-    return DecodeBytes(element_bytes * outline.num_parameters, num_caches * element_bytes * cache, working)
+    weights, packed = outline.num_parameters, outline.num_multiplied if is_cpu else 0
+    return DecodeBytes(element_bytes * weights, element_bytes * packed, num_caches * element_bytes * cache, working)

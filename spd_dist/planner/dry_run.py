@@ -47,7 +47,7 @@ class LiveBytes(TorchDispatchMode):
     ) -> Any:
         result = operation(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
                 self._count(tensor.untyped_storage())
         self.peak = max(self.peak, self.live)
         return result

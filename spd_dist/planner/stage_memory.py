@@ -43,8 +43,8 @@ class Need:
 
 
 def need(stage: str, placement: Placement, profile: Profile, config: Config, cluster: Cluster) -> Need:
-    """What a rank of `cluster` needs for a stage of `STAGES`."""
-    return STAGES[stage](placement, profile, config, cluster)
+    """What a rank of `cluster` needs for a stage of `STAGES`; or to `load` the policy, which is never the most."""
+    return {**STAGES, "load": _load}[stage](placement, profile, config, cluster)
 
 
 class Backward(NamedTuple):
@@ -112,7 +112,8 @@ def _calibrate(placement: Placement, profile: Profile, config: Config, cluster: 
 def _generate(placement: Placement, profile: Profile, config: Config, cluster: Cluster) -> Need:
     generate, weights = config.generate, _placed(placement, profile, config, cluster)
     contrasts = any(arm.contrasts(generate.contrast) for arm in chosen(config.evaluate.arms))
-    needed = _decoding(weights, profile, config, planned_rows(generate.batch_size), generate.max_new_tokens)
+    rows = planned_rows(generate.batch_size)
+    needed = _decoding(weights, profile, config, rows, generate.max_new_tokens, is_cpu=cluster.is_cpu)
     return Need({**needed.device, "cache": (1 + contrasts) * needed.device["cache"]}, needed.host)
 
 
@@ -144,17 +145,22 @@ def _evaluate(placement: Placement, profile: Profile, config: Config, cluster: C
     """The student's adapters are merged where it is whole on each rank."""
     weights = _weights(profile.policy, placement, profile, cluster, Zero.of(config.distributed))
     rows = planned_rows(config.evaluate.batch_size)
-    return _decoding(weights, profile, config, rows, config.evaluate.max_new_tokens)
+    return _decoding(weights, profile, config, rows, config.evaluate.max_new_tokens, is_cpu=cluster.is_cpu)
 
 
-def _decoding(weights: Need, profile: Profile, config: Config, batch_size: int, new_tokens: int) -> Need:
+def _decoding(
+    weights: Need, profile: Profile, config: Config, batch_size: int, new_tokens: int, *, is_cpu: bool
+) -> Need:
     needed = decode_bytes(
         profile.policy,
         batch_size=batch_size,
         prompt_tokens=config.data.max_prompt_tokens,
         new_tokens=new_tokens,
         element_bytes=profile.element_bytes,
+        is_cpu=is_cpu,
     )
+    if is_cpu and "weights" in weights.device:
+        weights = Need({**weights.device, "packed": needed.packed}, weights.host)
     decoding = Need({**weights.device, "cache": needed.cache, "activations": needed.working}, weights.host)
     first = _fetching(weights, profile, config)
     reading = Need({**first.device, "cache": 0, "activations": needed.working}, first.host)
@@ -162,13 +168,28 @@ def _decoding(weights: Need, profile: Profile, config: Config, batch_size: int, 
 
 
 def _finetune(placement: Placement, profile: Profile, config: Config, cluster: Cluster) -> Need:
-    """Training, or the check of the saved model afterwards, which rank 0 reads back whole."""
+    """Training, or the check of the saved model afterwards: it is read back in shards, or whole, as the policy is."""
     training = _training(placement, profile, config, cluster)
     if config.finetune.mode == "lora" and not config.finetune.merge:
         return training
     held = {name: training.device[name] for name in ("weights", "shards", "trained") if name in training.device}
-    check = Need({**held, "saved model": profile.weight_bytes}, training.host)
+    saved = profile.weight_bytes
+    if placement != "replica":
+        saved = sum(_load(placement, profile, config, cluster).device.values())
+    check = Need({**held, "saved model": saved}, training.host)
     return max(training, check, key=lambda one: one.device_bytes)
+
+
+def _load(placement: Placement, profile: Profile, config: Config, cluster: Cluster) -> Need:
+    """Shards, and the weight that is cut into them: gloo has a buffer of its own for what it gathers.
+
+    What rank 0 maps of the files is the system's to take back.
+    """
+    if placement == "replica":
+        return Need(_replica(profile, profile.element_bytes * profile.policy.num_parameters))
+    zero, frozen = Zero.of(config.distributed), profile.policy.frozen
+    shards = profile.element_bytes * zero.shards(frozen, cluster.num_ranks)
+    return Need({"shards": shards, "gathered": (1 + cluster.is_cpu) * profile.element_bytes * max(frozen)})
 
 
 def _training(placement: Placement, profile: Profile, config: Config, cluster: Cluster) -> Need:

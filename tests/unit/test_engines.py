@@ -517,7 +517,7 @@ def test_auto_looks_at_the_memory_that_is_free(policy, monkeypatch):
     assert rows_of_a_pass(policy, config, ALONE, 100, "replica") == MOST_ROWS_ON_CPU
     for rows in (8, 2):
         weights = sum(parameter.numel() for parameter in policy.model.parameters()) * 4
-        needed = needed_bytes(policy, dataclasses.replace(config, batch_size=rows), 100) - weights
+        needed = needed_bytes(policy, dataclasses.replace(config, batch_size=rows), 100, is_cpu=True) - weights
         free = needed / HEADROOM + 1
         assert rows_of_a_pass(policy, config, ALONE, 100, "replica") == rows
         assert rows_of_a_pass(policy, dataclasses.replace(config, batch_size=5), ALONE, 100, "replica") == 5
@@ -525,7 +525,11 @@ def test_auto_looks_at_the_memory_that_is_free(policy, monkeypatch):
 
 def test_the_need_for_memory_counts_weights_and_what_decoding_holds(policy):
     weights = sum(parameter.numel() for parameter in policy.model.parameters()) * 4
-    few, more, most = (needed_bytes(policy, dataclasses.replace(CONFIG, batch_size=rows), 100) for rows in (1, 2, 3))
+    configs = [dataclasses.replace(CONFIG, batch_size=rows) for rows in (1, 2, 3)]
+    few, more, most = (needed_bytes(policy, config, 100, is_cpu=False) for config in configs)
     cache = 2 * 4 * 16 * 100 * 4
     assert few > weights + cache
     assert more - few == most - more > cache
+    embedded = policy.model.get_input_embeddings().weight.nbytes
+    packed = needed_bytes(policy, configs[0], 100, is_cpu=True) - few  # on a CPU the others are laid out anew
+    assert packed in {weights, weights - embedded}

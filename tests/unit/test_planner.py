@@ -81,10 +81,25 @@ def test_full_fine_tuning_holds_sixteen_bytes_of_optimizer_for_each_parameter(co
     profile = profile_of(full)
     needed = need("finetune", "layerwise", profile, full, CLUSTER).device
     assert 8 * needed["optimizer"] == pytest.approx(16 * profile.policy.num_parameters, rel=1e-3)
-    alone = need("finetune", "layerwise", profile, full, Cluster(64, 8))  # then rank 0's check of what it saved is most
-    assert alone.device["saved model"] == profile.weight_bytes
     whole = need("finetune", "replica", profile, changed(full, "distributed", zero_stage=1), CLUSTER).device
     assert whole["optimizer"] == 2 * profile.policy.num_parameters
+
+
+@pytest.mark.seconds
+def test_a_model_is_loaded_and_read_back_in_shards(config):
+    full = changed(config, "finetune", mode="full")
+    profile, many = profile_of(full), Cluster(64, 8)
+    loading = need("load", "layerwise", profile, full, many).device
+    assert 512 * loading["shards"] == pytest.approx(profile.weight_bytes, rel=1e-3)
+    assert loading["gathered"] == 2 * max(profile.policy.frozen)  # the embedding
+    on_cpus = need("load", "layerwise", profile, full, dataclasses.replace(many, is_cpu=True)).device
+    assert on_cpus["gathered"] == 2 * loading["gathered"]
+    for cluster in (CLUSTER, many):
+        whole = sum(need("load", "layerwise", profile, full, cluster).device.values())
+        assert all(whole <= need(stage, "layerwise", profile, full, cluster).device_bytes for stage in STAGES)
+    assert "saved model" not in need("finetune", "layerwise", profile, full, many).device  # training needs more
+    whole = changed(full, "distributed", zero_stage=1)
+    assert need("load", "replica", profile, whole, many).device_bytes == profile.weight_bytes
 
 
 @pytest.mark.seconds
