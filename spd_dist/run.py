@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from spd_dist.arms import Arm, Scope
-from spd_dist.config import Config
+from spd_dist.config import Config, Data
 from spd_dist.data.prompts import TestSet, make_test_set
-from spd_dist.data.sources import load_rows
+from spd_dist.data.readers import fetch_from_hub, use_files
+from spd_dist.data.sources import hub_keys, load_rows
 from spd_dist.data.tasks import Task, find_task
 from spd_dist.data.tasks.protocol import Row, Split
-from spd_dist.distributed.collectives import max_over_ranks, together
+from spd_dist.distributed.collectives import all_ranks, max_over_ranks, together
 from spd_dist.distributed.heartbeat import Heartbeat, naming_lagging_ranks, telling_of_silence
 from spd_dist.distributed.memory import peak_bytes, reset_peak_memory
-from spd_dist.distributed.uneven_work import on_main
+from spd_dist.distributed.uneven_work import on_each_host, on_main
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError
 from spd_dist.inference.external.vllm_process import EnginePool
@@ -110,8 +111,7 @@ class Run:
             DataError: they can't be read.
         """
         if split not in self._rows:
-            with together(f"reading the {split} rows"):
-                self._rows[split] = load_rows(self.task, split, self.config.data)
+            self._rows[split] = read_together(self.task, split, self.config.data)
         return self._rows[split]
 
     def _hash_of_student_before(self) -> str | None:
@@ -274,3 +274,17 @@ class Run:
         """What a student's model card says of the run that it comes from."""
         settings = self.settings(*(name for name in self.plain if name not in ("run_dir", "rounds", "metrics")))
         return {"arm": f"{arm.name}: {arm.sentence}", "task": self.task.name, "config hash": settings[:16]}
+
+
+def read_together(task: Task, split: Split, config: Data) -> Sequence[Row]:
+    """The rows of a split on every rank; of a data set of the hub, one rank a host asks. A collective.
+
+    Raises:
+        DataError: they can't be read.
+    """
+    with together(f"looking for the {split} rows"):
+        keys = hub_keys(task, split, config)
+    if not all_ranks(not keys):
+        use_files(on_each_host(f"fetching the {split} rows", lambda: fetch_from_hub(keys)))
+    with together(f"reading the {split} rows"):
+        return load_rows(task, split, config)

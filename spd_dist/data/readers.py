@@ -1,7 +1,7 @@
 """Rows of local files: JSON Lines, JSON, CSV, TSV, Parquet and Arrow, compressed or not; each with its place.
 
-`datasets` would read them, too, but it guesses types (`007` becomes 7), keeps copies, and can't say which
-line is wrong.
+Data sets of the Hugging Face hub are asked for by one rank of a host, and read by the others as its cache has them.
+Files it would read, too, but it guesses types (`007` becomes 7), keeps copies, and can't say which line is wrong.
 """
 
 from __future__ import annotations
@@ -14,18 +14,27 @@ import lzma
 import math
 import re
 import zlib
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from spd_dist.data.text_files import Numbered, read_csv, read_json, read_jsonl, read_tsv
 from spd_dist.errors import DataError, named_path
 
+if TYPE_CHECKING:
+    import datasets
+
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 _REFUSED = (".txt", ".zip", ".xml", ".xlsx", ".pkl", ".tar")
+
+HubKey = tuple[str, str, str, str | None]
+"""Name, config, split and revision of a data set of the hub."""
+
+_files: dict[HubKey, list[str]] = {}
+"""Arrow files of this host that hold exactly those rows: read with no question to the hub."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +181,54 @@ def read_saved(name: str, split: str) -> Iterator[Located]:
         saved = saved[split]
     for number, row in enumerate(saved, 1):
         yield located(name, f"row {number}", dict(row), (folder.name, str(folder), number))
+
+
+def hub_rows(key: HubKey) -> datasets.Dataset:
+    """The rows of a data set.
+
+    Raises:
+        DataError: the hub has no such data set, or is silent.
+    """
+    return _of_files(_files[key]) if key in _files else _load_hub(key)
+
+
+def fetch_from_hub(keys: Iterable[HubKey]) -> dict[HubKey, list[str]]:
+    """Ask the hub for data sets, and give the files in which this host's cache has them; for `use_files` elsewhere.
+
+    Raises:
+        DataError: the hub has no such data set, or is silent.
+    """
+    found = {key: _load_hub(key) for key in keys}
+    files = {key: [file["filename"] for file in rows.cache_files] for key, rows in found.items()}
+    # A part of a split is a part of the files, which do not tell which.
+    return {key: names for key, names in files.items() if len(_of_files(names)) == len(found[key])}
+
+
+def use_files(files: Mapping[HubKey, list[str]]) -> None:
+    """Read these data sets from files of this host from now on."""
+    _files.update(files)
+
+
+def _load_hub(key: HubKey) -> datasets.Dataset:
+    import datasets  # seconds to import, and most runs read local files
+    import datasets.exceptions
+
+    name, subset, split, revision = key
+    where = ":".join(filter(None, (name, subset, split)))
+    pinned = f"@{revision}" if revision else ""
+    try:
+        return datasets.load_dataset(str(named_path(name)), subset or None, split=split, revision=revision)
+    except (OSError, ValueError, IndexError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"hub data set {where}{pinned}: cannot be loaded: {error}; check name, revision, config and split, the "
+            "network and HF_HUB_OFFLINE, or give a local path: data.train=rows.jsonl"
+        ) from error
+
+
+def _of_files(names: Sequence[str]) -> datasets.Dataset:
+    import datasets
+
+    return datasets.concatenate_datasets([datasets.Dataset.from_file(name) for name in names])
 
 
 def is_folder(name: str) -> bool:

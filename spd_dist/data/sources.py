@@ -13,7 +13,9 @@ from spd_dist.config import Data
 from spd_dist.data.arithmetic import SPLIT_SIZES, generate_rows
 from spd_dist.data.leaks import LeakReport, find_leaks, without_leaks
 from spd_dist.data.readers import (
+    HubKey,
     Located,
+    hub_rows,
     is_file_name,
     is_folder,
     is_saved,
@@ -24,7 +26,7 @@ from spd_dist.data.readers import (
 )
 from spd_dist.data.tasks.protocol import Row, Split, Task
 from spd_dist.data.text_files import held, shown
-from spd_dist.errors import DataError, named_path
+from spd_dist.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,11 @@ class Source:
     rows: slice
     revision: str | None = None
     """Branch, tag or commit on the hub."""
+
+    @property
+    def key(self) -> HubKey:
+        """Of its data set, whole."""
+        return self.name, self.subset, self.split, self.revision
 
 
 def load_rows(task: Task, split: Split, config: Data) -> Sequence[Row]:
@@ -58,6 +65,13 @@ def load_rows(task: Task, split: Split, config: Data) -> Sequence[Row]:
                 f"data.leaks={config.leaks}: every {split} row is also in the {other} split; correct data.{split}"
             )
     return rows[: {"train": config.num_train, "calibration": None, "test": config.num_test}[split]]
+
+
+def hub_keys(task: Task, split: Split, config: Data) -> list[HubKey]:
+    """The data sets of the hub that the rows of a split, and those that they are compared with, are read from."""
+    splits = (split, *_kept_apart(task, split, config))
+    named = [source for one in splits if sources_of(task, one, config) for source in _named_sources(task, one, config)]
+    return [source.key for source in named if _is_of_hub(source)]
 
 
 def _kept_apart(task: Task, split: Split, config: Data) -> list[Split]:
@@ -119,17 +133,21 @@ def _digest(task: Task, rows: Iterable[Row]) -> str:
 
 
 def _load_all(task: Task, split: Split, config: Data) -> Sequence[Row]:
+    key = "data.train" if split == "calibration" and config.train and not config.calibration else f"data.{split}"
+    named = _named_sources(task, split, config)
+    located = (item for source in named for item in _read(source, config.seed))
+    rows = held(_normalised(task, _named(located, key), key))
+    if not rows:
+        raise DataError(f"data.{split}: {sources_of(task, split, config)} holds no rows; name a source that does")
+    return rows
+
+
+def _named_sources(task: Task, split: Split, config: Data) -> list[Source]:
     sources = sources_of(task, split, config)
     if sources is None:
         raise DataError(f"data.{split}: the task {task.name!r} has no {split} split of its own; set data.{split}=PATH")
     default = "train" if split == "calibration" else split
-    key = "data.train" if split == "calibration" and config.train and not config.calibration else f"data.{split}"
-    named = [parse_source(text.strip(), default) for text in sources.split(",")]
-    located = (item for source in named for item in _read(source, config.seed))
-    rows = held(_normalised(task, _named(located, key), key))
-    if not rows:
-        raise DataError(f"data.{split}: {sources} holds no rows; name a source that does")
-    return rows
+    return [parse_source(text.strip(), default) for text in sources.split(",")]
 
 
 def _named(rows: Iterable[Located], key: str) -> Iterator[Located]:
@@ -180,22 +198,14 @@ def _read(source: Source, seed: int) -> Iterable[Located]:
     return islice(rows, start, stop)
 
 
-def _read_hub(source: Source) -> Iterator[Located]:
-    import datasets  # seconds to import, and most runs read local files
-    import datasets.exceptions
+def _is_of_hub(source: Source) -> bool:
+    is_local = is_file_name(source.name) or is_saved(source.name) or is_folder(source.name)
+    return source.name != "builtin" and not is_local
 
+
+def _read_hub(source: Source) -> Iterator[Located]:
     where = ":".join(filter(None, (source.name, source.subset, source.split)))
-    pinned = f"@{source.revision}" if source.revision else ""
-    try:
-        rows = datasets.load_dataset(
-            str(named_path(source.name)), source.subset or None, split=source.split, revision=source.revision
-        )
-    except (OSError, ValueError, IndexError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
-            f"hub data set {where}{pinned}: cannot be loaded: {error}; check name, revision, config and split, the "
-            "network and HF_HUB_OFFLINE, or give a local path: data.train=rows.jsonl"
-        ) from error
-    for index, row in enumerate(rows):
+    for index, row in enumerate(hub_rows(source.key)):
         yield located(where, f"row {index}", dict(row), (where, where, index), source.subset)
 
 

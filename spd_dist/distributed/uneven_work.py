@@ -8,15 +8,16 @@ which holds the store, reads all signs at once; the others look at the one key t
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
-from spd_dist.distributed.collectives import broadcast_object, default_store, together
+from spd_dist.distributed.collectives import broadcast_object, default_store, gather_objects, together
 from spd_dist.distributed.lost_ranks import lost_ranks
 from spd_dist.errors import StopRequested
 
@@ -46,6 +47,21 @@ def on_main(doing: str, action: Callable[[], T]) -> T:
         if dist.get_rank() == 0:
             result = action()
     return broadcast_object(result)
+
+
+def on_each_host(doing: str, action: Callable[[], T]) -> T:
+    """What `action` gave on one rank of this host: on rank 0 first, for it may fill a cache that hosts share.
+
+    A collective in which each of them may take any time. `action` holds no collective.
+    """
+    hosts = gather_objects(socket.gethostname())
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    own, given = hosts.index(hosts[rank]), None
+    for is_turn in (rank == 0, rank == own > 0):
+        with wait_for_all_ranks(doing):
+            if is_turn:
+                given = action()
+    return cast("T", gather_objects(given)[own])
 
 
 class wait_for_all_ranks:

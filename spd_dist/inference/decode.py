@@ -112,6 +112,7 @@ def decode(
     batch_size: int = 32,
     fixed_columns: int | None = None,
     smaller: Callable[..., int] = half_batch,
+    is_whole: bool = True,
 ) -> Generator[Decoded, None, None]:
     """Completions in the order in which they finish, of at most `batch_size` rows at a time.
 
@@ -130,6 +131,7 @@ def decode(
         batch_size: Rows of a pass.
         fixed_columns: At least the longest prompt and `max_new_tokens`; the same in every run that is to agree.
         smaller: Gives the batch to go on with when memory runs out for one, or its error: `half_batch` with settings.
+        is_whole: The weights stay here from pass to pass; else they come from shards, layer by layer.
 
     Raises:
         DataError: a prompt that with `max_new_tokens` exceeds the model's context; logits that are NaN; memory that
@@ -146,7 +148,7 @@ def decode(
         if num_layers and not (fixed_columns and batch_size == 1):
             num_slots = batch_size if fixed_columns else min(batch_size, len(ordered))
             loop = ContinuousBatcher(model, settings, num_layers, num_slots, fixed_columns)
-            products = packed_weights(model)
+            products = packed_weights(model) if is_whole else nullcontext()
         elif settings.contrast is not None:
             raise DataError(
                 f"generate.contrast: {settings.contrast.beta:g} needs two caches of plain keys and values, which this "

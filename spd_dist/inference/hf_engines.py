@@ -62,6 +62,7 @@ class HFEngine:
             batch_size=self.batch_size,
             fixed_columns=self.fixed_columns,
             smaller=functools.partial(half_batch, section=self.section, in_step=self.placement == "layerwise"),
+            is_whole=self.placement == "replica",
         )
 
 

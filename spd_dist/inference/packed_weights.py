@@ -30,9 +30,9 @@ FREE_SHARE = 0.25
 def packed_weights(model: nn.Module) -> Generator[None]:
     """Within it, the plain linear layers of `model` multiply by a copy of their weights in oneDNN's layout.
 
-    In bfloat16 the results are the same bits; in float32 the order of sums is another. What is on an accelerator, in
-    shards, trained or quantised stays as it is, and so does all where the copy would take a quarter of the memory that
-    is left. The weights must not change meanwhile.
+    In bfloat16 the results are the same bits; in float32 the order of sums is another. What is on an accelerator,
+    sharded, trained or quantised stays as it is, and so does all where the copy would take a quarter of the memory that
+    is left. The weights must neither change meanwhile nor be gathered from shards for each pass.
     """
     chosen = [module for module in model.modules() if isinstance(module, nn.Linear) and _gains(module)]
     needed = sum(module.weight.nbytes for module in chosen)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from spd_dist.config import Config
 from spd_dist.data.held_out import HeldOutExample
 from spd_dist.distributed.collectives import gather_objects
 from spd_dist.distributed.uneven_work import on_main
+from spd_dist.inference.packed_weights import packed_weights
 from spd_dist.inference.placement import Placement, choose_placement, placed
 from spd_dist.mechanism.scoring import (
     RowValues,
@@ -139,7 +141,11 @@ class Measurement:
         world = self.context.world
         own, lines = todo[world.rank :: world.size], []
         name = f"rows.part-{world.rank:05d}-of-{world.size:05d}.jsonl"
-        with placed(self.policy, self.placement, world, "scoring"), JsonlWriter(self.context.folder / name) as part:
+        with (
+            placed(self.policy, self.placement, world, "scoring"),
+            packed_weights(self.policy.model) if self.placement == "replica" else nullcontext(),
+            JsonlWriter(self.context.folder / name) as part,
+        ):
             for (prompt, index), variants in own:
                 lines += self._take_batch(self.batches[prompt][index], variants, part)
         for rank_lines in gather_objects(lines):
