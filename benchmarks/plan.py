@@ -59,10 +59,10 @@ SECTIONS: dict[str, Any] = {
 }
 OF_REAL = SECTIONS | {
     "data": Data(max_prompt_tokens=64),
-    "calibrate": Calibrate(batch_size=2, max_tokens=128, num_shards=2),
-    "generate": Generate(batch_size=4, max_new_tokens=6, max_empty_rate=1.0),
+    "calibrate": Calibrate(batch_size=2, max_tokens=128, num_shards=4),
+    "generate": Generate(batch_size=4, max_new_tokens=3, max_empty_rate=1.0),
     "finetune": Finetune(micro_batch_size=1, global_batch_size=2, max_tokens=256, num_epochs=1, checkpoint_every=1000),
-    "evaluate": Evaluate(batch_size=4, max_new_tokens=6),
+    "evaluate": Evaluate(batch_size=4, max_new_tokens=3),
 }
 """Where most of the memory is the weights', as where a model is large."""
 STAGES = {

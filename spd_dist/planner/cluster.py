@@ -142,13 +142,16 @@ class Zero:
         sizes = [size for size in sizes if size >= self.param_persistence_threshold]
         return min(sum(sizes), max(sizes, default=0) + 2 * self.prefetch_bucket_size)
 
-    def fetched_forward(self, sizes: Iterable[int]) -> int:
+    def fetched_forward(self, sizes: Iterable[int], *, is_cpu: bool = False) -> int:
         """Whole at a time while a forward pass begins: what is fetched ahead lies in its buckets and beside them.
 
-        A bucket lives until the last of its parameters has been used.
+        A bucket lives until the last of its parameters has been used. One that is larger than a bucket is fetched
+        ahead in one with others, which gloo holds once more while it arrives.
         """
         sizes = [size for size in sizes if size >= self.param_persistence_threshold]
-        return min(2 * sum(sizes), max(sizes, default=0) + 3 * self.prefetch_bucket_size)
+        largest, bucket = max(sizes, default=0), self.prefetch_bucket_size
+        whole = largest + 3 * bucket if largest <= bucket else (2 + is_cpu) * largest + (4 + is_cpu) * bucket
+        return min(2 * sum(sizes), whole)
 
     def gathered_backward(self, sizes: Iterable[int], *, reused: int, checkpointing: bool = False) -> int:
         """Whole at the turn of a forward and backward pass: the last layers stay, as they are used again at once.

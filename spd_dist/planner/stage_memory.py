@@ -104,7 +104,8 @@ def _calibrate(placement: Placement, profile: Profile, config: Config, cluster: 
     exchange = FLOAT64 * widths[0] ** 2 * (2 * in_flight + num_sending + 1)
     working = max(profile.calibrate_peak + rows, exchange)
     turn = Need({**weights.device, "sketches": sketches, "activations": working}, weights.host)
-    reading = _fetching(_weights(profile.policy, placement, profile, cluster, zero), profile, config)
+    weights = _weights(profile.policy, placement, profile, cluster, zero)
+    reading = _fetching(weights, profile, config, is_cpu=cluster.is_cpu)
     way = Need({**reading.device, "sketches": sketches, "activations": 0}, reading.host)
     return max(turn, way, key=lambda one: one.device_bytes)
 
@@ -127,17 +128,18 @@ def _placed(placement: Placement, profile: Profile, config: Config, cluster: Clu
     return weights
 
 
-def _fetching(weights: Need, profile: Profile, config: Config) -> Need:
+def _fetching(weights: Need, profile: Profile, config: Config, *, is_cpu: bool) -> Need:
     """Gathered weights while a pass begins, before there is a cache; others as they are."""
     if "gathered" not in weights.device:
         return weights
     zero, frozen = Zero.of(config.distributed), profile.policy.frozen
-    gathered = profile.element_bytes * (zero.persistent(frozen) + zero.fetched_forward(frozen))
+    gathered = profile.element_bytes * (zero.persistent(frozen) + zero.fetched_forward(frozen, is_cpu=is_cpu))
     return Need({**weights.device, "gathered": gathered}, weights.host)
 
 
 def _token_effects(placement: Placement, profile: Profile, config: Config, cluster: Cluster) -> Need:
-    weights = _fetching(_placed(placement, profile, config, cluster), profile, config)
+    placed = _placed(placement, profile, config, cluster)
+    weights = _fetching(placed, profile, config, is_cpu=cluster.is_cpu)
     return Need({**weights.device, "activations": profile.score_peak}, weights.host)
 
 
@@ -162,7 +164,7 @@ def _decoding(
     if is_cpu and "weights" in weights.device:
         weights = Need({**weights.device, "packed": needed.packed}, weights.host)
     decoding = Need({**weights.device, "cache": needed.cache, "activations": needed.working}, weights.host)
-    first = _fetching(weights, profile, config)
+    first = _fetching(weights, profile, config, is_cpu=is_cpu)
     reading = Need({**first.device, "cache": 0, "activations": needed.working}, first.host)
     return max(decoding, reading, key=lambda one: one.device_bytes)
 
@@ -181,7 +183,7 @@ def _finetune(placement: Placement, profile: Profile, config: Config, cluster: C
 
 
 def _load(placement: Placement, profile: Profile, config: Config, cluster: Cluster) -> Need:
-    """Shards, and the weight that is cut into them: gloo has a buffer of its own for what it gathers.
+    """Shards, and the weight that is cut into them, with its new shard: gloo holds what it gathers once more.
 
     What rank 0 maps of the files is the system's to take back.
     """
@@ -189,7 +191,8 @@ def _load(placement: Placement, profile: Profile, config: Config, cluster: Clust
         return Need(_replica(profile, profile.element_bytes * profile.policy.num_parameters))
     zero, frozen = Zero.of(config.distributed), profile.policy.frozen
     shards = profile.element_bytes * zero.shards(frozen, cluster.num_ranks)
-    return Need({"shards": shards, "gathered": (1 + cluster.is_cpu) * profile.element_bytes * max(frozen)})
+    largest = (1 + cluster.is_cpu) * max(frozen) + zero.shards([max(frozen)], cluster.num_ranks)
+    return Need({"shards": shards, "gathered": profile.element_bytes * largest})
 
 
 def _training(placement: Placement, profile: Profile, config: Config, cluster: Cluster) -> Need:
