@@ -166,7 +166,8 @@ def full_replica(engine: DeepSpeedEngine | None, module: nn.Module) -> Generator
     if engine is None:
         yield module
         return
-    offload = _offload_of(engine)
+    optimizer: Any = engine.optimizer
+    offload = optimizer if hasattr(optimizer, "forward_hooks") else optimizer.parameter_offload
     for parameter in module.parameters():  # what a backward pass left, where it ended at an input without a gradient
         vars(parameter)["ds_active_sub_modules"].clear()
     with deepspeed.zero.GatheredParameters(list(module.parameters())):
@@ -181,16 +182,6 @@ def full_replica(engine: DeepSpeedEngine | None, module: nn.Module) -> Generator
                 lambda *_: offload.get_param_coordinator().reset_step()
             )
             offload._register_deepspeed_module(offload.module)  # also invalidates the recorded order of modules
-
-
-def release_gathered(engine: DeepSpeedEngine) -> None:
-    """Leave shards only: the last pass has kept what the next would have begun with, and what was fetched ahead."""
-    _offload_of(engine).empty_partition_cache()
-
-
-def _offload_of(engine: DeepSpeedEngine) -> Any:
-    optimizer: Any = engine.optimizer
-    return optimizer if hasattr(optimizer, "forward_hooks") else optimizer.parameter_offload
 
 
 @torch.no_grad()

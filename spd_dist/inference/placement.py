@@ -17,7 +17,7 @@ from spd_dist.distributed.collectives import all_ranks, max_over_ranks, together
 from spd_dist.distributed.memory import free_bytes
 from spd_dist.distributed.uneven_work import wait_for_all_ranks
 from spd_dist.distributed.world import World
-from spd_dist.distributed.zero import full_replica, release_gathered
+from spd_dist.distributed.zero import full_replica
 from spd_dist.errors import ConfigError
 from spd_dist.inference.continuous import MAX_PREFILL_TOKENS
 from spd_dist.models.model_stats import Outline, meta_model, outline_of
@@ -205,8 +205,6 @@ def placed(policy: Policy, placement: Placement, world: World, doing: str) -> Ge
     if placement == "layerwise":
         with LockStep(policy.model, lambda: dummy_pass(policy), doing):
             yield
-        if policy.engine is not None:
-            release_gathered(policy.engine)
     elif world.size == 1:
         with full_replica(policy.engine, policy.model):
             yield
