@@ -231,7 +231,8 @@ def _send(connection: socket.socket, line: str) -> None:
 
 def _end(gone: Lost) -> None:
     try:
-        sys.stderr.write(f"rank {os.environ.get('RANK', '?')} still waited {GRACE_SECONDS:.0f} s after it: {gone}\n")
+        rank = os.environ.get("RANK", "?")
+        sys.stderr.write(f"error: {gone}, and rank {rank} still waited {GRACE_SECONDS:.0f} s later\n")
         sys.stderr.flush()
     finally:  # the launcher may have read this pipe
         os._exit(1)
