@@ -166,8 +166,7 @@ def full_replica(engine: DeepSpeedEngine | None, module: nn.Module) -> Generator
     if engine is None:
         yield module
         return
-    optimizer: Any = engine.optimizer
-    offload = optimizer if hasattr(optimizer, "forward_hooks") else optimizer.parameter_offload
+    offload = _offload_of(engine)
     for parameter in module.parameters():  # what a backward pass left, where it ended at an input without a gradient
         vars(parameter)["ds_active_sub_modules"].clear()
     with deepspeed.zero.GatheredParameters(list(module.parameters())):
@@ -182,6 +181,24 @@ def full_replica(engine: DeepSpeedEngine | None, module: nn.Module) -> Generator
                 lambda *_: offload.get_param_coordinator().reset_step()
             )
             offload._register_deepspeed_module(offload.module)  # also invalidates the recorded order of modules
+
+
+def forget_order(engine: DeepSpeedEngine) -> None:
+    """Let the next pass show the order of modules anew, and begin with shards only. On all ranks.
+
+    After passes with a backward pass, DeepSpeed keeps in each pass what that would use again: of a model of up to
+    `stage3_max_reuse_distance` elements everything, though there are forward passes only.
+    """
+    offload = _offload_of(engine)
+    offload.empty_partition_cache()
+    order = offload.get_param_coordinator()
+    if not order.is_invalid_trace():
+        order._invalidate_trace()
+
+
+def _offload_of(engine: DeepSpeedEngine) -> Any:
+    optimizer: Any = engine.optimizer
+    return optimizer if hasattr(optimizer, "forward_hooks") else optimizer.parameter_offload
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from spd_dist.distributed.collectives import all_ranks, max_over_ranks, together
 from spd_dist.distributed.memory import free_bytes
 from spd_dist.distributed.uneven_work import wait_for_all_ranks
 from spd_dist.distributed.world import World
-from spd_dist.distributed.zero import full_replica
+from spd_dist.distributed.zero import forget_order, full_replica
 from spd_dist.errors import ConfigError
 from spd_dist.inference.continuous import MAX_PREFILL_TOKENS
 from spd_dist.models.model_stats import Outline, meta_model, outline_of
@@ -203,6 +203,8 @@ def placed(policy: Policy, placement: Placement, world: World, doing: str) -> Ge
     An exception of one rank is raised on all; shards and hooks are back on every way out. The body holds no collective.
     """
     if placement == "layerwise":
+        if policy.engine is not None:
+            forget_order(policy.engine)
         with LockStep(policy.model, lambda: dummy_pass(policy), doing):
             yield
     elif world.size == 1:
