@@ -203,9 +203,7 @@ def placed(policy: Policy, placement: Placement, world: World, doing: str) -> Ge
     An exception of one rank is raised on all; shards and hooks are back on every way out. The body holds no collective.
     """
     if placement == "layerwise":
-        if policy.engine is not None:
-            forget_order(policy.engine)
-        with LockStep(policy.model, lambda: dummy_pass(policy), doing):
+        with _passes_of_their_own(policy), LockStep(policy.model, lambda: dummy_pass(policy), doing):
             yield
     elif world.size == 1:
         with full_replica(policy.engine, policy.model):
@@ -213,6 +211,16 @@ def placed(policy: Policy, placement: Placement, world: World, doing: str) -> Ge
     else:
         with full_replica(policy.engine, policy.model), wait_for_all_ranks(doing):
             yield
+
+
+@contextmanager
+def _passes_of_their_own(policy: Policy) -> Generator[None]:
+    """Forward passes that follow no order with a backward pass, and leave nothing gathered for one that may not come."""
+    if policy.engine is not None:
+        forget_order(policy.engine)
+    yield
+    if policy.engine is not None:
+        forget_order(policy.engine)
 
 
 @torch.no_grad()
