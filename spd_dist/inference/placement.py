@@ -215,7 +215,7 @@ def placed(policy: Policy, placement: Placement, world: World, doing: str) -> Ge
 
 @contextmanager
 def _passes_of_their_own(policy: Policy) -> Generator[None]:
-    """Forward passes that follow no order with a backward pass, and leave nothing gathered for one that may not come."""
+    """Forward passes that follow no order with a backward pass, and leave nothing gathered for a next one."""
     if policy.engine is not None:
         forget_order(policy.engine)
     yield

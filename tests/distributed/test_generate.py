@@ -175,7 +175,8 @@ def weights_are_given_back_though_a_backward_pass_came_before(policy: Policy, fo
     config = dataclasses.replace(CONFIG, placement="layerwise")
     for number in range(2):
         for _ in range(3):  # the first is recorded
-            begins = policy.model.get_input_embeddings().register_forward_hook(lambda *args: args[-1].requires_grad_(True))
+            embedding = policy.model.get_input_embeddings()
+            begins = embedding.register_forward_hook(lambda *args: args[-1].requires_grad_(True))
             policy.model(torch.arange(3, 9)[None]).logits.sum().backward()
             begins.remove()
         assert "AVAILABLE" in left[-1]
