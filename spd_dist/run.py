@@ -17,7 +17,7 @@ from spd_dist.data.readers import fetch_from_hub, use_files
 from spd_dist.data.sources import hub_keys, load_rows
 from spd_dist.data.tasks import Task, find_task
 from spd_dist.data.tasks.protocol import Row, Split
-from spd_dist.distributed.collectives import all_ranks, max_over_ranks, together
+from spd_dist.distributed.collectives import gather_objects, max_over_ranks, together
 from spd_dist.distributed.heartbeat import Heartbeat, naming_lagging_ranks, telling_of_silence
 from spd_dist.distributed.memory import peak_bytes, reset_peak_memory
 from spd_dist.distributed.uneven_work import on_each_host, on_main
@@ -284,7 +284,7 @@ def read_together(task: Task, split: Split, config: Data) -> Sequence[Row]:
     """
     with together(f"looking for the {split} rows"):
         keys = hub_keys(task, split, config)
-    if not all_ranks(not keys):
+    if any(gather_objects(bool(keys))):  # a folder of that name may be on one host
         use_files(on_each_host(f"fetching the {split} rows", lambda: fetch_from_hub(keys)))
     with together(f"reading the {split} rows"):
         return load_rows(task, split, config)

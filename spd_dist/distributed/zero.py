@@ -194,6 +194,7 @@ def forget_order(engine: DeepSpeedEngine) -> None:
     order = offload.get_param_coordinator()
     if not order.is_invalid_trace():
         order._invalidate_trace()
+    _forget_released_parameters()  # by the order before
 
 
 def _offload_of(engine: DeepSpeedEngine) -> Any:

@@ -91,9 +91,10 @@ def test_a_model_is_loaded_and_read_back_in_shards(config):
     profile, many = profile_of(full), Cluster(64, 8)
     loading = need("load", "layerwise", profile, full, many).device
     assert 512 * loading["shards"] == pytest.approx(profile.weight_bytes, rel=1e-3)
-    assert loading["gathered"] == 2 * max(profile.policy.frozen)  # the embedding
+    largest = max(profile.policy.frozen)
+    assert loading["gathered"] == 2 * (largest + largest // 512)  # and its new shard
     on_cpus = need("load", "layerwise", profile, full, dataclasses.replace(many, is_cpu=True)).device
-    assert on_cpus["gathered"] == 2 * loading["gathered"]
+    assert on_cpus["gathered"] == loading["gathered"] + 2 * largest
     for cluster in (CLUSTER, many):
         whole = sum(need("load", "layerwise", profile, full, cluster).device.values())
         assert all(whole <= need(stage, "layerwise", profile, full, cluster).device_bytes for stage in STAGES)
@@ -268,7 +269,9 @@ def test_deepspeeds_settings_are_heeded():
     assert zero.gathered_forward([10, 30_000_000, 40_000_000]) == 50_000_000
     assert zero.gathered_forward([10, 3_000_000, 4_000_000]) == 7_000_000
     assert zero.fetched_forward([10, 3_000_000, 4_000_000]) == 14_000_000, "in its bucket and beside it"
-    assert zero.fetched_forward([10, 30_000_000, 40_000_000]) == 40_000_000 + 3 * 5_000_000
+    assert zero.fetched_forward([10, 3_000_000, 4_000_000] * 9) == 4_000_000 + 3 * 5_000_000
+    assert zero.fetched_forward([10, 30_000_000, 40_000_000]) == 2 * 40_000_000 + 4 * 5_000_000, "one is a bucket"
+    assert zero.fetched_forward([30_000_000, 40_000_000, 40_000_000], is_cpu=True) == 3 * 40_000_000 + 5 * 5_000_000
     huge = [200_000_000] * 20
     assert zero.gathered_backward(huge, reused=sum(huge)) == 200_000_000 + 10_000_000 + 500_000_000
     few = [10_000_000] * 10
