@@ -12,6 +12,7 @@ import gzip
 import io
 import lzma
 import math
+import os
 import re
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -189,7 +190,9 @@ def hub_rows(key: HubKey) -> datasets.Dataset:
     Raises:
         DataError: the hub has no such data set, or is silent.
     """
-    return _of_files(_files[key]) if key in _files else _load_hub(key)
+    names = _files.get(key, [])
+    # Two containers may call themselves the same host, and see other files.
+    return _of_files(names) if names and all(map(os.path.exists, names)) else _load_hub(key)
 
 
 def fetch_from_hub(keys: Iterable[HubKey]) -> dict[HubKey, list[str]]:
@@ -201,7 +204,7 @@ def fetch_from_hub(keys: Iterable[HubKey]) -> dict[HubKey, list[str]]:
     found = {key: _load_hub(key) for key in keys}
     files = {key: [file["filename"] for file in rows.cache_files] for key, rows in found.items()}
     # A part of a split is a part of the files, which do not tell which.
-    return {key: names for key, names in files.items() if len(_of_files(names)) == len(found[key])}
+    return {key: names for key, names in files.items() if names and len(_of_files(names)) == len(found[key])}
 
 
 def use_files(files: Mapping[HubKey, list[str]]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from transformers.cache_utils import Cache
 
 from spd_dist.inference.drawing import Drawer
 from spd_dist.inference.kv_cache import SlotCache, prefill_cache
+from spd_dist.inference.packed_weights import packed_weights
 from spd_dist.inference.requests import Decoded, DecodeSettings, Request
 from spd_dist.models.forward import call_model
 
@@ -67,6 +69,10 @@ class ContinuousBatcher:
     def run(self, requests: Sequence[Request]) -> Iterator[Decoded]:
         """Decode all of them, in the order in which they are given."""
         self.waiting.extend(requests)
+        with packed_weights(self.model) if self.stopping.is_whole else nullcontext():
+            yield from self._run(requests)
+
+    def _run(self, requests: Sequence[Request]) -> Iterator[Decoded]:
         num_columns = self.fixed_columns or _longest(requests) + self.stopping.sampling.max_new_tokens
         self.caches = [SlotCache(self.num_layers, self.num_slots, num_columns) for _ in self.prefix_caches]
         self.column_L = torch.arange(num_columns, device=self.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from spd_dist.errors import DataError
 from spd_dist.inference.continuous import ContinuousBatcher
 from spd_dist.inference.drawing import Drawer
 from spd_dist.inference.kv_cache import num_slot_layers
-from spd_dist.inference.packed_weights import packed_weights
 from spd_dist.inference.requests import Decoded, DecodeSettings, Request, half_batch, is_out_of_memory
 from spd_dist.types import Prompt
 
@@ -112,7 +111,6 @@ def decode(
     batch_size: int = 32,
     fixed_columns: int | None = None,
     smaller: Callable[..., int] = half_batch,
-    is_whole: bool = True,
 ) -> Generator[Decoded, None, None]:
     """Completions in the order in which they finish, of at most `batch_size` rows at a time.
 
@@ -131,7 +129,6 @@ def decode(
         batch_size: Rows of a pass.
         fixed_columns: At least the longest prompt and `max_new_tokens`; the same in every run that is to agree.
         smaller: Gives the batch to go on with when memory runs out for one, or its error: `half_batch` with settings.
-        is_whole: The weights stay here from pass to pass; else they come from shards, layer by layer.
 
     Raises:
         DataError: a prompt that with `max_new_tokens` exceeds the model's context; logits that are NaN; memory that
@@ -148,7 +145,6 @@ def decode(
         if num_layers and not (fixed_columns and batch_size == 1):
             num_slots = batch_size if fixed_columns else min(batch_size, len(ordered))
             loop = ContinuousBatcher(model, settings, num_layers, num_slots, fixed_columns)
-            products = packed_weights(model) if is_whole else nullcontext()
         elif settings.contrast is not None:
             raise DataError(
                 f"generate.contrast: {settings.contrast.beta:g} needs two caches of plain keys and values, which this "
@@ -156,10 +152,8 @@ def decode(
             )
         else:
             loop = StaticLoop(model, settings, 1 if fixed_columns else batch_size)
-            products = nullcontext()  # its passes are transformers' own, to the bit
         try:
-            with products:
-                yield from loop.run(ordered)
+            yield from loop.run(ordered)
             return
         except RuntimeError as error:
             if not is_out_of_memory(str(error)):

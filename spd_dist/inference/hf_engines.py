@@ -58,11 +58,16 @@ class HFEngine:
         return decode(
             self.policy.model,
             requests,
-            DecodeSettings(sampling, frozenset(self.policy.eos_token_ids), self.policy.pad_token_id, self.contrast),
+            DecodeSettings(
+                sampling,
+                frozenset(self.policy.eos_token_ids),
+                self.policy.pad_token_id,
+                self.contrast,
+                is_whole=self.placement == "replica",
+            ),
             batch_size=self.batch_size,
             fixed_columns=self.fixed_columns,
             smaller=functools.partial(half_batch, section=self.section, in_step=self.placement == "layerwise"),
-            is_whole=self.placement == "replica",
         )
 
 

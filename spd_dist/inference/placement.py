@@ -159,10 +159,11 @@ def rows_of_a_pass(policy: Policy, config: Generate, world: World, max_length: i
     outline = outline_of(policy.model)
 
     def needed(num_rows: int) -> int:
-        one = _decode_bytes(policy.model, config, max_length, num_rows, is_cpu=world.device.type == "cpu")
+        one = _decode_bytes(policy.model, config, max_length, num_rows)
         if placement == "layerwise":
             return 2 * one.weights // outline.num_layers + one.cache + one.working
-        return sum(one) - (one.weights if policy.engine is None else 0)  # its weights are there already
+        packed = packed_bytes(outline, policy.model.dtype.itemsize) if world.device.type == "cpu" else 0
+        return packed + sum(one) - (one.weights if policy.engine is None else 0)  # its weights are there already
 
     most = MOST_ROWS_ON_CPU if world.device.type == "cpu" else MOST_ROWS
     return largest_batch(needed, HEADROOM * free_bytes(world), most)
@@ -179,12 +180,11 @@ def largest_batch(needed: Callable[[int], int], free: float, most: int) -> int:
 
 
 def _needed_bytes(model: PreTrainedModel, config: Generate, max_length: int, *, is_cpu: bool) -> int:
-    return sum(_decode_bytes(model, config, max_length, planned_rows(config.batch_size), is_cpu=is_cpu))
+    packed = packed_bytes(outline_of(model), model.dtype.itemsize) if is_cpu else 0
+    return packed + sum(_decode_bytes(model, config, max_length, planned_rows(config.batch_size)))
 
 
-def _decode_bytes(
-    model: PreTrainedModel, config: Generate, max_length: int, num_rows: int, *, is_cpu: bool
-) -> DecodeBytes:
+def _decode_bytes(model: PreTrainedModel, config: Generate, max_length: int, num_rows: int) -> DecodeBytes:
     return decode_bytes(
         outline_of(model),
         batch_size=num_rows,
@@ -192,7 +192,6 @@ def _decode_bytes(
         new_tokens=config.max_new_tokens,
         element_bytes=model.dtype.itemsize,
         num_caches=1 + (config.contrast != 1),
-        is_cpu=is_cpu,
     )
 
 
@@ -235,23 +234,19 @@ class DecodeBytes(NamedTuple):
 
     weights: int
     """Whole."""
-    packed: int
-    """Their copy in the layout of a CPU's products (`packed_weights.py`)."""
     cache: int
     """Keys and values of a full batch, and of the prompts that are being read."""
     working: int
     """The largest single step: a layer's activations while prompts are read, or the logits of a batch."""
 
 
+def packed_bytes(outline: Outline, element_bytes: int) -> int:
+    """Whole weights in the layout of a CPU's products, beside their own (`packed_weights.py`)."""
+    return element_bytes * outline.num_multiplied
+
+
 def decode_bytes(
-    outline: Outline,
-    *,
-    batch_size: int,
-    prompt_tokens: int,
-    new_tokens: int,
-    element_bytes: int,
-    num_caches: int = 1,
-    is_cpu: bool = False,
+    outline: Outline, *, batch_size: int, prompt_tokens: int, new_tokens: int, element_bytes: int, num_caches: int = 1
 ) -> DecodeBytes:
     """What decoding `batch_size` rows takes, beside shards of the same weights.
 
@@ -267,5 +262,4 @@ def decode_bytes(
     layer = prefill_tokens * (4 * outline.hidden_size + inside)
     sampled = SAMPLING_BYTES * batch_size * outline.vocabulary_size
     working = max(element_bytes * layer, sampled)
-    weights, packed = outline.num_parameters, outline.num_multiplied if is_cpu else 0
-    return DecodeBytes(element_bytes * weights, element_bytes * packed, num_caches * element_bytes * cache, working)
+    return DecodeBytes(element_bytes * outline.num_parameters, num_caches * element_bytes * cache, working)

@@ -110,6 +110,8 @@ class DecodeSettings:
     eos_token_ids: frozenset[int]
     pad_token_id: int
     contrast: Contrast | None = None
+    is_whole: bool = True
+    """The weights stay here from pass to pass; else they come from shards, layer by layer."""
 
 
 @dataclass(eq=False)

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from spd_dist.arms import chosen
 from spd_dist.config import Config, planned_rows
-from spd_dist.inference.placement import decode_bytes
+from spd_dist.inference.placement import decode_bytes, packed_bytes
 from spd_dist.models.model_stats import Outline
 from spd_dist.planner.cluster import Cluster, Zero
 from spd_dist.planner.profile import Profile
@@ -159,10 +159,9 @@ def _decoding(
         prompt_tokens=config.data.max_prompt_tokens,
         new_tokens=new_tokens,
         element_bytes=profile.element_bytes,
-        is_cpu=is_cpu,
     )
     if is_cpu and "weights" in weights.device:
-        weights = Need({**weights.device, "packed": needed.packed}, weights.host)
+        weights = Need({**weights.device, "packed": packed_bytes(profile.policy, profile.element_bytes)}, weights.host)
     decoding = Need({**weights.device, "cache": needed.cache, "activations": needed.working}, weights.host)
     first = _fetching(weights, profile, config, is_cpu=is_cpu)
     reading = Need({**first.device, "cache": 0, "activations": needed.working}, first.host)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import generating
@@ -21,6 +22,7 @@ from spd_dist.distributed.collectives import gather_objects
 from spd_dist.distributed.world import World
 from spd_dist.distributed.zero import weights_fingerprint
 from spd_dist.errors import ConfigError, DataError
+from spd_dist.inference import placement as placing
 from spd_dist.models.policy import Policy
 from spd_dist.stages.context import StageContext
 from spd_dist.stages.generate import CorpusSummary, corpus_requests, generate
@@ -158,11 +160,14 @@ def a_layers_shards_are_gathered_while_the_one_before_computes(model: Path, fold
         policy = policy_of(model, this_world(), distributed=shards)
         seen = watched(policy)
         config = dataclasses.replace(CONFIG, placement="layerwise")
-        assert merged(folder / f"ahead-{ahead}", run(policy, folder / f"ahead-{ahead}", config)) == expected
-        without = sum("INFLIGHT" not in one for one in seen)
-        recorded = 2 * 4 * 3  # the first passes of the probes and of the work, at three layers
-        assert len(seen) > 2 * recorded
-        assert without <= recorded if ahead else without == len(seen)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(placing, "forget_order", noting(placing.forget_order, seen))
+            assert merged(folder / f"ahead-{ahead}", run(policy, folder / f"ahead-{ahead}", config)) == expected
+        begins = [index for index, one in enumerate(seen) if one == {"FORGOTTEN"}]
+        parts = [seen[start + 1 : end] for start, end in itertools.pairwise([*begins, len(seen)])]
+        later = [one for part in parts for one in part[4 * 3 :]]  # after the first passes, which are recorded
+        assert len(later) > 30
+        assert all("INFLIGHT" in one for one in later) if ahead else not any("INFLIGHT" in one for one in later)
         policy.release()
 
 
@@ -190,6 +195,16 @@ def sharded(model: Path) -> Policy:
     """No parameter is so small that it stays whole."""
     zero = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
     return policy_of(model, this_world(), distributed=Distributed(zero_stage=3, deepspeed=zero))
+
+
+def noting(forget: Callable[[object], None], seen: list[set[str]]) -> Callable[[object], None]:
+    """The same, with a mark among what is seen."""
+
+    def forget_and_note(engine: object) -> None:
+        forget(engine)
+        seen.append({"FORGOTTEN"})
+
+    return forget_and_note
 
 
 def watched(policy: Policy) -> list[set[str]]:

@@ -15,10 +15,9 @@ from spd_dist.inference.requests import DecodeSettings, Request
 from spd_dist.inference.sampling import Sampling
 from spd_dist.projection.hooks import projected
 
-needs_products = pytest.mark.skipif(
+pytestmark = pytest.mark.skipif(
     not module._has_products(torch.float32), reason="this CPU or this build of torch has no packed products"
 )
-pytestmark = needs_products
 
 
 def linear_layers(*, bias: bool = False, dtype: torch.dtype = torch.float32) -> nn.Module:
