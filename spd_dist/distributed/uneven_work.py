@@ -111,6 +111,11 @@ def _own_connection() -> Connection:
     return _connections[0]
 
 
+def leave_store() -> None:
+    """Close the connection: the store goes with its process group."""
+    _connections.clear()
+
+
 class StoreWait:
     """One use of the store by all ranks. Only its thread talks to it: after a cut link a call may never end."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import socket
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from spd_dist.config import Distributed
 from spd_dist.distributed.collectives import accelerator
 from spd_dist.distributed.lost_ranks import leave_ranks, watch_ranks
+from spd_dist.distributed.uneven_work import leave_store
 from spd_dist.errors import ConfigError
 
 
@@ -107,7 +109,11 @@ def check_interface(wanted: str, present: Sequence[str]) -> None:
 
 
 def leave_world() -> None:
-    """Wait for every rank, then close the process group; the next of a process without a launcher has another port."""
+    """Wait for every rank, then close the process group; the next of a process without a launcher has another port.
+
+    What trained is a cycle that keeps its groups: collected here, gloo's threads and the store's end before their peers
+    close and before the interpreter does, where either may abort a process whose work is done.
+    """
     if dist.is_initialized():
         dist.barrier()
         leave_ranks()
@@ -115,6 +121,8 @@ def leave_world() -> None:
             deepspeed.comm.destroy_process_group()  # and its groups, which it would take for those of the next world
         else:
             dist.destroy_process_group()
+        leave_store()
+        gc.collect()
     while _OWN:
         os.environ.pop(_OWN.pop(), None)
 

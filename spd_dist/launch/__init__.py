@@ -6,6 +6,7 @@ On several ranks: `deepspeed --module spd_dist.launch NAME [ARGUMENTS]`.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import functools
 import importlib
 import math
@@ -13,6 +14,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -58,6 +60,7 @@ def launcher(work: Callable[[Sequence[str] | None], int]) -> Main:
     @functools.wraps(work)
     def main_of(words: Sequence[str] | None = None) -> int:
         hide_secrets()
+        say_where_native_code_crashes()
         try:
             return work(words)
         except UserError as error:
@@ -86,6 +89,13 @@ def at_least(smallest: float, kind: Callable[[str], float] = int) -> Callable[[s
 def hide_secrets() -> None:
     """From now on, a fault of ours is printed as Python does, but without what is secret in it."""
     sys.excepthook = _without_secrets
+
+
+def say_where_native_code_crashes() -> None:
+    """From now on SIGSEGV, SIGABRT and their kin print each thread's Python calls: a launcher tells only the number."""
+    if not faulthandler.is_enabled():
+        with suppress(OSError, ValueError, RuntimeError):  # stderr is closed, or no file
+            faulthandler.enable()
 
 
 def _without_secrets(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -31,13 +31,18 @@ def both_fail(started: dict[str, subprocess.Popen]) -> dict[str, str]:
     """What each side printed; both must end in time, with an error that says where the other was seen last."""
     began = time.monotonic()
     outputs = {host: side.communicate(timeout=120)[0] for host, side in started.items()}
-    assert time.monotonic() - began < TIMEOUT_SECONDS + SECONDS_TO_END, outputs
+    assert time.monotonic() - began < TIMEOUT_SECONDS + SECONDS_TO_END, told(outputs)
     for host, side in started.items():
         assert side.returncode == 1, outputs[host]
         assert "A rank that failed or lags is the likely cause. Last seen:" in outputs[host]
         other = {"node0": "rank 1 on node1: silent for", "node1": "rank 0 on node0: silent for"}[host]
         assert other in outputs[host]
     return outputs
+
+
+def told(outputs: dict[str, str]) -> str:
+    """All of it: pytest shortens whatever is no text."""
+    return "\n".join(f"on {host}:\n{output}" for host, output in outputs.items())
 
 
 def test_a_cut_link_fails_both_sides_in_time_and_the_run_goes_on(run, undisturbed, tmp_path):
@@ -62,7 +67,7 @@ def test_a_cut_link_fails_both_sides_in_time_and_the_run_goes_on(run, undisturbe
 
     started = launch(run, tmp_path)
     outputs = {host: side.communicate(timeout=240)[0] for host, side in started.items()}
-    assert [side.returncode for side in started.values()] == [0, 0], outputs
+    assert [side.returncode for side in started.values()] == [0, 0], told(outputs)
     assert "finetune: goes on after step" in outputs["node0"]
     assert differences(results(run.folder), undisturbed) == []
 

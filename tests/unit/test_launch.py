@@ -69,3 +69,22 @@ def test_a_wrong_word_and_a_missing_task_are_said_before_torch_is_imported():
     no_task = "'gsm8' is not a task"
     assert said[:4] == [f"error: {key}: {no_task}" for key in ("data.task", "evaluate.also", "data.task", "--tasks")]
     assert said[4].startswith("error: no config and no setting is given: try --config package:quickstart, which brings")
+
+
+CRASH = """
+import os
+from spd_dist.launch import launcher
+
+@launcher
+def main(words):
+    os.abort()
+
+main()
+"""
+
+
+def test_a_crash_of_native_code_says_which_python_call_it_was_in():
+    done = subprocess.run([sys.executable, "-c", CRASH], capture_output=True, text=True, check=False)
+    assert done.returncode < 0
+    assert "Fatal Python error: Aborted" in done.stderr
+    assert 'File "<string>", line 7 in main' in done.stderr

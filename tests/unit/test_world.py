@@ -94,3 +94,39 @@ def test_a_process_without_a_launcher_takes_another_port_for_its_next_world():
         [sys.executable, "-c", TWO_WORLDS], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+KEPT_GROUP = """
+import gc
+from pathlib import Path
+import torch.distributed as dist
+from spd_dist.config import Distributed
+from spd_dist.distributed.uneven_work import StoreWait, _own_connection
+from spd_dist.distributed.world import join_world, leave_world
+
+class Engine:
+    def __init__(self):
+        self.group, self.world = dist.new_group([0]), dist.distributed_c10d._get_default_group()
+        self.itself = self
+
+def threads():
+    return {file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")}
+
+gc.disable()
+join_world(Distributed())
+Engine()
+StoreWait(_own_connection(), 0, 1).wait("working")
+assert {"gloo_tcp_loop", "pt_tcpstore_uv"} <= threads(), threads()
+leave_world()
+assert not {name for name in threads() if "gloo" in name or "store" in name}, threads()
+"""
+
+
+@pytest.mark.seconds
+def test_no_thread_of_the_process_group_is_left_when_the_interpreter_ends():
+    """Such a thread may see the peers close while the process is taken down, and abort it after its work is done."""
+    environment = {name: value for name, value in os.environ.items() if name not in DEEPSPEED}
+    done = subprocess.run(
+        [sys.executable, "-c", KEPT_GROUP], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
