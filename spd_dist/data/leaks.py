@@ -6,6 +6,7 @@ that are alike enough share one of their rarest n-grams (prefix filtering), so o
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import Counter, defaultdict
@@ -21,16 +22,26 @@ Ngram = tuple[str, ...]
 def find_leaks(splits: Mapping[str, Sequence[Row]], task: Task, *, similarity: float) -> list[LeakReport]:
     """A report for every pair of splits, each against those that follow it in the mapping.
 
-    Problems of at least the given similarity count; exact duplicates always do.
+    Problems of at least the given similarity count; exact duplicates always do. Of a pair, the n-grams of the smaller
+    split are held, and the rows of the other are read one by one.
     """
-    texts = {name: [_ngrams(task.problem(row)) for row in rows] for name, rows in splits.items()}
-    frequency = Counter(ngram for problems in texts.values() for ngrams in problems for ngram in ngrams)
-    names = list(splits)
-    return [
-        _report(name, other, splits, texts, frequency, similarity)
-        for position, name in enumerate(names)
-        for other in names[position + 1 :]
-    ]
+    indices: dict[str, _Index] = {}
+
+    def matches(held: str, read: str) -> Iterator[tuple[int, int, float]]:
+        if held not in indices:
+            indices[held] = _Index([_ngrams(task.problem(row)) for row in splits[held]], similarity)
+        for position, row in enumerate(splits[read]):
+            for other, alike in indices[held].alike(_ngrams(task.problem(row))):
+                yield position, other, alike
+
+    reports = []
+    for name, other in itertools.combinations(splits, 2):
+        if len(splits[name]) < len(splits[other]):
+            pairs = ((own, position, alike) for position, own, alike in matches(name, other))
+        else:
+            pairs = matches(other, name)
+        reports.append(_report(name, other, splits, pairs))
+    return reports
 
 
 def without_leaks(rows: Iterable[Row], reports: Iterable[LeakReport]) -> Iterator[Row]:
@@ -45,32 +56,45 @@ def _ngrams(text: str) -> frozenset[Ngram]:
     return frozenset(tuple(words[start : start + size]) for start in range(len(words) - size + 1))
 
 
-def _rarest(ngrams: frozenset[Ngram], frequency: Mapping[Ngram, int], similarity: float) -> list[Ngram]:
-    """Any set as alike as `similarity` shares one of these, as it cannot miss more than the rest."""
-    count = len(ngrams) - math.ceil(similarity * len(ngrams)) + 1
-    return sorted(ngrams, key=lambda ngram: (frequency[ngram], ngram))[:count]
+class _Index:
+    """The problems of one split, found by their rarest n-grams."""
+
+    def __init__(self, problems: Sequence[frozenset[Ngram]], similarity: float) -> None:
+        self.problems, self.similarity = problems, similarity
+        self.frequency = Counter(ngram for ngrams in problems for ngram in ngrams)
+        self.holders: dict[Ngram, list[int]] = defaultdict(list)
+        for position, ngrams in enumerate(problems):
+            for ngram in self._rarest(ngrams):
+                self.holders[ngram].append(position)
+
+    def alike(self, ngrams: frozenset[Ngram]) -> Iterator[tuple[int, float]]:
+        """Positions of the problems that are alike enough, in order, with how alike they are."""
+        found = {position for ngram in self._rarest(ngrams) for position in self.holders.get(ngram, ())}
+        for position in sorted(found):
+            alike = _jaccard(ngrams, self.problems[position])
+            if alike >= self.similarity:
+                yield position, alike
+
+    def _rarest(self, ngrams: frozenset[Ngram]) -> list[Ngram]:
+        """Any set as alike as `similarity` shares one of these, as it cannot miss more than the rest.
+
+        It holds for any order that all sets share: here how often an n-gram stands in the index, then its words.
+        """
+        count = len(ngrams) - math.ceil(self.similarity * len(ngrams)) + 1
+        return sorted(ngrams, key=lambda ngram: (self.frequency[ngram], ngram))[:count]
 
 
 def _report(
-    name: str,
-    other: str,
-    splits: Mapping[str, Sequence[Row]],
-    texts: Mapping[str, Sequence[frozenset[Ngram]]],
-    frequency: Mapping[Ngram, int],
-    similarity: float,
+    name: str, other: str, splits: Mapping[str, Sequence[Row]], pairs: Iterable[tuple[int, int, float]]
 ) -> LeakReport:
-    holders: dict[Ngram, list[int]] = defaultdict(list)
-    for position, ngrams in enumerate(texts[other]):
-        for ngram in _rarest(ngrams, frequency, similarity):
-            holders[ngram].append(position)
-    leaks = []
-    for row, ngrams in zip(splits[name], texts[name], strict=True):
-        rarest = _rarest(ngrams, frequency, similarity)
-        candidates = sorted({position for ngram in rarest if ngram in holders for position in holders[ngram]})
-        alike = [_jaccard(ngrams, texts[other][position]) for position in candidates]
-        if alike and max(alike) >= similarity:
-            best = candidates[alike.index(max(alike))]
-            leaks.append(Leak(row["id"], splits[other][best]["id"], max(alike)))
+    """Of all pairs, the most alike of each row of `name`; of several the first."""
+    best: dict[int, tuple[float, int]] = {}
+    for own, position, alike in pairs:
+        best[own] = max(best.get(own, (0.0, 0)), (alike, -position))
+    leaks = [
+        Leak(splits[name][own]["id"], splits[other][-position]["id"], alike)
+        for own, (alike, position) in sorted(best.items())
+    ]
     num_exact = sum(leak.similarity == 1.0 for leak in leaks)
     return LeakReport(name, other, len(splits[name]), num_exact, len(leaks) - num_exact, tuple(leaks))
 

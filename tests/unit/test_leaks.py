@@ -1,5 +1,7 @@
 """Near-duplicates are found exactly as a comparison of every pair finds them."""
 
+import tracemalloc
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -62,3 +64,32 @@ def test_the_known_duplicates_of_mbpp_are_found():
     assert len(train) == 464
     assert report.num_near == 28
     assert {leak.id for leak in report.leaks if leak.similarity == 1} == {"mbpp/602", "mbpp/704", "mbpp/872"}
+
+
+class Made(Sequence):
+    """Many rows that are made when they are read."""
+
+    def __init__(self, num: int) -> None:
+        self.num = num
+
+    def __len__(self) -> int:
+        return self.num
+
+    def __getitem__(self, index: int) -> dict:
+        if index >= self.num:
+            raise IndexError
+        words = [f"{index % 1000}x{(index * place) % 997}" for place in range(1, 80)]
+        return {"id": f"t{index}", "task": "t", "input": " ".join(words), "target": ""}
+
+
+@pytest.mark.parametrize("order", [("train", "test"), ("test", "train")])
+def test_the_n_grams_of_the_larger_split_are_not_held(order):
+    splits = {"train": Made(4000), "test": [Made(4000)[index] | {"id": f"s{index}"} for index in range(5, 3000, 1000)]}
+    tracemalloc.start()
+    try:
+        [report] = find_leaks({name: splits[name] for name in order}, BBH, similarity=0.9)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert report.num_exact == 3
+    assert peak < 2e6, "bytes; all 4000 x 75 n-grams take a hundred megabytes"
