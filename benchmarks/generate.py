@@ -35,6 +35,7 @@ from spd_dist.data.prompts import make_prompts
 from spd_dist.data.sources import load_rows
 from spd_dist.data.tasks import find_task
 from spd_dist.distributed.world import World
+from spd_dist.inference.compiled_pass import CompiledPass
 from spd_dist.inference.decode import decode
 from spd_dist.inference.requests import DecodeSettings, Request
 from spd_dist.inference.sampling import Sampling
@@ -46,7 +47,7 @@ from spd_dist.seeding import row_seed
 from spd_dist.types import Projection, SiteOperator
 
 SEED = 42
-PARTS = ["static", "projection", "invariant", "roofline", "bfloat16", "ranks"]
+PARTS = ["static", "projection", "invariant", "compiled", "roofline", "bfloat16", "ranks"]
 COPIED_BYTES = 2**28
 
 
@@ -73,10 +74,11 @@ def main() -> None:
     policy = load(model)
     parts = {
         "static": measure_static, "projection": measure_projection, "invariant": measure_invariant,
-        "roofline": measure_roofline, "bfloat16": measure_bfloat16,
+        "compiled": measure_compiled, "roofline": measure_roofline, "bfloat16": measure_bfloat16,
     }  # fmt: skip
+    elsewhere = "bfloat16" if torch.cuda.is_available() else "compiled"  # what says something on the other device alone
     for name, measure in parts.items():
-        if name in options.skip or (name == "bfloat16" and torch.cuda.is_available()):
+        if name in options.skip or name == elsewhere:
             continue
         started = time.process_time()
         measure(policy, options, ratios, rows)
@@ -111,11 +113,16 @@ class Side:
 
 
 def ours(
-    policy: Policy, work: Sequence[Request], batch_size: int, max_tokens: int, fixed_columns: int | None = None
+    policy: Policy,
+    work: Sequence[Request],
+    batch_size: int,
+    max_tokens: int,
+    fixed_columns: int | None = None,
+    compiled: CompiledPass | None = None,
 ) -> int:
     """Decode `work` by our loop."""
     sampling = Sampling(max_new_tokens=max_tokens)
-    settings = DecodeSettings(sampling, frozenset(policy.eos_token_ids), policy.pad_token_id)
+    settings = DecodeSettings(sampling, frozenset(policy.eos_token_ids), policy.pad_token_id, compiled=compiled)
     decoded = decode(policy.model, work, settings, batch_size=batch_size, fixed_columns=fixed_columns)
     return sum(len(one.tokens) for one in decoded)
 
@@ -204,6 +211,22 @@ def measure_invariant(policy: Policy, options: argparse.Namespace, ratios: dict,
     rows += [row("invariant", name, seconds[name], side.num_tokens) for name, side in sides.items()]
     free, fixed = (side.num_tokens / seconds[name] for name, side in sides.items())
     ratios["batch_invariant_over_free"] = fixed / free
+
+
+def measure_compiled(policy: Policy, options: argparse.Namespace, ratios: dict, rows: list) -> None:
+    """Plain passes and compiled ones (`generate.compile`), under hooks; compiling is not in the time."""
+    work, tokens, compiled = requests(policy, options.probed), options.probed_tokens, CompiledPass(policy.model)
+    sides = {
+        "plain passes": Side(lambda: ours(policy, work, options.batch, tokens)),
+        "compiled": Side(lambda: ours(policy, work, options.batch, tokens, compiled=compiled)),
+    }
+    with projected(policy.model, neutral_projection(policy)):
+        ours(policy, work, options.batch, tokens, compiled=compiled)
+        seconds = interleaved_seconds(sides, repeats=options.repeats, clock=clock_of(options))
+    compiled.close()
+    rows += [row("compiled", name, seconds[name], side.num_tokens) for name, side in sides.items()]
+    plain_speed, speed = (side.num_tokens / seconds[name] for name, side in sides.items())
+    ratios["compiled_over_plain"] = speed / plain_speed
 
 
 def endless(model: PreTrainedModel, work: Sequence[Request], max_tokens: int) -> int:

@@ -148,6 +148,17 @@ COMBINATIONS = (
     ),
     *(
         Combination(
+            ("generate.compile", f"generate.{key}"),
+            {"generate.compile": True, f"generate.{key}": values},
+            reason, (f"generate.{key}={remedy}", "generate.compile=false"), ("generate.compile=true", given),
+        )
+        for key, values, reason, remedy, given in (
+            ("engine", other_than("hf"), "whose passes are its own", "hf", "generate.engine=hf_cb"),
+            ("placement", "layerwise", "whose weights come and go", "replica", "generate.placement=layerwise"),
+        )
+    ),
+    *(
+        Combination(
             (f"{section}.max_thought_tokens", f"{section}.engine"),
             {f"{section}.max_thought_tokens": is_set, f"{section}.engine": other_than("hf")},
             "which keeps to none", (f"{section}.engine=hf", f"{section}.max_thought_tokens=null"),

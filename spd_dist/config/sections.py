@@ -138,6 +138,9 @@ class Generate:
         32, "rows decoded together; samples do not depend on it; auto: as many as fit in memory", at_least=1
     )
     batch_invariant: bool = setting(False, "engine hf: bf16 samples depend on no rank or kill either; costs speed")
+    compile: bool = setting(
+        False, "engine hf, of evaluate, too: passes that add tokens are compiled, on a GPU captured as CUDA graphs"
+    )
     num_tasks: int = setting(1, "jobs that share one corpus, as a SLURM array", at_least=1)
     task_index: int = setting(0, "which of them this one is", at_least=0)
     vllm_python: str | None = setting(None, "interpreter that has vllm, for engine=vllm")

@@ -65,11 +65,13 @@ class ContinuousBatcher:
         self.prefix: tuple[int, ...] = ()
         self.prefix_caches: Sequence[Cache | None] = [None] if stopping.contrast is None else [None, None]
         self.last_read: dict[tuple[int, ...], Prefilled] = {}
+        self.compiled = stopping.compiled
 
     def run(self, requests: Sequence[Request]) -> Iterator[Decoded]:
         """Decode all of them, in the order in which they are given."""
         self.waiting.extend(requests)
-        with packed_weights(self.model) if self.stopping.is_whole else nullcontext():
+        is_packed = self.stopping.is_whole and self.compiled is None  # a graph lays its weights out itself
+        with packed_weights(self.model) if is_packed else nullcontext():
             yield from self._run(requests)
 
     def _run(self, requests: Sequence[Request]) -> Iterator[Decoded]:
@@ -165,8 +167,11 @@ class ContinuousBatcher:
         """One token for every row; what is finished by it."""
         if not self.rows:
             return
-        num_rows = len(self.rows) if self.fixed_columns is None else self.num_slots
-        num_columns = self.fixed_columns or max(row.num_cached for row in self.rows) + 1
+        num_rows, num_columns = len(self.rows), max(row.num_cached for row in self.rows) + 1
+        if self.fixed_columns is not None:
+            num_rows, num_columns = self.num_slots, self.fixed_columns
+        elif self.compiled is not None:
+            num_rows, num_columns = self.compiled.shape(num_rows, num_columns, *self.mask_BL.shape)
         token_N1, column_N1 = self.drawer.newest(num_rows)
         for cache in self.caches:
             cache.open(column_N1[:, 0], num_columns)
@@ -192,6 +197,8 @@ class ContinuousBatcher:
         optional = {"position_ids": position_NS, "logits_to_keep": torch.tensor([width - 1]) if is_slow else 1}
         inputs = {name: value for name, value in optional.items() if name in self.takes}
         inputs |= {"input_ids": input_NS, "attention_mask": mask_NL, "past_key_values": cache, "use_cache": True}
+        if self.compiled is not None and isinstance(cache, SlotCache):
+            return self.compiled.logits(inputs)[:, -1]
         return call_model(self.model, inputs).logits[:, -1]
 
     def _evict_finished(self) -> Iterator[Decoded]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 
 from spd_dist.errors import DataError
+from spd_dist.inference.compiled_pass import stays_plain
 from spd_dist.inference.continuous import ContinuousBatcher
 from spd_dist.inference.drawing import Drawer
 from spd_dist.inference.kv_cache import num_slot_layers
@@ -151,6 +152,8 @@ def decode(
                 "model or a single row of fixed shape does not have; set generate.contrast=1"
             )
         else:
+            if settings.compiled is not None:
+                stays_plain("a cache of more than plain keys and values, or one row of fixed shape")
             loop = StaticLoop(model, settings, 1 if fixed_columns else batch_size)
         try:
             yield from loop.run(ordered)

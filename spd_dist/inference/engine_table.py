@@ -13,6 +13,7 @@ from spd_dist.config import Generate, Model, planned_rows
 from spd_dist.distributed.uneven_work import on_main, wait_for_all_ranks
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError
+from spd_dist.inference.compiled_pass import CompiledPass, stays_plain
 from spd_dist.inference.engine_probes import References
 from spd_dist.inference.external.external_engine import ExternalEngine, command_of, environment_of
 from spd_dist.inference.external.server_engine import ServerEngine, check_server
@@ -154,6 +155,11 @@ class EngineKind(NamedTuple):
 def _open_hf(setup: EngineSetup, stack: ExitStack) -> Opened:
     fixed_columns, beta = setup.max_length if setup.config.batch_invariant else None, setup.config.contrast
     held = setup.monitor if beta != 1 else None
+    compiled = CompiledPass(setup.policy.model) if setup.config.compile and setup.placement == "replica" else None
+    if compiled is not None:
+        stack.callback(compiled.close)
+    elif setup.config.compile:
+        stays_plain("the weights come from shards, layer by layer")
     return setup.opened(
         HFEngine(
             setup.policy,
@@ -163,6 +169,7 @@ def _open_hf(setup: EngineSetup, stack: ExitStack) -> Opened:
             setup.placement,
             setup.work.section,
             contrast=None if held is None else Contrast(beta, held.paused),
+            compiled=compiled,
         )
     )
 

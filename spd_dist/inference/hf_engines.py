@@ -17,6 +17,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
 from spd_dist.errors import DataError
+from spd_dist.inference.compiled_pass import CompiledPass
 from spd_dist.inference.decode import decode
 from spd_dist.inference.placement import Placement
 from spd_dist.inference.requests import Contrast, Decoded, DecodeSettings, Request, half_batch, is_out_of_memory
@@ -52,6 +53,7 @@ class HFEngine:
     section: str
     name: str = "hf"
     contrast: Contrast | None = None
+    compiled: CompiledPass | None = None
 
     def complete(self, requests: Sequence[Request], sampling: Sampling) -> Generator[Decoded, None, None]:
         """Completions as they finish."""
@@ -64,6 +66,7 @@ class HFEngine:
                 self.policy.pad_token_id,
                 self.contrast,
                 is_whole=self.placement == "replica",
+                compiled=self.compiled,
             ),
             batch_size=self.batch_size,
             fixed_columns=self.fixed_columns,

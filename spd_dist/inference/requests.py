@@ -10,13 +10,16 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
 from spd_dist.errors import DataError
 from spd_dist.inference.sampling import Sampling
 from spd_dist.types import ThoughtBudget
+
+if TYPE_CHECKING:
+    from spd_dist.inference.compiled_pass import CompiledPass
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +115,8 @@ class DecodeSettings:
     contrast: Contrast | None = None
     is_whole: bool = True
     """The weights stay here from pass to pass; else they come from shards, layer by layer."""
+    compiled: CompiledPass | None = None
+    """What makes the passes that add a token a row, if they are compiled."""
 
 
 @dataclass(eq=False)

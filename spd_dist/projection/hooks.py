@@ -34,7 +34,7 @@ class ProjectionMonitor:
 
     def __init__(self, sites: Iterable[KVSite], observe: int) -> None:
         self.calls: dict[KVSite, int] = dict.fromkeys(sites, 0)
-        """Outputs that were projected, per site; with mode `fold` only the observed ones are counted."""
+        """Outputs that were projected, per site; with mode `fold` only those that are observed, and none in a graph."""
         self.model_calls = 0
         self.is_on = True
         """Whether hooks act: with mode `hook`, a caller may let the model run without them for a while."""
@@ -58,6 +58,11 @@ class ProjectionMonitor:
         an operator cannot be seen in the outputs of folded weights.
         """
         return max((worst.item() for worst in self._worst.values()), default=None)
+
+    def count(self, part: SitePart) -> None:
+        """One more output. A graph would be compiled anew for each number, and counts nothing."""
+        if not torch.compiler.is_compiling():
+            self.calls[part.site] += 1
 
     def observes(self, site: KVSite) -> bool:
         """Whether the next output of `site` is to be measured."""
@@ -159,7 +164,7 @@ def _projecting(rotate: Callable[..., Any], running: list[SitePart], monitor: Pr
             )
         key_BTD = key_BTHK.flatten(2)
         projected_BTD = part.apply(key_BTD)
-        monitor.calls[part.site] += 1
+        monitor.count(part)
         if monitor.observes(part.site):
             monitor.measure(part, key_BTD, projected_BTD)
         projected = projected_BTD.view(key_BTHK.shape)
@@ -210,7 +215,8 @@ def at_output(found: list[Target], insertion: str) -> list[Target]:
 
 
 def _count(monitor: ProjectionMonitor) -> None:
-    monitor.model_calls += monitor.is_on
+    if not torch.compiler.is_compiling():
+        monitor.model_calls += monitor.is_on
 
 
 class _ModuleHooks:
@@ -241,9 +247,8 @@ class _ModuleHooks:
             raise DataError(
                 f"{self.target.name} returns a {type(output_O).__name__}, not a tensor; it cannot be projected"
             )
-        calls = self.monitor.calls
         for part in self.target.parts:
-            calls[part.site] += 1
+            self.monitor.count(part)
         self.before_O = output_O if self.watching else None
         if self.whole is not None:
             return self.whole(output_O)
@@ -259,7 +264,7 @@ class _ModuleHooks:
         before_O, self.before_O = self.before_O, None
         for part in self.target.parts:
             if self.counts_watched:
-                self.monitor.calls[part.site] += 1
+                self.monitor.count(part)
             self.monitor.measure(
                 part, None if before_O is None else part.columns.read(before_O), part.columns.read(output_O)
             )
