@@ -145,6 +145,21 @@ def test_greedy_answers_are_those_of_our_own_loop(policy, tmp_path, pool, held_t
         assert min(summary.hook_calls.values()) >= (num_fed if apply_as == "hook" else 1)
 
 
+def test_a_process_that_died_before_its_settings_came_is_started_again(policy, tmp_path):
+    """It is begun while the policy answers the probes."""
+    pool = EnginePool(tmp_path / "engines")
+    with pool.closed_at_the_end():
+        pool.prepare(VLLM, tmp_path, vllm_environment(VLLM, ALONE))
+        begun = pool.process
+        assert begun is not None
+        assert begun.settings is None
+        begun.process.kill()
+        begun.process.wait()
+        summary, found = made(policy, tmp_path / "run", VLLM, None, pool)
+        assert pool.process is not begun
+    assert (pool.num_starts, summary.engine_starts, len(found)) == (2, 2, 64)
+
+
 def test_one_engine_answers_for_policy_students_and_projected_policy(model, policy, adapter, tmp_path, pool):
     rows = [{"id": f"r{i}", "question": "How many? " * (1 + i % 4), "solution": "4", "answer": "1"} for i in range(8)]
     test_set = TestSet(TASK, rows, make_prompts(rows, TASK, policy.tokenizer, Data()), seed=5)
