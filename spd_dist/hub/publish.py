@@ -25,9 +25,8 @@ from spd_dist.errors import ConfigError, DataError
 from spd_dist.hub.repository import NAME, Patience, Repository, is_hub_name, upload
 from spd_dist.models.model_card import IN_REPORT, THIS_FOLDER
 from spd_dist.overrides import config_of_arm, load_config
-from spd_dist.storage.artifacts import read_json
 from spd_dist.storage.completions import CORPUS, TABLE, finished_corpus, open_corpus, to_text
-from spd_dist.storage.records import read_fields
+from spd_dist.storage.records import read_fields, read_object, read_text
 from spd_dist.storage.subspace_file import FILE_NAME, load_subspace
 
 Product = Literal["adapter", "merged", "full", "subspace", "corpus"]
@@ -98,7 +97,7 @@ def stage(publication: Publication, published: Published, place: Path) -> None:
             if file.name not in (CARD, ADAPTER_SETTINGS):
                 (place / file.name).symlink_to(file.resolve())
         if product == "adapter":
-            settings = read_json(folder / ADAPTER_SETTINGS)
+            settings = read_object(folder / ADAPTER_SETTINGS)
             settings["base_model_name_or_path"] = published.base_model
             (place / ADAPTER_SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         found = read_report(run_dir) if (run_dir / "report.json").exists() else None
@@ -164,7 +163,7 @@ def student_card(published: Published, own_card: Path, report: Report | None, re
 
     `own_card` is `README.md` beside the student; `relation` is as the hub calls it: adapter, or finetune.
     """
-    card: Any = ModelCard(own_card.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    card: Any = ModelCard(read_text(own_card), ignore_metadata_errors=True)
     text = card.text.replace(f'"{THIS_FOLDER}"', f'"{published.address}"')
     text = text.replace(published.config.model.name, published.base_model)
     if report is not None and published.arm.name in report.arms:

@@ -77,17 +77,17 @@ def plan(path: Path) -> None:
     folder, found = points(path)
     for point in found:
         load_config(*split_words(point.words))
-    described = [
-        {"index": one.index, "run_dir": str(one.run_dir), "values": dict(one.values), "words": list(one.words)}
-        for one in found
-    ]
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / "plan.json"
-    if target.exists() and json.loads(target.read_text(encoding="utf-8"))["points"] != described:
+    if target.exists() and read_plan(target) != found:
         raise ConfigError(
             f"{target} is the plan of another sweep, and its runs would be taken for this one's; "
             "give this sweep a folder of its own"
         )
+    described = [
+        {"index": one.index, "run_dir": str(one.run_dir), "values": dict(one.values), "words": list(one.words)}
+        for one in found
+    ]
     target.write_text(json.dumps({"sweep": str(path), "points": described}, indent=2) + "\n")
     print(f"{target}: {len(found)} points")
     print(f"python launchers/submit.py sweep {target} --array=0-{len(found) - 1}%4")
@@ -137,11 +137,14 @@ def read_plan(path: Path) -> list[Point]:
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))["points"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        points = [
+            Point(int(one["index"]), Path(one["run_dir"]), dict(one["values"]), tuple(one["words"])) for one in found
+        ]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"{path} is no plan ({error!r}); write one with launchers/sweep.py plan SWEEP.yaml"
         ) from error
-    return [Point(one["index"], Path(one["run_dir"]), one["values"], tuple(one["words"])) for one in found]
+    return points
 
 
 def point_of(path: Path, index: int | None) -> Point:

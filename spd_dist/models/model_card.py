@@ -78,6 +78,6 @@ def licence(card: Card) -> str | None:
     own_card = Path(card.base_path) / "README.md"
     if not own_card.is_file():
         return None
-    header = own_card.read_text(encoding="utf-8").split("---")[1:2]
+    header = own_card.read_text(encoding="utf-8", errors="replace").split("---")[1:2]
     found = re.search(r"^license:\s*(\S+)\s*$", header[0], re.MULTILINE) if header else None
     return found.group(1) if found else None

@@ -13,6 +13,7 @@ from spd_dist.analysis.answer_summary import manner, samples_by_id
 from spd_dist.analysis.mechanism_verdict import MechanismDetails
 from spd_dist.analysis.report import ExperimentReport, Report, SeedDetails
 from spd_dist.config import Config
+from spd_dist.errors import DataError
 from spd_dist.reports import figures
 from spd_dist.reports.browser import browser, written_by
 from spd_dist.reports.difference import difference_of
@@ -132,9 +133,20 @@ class AnsweredExample(NamedTuple):
 def side_by_side(
     by_seed: Sequence[Mapping[str, Sequence[Answer]]], questions: Mapping[str, str]
 ) -> list[AnsweredExample]:
-    """Every example: those come first on which arms differ most in being right, then those of other words."""
+    """Every example: those come first on which arms differ most in being right, then those of other words.
+
+    Raises:
+        DataError: the arms answered other examples.
+    """
     examples = []
     grouped = [{arm: samples_by_id(rows) for arm, rows in answers.items()} for answers in by_seed]
+    first, *others = [(arm, found.keys()) for each in grouped for arm, found in each.items()]
+    for arm, found in others:
+        if other := sorted(first[1] ^ found):
+            raise DataError(
+                f"the answers of {arm} and {first[0]} are not to the same examples ({other[0]} is of one alone): a "
+                "file was changed; delete evaluate/ARM of the one that is wrong and start the same command again"
+            )
     for key in next(iter(grouped[0].values())):
         rows = [samples[key][0] for samples in grouped[0].values()]
         right = {arm: sum(one.correct for each in grouped for one in each[arm][key]) for arm in grouped[0]}

@@ -75,7 +75,7 @@ def stage_cost(folder: Path) -> StageCost:
             try:
                 seconds, world_size, task = float(attempt["seconds"]), int(attempt["world_size"]), attempt["task"]
                 by_task[task] += seconds
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
                 raise corrupt(file, error) from error
             device_seconds += seconds * world_size
     return StageCost(max(by_task.values(), default=0.0), device_seconds)

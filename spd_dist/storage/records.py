@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from spd_dist.errors import DataError
-from spd_dist.storage.artifacts import corrupt, read_json, write_json
+from spd_dist.storage.artifacts import corrupt, missing, read_json, write_json
 from spd_dist.types import Json, record_of
 
 if TYPE_CHECKING:
@@ -56,6 +56,32 @@ def read_fields(path: Path) -> dict[str, Json]:
     data = read_json(path)
     check_schema(path, data)
     return {name: value for name, value in data.items() if name != KEY}
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object of a JSON file that is no record of ours.
+
+    Raises:
+        DataError: the file is missing, not JSON, or holds anything else.
+    """
+    data = read_json(path)
+    if not isinstance(data, dict):
+        raise corrupt(path, ValueError(f"a {type(data).__name__} and no object"))
+    return data
+
+
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        DataError: the file is missing, or no UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise missing(path) from error
+    except UnicodeDecodeError as error:
+        raise corrupt(path, error) from error
 
 
 def check_schema(path: Path, data: Any) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spd_dist.errors import DataError
 from spd_dist.stages.sketch.frequent_directions import SiteGroup, SketchPlan
-from spd_dist.storage.artifacts import read_tensors, write_tensors
+from spd_dist.storage.artifacts import TensorFile, corrupt, read_tensors, write_tensors
 from spd_dist.types import GradientBatch, KVSite, SiteMoments, record_of
 
 TENSORS = (
@@ -116,18 +116,24 @@ def load_sketches(path: str | Path, device: torch.device | str = "cpu") -> dict[
         raise DataError(
             f"{path} is no sketch state: its metadata has no `shards`; give a file that save_sketches wrote"
         )
-    sketches = {}
+    try:
+        return dict(_states(file, torch.device(device)))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise corrupt(path, error) from error
+
+
+def _states(file: TensorFile, device: torch.device) -> Iterator[tuple[int, ShardSketch]]:
     for shard, widths in json.loads(file.metadata["shards"]).items():
         sites = [_site(fields) for described in widths.values() for fields in described["sites"]]
         plans = {int(width): record_of(SketchPlan, described["plan"]) for width, described in widths.items()}
-        state = sketches[int(shard)] = ShardSketch(sites, plans, torch.device(device))
+        state = ShardSketch(sites, plans, device)
         state.num_examples = json.loads(file.metadata["num_examples"])[shard]
         for width, group in state.groups.items():
             vars(group).update(widths[str(width)]["counts"])
             # Copied: a file has them at odd addresses, where the last digit of a float64 product is another.
             tensors = {name: file.tensors[f"{shard}.{width}.{name}"].to(device, copy=True) for name in TENSORS}
             vars(group).update(tensors)
-    return sketches
+        yield int(shard), state
 
 
 def _site(fields: dict[str, Any]) -> KVSite:
