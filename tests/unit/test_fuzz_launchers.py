@@ -1,6 +1,6 @@
 """Words and run folders that nobody meant: each launcher ends with a documented code, and never with a traceback.
 
-SPD_FUZZ_SECONDS sets the time of each test, SPD_FUZZ_SEED what is drawn. A fault of a run that goes on ends this process.
+SPD_FUZZ_SECONDS sets the time of each test, SPD_FUZZ_SEED what is drawn. A fault of a run ends this process.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ WRONG = [None, -1, 1e308, "", [], {}, "../../x", True, "a" * 300, 10**30]
 WORDS = [
     "--help", "--config", "--num", "3", "-1", "0", "x", "--json", "--out", "data.task=gsm8k", "data.task=no", "a=b",
     "=", "--", "", "💥", "../..", "finetune", "--dry-run", "--list", "--seed", "1e9", "nan", "model.name=",
-    "run_dir=/proc/x", "evaluate.arms=[", "evaluate.arms=[a", "project.rank=-1", "seed=x", "--until", "--from", "--restart-from",
+    "run_dir=/proc/x", "evaluate.arms=[", "evaluate.arms=[a", "project.rank=-1", "seed=x", "--until", "--from",
+    "--restart-from",
     "calibrate", "--show-config", "--task", "--tasks", "--adapter", "--base", "--form", "folded", "--nodes",
     "--sbatch=--x", "stats", "show", "diff", "export", "plan", "status", "collect", "words", "fused", "stages", "array",
     "experiment", "chain", "o/n", "adapter", "--public", "--against", "--png", "/dev/null", "/", "~nobody/x", "\x00",
