@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -109,10 +110,9 @@ def sync(words: Sequence[str] | None = None) -> int:
 
 def find_parts(run_dir: Path) -> list[Part]:
     """All parts under a run's folder, in the order in which they belong on the server."""
-    parts = []
-    for folder in run_dir.rglob("wandb/offline-run-*"):
-        if any(folder.glob("run-*.wandb")):
-            parts.append(Part(folder, *name_and_task(folder)))
+    places = (Path(place) for place, _, _ in os.walk(run_dir))  # passes by what a run removes meanwhile
+    folders = [place for place in places if place.parent.name == "wandb" and place.name.startswith("offline-run-")]
+    parts = [Part(folder, *name_and_task(folder)) for folder in folders if any(folder.glob("run-*.wandb"))]
     return sorted(parts, key=lambda part: (part.folder.parent, part.task_index, part.folder.name))
 
 
