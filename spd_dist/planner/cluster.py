@@ -101,6 +101,7 @@ class Zero:
 
     stage: int
     max_reuse_distance: int = 1_000_000_000
+    max_live_parameters: int = 1_000_000_000
     prefetch_bucket_size: int = 50_000_000
     param_persistence_threshold: int = 100_000
     reduce_bucket_size: int = 500_000_000
@@ -119,6 +120,7 @@ class Zero:
         return cls(
             stage=distributed.zero_stage,
             max_reuse_distance=number("max_reuse_distance", cls.max_reuse_distance),
+            max_live_parameters=number("max_live_parameters", cls.max_live_parameters),
             prefetch_bucket_size=number("prefetch_bucket_size", cls.prefetch_bucket_size),
             param_persistence_threshold=number("param_persistence_threshold", cls.param_persistence_threshold),
             reduce_bucket_size=number("reduce_bucket_size", cls.reduce_bucket_size),
@@ -137,21 +139,15 @@ class Zero:
     def gathered_forward(self, sizes: Iterable[int]) -> int:
         """Whole at a time in a forward pass: what is computed with, and what is fetched ahead.
 
-        What is fetched ahead is there twice, as it is copied out of the bucket in which it arrives.
+        Each module fetches another bucket ahead, until `max_live_parameters` are there; the last may be the largest.
         """
-        sizes = [size for size in sizes if size >= self.param_persistence_threshold]
-        return min(sum(sizes), max(sizes, default=0) + 2 * self.prefetch_bucket_size)
+        sizes = self._sharded(sizes)
+        return min(sum(sizes), self.max_live_parameters + max(sizes, default=0))
 
-    def fetched_forward(self, sizes: Iterable[int], *, is_cpu: bool = False) -> int:
-        """Whole at a time while a forward pass begins: what is fetched ahead lies in its buckets and beside them.
-
-        A bucket lives until the last of its parameters has been used. One that is larger than a bucket is fetched
-        ahead in one with others, which gloo holds once more while it arrives.
-        """
-        sizes = [size for size in sizes if size >= self.param_persistence_threshold]
-        largest, bucket = max(sizes, default=0), self.prefetch_bucket_size
-        whole = largest + 3 * bucket if largest <= bucket else (2 + is_cpu) * largest + (4 + is_cpu) * bucket
-        return min(2 * sum(sizes), whole)
+    def fetched_forward(self, sizes: Iterable[int]) -> int:
+        """The same while a bucket arrives, whose weights are copied out of it: a bucket, or what is larger than one."""
+        sizes = self._sharded(sizes)
+        return self.gathered_forward(sizes) + min(sum(sizes), max([self.prefetch_bucket_size, *sizes]))
 
     def gathered_backward(self, sizes: Iterable[int], *, reused: int, checkpointing: bool = False) -> int:
         """Whole at the turn of a forward and backward pass: the last layers stay, as they are used again at once.
@@ -160,12 +156,17 @@ class Zero:
         them stay, nothing is fetched at the turn. With checkpointing, activations are few when a bucket arrives, and it
         is there beside its copies even if all weights are.
         """
-        sizes = [size for size in sizes if size >= self.param_persistence_threshold]
+        sizes = self._sharded(sizes)
         whole, bucket = sum(sizes), 0
         if checkpointing:
             bucket = min(self.prefetch_bucket_size, whole - max(sizes, default=0))
         stays = min(reused, self.max_reuse_distance // 2)
-        return min(whole + bucket, stays + (bucket if stays == reused else self.gathered_forward(sizes)))
+        if stays < reused:
+            stays = max(stays, self.gathered_forward(sizes))
+        return min(whole, stays) + bucket
+
+    def _sharded(self, sizes: Iterable[int]) -> list[int]:
+        return [size for size in sizes if size >= self.param_persistence_threshold]
 
 
 def _is_on_host(offload: Any) -> bool:

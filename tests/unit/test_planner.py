@@ -143,6 +143,8 @@ def test_placements_follow_the_config(config):
 
 
 def test_with_less_memory_a_replica_becomes_layers_and_layers_go_to_the_host(profile, config):
+    few = {"zero_optimization": {"stage3_max_live_parameters": 1e8}}  # else all of so small a model is fetched ahead
+    config = changed(config, "distributed", deepspeed=few)
     needs = {name: need("generate", name, profile, config, CLUSTER) for name in ("replica", "layerwise", "offload")}
     sizes = {name: one.device_bytes for name, one in needs.items()}
     assert sizes["replica"] > sizes["layerwise"] > sizes["offload"]
@@ -266,14 +268,14 @@ def test_deepspeeds_settings_are_heeded():
         Distributed()
     )
     assert zero.persistent([10, 99_999, 100_000]) == 100_009
-    assert zero.gathered_forward([10, 30_000_000, 40_000_000]) == 50_000_000
-    assert zero.gathered_forward([10, 3_000_000, 4_000_000]) == 7_000_000
-    assert zero.fetched_forward([10, 3_000_000, 4_000_000]) == 14_000_000, "in its bucket and beside it"
-    assert zero.fetched_forward([10, 3_000_000, 4_000_000] * 9) == 4_000_000 + 3 * 5_000_000
-    assert zero.fetched_forward([10, 30_000_000, 40_000_000]) == 2 * 40_000_000 + 4 * 5_000_000, "one is a bucket"
-    assert zero.fetched_forward([30_000_000, 40_000_000, 40_000_000], is_cpu=True) == 3 * 40_000_000 + 5 * 5_000_000
+    assert zero.gathered_forward([10, 30_000_000, 40_000_000]) == 70_000_000
+    assert zero.fetched_forward([10, 3_000_000, 4_000_000]) == 12_000_000, "a bucket of it twice"
+    assert zero.fetched_forward([10, 3_000_000, 4_000_000] * 9) == 63_000_000 + 5_000_000
+    assert zero.fetched_forward([10, 30_000_000, 40_000_000]) == 70_000_000 + 40_000_000, "one is a bucket"
+    ahead = Zero.of(Distributed(deepspeed={"zero_optimization": {"stage3_max_live_parameters": 20_000_000}}))
+    assert ahead.gathered_forward([10, 30_000_000, 40_000_000]) == 60_000_000, "until so many are there"
     huge = [200_000_000] * 20
-    assert zero.gathered_backward(huge, reused=sum(huge)) == 200_000_000 + 10_000_000 + 500_000_000
+    assert zero.gathered_backward(huge, reused=sum(huge)) == 1_200_000_000
     few = [10_000_000] * 10
     assert zero.gathered_backward(few, reused=30_000_000) == 30_000_000, "the other layers are gone at the turn"
     assert zero.gathered_backward(few, reused=100_000_000, checkpointing=True) == 105_000_000, "and a bucket"
