@@ -223,6 +223,7 @@ def measure_compiled(policy: Policy, options: argparse.Namespace, ratios: dict, 
     with projected(policy.model, neutral_projection(policy)):
         ours(policy, work, options.batch, tokens, compiled=compiled)
         seconds = interleaved_seconds(sides, repeats=options.repeats, clock=clock_of(options))
+    assert compiled.is_on, "nothing was compiled"
     compiled.close()
     rows += [row("compiled", name, seconds[name], side.num_tokens) for name, side in sides.items()]
     plain_speed, speed = (side.num_tokens / seconds[name] for name, side in sides.items())

@@ -148,13 +148,14 @@ COMBINATIONS = (
     ),
     *(
         Combination(
-            ("generate.compile", f"generate.{key}"),
-            {"generate.compile": True, f"generate.{key}": values},
-            reason, (f"generate.{key}={remedy}", "generate.compile=false"), ("generate.compile=true", given),
+            ("generate.compile", key), {"generate.compile": True, key: values},
+            reason, (f"{key}={remedy}", "generate.compile=false"), ("generate.compile=true", f"{key}={given}"),
         )
         for key, values, reason, remedy, given in (
-            ("engine", other_than("hf"), "whose passes are its own", "hf", "generate.engine=hf_cb"),
-            ("placement", "layerwise", "whose weights come and go", "replica", "generate.placement=layerwise"),
+            ("generate.engine", other_than("hf"), "whose passes are its own", "hf", "hf_cb"),
+            ("generate.placement", "layerwise", "whose weights come and go", "replica", "layerwise"),
+            ("generate.batch_invariant", True, "since the first passes are not compiled", "false", "true"),
+            ("evaluate.batch_invariant", True, "since the first passes are not compiled", "false", "true"),
         )
     ),
     *(

@@ -111,8 +111,8 @@ def check_interface(wanted: str, present: Sequence[str]) -> None:
 def leave_world() -> None:
     """Wait for every rank, then close the process group; the next of a process without a launcher has another port.
 
-    What trained is a cycle that keeps its groups: collected here, gloo's threads and the store's end before their peers
-    close and before the interpreter does, where either may abort a process whose work is done.
+    What trained is a cycle that keeps its groups: collected here, gloo's threads and the store's end before the
+    interpreter does. A peer that closes while it is taken down may abort a process whose work is done.
     """
     if dist.is_initialized():
         dist.barrier()

@@ -70,7 +70,8 @@ class ContinuousBatcher:
     def run(self, requests: Sequence[Request]) -> Iterator[Decoded]:
         """Decode all of them, in the order in which they are given."""
         self.waiting.extend(requests)
-        is_packed = self.stopping.is_whole and self.compiled is None  # a graph lays its weights out itself
+        is_compiled = self.compiled is not None and self.compiled.is_on  # no compiler sees into packed weights
+        is_packed = self.stopping.is_whole and not is_compiled
         with packed_weights(self.model) if is_packed else nullcontext():
             yield from self._run(requests)
 

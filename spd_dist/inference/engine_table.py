@@ -82,7 +82,9 @@ class Opened(NamedTuple):
     """Rows that are decoded together at most; 0 of an engine that decides by itself."""
 
     def projection_seen(self) -> tuple[dict[str, int], float | None]:
-        """How often each site was projected (in vLLM: tokens), and the largest leakage; nothing without a projection.
+        """How often each site was projected, and the largest leakage; nothing without a projection.
+
+        In vLLM it is tokens; what compiled passes project is not counted.
 
         Raises:
             DataError: an engine that left the projection out of some tokens.

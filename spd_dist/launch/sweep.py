@@ -79,7 +79,7 @@ def plan(path: Path) -> None:
         load_config(*split_words(point.words))
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / "plan.json"
-    if target.exists() and read_plan(target) != found:
+    if target.exists() and read_plan(target, remedy=f"delete {target} and start the same command again") != found:
         raise ConfigError(
             f"{target} is the plan of another sweep, and its runs would be taken for this one's; "
             "give this sweep a folder of its own"
@@ -129,7 +129,7 @@ def written(value: Any) -> str:
     return {True: "true", False: "false", None: "null"}[value] if isinstance(value, bool | None) else str(value)
 
 
-def read_plan(path: Path) -> list[Point]:
+def read_plan(path: Path, remedy: str = "write one with launchers/sweep.py plan SWEEP.yaml") -> list[Point]:
     """The points of a plan.
 
     Raises:
@@ -141,9 +141,7 @@ def read_plan(path: Path) -> list[Point]:
             Point(int(one["index"]), Path(one["run_dir"]), dict(one["values"]), tuple(one["words"])) for one in found
         ]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ConfigError(
-            f"{path} is no plan ({error!r}); write one with launchers/sweep.py plan SWEEP.yaml"
-        ) from error
+        raise ConfigError(f"{path} is no plan ({error!r}); {remedy}") from error
     return points
 
 

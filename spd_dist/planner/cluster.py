@@ -157,9 +157,11 @@ class Zero:
         is there beside its copies even if all weights are.
         """
         sizes = self._sharded(sizes)
-        whole, bucket = sum(sizes), 0
+        whole, largest, bucket = sum(sizes), max(sizes, default=0), 0
         if checkpointing:
-            bucket = min(self.prefetch_bucket_size, whole - max(sizes, default=0))
+            bucket = max(
+                min(self.prefetch_bucket_size, whole - largest), largest * (largest > self.prefetch_bucket_size)
+            )
         stays = min(reused, self.max_reuse_distance // 2)
         if stays < reused:
             stays = max(stays, self.gathered_forward(sizes))

@@ -69,7 +69,7 @@ READ_BY = {
 def result_settings(config: Mapping[str, Json]) -> dict[str, Json]:
     """The settings that results depend on, by dotted key.
 
-    All but `MAY_CHANGE`; of these the engine that `auto` takes, and what rounds where a batch is fixed.
+    All but `MAY_CHANGE`; of these the engine that `auto` takes, and the batch size if it fixes the shapes.
     """
     flat = settings_by_key(config)
     if "generate.engine" in flat:
@@ -78,7 +78,7 @@ def result_settings(config: Mapping[str, Json]) -> dict[str, Json]:
     if "evaluate.engine" in flat:
         flat["evaluate.engine"] = engine_of(str(flat["evaluate.engine"]), _text(flat.get(ENGINE_KEYS[1])), None)
     sections = [name for name in ("generate", "evaluate") if flat.get(f"{name}.batch_invariant")]
-    shapes = [key for name in sections for key in (f"{name}.batch_size", "generate.compile")]
+    shapes = [f"{name}.batch_size" for name in sections]
     return {key: value for key, value in flat.items() if key in shapes or not is_of(key, MAY_CHANGE)}
 
 

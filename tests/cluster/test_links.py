@@ -31,7 +31,7 @@ def both_fail(started: dict[str, subprocess.Popen]) -> dict[str, str]:
     """What each side printed; both must end in time, with an error that says where the other was seen last."""
     began = time.monotonic()
     outputs = {host: side.communicate(timeout=120)[0] for host, side in started.items()}
-    assert time.monotonic() - began < TIMEOUT_SECONDS + SECONDS_TO_END, told(outputs)
+    assert time.monotonic() - began < TIMEOUT_SECONDS + SECONDS_TO_END, text_of(outputs)
     for host, side in started.items():
         assert side.returncode == 1, outputs[host]
         assert "A rank that failed or lags is the likely cause. Last seen:" in outputs[host]
@@ -40,7 +40,7 @@ def both_fail(started: dict[str, subprocess.Popen]) -> dict[str, str]:
     return outputs
 
 
-def told(outputs: dict[str, str]) -> str:
+def text_of(outputs: dict[str, str]) -> str:
     """All of it: pytest shortens whatever is no text."""
     return "\n".join(f"on {host}:\n{output}" for host, output in outputs.items())
 
@@ -67,7 +67,7 @@ def test_a_cut_link_fails_both_sides_in_time_and_the_run_goes_on(run, undisturbe
 
     started = launch(run, tmp_path)
     outputs = {host: side.communicate(timeout=240)[0] for host, side in started.items()}
-    assert [side.returncode for side in started.values()] == [0, 0], told(outputs)
+    assert [side.returncode for side in started.values()] == [0, 0], text_of(outputs)
     assert "finetune: goes on after step" in outputs["node0"]
     assert differences(results(run.folder), undisturbed) == []
 

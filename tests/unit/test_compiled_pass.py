@@ -6,15 +6,21 @@ import logging
 
 import pytest
 import torch
+from generating import ALONE, SEED, policy_of, prompts, some_projection
 from projections import four_sites
-from tiny import tiny_model
+from tiny import save_tiny_model, tiny_model
 
+from spd_dist.config import Generate
 from spd_dist.errors import DataError
-from spd_dist.inference.compiled_pass import CompiledPass, _check
+from spd_dist.inference.compiled_pass import CompiledPass
 from spd_dist.inference.decode import decode
 from spd_dist.inference.requests import DecodeSettings, Request
 from spd_dist.inference.sampling import Sampling
+from spd_dist.models.forward import call_model
 from spd_dist.projection.hooks import projected
+from spd_dist.stages.context import StageContext
+from spd_dist.stages.generate import generate
+from spd_dist.storage.completions import corpus_name, read_completions
 
 NUM_TOKENS = 24
 
@@ -80,9 +86,38 @@ def test_on_a_gpu_graphs_are_captured(graphs):
     assert graphs
 
 
-def test_a_graph_without_its_hooks_is_refused():
-    plain = torch.randn(3, 1, 50)
-    _check(plain * (1 + 1e-6), plain)
-    for found in (plain + 0.01 * torch.randn(3, 1, 50), plain * torch.nan):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_graph_that_leaves_a_hook_out_is_refused(monkeypatch, dtype):
+    model = tiny_model().to(dtype)
+    with projected(model, four_sites()) as monitor:
+
+        def without_hooks(self, cache, inputs):
+            with monitor.paused():
+                return call_model(model, inputs).logits
+
+        monkeypatch.setattr(CompiledPass, "_of_graph", without_hooks)
         with pytest.raises(DataError, match=r"generate.compile: True gives other logits .*set generate.compile=false"):
-            _check(found, plain)
+            answers(model, CompiledPass(model))
+
+
+def test_memory_that_runs_out_in_a_graph_costs_the_graph_alone(monkeypatch, caplog):
+    model = tiny_model()
+
+    def full(self, cache, inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(CompiledPass, "_of_graph", full)
+    assert answers(model, CompiledPass(model)) == answers(model)
+    assert "can't be compiled: CUDA out of memory" in caplog.text
+
+
+@pytest.mark.seconds
+def test_a_stage_that_compiles_makes_the_same_corpus(graphs, tmp_path):
+    policy, corpora = policy_of(save_tiny_model(tmp_path / "model")), []
+    for compiles in (False, True):
+        config = Generate(engine="hf", max_new_tokens=NUM_TOKENS, compile=compiles, placement="replica")
+        context = StageContext(tmp_path / str(compiles), SEED, ALONE)
+        generate(policy, prompts(6), some_projection(), config, context)
+        corpora.append([one.tokens for one in read_completions(tmp_path / str(compiles) / corpus_name(6))])
+    assert corpora[0] == corpora[1]
+    assert graphs

@@ -58,8 +58,8 @@ def words(model) -> list[str]:
 def run(words, tmp_path_factory) -> Path:
     """A finished one."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    code, said = called("run", [*words, f"run_dir={folder}"])
-    assert code == 0, said
+    code, printed = exit_of("run", [*words, f"run_dir={folder}"])
+    assert code == 0, printed
     return folder
 
 
@@ -67,22 +67,22 @@ def run(words, tmp_path_factory) -> Path:
 def nowhere(monkeypatch, tmp_path):
     """Whatever a launcher writes by default goes there, and nothing to a hub."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("WANDB_MODE", "disabled")
 
 
-def called(name: str, words: Sequence[str]) -> tuple[int, str]:
+def exit_of(name: str, words: Sequence[str]) -> tuple[int, str]:
     """The exit code of a launcher in this process, and what it printed."""
     module, _, function = LAUNCHERS[name].partition(":")
     main = getattr(importlib.import_module(f"spd_dist.launch.{module}"), function)
-    said = io.StringIO()
+    printed = io.StringIO()
     sys.argv = [f"spd {name}", *words]
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         try:
             code = main(list(words))
         except SystemExit as ended:
             code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-    return code, said.getvalue()
+    return code, printed.getvalue()
 
 
 def spoil(file: Path, chance: random.Random) -> None:
@@ -93,7 +93,7 @@ def spoil(file: Path, chance: random.Random) -> None:
         lambda: text[: chance.randrange(len(text) + 1)],
         lambda: bytes(chance.randrange(256) if chance.random() < 0.01 else byte for byte in text),
         lambda: json.dumps(chance.choice([*WRONG, [[]], {"": None}])).encode(),
-        lambda: b"\n".join([json.dumps(changed(json.loads(lines[0]), chance)).encode(), *lines[1:]]),
+        lambda: b"\n".join([json.dumps(with_wrong_value(json.loads(lines[0]), chance)).encode(), *lines[1:]]),
         lambda: chance.randbytes(chance.randrange(200)),
     ]
     try:
@@ -102,25 +102,25 @@ def spoil(file: Path, chance: random.Random) -> None:
         file.unlink()
 
 
-def changed(value: object, chance: random.Random) -> object:
+def with_wrong_value(value: object, chance: random.Random) -> object:
     """JSON with a wrong value somewhere, or without one."""
     if isinstance(value, dict) and value:
         key = chance.choice(sorted(value))
         if chance.random() < 0.2:
             return {name: held for name, held in value.items() if name != key}
-        return value | {key: changed(value[key], chance)}
+        return value | {key: with_wrong_value(value[key], chance)}
     if isinstance(value, list) and value:
         place = chance.randrange(len(value))
-        return [*value[:place], changed(value[place], chance), *value[place + 1 :]]
+        return [*value[:place], with_wrong_value(value[place], chance), *value[place + 1 :]]
     return chance.choice(WRONG)
 
 
-def spoilt(run: Path, folder: Path, chance: random.Random) -> list[str]:
+def wrong_files(run: Path, folder: Path, chance: random.Random) -> list[str]:
     """Make `folder` a copy of `run` with wrong files; their names."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(run, folder)
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.stat().st_size < 2**22]
-    chosen = chance.sample(files, chance.randrange(1, 4))
+    small = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.stat().st_size < 2**22]
+    chosen = chance.sample(small, chance.randrange(1, 4))
     for file in chosen:
         spoil(file, chance)
     return [str(file.relative_to(folder)) for file in chosen]
@@ -133,15 +133,16 @@ def rounds() -> Iterator[random.Random]:
         number += 1
 
 
-def check(name: str, words: Sequence[str], told: object) -> None:
+def check(name: str, words: Sequence[str], files: object) -> None:
     """No traceback, printed or raised; a code that is documented, with a sentence where it is an error."""
     try:
-        code, said = called(name, words)
+        code, printed = exit_of(name, words)
     except Exception as error:
-        raise AssertionError(f"{name} {words} {told}") from error
-    assert code in CODES, (name, words, told, code)
-    assert "Traceback" not in said, (name, words, told, said)
-    assert code in (0, 1) or "error:" in said or "stopped" in said, (name, words, told, code, said)
+        raise AssertionError(f"{name} {words} {files}") from error
+    assert code in CODES, (name, words, files, code)
+    assert "Traceback" not in printed, (name, words, files, printed)
+    has_sentence = "error:" in printed or "stopped" in printed or (name, code) == ("wandb_sync", 1)
+    assert code == 0 or has_sentence, (name, words, files, code, printed)
 
 
 def test_words():
@@ -163,12 +164,12 @@ def test_what_reads_a_run_folder(run, model, tmp_path):
         ("run", [*config, "--show-config"]), ("plan", config), ("experiment", [*config, "--list"]),
     ]  # fmt: skip
     for chance in rounds():
-        told = spoilt(run, folder, chance)
+        files = wrong_files(run, folder, chance)
         shutil.rmtree(out, ignore_errors=True)
-        check(*chance.choice(calls), told)
+        check(*chance.choice(calls), files)
 
 
 def test_a_run_that_goes_on_in_a_spoilt_folder(run, words, tmp_path):
     for chance in rounds():
-        told = spoilt(run, tmp_path / "run", chance)
-        check("run", [*words, f"run_dir={tmp_path / 'run'}"], told)
+        files = wrong_files(run, tmp_path / "run", chance)
+        check("run", [*words, f"run_dir={tmp_path / 'run'}"], files)

@@ -66,7 +66,7 @@ def test_the_known_duplicates_of_mbpp_are_found():
     assert {leak.id for leak in report.leaks if leak.similarity == 1} == {"mbpp/602", "mbpp/704", "mbpp/872"}
 
 
-class Made(Sequence):
+class LazyRows(Sequence):
     """Many rows that are made when they are read."""
 
     def __init__(self, num: int) -> None:
@@ -84,7 +84,10 @@ class Made(Sequence):
 
 @pytest.mark.parametrize("order", [("train", "test"), ("test", "train")])
 def test_the_n_grams_of_the_larger_split_are_not_held(order):
-    splits = {"train": Made(4000), "test": [Made(4000)[index] | {"id": f"s{index}"} for index in range(5, 3000, 1000)]}
+    splits = {
+        "train": LazyRows(4000),
+        "test": [LazyRows(4000)[index] | {"id": f"s{index}"} for index in range(5, 3000, 1000)],
+    }
     tracemalloc.start()
     try:
         [report] = find_leaks({name: splits[name] for name in order}, BBH, similarity=0.9)

@@ -278,7 +278,7 @@ def test_deepspeeds_settings_are_heeded():
     assert zero.gathered_backward(huge, reused=sum(huge)) == 1_200_000_000
     few = [10_000_000] * 10
     assert zero.gathered_backward(few, reused=30_000_000) == 30_000_000, "the other layers are gone at the turn"
-    assert zero.gathered_backward(few, reused=100_000_000, checkpointing=True) == 105_000_000, "and a bucket"
+    assert zero.gathered_backward(few, reused=100_000_000, checkpointing=True) == 110_000_000, "and one is a bucket"
     assert zero.shards([10, 11], 4) == 6
 
 

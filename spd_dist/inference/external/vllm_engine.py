@@ -27,7 +27,6 @@ from spd_dist.inference.requests import Decoded, Request
 from spd_dist.inference.sampling import Sampling
 from spd_dist.models.model_stats import outline_of
 from spd_dist.models.policy import Policy
-from spd_dist.storage.records import read_object
 from spd_dist.types import KVSite, Projection, SiteOperator
 
 NUM_OPEN = 1024
@@ -164,7 +163,7 @@ def vllm_settings(
 
 
 def _rank_of(adapter: Path) -> int:
-    settings = read_object(adapter / "adapter_config.json")
+    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     if settings.get("use_dora"):
         raise ConfigError(
             "evaluate.engine=vllm serves no adapter with finetune.lora_variant=dora; set evaluate.engine=hf"
