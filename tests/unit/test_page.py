@@ -10,6 +10,7 @@ from browsing import CHROMIUM, screenshot, widths
 
 from spd_dist.analysis.report import ArmInRound, Difference, RoundResult, read_report
 from spd_dist.distributed.world import World
+from spd_dist.errors import DataError
 from spd_dist.overrides import load_config, to_yaml
 from spd_dist.process.environment import environment
 from spd_dist.reports.page import NUM_SHOWN, Questions, side_by_side, write_page
@@ -77,6 +78,12 @@ def test_examples_on_which_arms_differ_come_first():
     examples = side_by_side([{"base": answers(10, num=30), "spd": answers(20, num=30)}], {})
     assert [example.id for example in examples[:10]] == [f"p{index}" for index in range(10, 20)]
     assert {example.kind for example in examples[10:]} == {"same"}
+
+
+def test_answers_that_are_not_to_the_same_examples_are_refused():
+    match = r"the answers of spd and base are not to the same examples \(p29 is of one alone\): .* delete evaluate/ARM"
+    with pytest.raises(DataError, match=match):
+        side_by_side([{"base": answers(10, num=30), "spd": answers(20, num=29)}], {})
 
 
 @pytest.mark.seconds

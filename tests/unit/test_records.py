@@ -11,7 +11,7 @@ import pytest
 
 from spd_dist.errors import DataError, MissingError
 from spd_dist.storage.artifacts import read_json, write_json
-from spd_dist.storage.records import SCHEMA, read_fields, read_record, write_record
+from spd_dist.storage.records import SCHEMA, read_fields, read_object, read_record, read_text, write_record
 
 
 @dataclass(frozen=True)
@@ -78,3 +78,16 @@ def test_a_file_that_is_not_there_is_missing(tmp_path):
 def test_a_number_that_json_cannot_hold_is_not_written(tmp_path):
     with pytest.raises(ValueError, match="Out of range float values"):
         write_record(tmp_path / "r.json", replace(RECORD, losses=[float("nan")]))
+
+
+def test_files_that_are_no_records_are_refused_by_name(tmp_path):
+    file = tmp_path / "adapter_config.json"
+    for read in (read_object, read_text):
+        with pytest.raises(MissingError, match=r"adapter_config\.json is missing"):
+            read(file)
+    file.write_text("[1]")
+    with pytest.raises(DataError, match=r"adapter_config\.json is corrupt \(a list and no object\)"):
+        read_object(file)
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match=r"adapter_config\.json is corrupt"):
+        read_text(file)

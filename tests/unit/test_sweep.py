@@ -81,6 +81,8 @@ def test_a_wrong_sweep_is_refused_with_what_is_wrong(tmp_path, capsys):
 def test_a_plan_is_not_replaced_by_another(plan, tmp_path, capsys):
     assert main(["plan", str(write(tmp_path))]) == 0
     assert "is the plan of another sweep" in error(capsys, "plan", write(tmp_path, grid={"seed": [1]}))
+    plan.write_text('{"points": [{"index": 0}]}')
+    assert f"is no plan (KeyError('run_dir')); delete {plan} and start" in error(capsys, "plan", write(tmp_path))
 
 
 STATUS = Status("failed", "DataError: no rows", 1.0, "evaluate", 1, "host", 1, None)
