@@ -58,7 +58,7 @@ def read_fields(path: Path) -> dict[str, Json]:
     return {name: value for name, value in data.items() if name != KEY}
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Json]:
     """The object of a JSON file that is no record of ours.
 
     Raises:
