@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,17 +137,9 @@ class Zero:
         return sum(size for size in sizes if size < self.param_persistence_threshold)
 
     def gathered_forward(self, sizes: Iterable[int]) -> int:
-        """Whole at a time in a forward pass: what is computed with, and what is fetched ahead.
-
-        Each module fetches another bucket ahead, until `max_live_parameters` are there; the last may be the largest.
-        """
+        """Whole at a time in a forward pass, most of it fetched ahead, and what it is copied out of as it arrives."""
         sizes = self._sharded(sizes)
-        return min(sum(sizes), self.max_live_parameters + max(sizes, default=0))
-
-    def fetched_forward(self, sizes: Iterable[int]) -> int:
-        """The same while a bucket arrives, whose weights are copied out of it: a bucket, or what is larger than one."""
-        sizes = self._sharded(sizes)
-        return self.gathered_forward(sizes) + min(sum(sizes), max([self.prefetch_bucket_size, *sizes]))
+        return self._live(sizes) + self._arriving(sizes)
 
     def gathered_backward(self, sizes: Iterable[int], *, reused: int, checkpointing: bool = False) -> int:
         """Whole at the turn of a forward and backward pass: the last layers stay, as they are used again at once.
@@ -157,15 +149,19 @@ class Zero:
         is there beside its copies even if all weights are.
         """
         sizes = self._sharded(sizes)
-        whole, largest, bucket = sum(sizes), max(sizes, default=0), 0
-        if checkpointing:
-            bucket = max(
-                min(self.prefetch_bucket_size, whole - largest), largest * (largest > self.prefetch_bucket_size)
-            )
         stays = min(reused, self.max_reuse_distance // 2)
         if stays < reused:
-            stays = max(stays, self.gathered_forward(sizes))
-        return min(whole, stays) + bucket
+            stays = max(stays, self._live(sizes))
+        return min(sum(sizes), stays) + checkpointing * self._arriving(sizes)
+
+    def _live(self, sizes: Sequence[int]) -> int:
+        """Each module fetches another bucket, until `max_live_parameters` are there; the last may be the largest."""
+        return min(sum(sizes), self.max_live_parameters + max(sizes, default=0))
+
+    def _arriving(self, sizes: Sequence[int]) -> int:
+        """A bucket, or the one parameter that is larger."""
+        largest = max(sizes, default=0)
+        return largest if largest > self.prefetch_bucket_size else min(self.prefetch_bucket_size, sum(sizes) - largest)
 
     def _sharded(self, sizes: Iterable[int]) -> list[int]:
         return [size for size in sizes if size >= self.param_persistence_threshold]

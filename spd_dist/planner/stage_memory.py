@@ -105,8 +105,7 @@ def _calibrate(placement: Placement, profile: Profile, config: Config, cluster: 
     working = max(profile.calibrate_peak + rows, exchange)
     turn = Need({**weights.device, "sketches": sketches, "activations": working}, weights.host)
     weights = _weights(profile.policy, placement, profile, cluster, zero)
-    reading = _fetching(weights, profile, config)
-    way = Need({**reading.device, "sketches": sketches, "activations": 0}, reading.host)
+    way = Need({**weights.device, "sketches": sketches, "activations": 0}, weights.host)
     return max(turn, way, key=lambda one: one.device_bytes)
 
 
@@ -128,18 +127,8 @@ def _placed(placement: Placement, profile: Profile, config: Config, cluster: Clu
     return weights
 
 
-def _fetching(weights: Need, profile: Profile, config: Config) -> Need:
-    """Gathered weights while a pass begins, before there is a cache; others as they are."""
-    if "gathered" not in weights.device:
-        return weights
-    zero, frozen = Zero.of(config.distributed), profile.policy.frozen
-    gathered = profile.element_bytes * (zero.persistent(frozen) + zero.fetched_forward(frozen))
-    return Need({**weights.device, "gathered": gathered}, weights.host)
-
-
 def _token_effects(placement: Placement, profile: Profile, config: Config, cluster: Cluster) -> Need:
-    placed = _placed(placement, profile, config, cluster)
-    weights = _fetching(placed, profile, config)
+    weights = _placed(placement, profile, config, cluster)
     return Need({**weights.device, "activations": profile.score_peak}, weights.host)
 
 
@@ -162,10 +151,7 @@ def _decoding(
     )
     if is_cpu and "weights" in weights.device:
         weights = Need({**weights.device, "packed": packed_bytes(profile.policy, profile.element_bytes)}, weights.host)
-    decoding = Need({**weights.device, "cache": needed.cache, "activations": needed.working}, weights.host)
-    first = _fetching(weights, profile, config)
-    reading = Need({**first.device, "cache": 0, "activations": needed.working}, first.host)
-    return max(decoding, reading, key=lambda one: one.device_bytes)
+    return Need({**weights.device, "cache": needed.cache, "activations": needed.working}, weights.host)
 
 
 def _finetune(placement: Placement, profile: Profile, config: Config, cluster: Cluster) -> Need:
