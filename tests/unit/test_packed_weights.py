@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from projections import four_sites
@@ -109,3 +112,30 @@ def test_decoding_multiplies_by_packed_weights_under_a_projection(monkeypatch):
         assert monitor.leakage() < 1e-5
     assert answers[True] == answers[False]
     assert not packed(model)
+
+
+MANY_NUMBERS_OF_ROWS = """
+from pathlib import Path
+import torch
+from torch import nn
+from spd_dist.inference.packed_weights import packed_weights
+
+def mib():
+    return int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0]) / 1024
+
+torch.set_num_threads(1)
+model = nn.Sequential(nn.Linear(576, 1536), nn.Linear(1536, 576), nn.Linear(576, 192)).requires_grad_(False)
+with torch.no_grad(), packed_weights(model):
+    model(torch.randn(8, 576))
+    before = mib()
+    for rows in range(4, 404):
+        model(torch.randn(rows, 576))
+print(mib() - before)
+"""
+
+
+@pytest.mark.seconds
+def test_products_of_ever_other_numbers_of_rows_are_not_all_kept():
+    """A long run meets many, and kept half a GiB of them."""
+    done = subprocess.run([sys.executable, "-c", MANY_NUMBERS_OF_ROWS], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 150
