@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from spd_dist.stages.generate import generate
 from spd_dist.storage.completions import corpus_name, read_completions
 
 NUM_TOKENS = 24
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for CPUs by g++")
 
 
 def answers(model, compiled: CompiledPass | None = None, num: int = 5) -> dict[str, tuple[int, ...]]:
@@ -46,7 +48,8 @@ def graphs(monkeypatch):
     return calls
 
 
-@pytest.mark.seconds
+@pytest.mark.slow
+@needs_compiler
 def test_tokens_are_those_of_plain_passes_with_the_projection_in_the_graph(graphs):
     model = tiny_model()
     with projected(model, four_sites()) as monitor:
@@ -112,6 +115,7 @@ def test_memory_that_runs_out_in_a_graph_costs_the_graph_alone(monkeypatch, capl
 
 
 @pytest.mark.seconds
+@needs_compiler
 def test_a_stage_that_compiles_makes_the_same_corpus(graphs, tmp_path):
     policy, corpora = policy_of(save_tiny_model(tmp_path / "model")), []
     for compiles in (False, True):
