@@ -27,8 +27,13 @@ FREE_SHARE = 0.25
 """Of the memory that this host has left: other ranks, and caches that grow, want it too."""
 KEPT_PRODUCTS = 128
 """oneDNN and torch each keep a product for every number of rows that they met, 0.3 to 0.5 MiB; without a word, 1024."""
-for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # read at the first product
-    os.environ.setdefault(_cache, str(KEPT_PRODUCTS))
+CACHES = {
+    name: str(KEPT_PRODUCTS)
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    if name not in os.environ
+}
+"""Variables that are read at the first product: this process's, and not those of the programs that it starts."""
+os.environ |= CACHES
 
 
 @contextmanager

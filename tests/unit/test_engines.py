@@ -30,6 +30,7 @@ from spd_dist.inference.external.external_engine import ExternalEngine, command_
 from spd_dist.inference.external.vllm_process import INSIDE
 from spd_dist.inference.hf_engines import ContinuousBatchingEngine, is_slow_dtype
 from spd_dist.inference.open_engine import choose_engine
+from spd_dist.inference.packed_weights import CACHES
 from spd_dist.inference.placement import HEADROOM, MOST_ROWS_ON_CPU, largest_batch, needed_bytes, rows_of_a_pass
 from spd_dist.inference.requests import Decoded, Request
 from spd_dist.inference.sampling import Sampling
@@ -484,7 +485,7 @@ def test_the_log_says_which_engine_was_chosen_and_why(policy, tmp_path, caplog, 
 
 def test_a_program_does_not_take_itself_for_a_rank():
     launched = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "PYTHONPATH": "x", "HOME": "/h"}
-    assert environment_of(ALONE, launched) == {"HOME": "/h"}
+    assert environment_of(ALONE, launched | CACHES) == {"HOME": "/h"}
     on_gpu = dataclasses.replace(ALONE, device=torch.device("cuda", 1))
     assert environment_of(on_gpu, launched)["CUDA_VISIBLE_DEVICES"] == "1"
     assert environment_of(on_gpu, {"CUDA_VISIBLE_DEVICES": "4,6"})["CUDA_VISIBLE_DEVICES"] == "6"

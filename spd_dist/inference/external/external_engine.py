@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError, DataError
+from spd_dist.inference.packed_weights import CACHES
 from spd_dist.inference.requests import Decoded, Request
 from spd_dist.inference.sampling import Sampling
 from spd_dist.models.policy import Policy
@@ -228,7 +229,8 @@ def environment_of(
 
     Those are this rank's and the `num_devices` - 1 that follow it.
     """
-    kept = {name: value for name, value in environment.items() if not name.startswith(LAUNCHER_VARIABLES)}
+    others = {name: value for name, value in environment.items() if CACHES.get(name) != value}
+    kept = {name: value for name, value in others.items() if not name.startswith(LAUNCHER_VARIABLES)}
     if world.device.type == "cuda":
         visible, first = environment.get("CUDA_VISIBLE_DEVICES"), world.device.index
         names = visible.split(",") if visible else [str(index) for index in range(first + num_devices)]
