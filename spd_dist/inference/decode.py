@@ -25,6 +25,8 @@ class StaticLoop:
     def __init__(self, model: PreTrainedModel, stopping: DecodeSettings, batch_size: int) -> None:
         self.model, self.stopping, self.batch_size = model, stopping, batch_size
         self.waiting: list[Request] = []
+        if stopping.compiled is not None:
+            stays_plain("a cache of more than plain keys and values, or one row of fixed shape")
 
     def run(self, requests: Sequence[Request]) -> Iterator[Decoded]:
         """Decode all of them, in the order in which they are given."""
@@ -152,8 +154,6 @@ def decode(
                 "model or a single row of fixed shape does not have; set generate.contrast=1"
             )
         else:
-            if settings.compiled is not None:
-                stays_plain("a cache of more than plain keys and values, or one row of fixed shape")
             loop = StaticLoop(model, settings, 1 if fixed_columns else batch_size)
         try:
             yield from loop.run(ordered)

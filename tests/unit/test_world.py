@@ -73,6 +73,13 @@ def test_threads_are_divided_only_among_ranks_that_share_cores():
     assert num_threads(("a", frozenset({3})), [("a", frozenset({3}))] * 2) == 1
 
 
+def check_ends_well(program: str) -> None:
+    """In a process of its own, that no launcher has started."""
+    environment = {name: value for name, value in os.environ.items() if name not in DEEPSPEED}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 TWO_WORLDS = """
 import os, socket
 from spd_dist.config import Distributed
@@ -89,11 +96,7 @@ with socket.create_server(("", port)):
 @pytest.mark.seconds
 def test_a_process_without_a_launcher_takes_another_port_for_its_next_world():
     """Its first one may be taken in between."""
-    environment = {name: value for name, value in os.environ.items() if name not in DEEPSPEED}
-    done = subprocess.run(
-        [sys.executable, "-c", TWO_WORLDS], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    check_ends_well(TWO_WORLDS)
 
 
 KEPT_GROUP = """
@@ -125,8 +128,4 @@ assert not {name for name in threads() if "gloo" in name or "store" in name}, th
 @pytest.mark.seconds
 def test_no_thread_of_the_process_group_is_left_when_the_interpreter_ends():
     """Such a thread may see the peers close while the process is taken down, and abort it after its work is done."""
-    environment = {name: value for name, value in os.environ.items() if name not in DEEPSPEED}
-    done = subprocess.run(
-        [sys.executable, "-c", KEPT_GROUP], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    check_ends_well(KEPT_GROUP)
