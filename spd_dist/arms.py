@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from spd_dist.config import STAGES
+from spd_dist.config import STAGES, Config
 from spd_dist.errors import ConfigError
 
-Corpus = Literal["nothing", "itself", "itself, ended", "references"]
-"""What an arm is fine-tuned on: its own completions, those cut to end in EOS, or the calibration set's answers."""
+Corpus = Literal["nothing", "itself", "itself, ended", "its student", "references"]
+"""What an arm is fine-tuned on: its own completions, those cut to end in EOS, those of the student that it is becoming,
+or the calibration set's answers."""
 
 MAY_VARY = ("calibrate", "sketch", "reduce", "project", "generate", "finetune", "evaluate")
 RANK_RULES = {"rank": "fixed", "fraction": "fraction", "energy": "energy"}
@@ -31,6 +32,10 @@ class Arm:
     sentence: str
     settings: tuple[str, ...] = ()
     """Overrides of the run's config, for this arm alone."""
+    round: tuple[int, int] = (1, 1)
+    """Of an arm that learns from its student: which of its rounds this is, and of how many."""
+    before: Arm | None = None
+    """The round before it, whose student writes, and goes on learning."""
 
     @property
     def trains(self) -> bool:
@@ -40,7 +45,12 @@ class Arm:
     @property
     def writes(self) -> bool:
         """Whether it needs completions of its own."""
-        return self.learns_from.startswith("itself")
+        return self.learns_from.startswith("itself") or self.is_on_policy
+
+    @property
+    def is_on_policy(self) -> bool:
+        """Whether its student writes the completions, in rounds, unprojected: the projection is its teacher's alone."""
+        return self.learns_from == "its student"
 
     @property
     def made_as(self) -> str:
@@ -54,7 +64,8 @@ class Arm:
 
     def contrasts(self, beta: float) -> bool:
         """Whether its completions take two passes a token, in a run with this `generate.contrast`."""
-        return self.trains and self.projects and float(self.own("generate.contrast") or beta) != 1
+        is_held = self.trains and self.projects and not self.is_on_policy
+        return is_held and float(self.own("generate.contrast") or beta) != 1
 
     def own(self, key: str) -> str | None:
         """The value of a setting, as it is written, that this arm has for its own; None if it has the run's."""
@@ -76,6 +87,7 @@ SSD = (
 RANDOM = "project.mode=random"
 DISTIL = ("finetune.loss=distil",)
 CONTRAST = ("generate.contrast=2",)
+ON_POLICY = (*DISTIL, "finetune.divergence=reverse", "generate.num_tasks=1", "generate.task_index=0")
 FILTERED = ("generate.num_samples=4", "finetune.filter=[ended,loops,agreed]")
 
 ARMS = {
@@ -91,6 +103,8 @@ ARMS = {
         Arm("random_distil", "itself", True, "control: as spd_distil, with a random subspace", (RANDOM, *DISTIL)),
         Arm("spd_contrast", "itself", True, "as spd, from twice the projection's change of log p", CONTRAST),
         Arm("random_contrast", "itself", True, "control: the same of a random subspace", (RANDOM, *CONTRAST)),
+        Arm("spd_onpolicy", "its student", True, "its student's samples, towards the projected policy", ON_POLICY),
+        Arm("random_onpolicy", "its student", True, "control: the same of a random subspace", (RANDOM, *ON_POLICY)),
         Arm("filtered", "itself", True, "as spd, of 4 samples those that end, loop not and agree", FILTERED),
         Arm("identity", "itself", True, "control: projected to everything", ("project.mode=identity",)),
         Arm("full", "itself", True, "control: the gradient of the whole sequence", ("calibrate.mask=full",)),
@@ -113,6 +127,21 @@ def chosen(names: Iterable[str]) -> list[Arm]:
         what = "an empty list" if repeated is None else f"{repeated} twice"
         raise ConfigError(f"evaluate.arms: {what} is not valid; name each arm once, as in [base,psr,spd]")
     return arms
+
+
+def rounds_of(arm: Arm, config: Config) -> list[Arm]:
+    """The rounds in which an arm learns: `finetune.on_policy_rounds` on its student, each an arm of its own; else one.
+
+    The last one has the arm's name and place.
+    """
+    count = int(arm.own("finetune.on_policy_rounds") or config.finetune.on_policy_rounds) if arm.is_on_policy else 1
+    rounds: list[Arm] = []
+    for number in range(1, count + 1):
+        name, at, changes = arm.name.partition("@")
+        own = arm.name if number == count else f"{name}_round{number}{at}{changes}"
+        before = rounds[-1] if rounds else None
+        rounds.append(dataclasses.replace(arm, name=own, round=(number, count), before=before))
+    return rounds
 
 
 def swept(names: Sequence[str], temperatures: Sequence[float]) -> tuple[str, ...]:

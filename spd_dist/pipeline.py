@@ -13,7 +13,7 @@ from pathlib import Path
 
 from spd_dist import stage_inputs
 from spd_dist.analysis.answer_summary import AnswersSummary
-from spd_dist.arms import Arm, chosen
+from spd_dist.arms import Arm, chosen, rounds_of
 from spd_dist.config import STAGES, Config
 from spd_dist.data.prompts import make_examples, make_prompts
 from spd_dist.distributed.collectives import together
@@ -28,7 +28,6 @@ from spd_dist.stages.generate import CorpusSummary, generate, prompts_folder, re
 from spd_dist.stages.project import drift, site_summaries, subspace
 from spd_dist.stages.reduce import reduce
 from spd_dist.stages.sketch import ShardPlan, Unfinished, plan_sketches, sketch
-from spd_dist.storage.completions import corpus_name
 from spd_dist.storage.records import write_record
 from spd_dist.storage.subspace_file import SubspaceSummary, load_subspace, write_subspace
 from spd_dist.student_corpus import corpus_of, filtered_files
@@ -45,7 +44,8 @@ def run_stages(run: Run) -> str:
     first, last, only = run.scope.first, run.scope.last, run.scope.only
     stages = STAGES[STAGES.index(first) : STAGES.index(last) + 1]
     arms = chosen(only or run.config.evaluate.arms)
-    writers, students = [arm for arm in arms if arm.writes], [arm for arm in arms if arm.trains]
+    students = [each for arm in arms if arm.trains for each in rounds_of(arm, run.config)]
+    writers = [arm for arm in arms if arm.writes and not arm.is_on_policy]
     with run.opened():
         stage_inputs.check_students(run, students if last in STAGES[5:] else [])
         for arm in {stage_inputs.subspace_stage(run, arm): arm for arm in arms if arm.projects}.values():
@@ -54,7 +54,8 @@ def run_stages(run: Run) -> str:
         for arm in writers if last in STAGES[4:] else []:
             write_completions(run, arm, wanted="generate" in stages)
         for arm in students if last in STAGES[5:] else []:
-            train_student(run, arm, wanted="finetune" in stages)
+            for do in (write_completions, train_student) if arm.is_on_policy else (train_student,):
+                do(run, arm, wanted="finetune" in stages)
         if last == "evaluate" and not only and run.scope.scores_tokens:
             write_token_effects(run, arms)
         for arm in arms if last == "evaluate" else []:
@@ -107,30 +108,30 @@ def sum_moments(
 
 
 def write_completions(run: Run, arm: Arm, *, wanted: bool) -> None:
-    """Let the policy answer the training prompts, under the projection if the arm has one."""
-    config, rows = run.config_of(arm), run.rows("train")
+    """Let the policy answer the training prompts, under the projection if the arm has one; or the arm's student."""
+    config, rows = run.config_of(arm), run.prompts_of(arm)
     total = len(rows) * config.generate.num_samples
 
     def work(folder: Path) -> CorpusSummary:
-        policy, projected = run.policy(), stage_inputs.projection_of(run, arm)
+        policy, projected = stage_inputs.writer_of(run, arm)
         render = functools.partial(make_prompts, task=run.task, tokenizer=policy.tokenizer, config=config.data)
         rendered = rendered_together(rows, render, prompts_folder(folder, config.generate), run.world)
         with rendered as prompts, run.progress("generate", total // run.world.size, "completions", arm) as progress:
             return generate(policy, prompts, projected, config.generate, run.context(folder, arm, progress))
 
-    made_from = stage_inputs.of_completions(run, arm)
-    run.run_stage(arm.stage("generate"), made_from, [corpus_name(total), "summary.json"], work, wanted=wanted)
+    made_from, outputs = stage_inputs.of_completions(run, arm), [stage_inputs.corpus_of_arm(run, arm), "summary.json"]
+    run.run_stage(arm.stage("generate"), made_from, outputs, work, wanted=wanted)
 
 
 def train_student(run: Run, arm: Arm, *, wanted: bool) -> None:
-    """Fine-tune the untouched policy on what the arm learns from."""
+    """Fine-tune the untouched policy, or the student of the round before, on what the arm learns from."""
     config = run.config_of(arm)
 
     def work(folder: Path) -> StudentSummary:
         run.engines.close()
         policy = run.policy()
-        corpus, teacher = corpus_of(run, arm, policy, folder), stage_inputs.teacher_of(run, arm)
-        outcome = finetune(policy, corpus, config.finetune, run.context(folder, arm), teacher)
+        corpus, teacher, start = corpus_of(run, arm, policy, folder), *stage_inputs.taught(run, arm)
+        outcome = finetune(policy, corpus, config.finetune, run.context(folder, arm), teacher, start=start)
         if config.finetune.mode == "full":
             run.release_policy()
         on_main("writing its summary", lambda: write_record(folder / "summary.json", outcome))
@@ -155,6 +156,5 @@ def answer(run: Run, arm: Arm) -> None:
                 summaries.append(evaluate_arm(policy, test, config, context, arm=arm.name, projection=held_to))
         return summaries[0]
 
-    tasks = [run.task, *(run.other_test(word)[0] for word in others)]
-    answers = [f"{task.name}.jsonl" for task in tasks]
+    answers = [f"{task.name}.jsonl" for task in (run.task, *(run.other_test(word)[0] for word in others))]
     run.run_stage(f"evaluate/{arm.name}", stage_inputs.of_answers(run, arm), answers, work)

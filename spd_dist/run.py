@@ -19,7 +19,7 @@ from spd_dist.data.tasks import Task, find_task
 from spd_dist.data.tasks.protocol import Row, Split
 from spd_dist.distributed.collectives import gather_objects, max_over_ranks, together
 from spd_dist.distributed.heartbeat import Heartbeat, naming_lagging_ranks, telling_of_silence
-from spd_dist.distributed.memory import peak_bytes, reset_peak_memory
+from spd_dist.distributed.memory import give_back_free_memory, peak_bytes, reset_peak_memory
 from spd_dist.distributed.uneven_work import on_each_host, on_main
 from spd_dist.distributed.world import World
 from spd_dist.errors import DataError
@@ -114,6 +114,11 @@ class Run:
             self._rows[split] = read_together(self.task, split, self.config.data)
         return self._rows[split]
 
+    def prompts_of(self, arm: Arm) -> Sequence[Row]:
+        """The training rows that an arm writes to: all of them, or every n-th in each of n rounds on its student."""
+        number, count = arm.round
+        return self.rows("train") if count == 1 else self.rows("train")[number - 1 :: count]
+
     def _hash_of_student_before(self) -> str | None:
         if not self.rounds_before:
             return None
@@ -206,6 +211,7 @@ class Run:
         folder = self.folder.start(stage, inputs)
         with AttemptClock(folder, self.world, self.task_index):
             result = work(folder)
+            give_back_free_memory()
         self.estimate.finish(stage)
         described = {} if result is None else dataclasses.asdict(result)
         if not described.get("is_complete", True):

@@ -1,11 +1,12 @@
 """What each stage's result depends on, as hashes: a stage is done once for all arms and runs that these agree for.
 
-And an arm's projection, which two stages are given.
+And what else they are given: an arm's projection, its writer, its teacher and what it begins as.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 
@@ -16,7 +17,7 @@ from spd_dist.inference.open_engine import choose_engine
 from spd_dist.models.gguf import is_gguf
 from spd_dist.models.lora import check_targets
 from spd_dist.models.model_stats import meta_model
-from spd_dist.models.policy import load_settings, prepare_model
+from spd_dist.models.policy import Policy, load_adapted, load_replica, load_settings, prepare_model
 from spd_dist.run import Run
 from spd_dist.stages.project import projection
 from spd_dist.storage.artifacts import content_hash
@@ -51,7 +52,13 @@ def of_projection(run: Run, arm: Arm) -> dict[str, str]:
 def of_completions(run: Run, arm: Arm) -> dict[str, str]:
     """Policy, prompts, sampling and projection."""
     settings = run.settings("seed", "model", "data", "generate", arm=arm)  # `project` counts where the arm is projected
-    return {"settings": settings, "train": content_hash(run.rows("train")), **of_projection(run, arm)}
+    held_to = {} if arm.is_on_policy else of_projection(run, arm)
+    return {"settings": settings, "train": content_hash(run.prompts_of(arm)), **held_to, **of_student_before(run, arm)}
+
+
+def of_student_before(run: Run, arm: Arm) -> dict[str, str]:
+    """The student that an arm goes on from; nothing in the first round, or the only one."""
+    return {} if arm.before is None else {"student": run.folder.output_hash(arm.before.stage("finetune"))}
 
 
 def of_student(run: Run, arm: Arm) -> dict[str, str]:
@@ -59,10 +66,19 @@ def of_student(run: Run, arm: Arm) -> dict[str, str]:
     found = {"settings": run.settings(*READ_BY["finetune"], arm=arm), "arm": f"{arm.made_as}: {arm.learns_from}"}
     found |= of_projection(run, arm) if run.config_of(arm).finetune.loss == "distil" else {}
     if arm.writes:
-        corpus = corpus_name(len(run.rows("train")) * run.config_of(arm).generate.num_samples)
-        return found | {"completions": run.folder.output_hash(arm.stage("generate"), corpus)}
+        return found | {"completions": hash_of_corpus(run, arm), **of_student_before(run, arm)}
     references = [run.settings("data", "calibrate.num_examples", arm=arm), run.rows("calibration")]
     return found | {"references": content_hash(references)}
+
+
+def corpus_of_arm(run: Run, arm: Arm) -> str:
+    """The file of an arm's completions, in the folder of its stage."""
+    return corpus_name(len(run.prompts_of(arm)) * run.config_of(arm).generate.num_samples)
+
+
+def hash_of_corpus(run: Run, arm: Arm) -> str:
+    """What an arm's completions are told from others by."""
+    return run.folder.output_hash(arm.stage("generate"), corpus_of_arm(run, arm))
 
 
 def of_protocol(run: Run, arm: Arm | None = None) -> dict[str, str]:
@@ -91,9 +107,31 @@ def projection_of(run: Run, arm: Arm) -> Projection | None:
         return projection(load_subspace(path), run.config_of(arm).project, run.config.seed)
 
 
-def teacher_of(run: Run, arm: Arm) -> Projection | None:
-    """The projection whose distributions an arm's student learns, if it does; a collective."""
-    return projection_of(run, arm) if run.config_of(arm).finetune.loss == "distil" else None
+def writer_of(run: Run, arm: Arm) -> tuple[Policy, Projection | None]:
+    """The policy that writes an arm's completions, and what it is held to; a collective.
+
+    It is the untouched one or, from the second round on its student, that one, held to nothing.
+    """
+    if not arm.is_on_policy:
+        return run.policy(), projection_of(run, arm)
+    start = start_of(run, arm)
+    if start is None:
+        return run.policy(), None
+    run.release_policy()
+    config = run.config
+    load = load_adapted if config.distributed.zero_stage == 3 else load_replica
+    return load(config.model, config.distributed, run.world, adapter=start), None
+
+
+def taught(run: Run, arm: Arm) -> tuple[Projection | None, Path | None]:
+    """The projection whose distributions an arm's student learns, if it does, and what it begins as; a collective."""
+    teacher = projection_of(run, arm) if run.config_of(arm).finetune.loss == "distil" else None
+    return teacher, start_of(run, arm)
+
+
+def start_of(run: Run, arm: Arm) -> Path | None:
+    """The adapter that an arm's student begins as; None for new ones."""
+    return None if arm.before is None else run.folder.folder(arm.before.stage("finetune")) / "adapter"
 
 
 def check_students(run: Run, arms: Iterable[Arm]) -> None:

@@ -54,7 +54,8 @@ def corpus_of(run: Run, arm: Arm, policy: Policy, folder: Path) -> Sequence[Comp
         DataError: the completions are missing, corrupt, or of other prompts; nothing is left of them.
         ConfigError: the task's answers cannot be compared.
     """
-    config, rows = run.config_of(arm), run.rows("calibration" if arm.learns_from == "references" else "train")
+    config = run.config_of(arm)
+    rows = run.rows("calibration") if arm.learns_from == "references" else run.prompts_of(arm)
     with together("reading what the student learns from"):
         rest, ends = (run.task, policy.tokenizer, config.data), policy.eos_token_ids
         if arm.learns_from == "references":

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spd_dist import stage_inputs
-from spd_dist.arms import Arm
+from spd_dist.arms import Arm, rounds_of
 from spd_dist.distributed.collectives import together
 from spd_dist.distributed.uneven_work import on_main
 from spd_dist.run import Run
 from spd_dist.stages.score_tokens import EffectsSummary, score_tokens
 from spd_dist.storage.answers import TOKEN_EFFECTS, effects_path
-from spd_dist.storage.completions import corpus_name, open_corpus
+from spd_dist.storage.completions import open_corpus
 from spd_dist.storage.records import write_record
 from spd_dist.types import Completion
 
@@ -42,7 +42,7 @@ def write_token_effects(run: Run, arms: Sequence[Arm]) -> None:
     Raises:
         UserError: what the user can put right.
     """
-    writers = {arm.made_as: arm for arm in arms if arm.writes}
+    writers = {arm.made_as: rounds_of(arm, run.config)[-1] for arm in arms if arm.writes}
     holders = [arm for arm in arms if arm.projects]
     num = run.config.evaluate.num_coloured
     if not (num and writers and holders):
@@ -80,6 +80,5 @@ def inputs_of(run: Run, held: Arm, writers: Mapping[str, Arm], num: int) -> dict
     """What the effects depend on: policy, projection, and what was written."""
     found = {"settings": run.settings("model"), "completions": str(num), **stage_inputs.of_projection(run, held)}
     for name, arm in writers.items():
-        corpus = corpus_name(len(run.rows("train")) * run.config_of(arm).generate.num_samples)
-        found[f"completions of {name}"] = run.folder.output_hash(arm.stage("generate"), corpus)
+        found[f"completions of {name}"] = stage_inputs.hash_of_corpus(run, arm)
     return found

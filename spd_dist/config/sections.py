@@ -189,6 +189,12 @@ class Finetune:
     loss: Literal["cross_entropy", "distil"] = setting(
         "cross_entropy", "of the next tokens; distil: KL from the projected policy's next-token distributions, lora"
     )
+    divergence: Literal["forward", "reverse", "js"] = setting(
+        "forward", "of distil: KL(teacher || student), KL(student || teacher), or Jensen-Shannon's between them"
+    )
+    on_policy_rounds: int = setting(
+        4, "of arms that learn from their student's samples: in each it answers other prompts", at_least=1
+    )
     loss_on: Literal["prompt_and_completion", "completion", "thought", "after_thought"] = setting(
         "prompt_and_completion", "Eq. 14 takes both; of a completion also its thought alone, or what follows it"
     )

@@ -109,11 +109,12 @@ class Measurement:
             self._file(line)
 
     def _divided(self, rows: Sequence[HeldOutExample]) -> Iterator[Sequence[HeldOutExample]]:
-        """The rows of each batch; none reaches over the end of the primary or of the explored rows."""
+        """The rows of each batch, of like lengths; none reaches over the end of the primary or of the explored rows."""
         ends = {self.config.num_rows, self.config.num_explored_rows, len(rows)}
         for start, stop in pairwise([0, *sorted(end for end in ends if end <= len(rows))]):
-            for first in range(start, stop, self.config.batch_size):
-                yield rows[first : min(stop, first + self.config.batch_size)]
+            by_length = sorted(rows[start:stop], key=lambda row: len(row.example.tokens))
+            for first in range(0, len(by_length), self.config.batch_size):
+                yield by_length[first : first + self.config.batch_size]
 
     def batches_of(self, prompt: str, num_rows: int) -> range:
         """The batches of the first rows: of `mechanism.num_rows` or `num_explored_rows`, or of all that there are."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from spd_dist.arms import Arm, Scope, chosen
+from spd_dist.arms import Arm, Scope, chosen, rounds_of
 from spd_dist.config import STAGES, Config
 from spd_dist.distributed.collectives import together
 from spd_dist.distributed.uneven_work import on_main
@@ -124,7 +124,8 @@ def parts_of(config: Config, arms: Sequence[Arm], num_ranks: int, last: str = ST
 
     Arms with a subspace of their own calibrate again, which is not counted: it is short beside the rest.
     """
-    writers, students = [arm for arm in arms if arm.writes], [arm for arm in arms if arm.trains]
+    every_round = [each for arm in arms for each in rounds_of(arm, config)]
+    writers, students = [arm for arm in every_round if arm.writes], [arm for arm in every_round if arm.trains]
     num_train, num_test = config.data.num_train, config.data.num_test  # None is all that there are, not read yet
     num_completions = None if num_train is None else num_train * config.generate.num_samples / num_ranks
     num_answers = None if num_test is None else num_test * config.evaluate.num_samples / num_ranks
@@ -133,11 +134,16 @@ def parts_of(config: Config, arms: Sequence[Arm], num_ranks: int, last: str = ST
     calibrated = TRAINED_OVER_CALIBRATED * batch / num_ranks
     parts = [
         RunPart("project", "calibrate", config.calibrate.num_examples / num_ranks),
-        *(RunPart(arm.stage("generate"), "generate", num_completions) for arm in writers),
-        *(RunPart(arm.stage("finetune"), "finetune", steps, "calibrate", calibrated) for arm in students),
+        *(RunPart(arm.stage("generate"), "generate", _share(num_completions, arm)) for arm in writers),
+        *(RunPart(arm.stage("finetune"), "finetune", _share(steps, arm), "calibrate", calibrated) for arm in students),
         *(RunPart(f"evaluate/{arm.name}", "evaluate", num_answers, "generate") for arm in arms),
     ]
     return [part for part in parts if STAGES.index(part.stage) <= STAGES.index(last)]
+
+
+def _share(units: float | None, arm: Arm) -> float | None:
+    """Of a round on an arm's student, of the units of all of its rounds."""
+    return None if units is None else units / arm.round[1]
 
 
 def write_merged(policy: Policy, adapter: Path, folder: Path, world: World) -> None:

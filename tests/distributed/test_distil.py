@@ -55,8 +55,12 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def expected(model, tmp_path_factory) -> torch.Tensor:
     """What one rank without ZeRO makes of it, all sequences of a step at once."""
-    folder = tmp_path_factory.mktemp("reference")
-    run_on_ranks(1, folder / "store", keep, model, folder, {"run": {"zero_stage": 0, "micro_batch_size": 8}})
+    return reference(model, tmp_path_factory.mktemp("reference"))
+
+
+def reference(model: Path, folder: Path, **changes: Any) -> torch.Tensor:
+    kinds = {"run": {"zero_stage": 0, "micro_batch_size": 8, **changes}}
+    run_on_ranks(1, folder / "store", keep, model, folder, kinds)
     return torch.load(folder / "run.pt")
 
 
@@ -92,7 +96,7 @@ def stop_and_go_on(model: Path, folder: Path) -> None:
     assert torch.equal(rest, whole[4:])
     if dist.get_rank() == 0:
         torch.save(whole, folder / "whole.pt")
-    keep(model, folder, {"packed": {"zero_stage": 2, "packing": True}})
+    keep(model, folder, {"packed": {"zero_stage": 2, "packing": True}, "js": {"divergence": "js"}})
     distil(model, folder / "validated", validation_fraction=0.1, num_epochs=1)
 
 
@@ -100,6 +104,9 @@ def test_two_ranks_have_the_losses_of_one_and_a_kill_changes_no_bit(model, expec
     run_on_ranks(2, tmp_path / "store", stop_and_go_on, model, tmp_path)
     for name in ("whole", "packed"):
         torch.testing.assert_close(torch.load(tmp_path / f"{name}.pt"), expected, atol=2e-6, rtol=0)
+    other = reference(model, tmp_path / "reference", divergence="js")
+    torch.testing.assert_close(torch.load(tmp_path / "js.pt"), other, atol=2e-6, rtol=0)
+    assert 0 < other[-1] < other[0] < expected[0]
 
 
 @pytest.mark.slow

@@ -36,3 +36,36 @@ def test_variants_of_what_a_student_learns_run_beside_the_method(tmp_path: Path)
     summary = read_json(run / "arms" / FILTERED / "finetune/summary.json")
     assert summary["num_sequences"] == counts["num_kept"] < 30
     assert not (run / "finetune/filter.json").exists()
+
+
+def test_a_student_learns_on_policy_in_rounds_of_its_own_samples(tmp_path: Path):
+    """On two ranks: the untouched model writes the first part, the student of a round what the next one learns from."""
+    run, model = tmp_path / "run", save_tiny_model(tmp_path / "model")
+    arms = "evaluate.arms=[base,psr,spd_onpolicy,random_onpolicy]"
+    words = [f"model.name={model}", *BRIEF, "finetune.on_policy_rounds=2", "finetune.learning_rate=0.05", arms]
+    launch(2, [*words, f"run_dir={run}"], tmp_path / "log")
+    report = read_json(run / "report.json")
+    assert list(report["arms"]) == ["base", "psr", "spd_onpolicy", "random_onpolicy"]
+
+    def written(arm: str) -> dict[str, str]:
+        return {one.id: one.text for one in read_completions(corpus_path(run, arm))}
+
+    plain, first, second = (written(arm) for arm in ("psr", "spd_onpolicy_round1", "spd_onpolicy"))
+    ids = list(plain)
+    assert (list(first), list(second)) == (ids[::2], ids[1::2])
+    assert first == {key: plain[key] for key in first}, "written by the untouched model, held to nothing"
+    assert second != {key: plain[key] for key in second}, "written by the student of the first round"
+    assert written("random_onpolicy_round1") == first
+    assert written("random_onpolicy") != second, "whose teacher was another one"
+    for number, arm in enumerate(("spd_onpolicy_round1", "spd_onpolicy")):
+        card = (run / "arms" / arm / "finetune/adapter/README.md").read_text()
+        writer = ("the base model", "the student of the round before")[number]
+        assert f"5, of {writer} itself" in card
+        assert "towards the projected policy's next-token distributions" in card
+    again = launch(1, [*words, f"run_dir={run}"], tmp_path / "again")
+    assert "finetune: starts" not in again
+    assert read_json(run / "report.json")["arms"] == report["arms"]
+
+
+def corpus_path(run: Path, arm: str) -> Path:
+    return run / "arms" / arm / "generate/completions/completions.jsonl"

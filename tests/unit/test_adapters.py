@@ -24,6 +24,7 @@ from spd_dist.models.lora import (
     merged_tensors,
     remove_adapters,
     save_adapter,
+    saved_parameters,
 )
 from spd_dist.models.save_weights import save_model, stored_parameters, whole_tensors
 
@@ -139,3 +140,20 @@ def test_a_folder_that_cannot_be_written_is_an_error_at_the_first_shard(tmp_path
     with pytest.raises(DataError, match=r"file/model/part-00001\.safetensors cannot be written: .*make room"):
         save_model(model, tensors(), Path(tmp_path / "file/model"), world=ALONE, shard_bytes=10_000)
     assert len(gathered) < len(stored_parameters(model))
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_init": "olora"}, {"lora_variant": "dora"}])
+def test_adapters_go_on_from_saved_ones(changes, tmp_path):
+    model, adapted = adapted_model(**changes)
+    train_a_little(adapted)
+    save_adapter(adapted, saved_parameters(adapted), tmp_path)
+    config = dataclasses.replace(Finetune(), **changes)
+    other = tiny_model()
+    again = add_adapters(other, config, generator=torch.Generator().manual_seed(9), start=tmp_path)
+    assert adapter_parameters(again).keys() == adapter_parameters(adapted).keys(), "what is trained is trained again"
+    for name, parameter in saved_parameters(adapted).items():
+        assert torch.equal(saved_parameters(again)[name], parameter)
+    assert torch.equal(other.eval()(TOKENS).logits, model.eval()(TOKENS).logits)
+    unlike = dataclasses.replace(config, lora_rank=config.lora_rank // 2)
+    with pytest.raises(DataError, match=r"is an adapter of other settings: .*lora_A.* is \(.*, and would be \("):
+        add_adapters(tiny_model(), unlike, generator=torch.Generator(), start=tmp_path)

@@ -37,6 +37,8 @@ def test_every_arm_of_the_table_can_be_evaluated():
         "random_distil",
         "spd_contrast",
         "random_contrast",
+        "spd_onpolicy",
+        "random_onpolicy",
         "filtered",
         "identity",
         "full",
@@ -57,6 +59,9 @@ def test_arms_differ_from_the_run_in_what_their_names_say_only():
     assert differing("random_distil") == {"finetune.loss": "distil", "project.mode": "random"}
     assert differing("spd_contrast") == {"generate.contrast": 2.0}
     assert differing("random_contrast") == {"generate.contrast": 2.0, "project.mode": "random"}
+    assert differing("spd_onpolicy") == {"finetune.loss": "distil", "finetune.divergence": "reverse"}
+    on_policy = {"finetune.loss": "distil", "finetune.divergence": "reverse", "project.mode": "random"}
+    assert differing("random_onpolicy") == on_policy
     wanted = ("ended", "loops", "agreed")
     assert differing("filtered") == {"finetune.filter": wanted, "generate.num_samples": 4}
     assert differing("filtered@generate.num_samples=8")["generate.num_samples"] == 8

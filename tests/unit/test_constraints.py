@@ -41,12 +41,25 @@ def test_every_line_is_a_pin_or_a_comment():
     assert len({_normalized(*line.split("=="))[0] for line in lines}) == len(lines)
 
 
-def test_the_lock_has_the_pins_and_a_hash_of_each():
-    text = Path("requirements.lock").read_text(encoding="utf-8")
-    locked = re.findall(r"^(\S+?)==(\S+) \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", text, re.MULTILINE)
-    assert dict(_normalized(name, version) for name, version, _ in locked) == pins()
+def test_the_locks_have_the_pins_and_a_hash_of_each():
+    locked = hashed("requirements.lock")
+    torch = {"torch": pins()["torch"]}
+    assert locked | torch == pins()
+    assert "torch" not in locked, "which is in one of the other two"
+    assert hashed("requirements-torch-cpu.lock") == torch
+    of_cards = hashed("requirements-torch-cuda.lock")
+    assert {name: of_cards[name] for name in torch} == torch
+    assert {"nvidia-cudnn-cu13", "nvidia-nccl-cu13", "triton"} <= of_cards.keys()
+    assert not of_cards.keys() & locked.keys()
+
+
+def hashed(file: str) -> dict[str, str]:
+    """Versions by package in a lock of nothing but packages with hashes."""
+    text = Path(file).read_text(encoding="utf-8")
     left = re.sub(r"^(\S+==\S+ \\|    --hash=sha256:[0-9a-f]{64}(?: \\)?|#.*)\n", "", text, flags=re.MULTILINE)
     assert left == ""
+    found = re.findall(r"^(\S+?)==(\S+) \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", text, re.MULTILINE)
+    return dict(_normalized(name, version) for name, version, _ in found)
 
 
 def test_actions_of_ci_are_named_by_commit():

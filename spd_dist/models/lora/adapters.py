@@ -19,6 +19,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from spd_dist.config import Finetune
 from spd_dist.distributed.zero import gather_as_one, gathered, is_sharded
+from spd_dist.errors import DataError
 from spd_dist.models.lora.adapter_files import check_fits, naming_adapter, read_adapter
 from spd_dist.models.lora.initial_values import InputSums, initial_factors, is_taken_off
 from spd_dist.models.lora.keyed_dropout import TokenKeys, use_keyed_dropout
@@ -39,14 +40,17 @@ def add_adapters(
     *,
     generator: torch.Generator,
     inputs: Mapping[str, InputSums] | None = None,
+    start: Path | None = None,
 ) -> PeftModel:
     """`model` with trainable adapters at `config.lora_targets`, everything else frozen; `model` itself is changed.
 
     The weights come from `generator`, so every rank makes the same; peft reads the true shapes of sharded modules.
-    `inputs` are what the modules are given, where `reads_inputs` asks for it.
+    `inputs` are what the modules are given, where `reads_inputs` asks for it. With `start`, the folder of an adapter
+    that was made by the same `config`, the weights are its.
 
     Raises:
         ConfigError: a target is not in the model, or experts that are one tensor would be passed by.
+        DataError: the adapter of `start` is broken, or of other settings.
     """
     check_targets(model, config)
     targets = peft_targets(model, config)  # before there are adapters, which are linear modules, too
@@ -64,9 +68,38 @@ def add_adapters(
     _let_layers_read_weights(adapted)
     _keep_order_of_parameters(adapted)
     with torch.no_grad():
+        if start is not None:
+            _begin_as_(adapted, start)
+            return adapted
         for name, layer in lora_layers(base_model(adapted)):
             _initialise_(name, layer, config, generator, (inputs or {}).get(name))
     return adapted
+
+
+def _begin_as_(adapted: PeftModel, folder: Path) -> None:
+    """Write the weights of a saved adapter into fresh ones; where one part is taken off again, both parts."""
+    saved = read_adapter(folder)
+    parts = {ADAPTER: saved}
+    if TAKEN_OFF in adapted.peft_config:
+        halves = {name: tensor.chunk(2, dim=int(".lora_B." in name)) for name, tensor in saved.items()}
+        parts = {each: {name: pair[k] for name, pair in halves.items()} for k, each in enumerate((ADAPTER, TAKEN_OFF))}
+    for adapter, tensors in parts.items():
+        own = get_peft_model_state_dict(adapted, adapter_name=adapter, save_embedding_layers=False)
+        if {name: tuple(one.shape) for name, one in own.items()} != {n: tuple(one.shape) for n, one in tensors.items()}:
+            raise DataError(f"{folder} is an adapter of other settings: {_first_unlike(own, tensors)}; train it again")
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def _first_unlike(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+    """A name whose shapes differ, with both."""
+
+    def shape(tensors: Mapping[str, Tensor], name: str) -> str:
+        return str(tuple(tensors[name].shape)) if name in tensors else "nothing"
+
+    names = sorted(wanted.keys() | found.keys())
+    name = next(name for name in names if shape(wanted, name) != shape(found, name))
+    return f"{name} is {shape(found, name)}, and would be {shape(wanted, name)}"
 
 
 def _peft_config(targets: list[str], config: Finetune, *, dropout: bool = True) -> LoraConfig:

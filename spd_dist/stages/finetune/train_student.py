@@ -8,6 +8,7 @@ import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -37,7 +38,7 @@ from spd_dist.stages.context import StageContext
 from spd_dist.stages.finetune.sequences import TrainingSequences, held_out, training_sequences
 from spd_dist.stages.finetune.student_export import Export, SavedAdapter, SavedModel
 from spd_dist.stages.finetune.training import Corpus, Trainer, TrainingResult
-from spd_dist.storage.artifacts import content_hash
+from spd_dist.storage.artifacts import content_hash, sha256_of
 from spd_dist.storage.tables import Table, num_tokens_of
 from spd_dist.types import Completion, Projection
 
@@ -79,11 +80,14 @@ def finetune(
     config: Finetune,
     context: StageContext,
     projection: Projection | None = None,
+    *,
+    start: Path | None = None,
 ) -> StudentSummary:
     """Train `policy` on its own `completions`, and write the student to `context.folder`. A collective.
 
     With a `projection`, which `finetune.loss=distil` needs and nothing else takes, the student learns the next-token
-    distributions that the projected policy has along the completions, and not their tokens.
+    distributions that the projected policy has along the completions, and not their tokens. With `start`, the folder of
+    an adapter of these same settings, LoRA begins as that adapter, and the completions are its student's.
 
     It goes on from the newest whole checkpoint in `context.folder`. LoRA leaves `policy` as it was; full fine-tuning
     leaves the student in it, without an engine.
@@ -99,21 +103,24 @@ def finetune(
     started = time.perf_counter()
     _check_untouched(policy)
     with together("preparing the fine-tuning"):
-        _check_loss(config, projection)
-        corpus = _corpus(policy, completions, config, context, projection=projection)
+        _check_loss(config, projection, start)
+        corpus = _corpus(policy, completions, config, context, projection=projection, start=start)
         if config.liger:
             use_liger(policy.model, context.world.device)
-    inputs = _inputs(policy, corpus.train, config, context) if reads_inputs(config) else None
+    inputs = _inputs(policy, corpus.train, config, context) if reads_inputs(config) and start is None else None
     adapted = None
     if config.mode == "lora":  # it gathers shards, so a rank that fails alone must end, and not wait for the others
         seeded = generator(context.seed, "finetune", "adapters")
-        adapted = add_adapters(policy.model, config, generator=seeded, inputs=inputs)
+        adapted = add_adapters(policy.model, config, generator=seeded, inputs=inputs, start=start)
     else:
         policy.model.requires_grad_(True)
     keys = None if adapted is None else key_dropout(adapted)
     with taught_by(policy, adapted, projection) as teacher:
-        student = Student(policy.model, teacher, keys)
+        student = Student(policy.model, teacher, keys, config.divergence)
         outcome = Trainer(policy, student, corpus, config, context).run()
+    writer = "the base model" if start is None else "the student of the round before"
+    facts = {"completions": f"{len(corpus.train)}, of {writer} itself"}
+    context = dataclasses.replace(context, facts={**context.facts, **facts})
     saved_adapter, saved_model = _save(policy, adapted, corpus, config, context, outcome=outcome)
     return StudentSummary(
         num_sequences=len(corpus.train),
@@ -160,13 +167,15 @@ def taught_by(policy: Policy, adapted: PeftModel | None, projection: Projection 
         yield teacher
 
 
-def _check_loss(config: Finetune, projection: Projection | None) -> None:
+def _check_loss(config: Finetune, projection: Projection | None, start: Path | None) -> None:
     if (config.loss == "distil") != (projection is not None):
         found = "no projection was" if projection is None else "a projection was"
         raise ConfigError(
             f"finetune.loss: {config.loss} is not valid where {found} given, which is what a teacher is made of; "
             f"{'give one, or set finetune.loss=cross_entropy' if projection is None else 'set finetune.loss=distil'}"
         )
+    if start is not None and config.mode == "full":
+        raise ConfigError(f"finetune.mode: full is not valid from the adapter {start}; set finetune.mode=lora")
     if config.loss == "distil" and config.mode == "full":
         raise ConfigError(
             "finetune.loss: distil is not valid with finetune.mode=full, which changes the weights that the teacher is "
@@ -197,6 +206,7 @@ def _corpus(
     context: StageContext,
     *,
     projection: Projection | None,
+    start: Path | None,
 ) -> Corpus:
     sequences = training_sequences(completions, config, pad_token_id=policy.pad_token_id)
     if len(sequences) < len(completions):
@@ -211,7 +221,8 @@ def _corpus(
     else:
         data = [dataclasses.astuple(sequence) for sequence in sequences]
     taught = [] if projection is None else [projection_hash(projection)]
-    return Corpus(train, validation, content_hash([policy.fingerprint, settings, context.seed, data, *taught]))
+    began = [] if start is None else [sha256_of(file) for file in sorted(start.glob("adapter_model.*"))]
+    return Corpus(train, validation, content_hash([policy.fingerprint, settings, context.seed, data, *taught, *began]))
 
 
 @torch.no_grad()
@@ -249,7 +260,6 @@ def _save(
         loss_on=config.loss_on,
         facts={
             **context.facts,
-            "completions": f"{len(corpus.train)}, of the base model itself",
             "fine-tuning": _described(config),
             "steps": f"{outcome.saved_step} of {config.global_batch_size} sequences",
             "identity of settings, weights and data": corpus.identity[:16],
