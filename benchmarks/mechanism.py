@@ -22,10 +22,10 @@ from spd_dist.data.sources import load_rows
 from spd_dist.data.tasks import find_task
 from spd_dist.distributed.world import World
 from spd_dist.mechanism.controls import random_subspace
-from spd_dist.mechanism.measurement import Measurement, Passes, Variant
 from spd_dist.models.kv_sites import discover_sites
 from spd_dist.models.policy import Policy, load_policy
 from spd_dist.stages.context import StageContext
+from spd_dist.stages.distortion.measurement import Measurement, Passes, Variant
 from spd_dist.stages.project import projection
 from spd_dist.types import Certificate, KVSite, SiteSubspace, Subspace
 

@@ -36,6 +36,8 @@ class Arm:
     """Of an arm that learns from its student: which of its rounds this is, and of how many."""
     before: Arm | None = None
     """The round before it, whose student writes, and goes on learning."""
+    whole: str = ""
+    """Of a round: the name of the arm, under which the subspace lies that its rounds share."""
 
     @property
     def trains(self) -> bool:
@@ -55,8 +57,7 @@ class Arm:
     @property
     def made_as(self) -> str:
         """Its name without what it changes of `evaluate`: arms of one such name share all but their answers."""
-        base, *changes = self.name.split("@")
-        return "@".join([base, *(change for change in changes if not change.startswith("evaluate."))])
+        return _made_as(self.name)
 
     def distils(self, loss: str) -> bool:
         """Whether its student learns a teacher's distributions, in a run with this `finetune.loss`."""
@@ -74,7 +75,17 @@ class Arm:
 
     def stage(self, verb: str) -> str:
         """The folder of one of its stages: the method's own arm at the top of the run, the others beside each other."""
-        return verb if self.made_as == "spd" else f"arms/{self.made_as}/{verb}"
+        made_as = _made_as(self.whole) if self.whole and verb in SHARED else self.made_as
+        return verb if made_as == "spd" else f"arms/{made_as}/{verb}"
+
+
+SHARED = ("project", "match")
+"""Stages that the rounds of an arm have in common."""
+
+
+def _made_as(name: str) -> str:
+    base, *changes = name.split("@")
+    return "@".join([base, *(change for change in changes if not change.startswith("evaluate."))])
 
 
 SSD = (
@@ -85,6 +96,7 @@ SSD = (
 )
 
 RANDOM = "project.mode=random"
+MATCHED = (RANDOM, "project.match_kl=true")
 DISTIL = ("finetune.loss=distil",)
 CONTRAST = ("generate.contrast=2",)
 ON_POLICY = (*DISTIL, "finetune.divergence=reverse", "generate.num_tasks=1", "generate.task_index=0")
@@ -100,11 +112,11 @@ ARMS = {
         Arm("projected", "nothing", True, "the projected model itself, not fine-tuned"),
         Arm("random", "itself", True, "control: a random subspace of the same rank", (RANDOM,)),
         Arm("spd_distil", "itself", True, "as spd, towards the projected policy's distributions", DISTIL),
-        Arm("random_distil", "itself", True, "control: as spd_distil, with a random subspace", (RANDOM, *DISTIL)),
+        Arm("random_distil", "itself", True, "control: as spd_distil, random at equal KL", (*MATCHED, *DISTIL)),
         Arm("spd_contrast", "itself", True, "as spd, from twice the projection's change of log p", CONTRAST),
-        Arm("random_contrast", "itself", True, "control: the same of a random subspace", (RANDOM, *CONTRAST)),
+        Arm("random_contrast", "itself", True, "control: the same, random at equal KL", (*MATCHED, *CONTRAST)),
         Arm("spd_onpolicy", "its student", True, "its student's samples, towards the projected policy", ON_POLICY),
-        Arm("random_onpolicy", "its student", True, "control: the same of a random subspace", (RANDOM, *ON_POLICY)),
+        Arm("random_onpolicy", "its student", True, "control: the same, random at equal KL", (*MATCHED, *ON_POLICY)),
         Arm("filtered", "itself", True, "as spd, of 4 samples those that end, loop not and agree", FILTERED),
         Arm("identity", "itself", True, "control: projected to everything", ("project.mode=identity",)),
         Arm("full", "itself", True, "control: the gradient of the whole sequence", ("calibrate.mask=full",)),
@@ -140,7 +152,7 @@ def rounds_of(arm: Arm, config: Config) -> list[Arm]:
         name, at, changes = arm.name.partition("@")
         own = arm.name if number == count else f"{name}_round{number}{at}{changes}"
         before = rounds[-1] if rounds else None
-        rounds.append(dataclasses.replace(arm, name=own, round=(number, count), before=before))
+        rounds.append(dataclasses.replace(arm, name=own, round=(number, count), before=before, whole=arm.name))
     return rounds
 
 

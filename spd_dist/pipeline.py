@@ -7,7 +7,6 @@ Arms differ in a few settings (`spd_dist.arms`); what two of them have in common
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,23 +14,24 @@ from spd_dist import stage_inputs
 from spd_dist.analysis.answer_summary import AnswersSummary
 from spd_dist.arms import Arm, chosen, rounds_of
 from spd_dist.config import STAGES, Config
-from spd_dist.data.prompts import make_examples, make_prompts
+from spd_dist.data.prompts import make_examples
 from spd_dist.distributed.collectives import together
 from spd_dist.distributed.uneven_work import on_main
 from spd_dist.models.kv_sites import discover_sites
 from spd_dist.reports.run_end import report
 from spd_dist.run import Run
+from spd_dist.side_stages.matched_control import match_controls
+from spd_dist.side_stages.token_effects import write_token_effects
 from spd_dist.stages.calibrate import calibrate, gradient_moments
 from spd_dist.stages.evaluate import evaluate_arm
 from spd_dist.stages.finetune import StudentSummary, finetune
-from spd_dist.stages.generate import CorpusSummary, generate, prompts_folder, rendered_together
+from spd_dist.stages.generate import CorpusSummary, generate
 from spd_dist.stages.project import drift, site_summaries, subspace
 from spd_dist.stages.reduce import reduce
 from spd_dist.stages.sketch import ShardPlan, Unfinished, plan_sketches, sketch
 from spd_dist.storage.records import write_record
 from spd_dist.storage.subspace_file import SubspaceSummary, load_subspace, write_subspace
 from spd_dist.student_corpus import corpus_of, filtered_files
-from spd_dist.token_effects import write_token_effects
 from spd_dist.types import KVSite, SiteMoments, SupervisedExample
 
 
@@ -50,6 +50,7 @@ def run_stages(run: Run) -> str:
         stage_inputs.check_students(run, students if last in STAGES[5:] else [])
         for arm in {stage_inputs.subspace_stage(run, arm): arm for arm in arms if arm.projects}.values():
             find_subspace(run, arm, wanted=first in STAGES[:4])
+        match_controls(run, arms if last in STAGES[4:] else [])
         stage_inputs.expect_engines(run, arms if last in STAGES[4:] else [])
         for arm in writers if last in STAGES[4:] else []:
             write_completions(run, arm, wanted="generate" in stages)
@@ -109,13 +110,12 @@ def sum_moments(
 
 def write_completions(run: Run, arm: Arm, *, wanted: bool) -> None:
     """Let the policy answer the training prompts, under the projection if the arm has one; or the arm's student."""
-    config, rows = run.config_of(arm), run.prompts_of(arm)
-    total = len(rows) * config.generate.num_samples
+    config = run.config_of(arm)
+    total = len(run.prompts_of(arm)) * config.generate.num_samples
 
     def work(folder: Path) -> CorpusSummary:
         policy, projected = stage_inputs.writer_of(run, arm)
-        render = functools.partial(make_prompts, task=run.task, tokenizer=policy.tokenizer, config=config.data)
-        rendered = rendered_together(rows, render, prompts_folder(folder, config.generate), run.world)
+        rendered = stage_inputs.prompts_for(run, arm, policy, folder)
         with rendered as prompts, run.progress("generate", total // run.world.size, "completions", arm) as progress:
             return generate(policy, prompts, projected, config.generate, run.context(folder, arm, progress))
 

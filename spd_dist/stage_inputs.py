@@ -5,12 +5,15 @@ And what else they are given: an arm's projection, its writer, its teacher and w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 
 from spd_dist.arms import ARMS, Arm
+from spd_dist.data.prompts import make_prompts
 from spd_dist.distributed.collectives import together
 from spd_dist.inference.external.vllm_engine import site_settings
 from spd_dist.inference.open_engine import choose_engine
@@ -19,12 +22,17 @@ from spd_dist.models.lora import check_targets
 from spd_dist.models.model_stats import meta_model
 from spd_dist.models.policy import Policy, load_adapted, load_replica, load_settings, prepare_model
 from spd_dist.run import Run
+from spd_dist.stages.distortion import MatchSummary, blended
+from spd_dist.stages.generate import prompts_folder, rendered_together
 from spd_dist.stages.project import projection
 from spd_dist.storage.artifacts import content_hash
 from spd_dist.storage.completions import corpus_name
+from spd_dist.storage.records import read_record
 from spd_dist.storage.settings import READ_BY
 from spd_dist.storage.subspace_file import load_subspace
-from spd_dist.types import Projection
+from spd_dist.types import Projection, Prompt
+
+MATCH_FILE = "match.json"
 
 
 def of_subspace(run: Run, arm: Arm) -> dict[str, str]:
@@ -44,6 +52,17 @@ def of_projection(run: Run, arm: Arm) -> dict[str, str]:
     """The subspace, and what is made of it; nothing for an arm that is not projected."""
     if not arm.projects:
         return {}
+    found = of_whole_projection(run, arm)
+    return found | ({"match": run.folder.output_hash(arm.stage("match"))} if is_matched(run, arm) else {})
+
+
+def is_matched(run: Run, arm: Arm) -> bool:
+    """Whether an arm's random projection is blended to the distortion of the method's own."""
+    return arm.projects and run.config_of(arm).project.match_kl
+
+
+def of_whole_projection(run: Run, arm: Arm) -> dict[str, str]:
+    """The same, before anything is blended to equal distortion."""
     is_drawn = run.config_of(arm).project.mode == "random"
     settings = run.settings("project", *(["seed"] if is_drawn else []), arm=arm)
     return {"projection": settings, "subspace": run.folder.output_hash(subspace_stage(run, arm))}
@@ -104,7 +123,17 @@ def projection_of(run: Run, arm: Arm) -> Projection | None:
         return None
     path = run.folder.folder(subspace_stage(run, arm)) / "subspace.safetensors"
     with together("reading the subspace"):
-        return projection(load_subspace(path), run.config_of(arm).project, run.config.seed)
+        found = projection(load_subspace(path), run.config_of(arm).project, run.config.seed)
+        if not is_matched(run, arm):
+            return found
+        return blended(found, read_record(run.folder.folder(arm.stage("match")) / MATCH_FILE, MatchSummary).share)
+
+
+def prompts_for(run: Run, arm: Arm, policy: Policy, folder: Path) -> AbstractContextManager[Sequence[Prompt]]:
+    """What an arm's policy is asked, rendered by all ranks together."""
+    config = run.config_of(arm)
+    render = functools.partial(make_prompts, task=run.task, tokenizer=policy.tokenizer, config=config.data)
+    return rendered_together(run.prompts_of(arm), render, prompts_folder(folder, config.generate), run.world)
 
 
 def writer_of(run: Run, arm: Arm) -> tuple[Policy, Projection | None]:

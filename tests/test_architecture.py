@@ -41,14 +41,14 @@ MAY_IMPORT = {  # besides itself
     "preflight": BELOW | {"data", "models", "process", "sandbox", "storage"},
     "python_api": BELOW | MODEL | FILES | {"arms", "data", "hub", "process", "runs", "stages", "overrides"},
     "run": BELOW | MODEL | FILES | {"stages", "data", "process", "arms", "overrides", "judging"},
-    "stage_inputs": BELOW | MODEL | {"arms", "run", "stages", "storage"},
+    "stage_inputs": BELOW | MODEL | {"arms", "data", "run", "stages", "storage"},
     "student_corpus": BELOW | {"arms", "data", "models", "run", "storage"},
-    "token_effects": BELOW | {"arms", "run", "stage_inputs", "stages", "storage"},
+    "side_stages": BELOW | {"arms", "data", "run", "stage_inputs", "stages", "storage"},
     "reports": BELOW | FILES | {"data", "arms", "run"},
     "pipeline": BELOW
     | MODEL
     | FILES
-    | {"arms", "data", "reports", "run", "stage_inputs", "stages", "student_corpus", "token_effects"},
+    | {"arms", "data", "reports", "run", "side_stages", "stage_inputs", "stages", "student_corpus"},
     "launch": {path.relative_to(PACKAGE).with_suffix("").parts[0] for path in MODULES},
     "runs": BELOW | MODEL | FILES | {"arms", "data", "pipeline", "process", "reports", "run", "stage_inputs", "stages"},
 }

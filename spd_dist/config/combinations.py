@@ -44,6 +44,12 @@ COMBINATIONS = (
         "", ("project.rank=N",), ("project.rank_rule=fixed",),
     ),
     Combination(
+        ("project.match_kl", "project.mode"),
+        {"project.match_kl": True, "project.mode": other_than("random")},
+        "since only a random subspace is matched to another", ("project.mode=random", "project.match_kl=false"),
+        ("project.match_kl=true",),
+    ),
+    Combination(
         ("project.directions", "project.mode"),
         {"project.directions": "gradient_x_activation", "project.mode": "soft"},
         "whose gains are of the gradients' own directions", ("project.directions=gradient", "project.mode=hard"),

@@ -104,6 +104,9 @@ class Project:
     centered: bool = setting(False, "take the rows about their mean")
     mode: Literal["hard", "blend", "soft", "random", "isotropic", "identity"] = setting("hard", "the fate of the rest")
     rho: float = setting(0.0, "share of the outside part that blend, random and isotropic keep", at_least=0, at_most=1)
+    match_kl: bool = setting(
+        False, "random: blend it down until it moves the policy as far as the gradients' own, by KL on calibration rows"
+    )
     kinds: Literal["both", "key", "value"] = setting("both", "project keys and values, or one of them")
     insertion: Literal["linear", "rope", "head"] = setting("linear", "linear output; after RoPE (keys); or per KV head")
 

@@ -12,11 +12,11 @@ from spd_dist.data.held_out import HeldOutExample
 from spd_dist.data.prompts import TestSet
 from spd_dist.mechanism.comparisons import Lineup, lineup, planned
 from spd_dist.mechanism.controls import SPD, Material
-from spd_dist.mechanism.matching import at_share, match
-from spd_dist.mechanism.measurement import Measurement, Passes, Variant
 from spd_dist.mechanism.summing import Compared, MechanismOutcome, sum_up
 from spd_dist.models.policy import Policy
 from spd_dist.stages.context import StageContext
+from spd_dist.stages.distortion.matching import at_share, match
+from spd_dist.stages.distortion.measurement import Measurement, Passes, Variant
 from spd_dist.stages.evaluate import evaluate_arm
 
 DRAWN = ("activation_pca", "complement", "random_000")

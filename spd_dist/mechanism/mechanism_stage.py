@@ -38,7 +38,6 @@ from spd_dist.mechanism.controls import (
     needs_moments,
 )
 from spd_dist.mechanism.measure import HeldOut, measure
-from spd_dist.mechanism.measurement import PARTS
 from spd_dist.mechanism.summing import MechanismOutcome
 from spd_dist.models.kv_sites import discover_sites
 from spd_dist.pipeline import find_subspace
@@ -48,6 +47,7 @@ from spd_dist.reports.mechanism_page import write_mechanism_page
 from spd_dist.reports.run_end import renew_page
 from spd_dist.run import Run
 from spd_dist.stages.calibrate import CalibrationMoments, gradient_moments
+from spd_dist.stages.distortion.measurement import PARTS
 from spd_dist.storage.artifacts import content_hash, replacing, sha256_of
 from spd_dist.storage.records import read_record, write_record
 from spd_dist.storage.subspace_file import FILE_NAME, load_subspace, save_subspace

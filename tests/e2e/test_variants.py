@@ -41,7 +41,7 @@ def test_variants_of_what_a_student_learns_run_beside_the_method(tmp_path: Path)
 def test_a_student_learns_on_policy_in_rounds_of_its_own_samples(tmp_path: Path):
     """On two ranks: the untouched model writes the first part, the student of a round what the next one learns from."""
     run, model = tmp_path / "run", save_tiny_model(tmp_path / "model")
-    arms = "evaluate.arms=[base,psr,spd_onpolicy,random_onpolicy]"
+    arms = "evaluate.arms=[base,psr,spd_onpolicy,random_onpolicy]"  # the latter's subspace is blended to equal KL
     words = [f"model.name={model}", *BRIEF, "finetune.on_policy_rounds=2", "finetune.learning_rate=0.05", arms]
     launch(2, [*words, f"run_dir={run}"], tmp_path / "log")
     report = read_json(run / "report.json")
@@ -62,6 +62,11 @@ def test_a_student_learns_on_policy_in_rounds_of_its_own_samples(tmp_path: Path)
         writer = ("the base model", "the student of the round before")[number]
         assert f"5, of {writer} itself" in card
         assert "towards the projected policy's next-token distributions" in card
+    match = read_json(run / "arms/random_onpolicy/match/match.json")
+    assert 0 < match["share"] <= 1
+    assert match["num_rows"] == 7
+    assert match["is_matched"] == (abs(match["random_kl"] - match["kl"]) <= 0.05 * min(match["random_kl"], match["kl"]))
+    assert match["is_matched"] or match["random_kl"] < match["kl"], "nothing makes the quieter one louder"
     again = launch(1, [*words, f"run_dir={run}"], tmp_path / "again")
     assert "finetune: starts" not in again
     assert read_json(run / "report.json")["arms"] == report["arms"]

@@ -56,12 +56,12 @@ def test_arms_differ_from_the_run_in_what_their_names_say_only():
     assert differing("random") == {"project.mode": "random"}
     assert differing("identity") == {"project.mode": "identity"}
     assert differing("spd_distil") == {"finetune.loss": "distil"}
-    assert differing("random_distil") == {"finetune.loss": "distil", "project.mode": "random"}
+    matched = {"project.mode": "random", "project.match_kl": True}
+    assert differing("random_distil") == {"finetune.loss": "distil", **matched}
     assert differing("spd_contrast") == {"generate.contrast": 2.0}
-    assert differing("random_contrast") == {"generate.contrast": 2.0, "project.mode": "random"}
+    assert differing("random_contrast") == {"generate.contrast": 2.0, **matched}
     assert differing("spd_onpolicy") == {"finetune.loss": "distil", "finetune.divergence": "reverse"}
-    on_policy = {"finetune.loss": "distil", "finetune.divergence": "reverse", "project.mode": "random"}
-    assert differing("random_onpolicy") == on_policy
+    assert differing("random_onpolicy") == {"finetune.loss": "distil", "finetune.divergence": "reverse", **matched}
     wanted = ("ended", "loops", "agreed")
     assert differing("filtered") == {"finetune.filter": wanted, "generate.num_samples": 4}
     assert differing("filtered@generate.num_samples=8")["generate.num_samples"] == 8

@@ -36,13 +36,13 @@ from spd_dist.mechanism.controls import (
     random_subspace,
     strongest,
 )
-from spd_dist.mechanism.matching import blended, match
-from spd_dist.mechanism.measurement import Measurement, Passes, Variant, base
-from spd_dist.mechanism.scoring import ScoredBatch, SharedPrefix, log_probabilities, row_values, scored_logits
 from spd_dist.models.kv_sites import discover_sites
 from spd_dist.projection.hooks import projected
 from spd_dist.stages.calibrate import calibrate, gradient_moments
 from spd_dist.stages.context import StageContext
+from spd_dist.stages.distortion.matching import blended, match
+from spd_dist.stages.distortion.measurement import Measurement, Passes, Variant, base
+from spd_dist.stages.distortion.scoring import ScoredBatch, SharedPrefix, log_probabilities, row_values, scored_logits
 from spd_dist.stages.project import projection, site_summaries, subspace
 from spd_dist.stages.project.subspace import DIRECTIONS
 from spd_dist.types import Certificate, SiteMoments, SiteSubspace, Subspace

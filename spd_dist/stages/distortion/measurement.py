@@ -18,7 +18,10 @@ from spd_dist.distributed.collectives import gather_objects
 from spd_dist.distributed.uneven_work import on_main
 from spd_dist.inference.packed_weights import packed_weights
 from spd_dist.inference.placement import Placement, choose_placement, placed
-from spd_dist.mechanism.scoring import (
+from spd_dist.models.policy import Policy
+from spd_dist.projection.hooks import projected
+from spd_dist.stages.context import StageContext
+from spd_dist.stages.distortion.scoring import (
     RowValues,
     ScoredBatch,
     SharedPrefix,
@@ -26,9 +29,6 @@ from spd_dist.mechanism.scoring import (
     row_values,
     scored_logits,
 )
-from spd_dist.models.policy import Policy
-from spd_dist.projection.hooks import projected
-from spd_dist.stages.context import StageContext
 from spd_dist.storage.artifacts import JsonlWriter, read_jsonl
 from spd_dist.types import KVSite, Projection, record_of
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from spd_dist.mechanism.measurement import Measurement, Passes, Variant
+from spd_dist.stages.distortion.measurement import Measurement, Passes, Variant
 from spd_dist.types import Projection, SiteOperator
 
 log = logging.getLogger(__name__)
@@ -55,6 +55,20 @@ class Pair:
     def is_matched(self) -> bool:
         """Whether the two are as close as they must be."""
         return abs(self.own_kl - self.other_kl) <= TOLERANCE * min(self.own_kl, self.other_kl) + 1e-12
+
+
+@dataclass(frozen=True)
+class MatchSummary:
+    """`match.json`: a random subspace, blended until it moves the policy as far as the method's own."""
+
+    share: float
+    """Of the random projection that is kept; 1 where it moves the policy less, and so cannot be matched."""
+    kl: float
+    """KL(base || the method's own), nats a token, mean over the rows."""
+    random_kl: float
+    """The same of the random one, as it is blended."""
+    is_matched: bool
+    num_rows: int
 
 
 @dataclass

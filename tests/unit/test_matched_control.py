@@ -1,0 +1,53 @@
+"""Rows along which a random subspace is matched to the method's own."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from spd_dist.arms import ARMS, rounds_of
+from spd_dist.config import Config
+from spd_dist.data.tasks import find_task
+from spd_dist.errors import DataError
+from spd_dist.overrides import load_config
+from spd_dist.side_stages.matched_control import NUM_ROWS, matched_rows
+
+
+def run_of(rows: list[dict], config: Config) -> SimpleNamespace:
+    return SimpleNamespace(config=config, task=find_task("gsm8k"), rows=lambda split: {"calibration": rows}[split])
+
+
+def asked(count: int) -> list[dict]:
+    return [{"id": str(k), "question": f"{k} + 1?", "answer": f"That is #### {k + 1}"} for k in range(count)]
+
+
+def test_rows_are_the_first_calibration_rows_with_an_answer():
+    rows = asked(50)
+    rows[2] = {**rows[2], "answer": " "}
+    few = matched_rows(run_of(rows, load_config(overrides=["calibrate.num_examples=5"])))
+    assert [row["id"] for row in few] == [rows[k]["id"] for k in (0, 1, 3, 4)]
+    many = matched_rows(run_of(rows, load_config(overrides=["calibrate.num_examples=50"])))
+    assert len(many) == NUM_ROWS - 1
+
+
+def test_rows_without_any_answer_are_refused():
+    rows = [{**row, "answer": ""} for row in asked(4)]
+    with pytest.raises(DataError, match=r"project\.match_kl: none of the calibration rows .* project\.match_kl=false"):
+        matched_rows(run_of(rows, load_config()))
+
+
+def test_rounds_of_an_arm_share_its_subspace_and_its_match_alone():
+    config = load_config(overrides=["finetune.on_policy_rounds=3"])
+    arm = ARMS["random_onpolicy"]
+    first, second, last = rounds_of(arm, config)
+    assert [one.stage("finetune") for one in (first, second, last)] == [
+        "arms/random_onpolicy_round1/finetune",
+        "arms/random_onpolicy_round2/finetune",
+        "arms/random_onpolicy/finetune",
+    ]
+    assert {one.stage(verb) for one in (first, second, last) for verb in ("project", "match")} == {
+        "arms/random_onpolicy/project",
+        "arms/random_onpolicy/match",
+    }
+    assert (first.before, second.before, last.before) == (None, first, second)
+    assert [one.round for one in (first, second, last)] == [(1, 3), (2, 3), (3, 3)]
+    assert [one.stage("generate") for one in rounds_of(ARMS["spd"], config)] == ["generate"]
