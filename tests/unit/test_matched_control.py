@@ -13,16 +13,16 @@ from spd_dist.side_stages.matched_control import NUM_ROWS, matched_rows
 
 
 def run_of(rows: list[dict], config: Config) -> SimpleNamespace:
-    return SimpleNamespace(config=config, task=find_task("gsm8k"), rows=lambda split: {"calibration": rows}[split])
+    return SimpleNamespace(config=config, task=find_task("codealpaca"), rows=lambda split: {"calibration": rows}[split])
 
 
 def asked(count: int) -> list[dict]:
-    return [{"id": str(k), "question": f"{k} + 1?", "answer": f"That is #### {k + 1}"} for k in range(count)]
+    return [{"id": str(k), "instruction": f"{k} + 1?", "output": f"{k + 1}"} for k in range(count)]
 
 
 def test_rows_are_the_first_calibration_rows_with_an_answer():
     rows = asked(50)
-    rows[2] = {**rows[2], "answer": " "}
+    rows[2] = {**rows[2], "output": " "}
     few = matched_rows(run_of(rows, load_config(overrides=["calibrate.num_examples=5"])))
     assert [row["id"] for row in few] == [rows[k]["id"] for k in (0, 1, 3, 4)]
     many = matched_rows(run_of(rows, load_config(overrides=["calibrate.num_examples=50"])))
@@ -30,7 +30,7 @@ def test_rows_are_the_first_calibration_rows_with_an_answer():
 
 
 def test_rows_without_any_answer_are_refused():
-    rows = [{**row, "answer": ""} for row in asked(4)]
+    rows = [{**row, "output": ""} for row in asked(4)]
     with pytest.raises(DataError, match=r"project\.match_kl: none of the calibration rows .* project\.match_kl=false"):
         matched_rows(run_of(rows, load_config()))
 
