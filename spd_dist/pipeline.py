@@ -44,7 +44,7 @@ def run_stages(run: Run) -> str:
     first, last, only = run.scope.first, run.scope.last, run.scope.only
     stages = STAGES[STAGES.index(first) : STAGES.index(last) + 1]
     arms = chosen(only or run.config.evaluate.arms)
-    students = [each for arm in arms if arm.trains for each in rounds_of(arm, run.config)]
+    students = [each for arm in arms if arm.trains for each in rounds_of(arm, run.config_of(arm))]
     writers = [arm for arm in arms if arm.writes and not arm.is_on_policy]
     with run.opened():
         stage_inputs.check_students(run, students if last in STAGES[5:] else [])
@@ -111,7 +111,7 @@ def sum_moments(
 def write_completions(run: Run, arm: Arm, *, wanted: bool) -> None:
     """Let the policy answer the training prompts, under the projection if the arm has one; or the arm's student."""
     config = run.config_of(arm)
-    total = len(run.prompts_of(arm)) * config.generate.num_samples
+    total = len(arm.part_of(run.rows("train"))) * config.generate.num_samples
 
     def work(folder: Path) -> CorpusSummary:
         policy, projected = stage_inputs.writer_of(run, arm)

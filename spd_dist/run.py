@@ -88,6 +88,7 @@ class Run:
         self.engines = EnginePool(self.folder.workplace("") / "engines" / f"rank-{world.rank:05d}")
         self._rows: dict[Split, Sequence[Row]] = {}
         self._policy: Policy | None = None
+        self._holds_student = False
         self.rounds_before = tuple(rounds_before)
         self._student_before = on_main("reading the round before", self._hash_of_student_before)
         self._memoized: dict[Hashable, Any] = {}
@@ -113,11 +114,6 @@ class Run:
         if split not in self._rows:
             self._rows[split] = read_together(self.task, split, self.config.data)
         return self._rows[split]
-
-    def prompts_of(self, arm: Arm) -> Sequence[Row]:
-        """The training rows that an arm writes to: all of them, or every n-th in each of n rounds on its student."""
-        number, count = arm.round
-        return self.rows("train") if count == 1 else self.rows("train")[number - 1 :: count]
 
     def _hash_of_student_before(self) -> str | None:
         if not self.rounds_before:
@@ -161,26 +157,33 @@ class Run:
 
     def policy(self) -> Policy:
         """The untouched policy, frozen: sharded under ZeRO-3, loaded once for the stages that only read it."""
-        if self._policy is None:
+        if self._policy is None or self._holds_student:
+            self.release_policy()
             self._policy = load_policy(self.config.model, self.config.distributed, self.world)
+        return self._policy
+
+    def hold_student(self, load: Callable[[], Policy]) -> Policy:
+        """A student, in the place of the untouched policy until that one is asked for again."""
+        self.release_policy()
+        self._policy, self._holds_student = load(), True
         return self._policy
 
     def release_policy(self) -> None:
         """Forget the policy, for a stage that changes weights or needs the memory."""
         if self._policy is not None:
             self._policy.release()
-            self._policy = None
+        self._policy, self._holds_student = None, False
 
     def policy_of(self, arm: Arm, test_set: TestSet) -> Policy:
         """The policy that answers for an arm: the untouched one, or its student, whole on every rank if that fits."""
         if not arm.trains:
             return self.policy()
-        self.release_policy()
-        student = self.folder.folder(arm.stage("finetune"))
+        config, world, student = self.config, self.world, self.folder.folder(arm.stage("finetune"))
         if self.config_of(arm).finetune.mode == "lora":
-            return load_to_answer(self.config, self.world, adapter=student / "adapter", longest=test_set.longest)
-        model = dataclasses.replace(self.config.model, name=str(student / "model"), revision=None)
-        return load_policy(model, self.config.distributed, self.world)
+            adapter, longest = student / "adapter", test_set.longest
+            return self.hold_student(lambda: load_to_answer(config, world, adapter=adapter, longest=longest))
+        model = dataclasses.replace(config.model, name=str(student / "model"), revision=None)
+        return self.hold_student(lambda: load_policy(model, config.distributed, world))
 
     def run_stage(
         self,
@@ -279,7 +282,8 @@ class Run:
     def facts_of(self, arm: Arm) -> dict[str, str]:
         """What a student's model card says of the run that it comes from."""
         settings = self.settings(*(name for name in self.plain if name not in ("run_dir", "rounds", "metrics")))
-        return {"arm": f"{arm.name}: {arm.sentence}", "task": self.task.name, "config hash": settings[:16]}
+        rounds = {} if arm.before is None else {"round": f"{arm.round[0]} of {arm.round[1]}, after {arm.before.name}"}
+        return {"arm": f"{arm.name}: {arm.sentence}", **rounds, "task": self.task.name, "config hash": settings[:16]}
 
 
 def read_together(task: Task, split: Split, config: Data) -> Sequence[Row]:

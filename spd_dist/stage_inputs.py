@@ -15,6 +15,7 @@ import torch
 from spd_dist.arms import ARMS, Arm
 from spd_dist.data.prompts import make_prompts
 from spd_dist.distributed.collectives import together
+from spd_dist.errors import ConfigError
 from spd_dist.inference.external.vllm_engine import site_settings
 from spd_dist.inference.open_engine import choose_engine
 from spd_dist.models.gguf import is_gguf
@@ -72,7 +73,8 @@ def of_completions(run: Run, arm: Arm) -> dict[str, str]:
     """Policy, prompts, sampling and projection."""
     settings = run.settings("seed", "model", "data", "generate", arm=arm)  # `project` counts where the arm is projected
     held_to = {} if arm.is_on_policy else of_projection(run, arm)
-    return {"settings": settings, "train": content_hash(run.prompts_of(arm)), **held_to, **of_student_before(run, arm)}
+    rows = content_hash(arm.part_of(run.rows("train")))
+    return {"settings": settings, "train": rows, **held_to, **of_student_before(run, arm)}
 
 
 def of_student_before(run: Run, arm: Arm) -> dict[str, str]:
@@ -83,7 +85,8 @@ def of_student_before(run: Run, arm: Arm) -> dict[str, str]:
 def of_student(run: Run, arm: Arm) -> dict[str, str]:
     """Policy, training, and what the student learns from, be it a teacher; and the arm, that its card names."""
     found = {"settings": run.settings(*READ_BY["finetune"], arm=arm), "arm": f"{arm.made_as}: {arm.learns_from}"}
-    found |= of_projection(run, arm) if run.config_of(arm).finetune.loss == "distil" else {}
+    tuned = run.config_of(arm).finetune
+    found |= of_projection(run, arm) | {"divergence": tuned.divergence} if tuned.loss == "distil" else {}
     if arm.writes:
         return found | {"completions": hash_of_corpus(run, arm), **of_student_before(run, arm)}
     references = [run.settings("data", "calibrate.num_examples", arm=arm), run.rows("calibration")]
@@ -92,7 +95,7 @@ def of_student(run: Run, arm: Arm) -> dict[str, str]:
 
 def corpus_of_arm(run: Run, arm: Arm) -> str:
     """The file of an arm's completions, in the folder of its stage."""
-    return corpus_name(len(run.prompts_of(arm)) * run.config_of(arm).generate.num_samples)
+    return corpus_name(len(arm.part_of(run.rows("train"))) * run.config_of(arm).generate.num_samples)
 
 
 def hash_of_corpus(run: Run, arm: Arm) -> str:
@@ -133,7 +136,7 @@ def prompts_for(run: Run, arm: Arm, policy: Policy, folder: Path) -> AbstractCon
     """What an arm's policy is asked, rendered by all ranks together."""
     config = run.config_of(arm)
     render = functools.partial(make_prompts, task=run.task, tokenizer=policy.tokenizer, config=config.data)
-    return rendered_together(run.prompts_of(arm), render, prompts_folder(folder, config.generate), run.world)
+    return rendered_together(arm.part_of(run.rows("train")), render, prompts_folder(folder, config.generate), run.world)
 
 
 def writer_of(run: Run, arm: Arm) -> tuple[Policy, Projection | None]:
@@ -146,10 +149,9 @@ def writer_of(run: Run, arm: Arm) -> tuple[Policy, Projection | None]:
     start = start_of(run, arm)
     if start is None:
         return run.policy(), None
-    run.release_policy()
     config = run.config
     load = load_adapted if config.distributed.zero_stage == 3 else load_replica
-    return load(config.model, config.distributed, run.world, adapter=start), None
+    return run.hold_student(lambda: load(config.model, config.distributed, run.world, adapter=start)), None
 
 
 def taught(run: Run, arm: Arm) -> tuple[Projection | None, Path | None]:
@@ -164,13 +166,23 @@ def start_of(run: Run, arm: Arm) -> Path | None:
 
 
 def check_students(run: Run, arms: Iterable[Arm]) -> None:
-    """See, before a model is loaded, that the adapters of every student have a place in it. A collective.
+    """See, before a model is loaded, that the adapters of every student have a place in it, and rounds prompts.
+
+    A collective.
 
     A GGUF file, which is converted first, is looked at when it is loaded.
 
     Raises:
         UserError: no such model, or one without the targets of `finetune`.
     """
+    arms = list(arms)
+    most = max((arm.round[1] for arm in arms), default=1)
+    if most > 1 and len(run.rows("train")) < most:
+        with together("dividing the prompts among rounds"):
+            raise ConfigError(
+                f"finetune.num_on_policy_rounds: {most} is not valid with {len(run.rows('train'))} training prompts, "
+                "of which each round has a part; lower it, or raise data.num_train"
+            )
     tuned = [one for arm in arms if (one := run.config_of(arm).finetune).mode == "lora"]
     if not tuned or is_gguf(run.config.model.name):
         return

@@ -55,7 +55,7 @@ def corpus_of(run: Run, arm: Arm, policy: Policy, folder: Path) -> Sequence[Comp
         ConfigError: the task's answers cannot be compared.
     """
     config = run.config_of(arm)
-    rows = run.rows("calibration") if arm.learns_from == "references" else run.prompts_of(arm)
+    rows = run.rows("calibration") if arm.learns_from == "references" else arm.part_of(run.rows("train"))
     with together("reading what the student learns from"):
         rest, ends = (run.task, policy.tokenizer, config.data), policy.eos_token_ids
         if arm.learns_from == "references":

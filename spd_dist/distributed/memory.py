@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import resource
 from pathlib import Path
@@ -40,7 +41,8 @@ def _free_on(index: int) -> int:
 
 
 def give_back_free_memory() -> None:
-    """Give the system what was freed: glibc keeps it, a gigabyte after a stage on the CPU, for this process alone."""
+    """Give the system what was freed, also in cycles: glibc keeps it for this process, a gigabyte after a stage."""
+    gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # not of another C library
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -62,7 +62,8 @@ def run_rounds(config: Config, world: World, signals: StopSignals, scope: Scope)
             if number == 1:
                 whole.enter_context(run.kept_status())
             arms = chosen(scope.only or run.config.evaluate.arms)
-            run.estimate.expect(parts_of(run.config, arms, world.size, scope.last))
+            parts = [each for arm in arms for each in rounds_of(arm, run.config_of(arm))]
+            run.estimate.expect(parts_of(run.config, parts, world.size, scope.last))
             texts.append(run_stages(run))
             questions = questions_of(run, arms) if number == config.rounds > 1 else questions
         if config.rounds == 1:
@@ -120,12 +121,14 @@ TRAINED_OVER_CALIBRATED = 2.0
 
 
 def parts_of(config: Config, arms: Sequence[Arm], num_ranks: int, last: str = STAGES[-1]) -> list[RunPart]:
-    """The stages of a run up to `last`, of all arms; until they have a pace of their own, arms answer as they generate.
+    """The stages of a run up to `last`, of all arms and their rounds.
 
+    Until they have a pace of their own, arms answer as they generate.
     Arms with a subspace of their own calibrate again, which is not counted: it is short beside the rest.
     """
-    every_round = [each for arm in arms for each in rounds_of(arm, config)]
-    writers, students = [arm for arm in every_round if arm.writes], [arm for arm in every_round if arm.trains]
+    students = [arm for arm in arms if arm.trains]
+    is_training = STAGES.index(last) >= STAGES.index("finetune")
+    writers = [arm for arm in arms if arm.writes and (is_training or not arm.is_on_policy)]
     num_train, num_test = config.data.num_train, config.data.num_test  # None is all that there are, not read yet
     num_completions = None if num_train is None else num_train * config.generate.num_samples / num_ranks
     num_answers = None if num_test is None else num_test * config.evaluate.num_samples / num_ranks
@@ -136,7 +139,7 @@ def parts_of(config: Config, arms: Sequence[Arm], num_ranks: int, last: str = ST
         RunPart("project", "calibrate", config.calibrate.num_examples / num_ranks),
         *(RunPart(arm.stage("generate"), "generate", _share(num_completions, arm)) for arm in writers),
         *(RunPart(arm.stage("finetune"), "finetune", _share(steps, arm), "calibrate", calibrated) for arm in students),
-        *(RunPart(f"evaluate/{arm.name}", "evaluate", num_answers, "generate") for arm in arms),
+        *(RunPart(f"evaluate/{arm.name}", "evaluate", num_answers, "generate") for arm in arms if arm.is_last_round),
     ]
     return [part for part in parts if STAGES.index(part.stage) <= STAGES.index(last)]
 

@@ -42,7 +42,7 @@ def write_token_effects(run: Run, arms: Sequence[Arm]) -> None:
     Raises:
         UserError: what the user can put right.
     """
-    writers = {arm.made_as: rounds_of(arm, run.config)[-1] for arm in arms if arm.writes}
+    writers = {arm.made_as: rounds_of(arm, run.config_of(arm))[-1] for arm in arms if arm.writes}
     holders = [arm for arm in arms if arm.projects]
     num = run.config.evaluate.num_coloured
     if not (num and writers and holders):

@@ -37,6 +37,9 @@ MAY_CHANGE = (
     "finetune.keep_every",
     "finetune.packing",
     "finetune.merge",
+    "finetune.divergence",  # these three are among the inputs of the arms that read them
+    "finetune.num_on_policy_rounds",
+    "project.match_kl",
     "evaluate.arms",
     "evaluate.temperatures",
     "evaluate.allow_code_execution",

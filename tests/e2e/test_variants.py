@@ -42,7 +42,7 @@ def test_a_student_learns_on_policy_in_rounds_of_its_own_samples(tmp_path: Path)
     """On two ranks: the untouched model writes the first part, the student of a round what the next one learns from."""
     run, model = tmp_path / "run", save_tiny_model(tmp_path / "model")
     arms = "evaluate.arms=[base,psr,spd_onpolicy,random_onpolicy]"  # the latter's subspace is blended to equal KL
-    words = [f"model.name={model}", *BRIEF, "finetune.on_policy_rounds=2", "finetune.learning_rate=0.05", arms]
+    words = [f"model.name={model}", *BRIEF, "finetune.num_on_policy_rounds=2", "finetune.learning_rate=0.05", arms]
     launch(2, [*words, f"run_dir={run}"], tmp_path / "log")
     report = read_json(run / "report.json")
     assert list(report["arms"]) == ["base", "psr", "spd_onpolicy", "random_onpolicy"]

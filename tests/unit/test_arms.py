@@ -68,6 +68,28 @@ def test_arms_differ_from_the_run_in_what_their_names_say_only():
     assert differing("full") == {"calibrate.mask": "full"}
 
 
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        ("spd_onpolicy@finetune.loss=cross_entropy", r"finetune\.loss: .* needs distil"),
+        ("spd_onpolicy|generate.engine=server", r"generate\.engine: .* needs hf, since no server"),
+        (
+            "spd_onpolicy|generate.engine=command|generate.command='p {model} {prompts} {output}'",
+            r"generate\.command: ",
+        ),
+        (
+            "spd_onpolicy|generate.vllm_python=P|evaluate.engine=hf|finetune.lora_variant=dora",
+            r"generate\.engine: ",
+        ),
+    ],
+)
+def test_an_arm_that_learns_on_policy_is_refused_what_it_could_not_finish(words, fault):
+    arm, *others = words.split("|")
+    server = ["generate.server={url: http://localhost:1/v1, models: {spd: a, spd_onpolicy: b}}"] * ("server" in words)
+    with pytest.raises(ConfigError, match=fault):
+        load_config(overrides=[f"evaluate.arms=[base,'{arm}']", *server, *others])
+
+
 def test_ssd_samples_as_its_paper_says_and_as_the_config_says():
     sampling = {"generate.temperature": 1.6, "generate.top_p": 0.8, "generate.top_k": 20}
     assert differing("ssd") == sampling

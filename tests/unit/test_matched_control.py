@@ -7,9 +7,10 @@ import pytest
 from spd_dist.arms import ARMS, rounds_of
 from spd_dist.config import Config
 from spd_dist.data.tasks import find_task
-from spd_dist.errors import DataError
+from spd_dist.errors import ConfigError, DataError
 from spd_dist.overrides import load_config
 from spd_dist.side_stages.matched_control import NUM_ROWS, matched_rows
+from spd_dist.stage_inputs import check_students
 
 
 def run_of(rows: list[dict], config: Config) -> SimpleNamespace:
@@ -35,8 +36,15 @@ def test_rows_without_any_answer_are_refused():
         matched_rows(run_of(rows, load_config()))
 
 
+def test_fewer_prompts_than_rounds_are_refused_before_anything_is_loaded():
+    config = load_config(overrides=["finetune.num_on_policy_rounds=3", "evaluate.arms=[spd_onpolicy]"])
+    run = SimpleNamespace(config=config, rows=lambda _: asked(2), config_of=lambda _: config)
+    with pytest.raises(ConfigError, match=r"finetune\.num_on_policy_rounds: 3 is not valid with 2 training prompts"):
+        check_students(run, rounds_of(ARMS["spd_onpolicy"], config))
+
+
 def test_rounds_of_an_arm_share_its_subspace_and_its_match_alone():
-    config = load_config(overrides=["finetune.on_policy_rounds=3"])
+    config = load_config(overrides=["finetune.num_on_policy_rounds=3"])
     arm = ARMS["random_onpolicy"]
     first, second, last = rounds_of(arm, config)
     assert [one.stage("finetune") for one in (first, second, last)] == [
