@@ -59,6 +59,7 @@ def expected(model, tmp_path_factory) -> torch.Tensor:
 
 
 def reference(model: Path, folder: Path, **changes: Any) -> torch.Tensor:
+    folder.mkdir(exist_ok=True)
     kinds = {"run": {"zero_stage": 0, "micro_batch_size": 8, **changes}}
     run_on_ranks(1, folder / "store", keep, model, folder, kinds)
     return torch.load(folder / "run.pt")
