@@ -218,12 +218,11 @@ def sentence(result: MechanismResult, num_lower: int) -> str:
     verb = "lowers" if result.effect < 0 else "raises"
     p_value, total = result.matched_kl.p_value, result.num_random
     more = "more" if result.effect < 0 else "less"
-    if p_value <= SIGNIFICANT:
-        than = f"{more} than {total - num_lower} of {total} random subspaces at equal distortion"
-    elif num_lower:
-        than = f"no {more} than {num_lower} of {total} random subspaces at equal distortion"
+    if p_value > SIGNIFICANT and num_lower and result.effect < 0:
+        than = f"no more than {num_lower} of {total} random subspaces at equal distortion"
     else:
-        than = f"{more} than all of {total} random subspaces at equal distortion, too few to show it"
+        doubt = "" if p_value <= SIGNIFICANT else ", too few to show it"
+        than = f"{more} than {total - num_lower} of {total} random subspaces at equal distortion{doubt}"
     return (
         f"The capability subspace {verb} the gold answer's NLL by {abs(result.effect):.3f} nats "
         f"(95 % interval of the change {low:+.3f} to {high:+.3f}, n {result.num_rows}), {than} "

@@ -449,7 +449,8 @@ def test_rank_correlation_is_spearmans():
     (-0.15, 0.86, 17, "no more than 17 of 20 random subspaces at equal distortion (p 0.860)"),
     (0.15, 0.04, 0, "raises the gold answer's NLL by 0.150 nats"),
     (0.15, 0.04, 0, "less than 20 of 20 random subspaces"),
-    (-0.15, 0.2, 0, "more than all of 20 random subspaces at equal distortion, too few to show it (p 0.200)"),
+    (-0.15, 0.2, 0, "more than 20 of 20 random subspaces at equal distortion, too few to show it (p 0.200)"),
+    (0.05, 0.09, 2, "less than 18 of 20 random subspaces at equal distortion, too few to show it (p 0.090)"),
 ])  # fmt: skip
 def test_the_sentence_says_what_was_found(effect, p_value, num_lower, words):
     result = MechanismResult(100, 20, effect, (-0.3, 0.1), p_value, MatchedKL(p_value, effect, 0.02), [])
