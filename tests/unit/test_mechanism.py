@@ -405,8 +405,12 @@ def test_a_comparison_has_the_rows_that_were_asked_for_whatever_the_batches(
         measurement = Measurement(policy, {"task": held_out["task"]}, list(material.spd.sites), config, context)
         for wanted in (num_rows, num_explored_rows):
             batches = [measurement.batches["task"][index].rows for index in measurement.batches_of("task", wanted)]
-            assert [row for rows in batches for row in rows] == held_out["task"][:wanted]
+            found = [row.example.id for rows in batches for row in rows]
+            assert sorted(found) == sorted(row.example.id for row in held_out["task"][:wanted])
             assert max(map(len, batches)) <= batch_size
+        of_the_first = measurement.batches_of("task", min(num_rows, num_explored_rows))
+        lengths = [len(row.example.tokens) for k in of_the_first for row in measurement.batches["task"][k].rows]
+        assert lengths == sorted(lengths), "rows of like lengths are run together"
 
 
 def test_ranks_and_corrections():
