@@ -6,7 +6,7 @@ Shapes: N positions, C of them in a chunk, D width of a state, V vocabulary.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,15 @@ half of KL(q || m) with m = (p + q) / 2 (arXiv:2306.13649, section 2, with beta 
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 """Size of one chunk's logits in float32. With weights that are trained, each chunk reads and writes a gradient of their
 size: few large ones on an accelerator, where memory is faster than it is scarce."""
+
+
+class Tail(NamedTuple):
+    """From an output layer's z to a loss: logits are cap tanh(scale z / cap), or scale z without a cap."""
+
+    cap: float = 0.0
+    scale: float = 1.0
+    divergence: Divergence = "forward"
+    """From a teacher, if there is one."""
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -39,15 +48,12 @@ class LinearCrossEntropy(torch.autograd.Function):
         target: Tensor,
         weight_VD: Tensor,
         bias_V: Tensor | None,
-        tail: tuple[float, float],
-        divergence: Divergence = "forward",
+        tail: Tail,
     ) -> Any:
         """(sum of the losses, loss_N without gradient) in float32.
 
-        `target` is label_N, integers, or teacher_ND, from which the `divergence` is taken. `tail` is (cap, scale): if
-        cap > 0, logits are cap tanh(scale z / cap).
+        `target` is label_N, integers, or teacher_ND, from which the divergence of `tail` is taken.
         """
-        cap, scale = tail
         wants_hidden, _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         loss_N = torch.empty(len(target), dtype=torch.float32, device=hidden_ND.device)
         grad_ND = torch.empty_like(hidden_ND) if wants_hidden else None
@@ -59,9 +65,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             logit_CV = torch.nn.functional.linear(hidden_ND[rows], weight_VD, bias_V).float()
             if target.is_floating_point():
                 taught_CV = torch.nn.functional.linear(target[rows], weight_VD, bias_V).float()
-                loss_N[rows], grad_CV = _divergence_and_gradient(logit_CV, taught_CV, tail, divergence)
+                loss_N[rows], grad_CV = _divergence_and_gradient(logit_CV, taught_CV, tail)
             else:
-                loss_N[rows], grad_CV = _loss_and_gradient(logit_CV, target[rows], cap, scale)
+                loss_N[rows], grad_CV = _loss_and_gradient(logit_CV, target[rows], tail)
             grad_CV = grad_CV.to(hidden_ND.dtype)
             if grad_ND is not None:
                 torch.mm(grad_CV, weight_VD, out=grad_ND[rows])
@@ -81,24 +87,24 @@ class LinearCrossEntropy(torch.autograd.Function):
             None if grad is None else (grad * grad_outputs[0]).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return hidden, None, weight, bias, None, None
+        return hidden, None, weight, bias, None
 
 
-def _apply_tail_(logit_CV: Tensor, cap: float, scale: float) -> Tensor | None:
+def _apply_tail_(logit_CV: Tensor, tail: Tail) -> Tensor | None:
     """Make logits of a linear layer's output, in place; gives the derivative, up to `scale`, where it is not 1."""
-    if scale != 1:
-        logit_CV.mul_(scale)
-    if not cap:
+    if tail.scale != 1:
+        logit_CV.mul_(tail.scale)
+    if not tail.cap:
         return None
-    logit_CV.div_(cap).tanh_()
+    logit_CV.div_(tail.cap).tanh_()
     slope_CV = 1 - logit_CV.square()
-    logit_CV.mul_(cap)
+    logit_CV.mul_(tail.cap)
     return slope_CV
 
 
-def _loss_and_gradient(logit_CV: Tensor, label_C: Tensor, cap: float, scale: float) -> tuple[Tensor, Tensor]:
+def _loss_and_gradient(logit_CV: Tensor, label_C: Tensor, tail: Tail) -> tuple[Tensor, Tensor]:
     """Each row's loss, and its gradient with respect to the linear layer's output; `logit_CV` is overwritten."""
-    slope_CV = _apply_tail_(logit_CV, cap, scale)
+    slope_CV = _apply_tail_(logit_CV, tail)
     label_C1 = label_C.unsqueeze(1)
     label_logit_C = logit_CV.gather(1, label_C1).squeeze(1)
     log_sum_C = logit_CV.logsumexp(1)
@@ -106,19 +112,17 @@ def _loss_and_gradient(logit_CV: Tensor, label_C: Tensor, cap: float, scale: flo
     grad_CV.scatter_add_(1, label_C1, grad_CV.new_full(label_C1.shape, -1.0))
     if slope_CV is not None:
         grad_CV.mul_(slope_CV)
-    return log_sum_C - label_logit_C, grad_CV.mul_(scale)
+    return log_sum_C - label_logit_C, grad_CV.mul_(tail.scale)
 
 
-def _divergence_and_gradient(
-    logit_CV: Tensor, taught_CV: Tensor, tail: tuple[float, float], divergence: Divergence
-) -> tuple[Tensor, Tensor]:
+def _divergence_and_gradient(logit_CV: Tensor, taught_CV: Tensor, tail: Tail) -> tuple[Tensor, Tensor]:
     """Each row's divergence, and its gradient as of `_loss_and_gradient`; both inputs are overwritten."""
-    slope_CV = _apply_tail_(logit_CV, *tail)
-    _apply_tail_(taught_CV, *tail)
-    divergence_C, grad_CV = divergence_and_gradient_(taught_CV, logit_CV, divergence)
+    slope_CV = _apply_tail_(logit_CV, tail)
+    _apply_tail_(taught_CV, tail)
+    divergence_C, grad_CV = divergence_and_gradient_(taught_CV, logit_CV, tail.divergence)
     if slope_CV is not None:
         grad_CV.mul_(slope_CV)
-    return divergence_C, grad_CV.mul_(tail[1])
+    return divergence_C, grad_CV.mul_(tail.scale)
 
 
 def divergences(taught_NV: Tensor, logit_NV: Tensor, kind: Divergence) -> Tensor:

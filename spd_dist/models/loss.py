@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from spd_dist.models.chunked_loss import CHUNK_BYTES, Divergence, LinearCrossEntropy, divergences
+from spd_dist.models.chunked_loss import CHUNK_BYTES, Divergence, LinearCrossEntropy, Tail, divergences
 from spd_dist.models.forward import call_model
 from spd_dist.models.gradient_capture import supervised_rows
 from spd_dist.models.lora import TokenKeys
@@ -75,10 +75,10 @@ class Student(nn.Module):
         if self.tail is None:
             loss_N = _whole_losses(own, target, self.divergence)
             return loss_N.sum(), loss_N.detach()
-        head = self.model.get_output_embeddings()
+        head, tail = self.model.get_output_embeddings(), self.tail._replace(divergence=self.divergence)
 
         def loss(hidden_ND: Tensor) -> Any:
-            return LinearCrossEntropy.apply(hidden_ND, target, head.weight, head.bias, self.tail, self.divergence)
+            return LinearCrossEntropy.apply(hidden_ND, target, head.weight, head.bias, tail)
 
         with _forward_replaced(head, loss):
             return head(own)  # called as a module: ZeRO-3 gathers its weight around it
@@ -133,8 +133,8 @@ def check_tail_(student: Student, token_1T: Tensor) -> bool:
     return agrees
 
 
-def logits_tail(model: PreTrainedModel | PeftModel) -> tuple[float, float] | None:
-    """(cap, scale) of what the architecture does to the logits after its output layer; None if that cannot be told.
+def logits_tail(model: PreTrainedModel | PeftModel) -> Tail | None:
+    """What the architecture does to the logits after its output layer; None if that cannot be told.
 
     None costs memory (all logits are held), never exactness.
     """
@@ -142,7 +142,7 @@ def logits_tail(model: PreTrainedModel | PeftModel) -> tuple[float, float] | Non
     cap = settings.get("final_logit_softcapping") or 0.0
     scale = settings.get("logit_scale") or 1 / (settings.get("logits_scaling") or 1.0)
     plain_head = type(model.get_output_embeddings()) is nn.Linear
-    return (float(cap), float(scale)) if plain_head and math.isfinite(scale) else None
+    return Tail(float(cap), float(scale)) if plain_head and math.isfinite(scale) else None
 
 
 def example_losses(model: PreTrainedModel, tokens_BT: Tensor, attention_BT: Tensor, target_BT: Tensor) -> Tensor:

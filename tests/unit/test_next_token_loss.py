@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, linear
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config
 
 from spd_dist.models import chunked_loss
-from spd_dist.models.chunked_loss import LinearCrossEntropy
+from spd_dist.models.chunked_loss import LinearCrossEntropy, Tail
 from spd_dist.models.loss import Student, check_tail_
 
 
@@ -28,7 +28,7 @@ def test_loss_and_gradients_are_those_of_cross_entropy(monkeypatch, cap, scale, 
     logits = cap * torch.tanh(logits / cap) if cap else logits
     expected = cross_entropy(logits, labels, reduction="none")
     expected_grads = torch.autograd.grad(3 * expected.sum(), [hidden, weight, bias])
-    total, loss_N = LinearCrossEntropy.apply(hidden, labels, weight, bias, (cap, scale))
+    total, loss_N = LinearCrossEntropy.apply(hidden, labels, weight, bias, Tail(cap, scale))
     torch.testing.assert_close(loss_N, expected.detach())
     torch.testing.assert_close(total, expected.sum())
     for found, reference in zip(torch.autograd.grad(3 * total, [hidden, weight, bias]), expected_grads, strict=True):
@@ -62,19 +62,19 @@ def test_loss_and_gradients_are_those_of_the_divergence_from_a_teacher(monkeypat
     target = log_probabilities(taught, bias.detach())
     expected = divergence_of(target.exp(), log_probabilities(hidden, bias).exp(), kind)
     expected_grads = torch.autograd.grad(3 * expected.sum(), [hidden, bias])
-    total, loss_N = LinearCrossEntropy.apply(hidden, taught, weight, bias, (cap, scale), kind)
+    total, loss_N = LinearCrossEntropy.apply(hidden, taught, weight, bias, Tail(cap, scale, kind))
     torch.testing.assert_close(loss_N, expected.detach().float(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(total, expected.sum().float(), atol=1e-5, rtol=1e-5)
     for found, reference in zip(torch.autograd.grad(3 * total, [hidden, bias]), expected_grads, strict=True):
         torch.testing.assert_close(found, reference, atol=5e-5, rtol=1e-5)
-    own, _ = LinearCrossEntropy.apply(taught, taught, weight, bias, (cap, scale), kind)
+    own, _ = LinearCrossEntropy.apply(taught, taught, weight, bias, Tail(cap, scale, kind))
     assert own.abs() < 1e-5, "a student that is its teacher has nothing to learn"
 
 
 def test_a_frozen_head_gets_no_gradient_and_no_memory():
     hidden = torch.randn(6, 4, requires_grad=True)
     weight = torch.randn(9, 4)
-    total, _ = LinearCrossEntropy.apply(hidden, torch.arange(6), weight, None, (0.0, 1.0))
+    total, _ = LinearCrossEntropy.apply(hidden, torch.arange(6), weight, None, Tail())
     held = [None if tensor is None else tuple(tensor.shape) for tensor in total.grad_fn.saved_tensors]
     assert held == [(6, 4), None, None]
     total.backward()
