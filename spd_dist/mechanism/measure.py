@@ -15,8 +15,7 @@ from spd_dist.mechanism.controls import SPD, Material
 from spd_dist.mechanism.summing import Compared, MechanismOutcome, sum_up
 from spd_dist.models.policy import Policy
 from spd_dist.stages.context import StageContext
-from spd_dist.stages.distortion.matching import at_share, match
-from spd_dist.stages.distortion.measurement import Measurement, Passes, Variant
+from spd_dist.stages.distortion import Measurement, Passes, Variant, at_share, match
 from spd_dist.stages.evaluate import evaluate_arm
 
 DRAWN = ("activation_pca", "complement", "random_000")

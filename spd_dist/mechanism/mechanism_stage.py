@@ -47,7 +47,7 @@ from spd_dist.reports.mechanism_page import write_mechanism_page
 from spd_dist.reports.run_end import renew_page
 from spd_dist.run import Run
 from spd_dist.stages.calibrate import CalibrationMoments, gradient_moments
-from spd_dist.stages.distortion.measurement import PARTS
+from spd_dist.stages.distortion import PARTS
 from spd_dist.storage.artifacts import content_hash, replacing, sha256_of
 from spd_dist.storage.records import read_record, write_record
 from spd_dist.storage.subspace_file import FILE_NAME, load_subspace, save_subspace

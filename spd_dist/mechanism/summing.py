@@ -26,8 +26,7 @@ from spd_dist.analysis.mechanism_verdict import (
 from spd_dist.data.held_out import PARTS
 from spd_dist.mechanism.comparisons import Comparison, Lineup
 from spd_dist.mechanism.controls import CONTROLS, SPD
-from spd_dist.stages.distortion.matching import Pair
-from spd_dist.stages.distortion.measurement import Measurement, Values, Variant, base
+from spd_dist.stages.distortion import Measurement, Pair, Values, Variant, base
 
 
 @dataclass(frozen=True)

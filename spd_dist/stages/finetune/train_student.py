@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 NOT_OF_RESULTS = {
     "micro_batch_size", "packing", "checkpointing", "offload_activations", "checkpoint_every", "keep_checkpoints",
-    "keep_every", "merge",
+    "keep_every", "merge", "num_on_policy_rounds",
 }  # fmt: skip
 """Settings of `finetune` that change no trained weight."""
 
@@ -119,9 +119,7 @@ def finetune(
         student = Student(policy.model, teacher, keys, config.divergence)
         outcome = Trainer(policy, student, corpus, config, context).run()
     writer = "the base model" if start is None else "the student of the round before"
-    facts = {"completions": f"{len(corpus.train)}, of {writer} itself"}
-    context = dataclasses.replace(context, facts={**context.facts, **facts})
-    saved_adapter, saved_model = _save(policy, adapted, corpus, config, context, outcome=outcome)
+    saved_adapter, saved_model = _save(policy, adapted, corpus, config, context, outcome=outcome, writer=writer)
     return StudentSummary(
         num_sequences=len(corpus.train),
         num_validation_sequences=len(corpus.validation),
@@ -253,6 +251,7 @@ def _save(
     context: StageContext,
     *,
     outcome: TrainingResult,
+    writer: str,
 ) -> tuple[SavedAdapter | None, SavedModel | None]:
     card = Card(
         base_model=policy.name,
@@ -260,6 +259,7 @@ def _save(
         loss_on=config.loss_on,
         facts={
             **context.facts,
+            "completions": f"{len(corpus.train)}, of {writer} itself",
             "fine-tuning": _described(config),
             "steps": f"{outcome.saved_step} of {config.global_batch_size} sequences",
             "identity of settings, weights and data": corpus.identity[:16],
