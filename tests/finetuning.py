@@ -49,14 +49,15 @@ def completions(count: int = 22) -> list[Completion]:
 def train(model: Path, folder: Path, *, distributed: dict[str, Any] | None = None, job: dict[str, Any] | None = None,
           dtype: str = "auto", quantization: str = "none", projection: Projection | None = None,
           **changes: Any) -> Trained:  # fmt: skip
-    """Fine-tune the model of a folder on these ranks; `changes` are of the settings, which may need a projection."""
+    """Fine-tune the model of a folder on these ranks; `changes` are of the settings, which may need a projection, or `start`."""
+    start = changes.pop("start", None)
     settings = Distributed(timeout_seconds=60, **(distributed or {}))
     world = join_world(settings)
     policy = load_policy(Model(name=str(model), dtype=dtype, quantization=quantization), settings, world)
     with MetricLogger(folder / "metrics", world.rank) as metrics:
         done_before = len(read_jsonl(metrics.path))
         work = StageContext(folder=folder, seed=3, world=world, distributed=settings, metrics=metrics, **(job or {}))
-        summary = finetune(policy, completions(), dataclasses.replace(TINY, **changes), work, projection)
+        summary = finetune(policy, completions(), dataclasses.replace(TINY, **changes), work, projection, start=start)
     rows = [row for row in read_jsonl(metrics.path)[done_before:] if "finetune/loss" in row]
     return Trained(rows, summary, policy)
 

@@ -15,7 +15,7 @@ from torch.nn.functional import kl_div
 
 from spd_dist.config import Finetune
 from spd_dist.distributed.zero import is_sharded, weights_fingerprint
-from spd_dist.errors import ConfigError, StopRequested
+from spd_dist.errors import ConfigError, DataError, StopRequested
 from spd_dist.projection.hooks import projected
 from spd_dist.projection.operators import MARK
 from spd_dist.seeding import generator
@@ -124,6 +124,10 @@ def refuse(model: Path, folder: Path) -> None:
         train(model, folder, projection=four_sites())
     with pytest.raises(ConfigError, match=r"finetune\.loss: distil is not valid with finetune\.mode=full"):
         train(model, folder, projection=four_sites(), loss="distil", mode="full")
+    with pytest.raises(ConfigError, match=r"finetune\.mode: full is not valid from the adapter"):
+        train(model, folder, start=folder, mode="full")
+    with pytest.raises(DataError, match=r"holds no adapter_config\.json"):
+        train(model, folder, start=folder)
 
 
 def test_a_teacher_that_cannot_be_made_is_refused(model, tmp_path):
