@@ -49,7 +49,7 @@ def completions(count: int = 22) -> list[Completion]:
 def train(model: Path, folder: Path, *, distributed: dict[str, Any] | None = None, job: dict[str, Any] | None = None,
           dtype: str = "auto", quantization: str = "none", projection: Projection | None = None,
           **changes: Any) -> Trained:  # fmt: skip
-    """Fine-tune the model of a folder on these ranks; `changes` are of the settings, which may need a projection, or `start`."""
+    """Fine-tune the model of a folder on these ranks; `changes` are of the settings, or `start`."""
     start = changes.pop("start", None)
     settings = Distributed(timeout_seconds=60, **(distributed or {}))
     world = join_world(settings)
