@@ -17,11 +17,12 @@ from spd_dist.mechanism.controls import (
     directions_of,
     equal_energy_subspace,
     given,
+    other_basis,
     random_subspace,
 )
 from spd_dist.stages.distortion import Variant
 from spd_dist.stages.project import projection
-from spd_dist.types import KVSite, Subspace, record_of
+from spd_dist.types import KVSite, SiteSubspace, Subspace, record_of
 
 PRIMARY = "primary"
 
@@ -99,12 +100,7 @@ def own_subspace(comparison: Comparison, material: Material) -> Subspace:
         DataError: the subspace has none of its sites.
     """
     found = material.spd
-    names = [comparison.kinds] if comparison.kinds != "both" else ["key", "value"]
-    sites = {
-        site: part
-        for site, part in found.sites.items()
-        if site.kind in names and (site.layer in comparison.layers or not comparison.layers)
-    }
+    sites = _sites(comparison, found, material.further)
     if not sites:
         raise DataError(
             f"mechanism: {comparison.name}: the subspace has no such site (it has {', '.join(map(str, found.sites))}); "
@@ -112,10 +108,33 @@ def own_subspace(comparison: Comparison, material: Material) -> Subspace:
         )
     if comparison.fraction is not None:
         for site, part in sites.items():
-            rank = max(1, int(site.width * comparison.fraction))
-            basis_DR = fix_signs(directions_of(found, given(material.calibration), site, rank)).float()
-            sites[site] = dataclasses.replace(part, basis_DR=basis_DR, num_null_directions=0)
+            basis_DR = directions_of(found, given(material.calibration), site, _rank(comparison, site, part))
+            sites[site] = dataclasses.replace(part, basis_DR=fix_signs(basis_DR).float(), num_null_directions=0)
     return Subspace(sites, found.metadata)
+
+
+def check_other(comparison: Comparison, found: Subspace, other: Subspace) -> None:
+    """See that another task's subspace has what the comparison needs of it.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    for site, part in _sites(comparison, found, {}).items():
+        other_basis(site, _rank(comparison, site, part), other)
+
+
+def _sites(
+    comparison: Comparison, found: Subspace, further: Mapping[KVSite, SiteSubspace]
+) -> dict[KVSite, SiteSubspace]:
+    """Those of the comparison's layers and kinds; unless it names layers, those that the run calibrated."""
+    names = [comparison.kinds] if comparison.kinds != "both" else ["key", "value"]
+    layers = comparison.layers or {site.layer for site in found.sites}
+    every = {**found.sites, **further}
+    return {site: part for site, part in every.items() if site.kind in names and site.layer in layers}
+
+
+def _rank(comparison: Comparison, site: KVSite, part: SiteSubspace) -> int:
+    return part.basis_DR.shape[1] if comparison.fraction is None else max(1, int(site.width * comparison.fraction))
 
 
 @dataclass(frozen=True)

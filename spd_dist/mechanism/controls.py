@@ -63,7 +63,7 @@ class Material:
     """What subspaces are cut of."""
 
     spd: Subspace
-    """The method's, at every site that a comparison names."""
+    """The method's, at the sites that the run calibrated."""
     controls: tuple[str, ...]
     """Those that are compared with: names of `CONTROLS`."""
     calibration: CalibrationMoments | None = None
@@ -72,6 +72,8 @@ class Material:
     shuffled: Moments | None = None
     wrong: Moments | None = None
     other: Subspace | None = None
+    further: Mapping[KVSite, SiteSubspace] = dataclasses.field(default_factory=dict)
+    """What the method would keep at the sites of layers that only a comparison names."""
 
 
 def chosen_controls(names: Sequence[str], *, has_wrong: bool, has_other: bool) -> list[str]:
@@ -123,7 +125,7 @@ def _basis(name: str, site: KVSite, part: SiteSubspace, material: Material) -> T
         return strongest(given(material.calibration).activation[site], rank)
     if name == "complement":
         return complement_basis(part.basis_DR)
-    return _of_other(site, rank, given(material.other))
+    return other_basis(site, rank, given(material.other))
 
 
 def _candidate(name: str, site: KVSite, rank: int, material: Material) -> Tensor:
@@ -185,7 +187,12 @@ def _cleaned(gradient_DD: Tensor, activation_DD: Tensor, rank: int) -> Tensor:
     return rest_DP @ strongest(rest_DP.T @ gradient_DD @ rest_DP, rank)
 
 
-def _of_other(site: KVSite, rank: int, other: Subspace) -> Tensor:
+def other_basis(site: KVSite, rank: int, other: Subspace) -> Tensor:
+    """Another subspace's strongest directions (D, R) at a site, float64.
+
+    Raises:
+        ConfigError: it has no such site, or fewer directions, or another width there.
+    """
     by_name = {str(each): part.basis_DR for each, part in other.sites.items()}
     found_DR = by_name.get(str(site))
     if found_DR is None or found_DR.shape[0] != site.width or found_DR.shape[1] < rank:

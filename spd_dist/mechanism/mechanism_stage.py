@@ -28,7 +28,7 @@ from spd_dist.distributed.collectives import together
 from spd_dist.distributed.uneven_work import on_main
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError
-from spd_dist.mechanism.comparisons import Comparison, layers_of, own_subspace, planned
+from spd_dist.mechanism.comparisons import Comparison, check_other, layers_of, own_subspace, planned
 from spd_dist.mechanism.controls import (
     CONTROLS,
     Material,
@@ -85,7 +85,7 @@ def measure_mechanism(config: Config, world: World, signals: StopSignals) -> str
             policy = run.policy()
             with together("rendering the held-out rows"):
                 held_out = rendered(run, rows, policy.tokenizer, dict.fromkeys(one.prompt for one in comparisons))
-            material = find_material(run, folder, layers_of(comparisons))
+            material = find_material(run, folder, comparisons)
             with run.progress(STAGE, None, "rows") as progress:
                 context = dataclasses.replace(run.context(folder, progress=progress), facts={"task": run.task.name})
                 outcome = measure(policy, held_out, material, config, context)
@@ -163,7 +163,7 @@ def subspace_file(name: str) -> Path:
     return path / "project" / FILE_NAME if path.is_dir() else path
 
 
-def find_material(run: Run, folder: Path, layers: set[int]) -> Material:
+def find_material(run: Run, folder: Path, comparisons: Sequence[Comparison]) -> Material:
     """The method's subspace and all moments that the controls of the config are cut of. A collective."""
     config, policy = run.config, run.policy()
     calibrate, data, tokenizer = config.calibrate, config.data, policy.tokenizer
@@ -177,20 +177,23 @@ def find_material(run: Run, folder: Path, layers: set[int]) -> Material:
         controls = chosen_controls(names, has_wrong=bool(wrong), has_other=other is not None)
         whole = dataclasses.replace(calibrate, mask="full", allow_empty=True)
         full, _ = make_examples(run.rows("calibration"), run.task, tokenizer, data, whole)
-        sites = all_sites(run, found, layers)
+        if other_task is not None and "other_task" in controls:
+            check_other(comparisons[0], found, other_task)
+        sites = all_sites(run, found, layers_of(comparisons))
 
     def moments(of: Sequence[SupervisedExample]) -> CalibrationMoments:
         return gradient_moments(policy, of, sites, calibrate, run.context(folder))
 
     own = moments(examples) if needs_moments(controls, config.mechanism) else None
     return Material(
-        spd=found if own is None else with_sites(found, sites, own, config),
+        spd=found,
         controls=tuple(controls),
         calibration=own,
         full=moments(full).gradient if "full_gradient" in controls else None,
         shuffled=moments(shuffled_examples(examples, config.seed)).gradient if "shuffled_tokens" in controls else None,
         wrong=moments(wrong).gradient if {"wrong_answers", "right_minus_wrong"} & set(controls) else None,
         other=other_task,
+        further={} if own is None else further_sites(found, sites, own, config),
     )
 
 
@@ -200,18 +203,20 @@ def all_sites(run: Run, found: Subspace, layers: set[int]) -> list[KVSite]:
     return sorted({*found.sites, *(discover_sites(run.policy().model, further) if further else [])})
 
 
-def with_sites(found: Subspace, sites: Sequence[KVSite], moments: CalibrationMoments, config: Config) -> Subspace:
-    """The subspace with what the method would keep at sites that the run did not calibrate."""
-    parts = dict(found.sites)
-    like = next(iter(parts.values()))
+def further_sites(
+    found: Subspace, sites: Sequence[KVSite], moments: CalibrationMoments, config: Config
+) -> dict[KVSite, SiteSubspace]:
+    """What the method would keep at those sites that the run did not calibrate."""
+    further = {}
+    like = next(iter(found.sites.values()))
     for site in sites:
-        if site not in parts:
+        if site not in found.sites:
             kept_DR = directions_of(found, moments, site, config.project.planned_rank(site.width))
             gradient_DD = moments.gradient[site]
             eigenvalue_D = torch.linalg.eigvalsh(gradient_DD).flip(0).clamp_min(0)
             energy = ((kept_DR.T @ gradient_DD * kept_DR.T).sum() / gradient_DD.trace()).item()
-            parts[site] = SiteSubspace(fix_signs(kept_DR).float(), eigenvalue_D, min(1.0, energy), like.certificate)
-    return Subspace(parts, found.metadata)
+            further[site] = SiteSubspace(fix_signs(kept_DR).float(), eigenvalue_D, min(1.0, energy), like.certificate)
+    return further
 
 
 def found_candidates(primary: Comparison, material: Material) -> dict[str, Subspace]:

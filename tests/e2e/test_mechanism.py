@@ -70,6 +70,8 @@ def test_the_files_hold_the_primary_comparison_and_every_row(undisturbed):
     assert len(of_spd) == len(of_base) == 6
     assert result["effect"] == pytest.approx((sum(of_spd.values()) - sum(of_base.values())) / 6)
     assert result["interval"][0] <= result["effect"] <= result["interval"][1]
+    calibrated = load_subspace(undisturbed / "project" / "subspace.safetensors").sites
+    assert details["rank"].keys() == {str(site) for site in calibrated if site.kind == "key"}
     explored = {one["name"]: one for one in details["explored"]}
     assert explored.keys() == {"prompt=bare", "kinds=value@fraction=0.25", "layers=1"}
     assert all(one["num_rows"] == 4 and one["p_corrected"] >= one["p_value"] for one in explored.values())

@@ -25,7 +25,7 @@ from spd_dist.data.prompts import make_examples
 from spd_dist.data.tasks import find_task
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError, DataError
-from spd_dist.mechanism.comparisons import own_subspace, planned
+from spd_dist.mechanism.comparisons import check_other, own_subspace, planned
 from spd_dist.mechanism.controls import (
     CONTROLS,
     Material,
@@ -360,6 +360,20 @@ def test_a_comparison_of_no_site_is_an_error_and_of_another_rank_is_cut_anew(mat
         )
     with pytest.raises(DataError, match=r"layers=9: the subspace has no such site.*change mechanism.kinds"):
         own_subspace(planned(Mechanism(explore=("layers=9",)))[-1], material)
+
+
+def test_layers_that_only_an_explored_comparison_names_are_in_no_other(material):
+    *calibrated, left_out = sorted({site.layer for site in material.spd.sites})
+    further = {site: part for site, part in material.spd.sites.items() if site.layer == left_out}
+    own = {site: part for site, part in material.spd.sites.items() if site.layer != left_out}
+    without = dataclasses.replace(material, spd=Subspace(own), further=further)
+    primary, *_, values, explored = planned(Mechanism(explore=("kinds=value", f"layers={left_out}")))
+    assert {site.layer for site in own_subspace(primary, without).sites} == set(calibrated)
+    assert {site.layer for site in own_subspace(values, without).sites} == set(calibrated)
+    assert {site.layer for site in own_subspace(explored, without).sites} == {left_out}
+    check_other(primary, without.spd, Subspace(own))
+    with pytest.raises(ConfigError, match=r"mechanism.other_subspace: it has nothing at layers.2.key, where rank 8 of"):
+        check_other(primary, without.spd, Subspace(further))
 
 
 def test_a_blend_is_that_share_of_the_projection(material):
