@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -33,12 +34,12 @@ class Arm:
     sentence: str
     settings: tuple[str, ...] = ()
     """Overrides of the run's config, for this arm alone."""
-    round: tuple[int, int] = (1, 1)
-    """Of an arm that learns from its student: which of its rounds this is, and of how many."""
+    iteration: tuple[int, int] = (1, 1)
+    """Of an arm that learns from its student: which of its iterations this is, and of how many."""
     before: Arm | None = None
-    """The round before it, whose student writes, and goes on learning."""
+    """The iteration before it, whose student writes, and goes on learning."""
     whole: str = ""
-    """Of a round: the name of the arm, under which the subspace lies that its rounds share."""
+    """Of an iteration: the name of the arm, under which the subspace lies that its iterations share."""
 
     @property
     def trains(self) -> bool:
@@ -52,13 +53,13 @@ class Arm:
 
     @property
     def is_on_policy(self) -> bool:
-        """Whether its student writes the completions, in rounds, unprojected: the projection is its teacher's alone."""
+        """Whether its student writes the completions, in iterations, unprojected: the teacher alone is projected."""
         return self.learns_from == "its student"
 
     @property
-    def is_last_round(self) -> bool:
-        """Whether its student is the arm's: of one that learns in no rounds it is."""
-        return self.round[0] == self.round[1]
+    def is_last_iteration(self) -> bool:
+        """Whether its student is the arm's: of one that learns in no iterations it is."""
+        return self.iteration[0] == self.iteration[1]
 
     @property
     def writes_projected(self) -> bool:
@@ -71,8 +72,8 @@ class Arm:
         return _made_as(self.name)
 
     def part_of(self, rows: Sequence[R]) -> Sequence[R]:
-        """The training rows that it writes to: all of them, or every n-th in each of n rounds."""
-        number, count = self.round
+        """The training rows that it writes to: all of them, or every n-th in each of n iterations."""
+        number, count = self.iteration
         return rows if count == 1 else rows[number - 1 :: count]
 
     def distils(self, loss: str) -> bool:
@@ -95,7 +96,7 @@ class Arm:
 
 
 SHARED = ("project", "match")
-"""Stages that the rounds of an arm have in common."""
+"""Stages that the iterations of an arm have in common."""
 
 
 def _made_as(name: str) -> str:
@@ -156,38 +157,51 @@ def chosen(names: Iterable[str]) -> list[Arm]:
     return arms
 
 
-def rounds_of(arm: Arm, config: Config) -> list[Arm]:
-    """The rounds in which an arm learns, each an arm of its own: on its student several, else one.
+def iterations_of(arm: Arm, config: Config) -> list[Arm]:
+    """The iterations in which an arm learns, each an arm of its own: on its student several, else one.
 
-    `config` is the arm's. The last round has the arm's name and place.
+    `config` is the arm's. The last iteration has the arm's name and place.
     """
-    count = config.finetune.num_on_policy_rounds if arm.is_on_policy else 1
-    rounds: list[Arm] = []
+    count = config.finetune.num_on_policy_iterations if arm.is_on_policy else 1
+    iterations: list[Arm] = []
     for number in range(1, count + 1):
-        name, at, changes = arm.name.partition("@")
-        own = arm.name if number == count else f"{name}_round{number}{at}{changes}"
-        before = rounds[-1] if rounds else None
-        rounds.append(dataclasses.replace(arm, name=own, round=(number, count), before=before, whole=arm.name))
-    return rounds
+        own = arm.name if number == count else iteration_name(arm.name, number)
+        before = iterations[-1] if iterations else None
+        iterations.append(dataclasses.replace(arm, name=own, iteration=(number, count), before=before, whole=arm.name))
+    return iterations
+
+
+def iteration_name(arm: str, number: int) -> str:
+    """Under which an iteration stands that is not the arm's last."""
+    name, at, changes = arm.partition("@")
+    return f"{name}_iteration{number}{at}{changes}"
+
+
+def with_earlier_iterations(arm: str, made: Callable[[str], bool]) -> list[str]:
+    """An arm's name after those of its earlier iterations, as far as `made` says that there are any."""
+    names = (iteration_name(arm, number) for number in itertools.count(1))
+    return [*itertools.takewhile(made, names), arm]
 
 
 def check_on_policy(arm: Arm, config: Config) -> None:
-    """See that an arm can learn from its student's samples, from round to round, with the arm's own `config`.
+    """See that an arm can learn from its student's samples, from iteration to iteration, with the arm's own `config`.
 
     Raises:
-        ConfigError: it has no teacher, or no adapter to go on from, or an engine that cannot take each round's.
+        ConfigError: it has no teacher, or no adapter to go on from, or an engine that cannot take each iteration's.
     """
     finetune, generate = config.finetune, config.generate
     engine = engine_of(generate.engine, generate.vllm_python, generate.command)
     in_vllm = "hf, since vLLM serves no such adapter"
     wrong = {
         "finetune.loss": finetune.loss != "distil" and "distil, since the projection is its teacher's alone",
-        "finetune.mode": finetune.mode != "lora" and "lora, since each round goes on from the adapter before",
-        "generate.engine": (engine == "server" and "hf, since no server has the adapter of a round that is to come")
+        "finetune.mode": finetune.mode != "lora" and "lora, since each iteration goes on from the adapter before",
+        "generate.engine": (
+            engine == "server" and "hf, since no server has the adapter of an iteration that is to come"
+        )
         or (engine == "vllm" and (finetune.lora_variant == "dora" or bool(finetune.lora_parameters)) and in_vllm),
         "generate.command": engine == "command"
         and "{adapter}" not in str(generate.command)
-        and "a template with {adapter}, the folder of the round before",
+        and "a template with {adapter}, the folder of the iteration before",
     }
     for key, rule in wrong.items():
         if rule:

@@ -119,7 +119,7 @@ def config_of_arm(config: Config, arm: Arm) -> Config:
     check_across_fields(dataclasses.replace(own, evaluate=alone))
     if arm.is_on_policy:
         check_on_policy(arm, own)
-    if not arm.is_last_round:  # nobody reads the merged weights of a round that is not the last
+    if not arm.is_last_iteration:  # nobody reads the merged weights of an iteration that is not the last
         own = dataclasses.replace(own, finetune=dataclasses.replace(own.finetune, merge=False))
     return own
 

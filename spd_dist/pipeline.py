@@ -12,7 +12,7 @@ from pathlib import Path
 
 from spd_dist import stage_inputs
 from spd_dist.analysis.answer_summary import AnswersSummary
-from spd_dist.arms import Arm, chosen, rounds_of
+from spd_dist.arms import Arm, chosen, iterations_of
 from spd_dist.config import STAGES, Config
 from spd_dist.data.prompts import make_examples
 from spd_dist.distributed.collectives import together
@@ -44,7 +44,7 @@ def run_stages(run: Run) -> str:
     first, last, only = run.scope.first, run.scope.last, run.scope.only
     stages = STAGES[STAGES.index(first) : STAGES.index(last) + 1]
     arms = chosen(only or run.config.evaluate.arms)
-    students = [each for arm in arms if arm.trains for each in rounds_of(arm, run.config_of(arm))]
+    students = [each for arm in arms if arm.trains for each in iterations_of(arm, run.config_of(arm))]
     writers = [arm for arm in arms if arm.writes and not arm.is_on_policy]
     with run.opened():
         stage_inputs.check_students(run, students if last in STAGES[5:] else [])
@@ -124,7 +124,7 @@ def write_completions(run: Run, arm: Arm, *, wanted: bool) -> None:
 
 
 def train_student(run: Run, arm: Arm, *, wanted: bool) -> None:
-    """Fine-tune the untouched policy, or the student of the round before, on what the arm learns from."""
+    """Fine-tune the untouched policy, or the student of the iteration before, on what the arm learns from."""
     config = run.config_of(arm)
 
     def work(folder: Path) -> StudentSummary:

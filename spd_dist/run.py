@@ -282,8 +282,8 @@ class Run:
     def facts_of(self, arm: Arm) -> dict[str, str]:
         """What a student's model card says of the run that it comes from."""
         settings = self.settings(*(name for name in self.plain if name not in ("run_dir", "rounds", "metrics")))
-        rounds = {} if arm.before is None else {"round": f"{arm.round[0]} of {arm.round[1]}, after {arm.before.name}"}
-        return {"arm": f"{arm.name}: {arm.sentence}", **rounds, "task": self.task.name, "config hash": settings[:16]}
+        place = {} if arm.before is None else {"iteration": f"{arm.iteration[0]}, after {arm.before.name}"}
+        return {"arm": f"{arm.name}: {arm.sentence}", **place, "task": self.task.name, "config hash": settings[:16]}
 
 
 def read_together(task: Task, split: Split, config: Data) -> Sequence[Row]:

@@ -78,7 +78,7 @@ def of_completions(run: Run, arm: Arm) -> dict[str, str]:
 
 
 def of_student_before(run: Run, arm: Arm) -> dict[str, str]:
-    """The student that an arm goes on from; nothing in the first round, or the only one."""
+    """The student that an arm goes on from; nothing in the first iteration, or the only one."""
     return {} if arm.before is None else {"student": run.folder.output_hash(arm.before.stage("finetune"))}
 
 
@@ -142,7 +142,7 @@ def prompts_for(run: Run, arm: Arm, policy: Policy, folder: Path) -> AbstractCon
 def writer_of(run: Run, arm: Arm) -> tuple[Policy, Projection | None]:
     """The policy that writes an arm's completions, and what it is held to; a collective.
 
-    It is the untouched one or, from the second round on its student, that one, held to nothing.
+    It is the untouched one or, from the second iteration on its student, that one, held to nothing.
     """
     if not arm.is_on_policy:
         return run.policy(), projection_of(run, arm)
@@ -166,7 +166,7 @@ def start_of(run: Run, arm: Arm) -> Path | None:
 
 
 def check_students(run: Run, arms: Iterable[Arm]) -> None:
-    """See, before a model is loaded, that the adapters of every student have a place in it, and rounds prompts.
+    """See, before a model is loaded, that the adapters of every student have a place in it, and iterations prompts.
 
     A collective.
 
@@ -176,12 +176,13 @@ def check_students(run: Run, arms: Iterable[Arm]) -> None:
         UserError: no such model, or one without the targets of `finetune`.
     """
     arms = list(arms)
-    most = max((arm.round[1] for arm in arms), default=1)
-    if most > 1 and len(run.rows("train")) < most:
-        with together("dividing the prompts among rounds"):
+    most = max((arm.iteration[1] for arm in arms), default=1)
+    num_prompts = len(run.rows("train")) if most > 1 else most
+    if num_prompts < most:
+        with together("dividing the prompts among iterations"):
             raise ConfigError(
-                f"finetune.num_on_policy_rounds: {most} is not valid with {len(run.rows('train'))} training prompts, "
-                "of which each round has a part; lower it, or raise data.num_train"
+                f"finetune.num_on_policy_iterations: {most} is not valid with {num_prompts} training prompts, "
+                "of which each iteration has a part; lower it, or raise data.num_train"
             )
     tuned = [one for arm in arms if (one := run.config_of(arm).finetune).mode == "lora"]
     if not tuned or is_gguf(run.config.model.name):

@@ -195,7 +195,7 @@ class Finetune:
     divergence: Literal["forward", "reverse", "js"] = setting(
         "forward", "of distil: KL(teacher || student), KL(student || teacher), or Jensen-Shannon's between them"
     )
-    num_on_policy_rounds: int = setting(
+    num_on_policy_iterations: int = setting(
         4, "of arms that learn from their student's samples: in each it answers other prompts", at_least=1
     )
     loss_on: Literal["prompt_and_completion", "completion", "thought", "after_thought"] = setting(

@@ -15,7 +15,7 @@ from spd_dist.mechanism.controls import SPD, Material
 from spd_dist.mechanism.summing import Compared, MechanismOutcome, sum_up
 from spd_dist.models.policy import Policy
 from spd_dist.stages.context import StageContext
-from spd_dist.stages.distortion import Measurement, Passes, Variant, at_share, match
+from spd_dist.stages.distortion import Measurement, Passes, Variant, at_share, match, num_matching_passes
 from spd_dist.stages.evaluate import evaluate_arm
 
 DRAWN = ("activation_pca", "complement", "random_000")
@@ -57,13 +57,17 @@ def measure(
         )
         for number, one in enumerate(planned(settings))
     ]
-    measurement.take([Passes(variant, one.batches) for one in compared for variant in one.lineup.all()])
     first, batches = compared[0].lineup, compared[0].batches
     against = {**first.random, **first.others}
-    pairs = dict(zip(against, match(measurement, first.own, against, batches), strict=True))
     drawn = [first.own, *(against[name] for name in DRAWN if name in against)]
     doses = [at_share(variant, dose) for variant in drawn for dose in settings.doses]
-    measurement.take([Passes(variant, batches) for variant in doses])
+    whole = [Passes(variant, one.batches) for one in compared for variant in one.lineup.all()]
+    dosed = [Passes(variant, batches) for variant in doses]
+    num_primary = min(settings.num_rows, len(rows.forms[settings.prompts[0]]))
+    measurement.expect([*whole, *dosed], num_matching_passes(len(against), num_primary))
+    measurement.take(whole)
+    pairs = dict(zip(against, match(measurement, first.own, against, batches), strict=True))
+    measurement.take(dosed)
     outcome = sum_up(measurement, compared, pairs, doses)
     if rows.test_set is None:
         return outcome

@@ -86,7 +86,7 @@ def measure_mechanism(config: Config, world: World, signals: StopSignals) -> str
             with together("rendering the held-out rows"):
                 held_out = rendered(run, rows, policy.tokenizer, dict.fromkeys(one.prompt for one in comparisons))
             material = find_material(run, folder, comparisons)
-            with run.progress(STAGE, None, "rows") as progress:
+            with run.progress(STAGE, None, "row passes") as progress:
                 context = dataclasses.replace(run.context(folder, progress=progress), facts={"task": run.task.name})
                 outcome = measure(policy, held_out, material, config, context)
             with together("cutting the candidates"):

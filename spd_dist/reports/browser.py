@@ -18,8 +18,9 @@ from pathlib import Path
 from markupsafe import Markup
 
 from spd_dist.analysis.notebook import visible
+from spd_dist.arms import with_earlier_iterations
 from spd_dist.storage.answers import TOKEN_EFFECTS, effects_path, read_effects
-from spd_dist.storage.completions import finished_corpus, open_corpus
+from spd_dist.storage.completions import finished_corpus, open_corpora
 from spd_dist.storage.keyed_parts import Key
 from spd_dist.storage.tables import column_of
 from spd_dist.types import Completion, Json, TokenEffects
@@ -68,13 +69,27 @@ def written_by(run_folder: Path, arms: Iterable[str], of: str = "") -> list[Writ
     """
     found: list[Written] = []
     for arm in arms:
-        file = finished_corpus(run_folder / ("generate" if arm == "spd" else f"arms/{arm}/generate") / "completions")
-        if file is not None:
+        corpus = corpus_of(run_folder, arm)
+        if corpus is not None:
             scored = effects_path(run_folder / TOKEN_EFFECTS, arm)
             effects = read_effects(scored) if scored.exists() else []
             by_key = {(one.id, one.sample): one for one in effects}
-            found.append(Written(f"{arm} of {of}" if of else arm, open_corpus(file), by_key))
+            found.append(Written(f"{arm} of {of}" if of else arm, corpus, by_key))
     return found
+
+
+def corpus_of(run_folder: Path, arm: str) -> Sequence[Completion] | None:
+    """All that an arm wrote, in all of its iterations; None where it wrote nothing.
+
+    Raises:
+        DataError: it is corrupt.
+    """
+
+    def corpus(name: str) -> Path | None:
+        return finished_corpus(run_folder / ("generate" if name == "spd" else f"arms/{name}/generate") / "completions")
+
+    files = [corpus(name) for name in with_earlier_iterations(arm, lambda name: corpus(name) is not None)]
+    return None if files[-1] is None else open_corpora([file for file in files if file is not None])
 
 
 def browser(columns: Sequence[Written], prompts: Mapping[str, str]) -> Browser | None:

@@ -12,15 +12,15 @@ from markupsafe import Markup
 from spd_dist.analysis.answer_summary import manner, samples_by_id
 from spd_dist.analysis.mechanism_verdict import MechanismDetails
 from spd_dist.analysis.report import ExperimentReport, Report, SeedDetails
+from spd_dist.arms import with_earlier_iterations
 from spd_dist.config import Config
 from spd_dist.errors import DataError
 from spd_dist.reports import figures
-from spd_dist.reports.browser import browser, written_by
+from spd_dist.reports.browser import browser, corpus_of, written_by
 from spd_dist.reports.difference import difference_of
 from spd_dist.reports.mechanism_page import drawings, template_of
 from spd_dist.storage.answers import answers_path, read_answers
 from spd_dist.storage.artifacts import write_text
-from spd_dist.storage.completions import finished_corpus, open_corpus
 from spd_dist.storage.records import read_record
 from spd_dist.storage.run_folder import read_config, read_environment
 from spd_dist.storage.settings import settings_by_key
@@ -179,9 +179,8 @@ def drawn_comparisons(
 def _drawn_training(run_folder: Path, report: Report) -> list[PageFigure]:
     corpora = {}
     for arm in report.arms:
-        file = finished_corpus(run_folder / ("generate" if arm == "spd" else f"arms/{arm}/generate") / "completions")
-        if file is not None:
-            corpus = open_corpus(file)
+        corpus = corpus_of(run_folder, arm)
+        if corpus is not None:
             ends = (reason == "stop" for reason in column_of(corpus, "finish_reason"))
             corpora[arm] = list(zip(num_tokens_of(corpus, "tokens").tolist(), ends, strict=True))
     found = []
@@ -229,9 +228,13 @@ class Learned(NamedTuple):
 
 
 def learned(report: Report) -> list[Learned]:
-    """One row an arm that trained: its corpus, steps and losses, as far as there are summaries."""
+    """One row an arm that trained, or an iteration: its corpus, steps and losses, as far as there are summaries."""
     rows = []
-    for arm in report.arms:
+
+    def is_trained(arm: str) -> bool:
+        return f"arms/{arm}/finetune" in report.stages
+
+    for arm in (each for whole in report.arms for each in with_earlier_iterations(whole, is_trained)):
         prefix = "" if arm == "spd" else f"arms/{arm}/"
         corpus, student = (report.stages.get(f"{prefix}{verb}", {}) for verb in ("generate", "finetune"))
         if student:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from spd_dist.arms import Arm, Scope, chosen, rounds_of
+from spd_dist.arms import Arm, Scope, chosen, iterations_of
 from spd_dist.config import STAGES, Config
 from spd_dist.distributed.collectives import together
 from spd_dist.distributed.uneven_work import on_main
@@ -62,7 +62,7 @@ def run_rounds(config: Config, world: World, signals: StopSignals, scope: Scope)
             if number == 1:
                 whole.enter_context(run.kept_status())
             arms = chosen(scope.only or run.config.evaluate.arms)
-            parts = [each for arm in arms for each in rounds_of(arm, run.config_of(arm))]
+            parts = [each for arm in arms for each in iterations_of(arm, run.config_of(arm))]
             run.estimate.expect(parts_of(run.config, parts, world.size, scope.last))
             texts.append(run_stages(run))
             questions = questions_of(run, arms) if number == config.rounds > 1 else questions
@@ -139,14 +139,18 @@ def parts_of(config: Config, arms: Sequence[Arm], num_ranks: int, last: str = ST
         RunPart("project", "calibrate", config.calibrate.num_examples / num_ranks),
         *(RunPart(arm.stage("generate"), "generate", _share(num_completions, arm)) for arm in writers),
         *(RunPart(arm.stage("finetune"), "finetune", _share(steps, arm), "calibrate", calibrated) for arm in students),
-        *(RunPart(f"evaluate/{arm.name}", "evaluate", num_answers, "generate") for arm in arms if arm.is_last_round),
+        *(
+            RunPart(f"evaluate/{arm.name}", "evaluate", num_answers, "generate")
+            for arm in arms
+            if arm.is_last_iteration
+        ),
     ]
     return [part for part in parts if STAGES.index(part.stage) <= STAGES.index(last)]
 
 
 def _share(units: float | None, arm: Arm) -> float | None:
     """Of a round on an arm's student, of the units of all of its rounds."""
-    return None if units is None else units / arm.round[1]
+    return None if units is None else units / arm.iteration[1]
 
 
 def write_merged(policy: Policy, adapter: Path, folder: Path, world: World) -> None:

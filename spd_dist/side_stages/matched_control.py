@@ -21,7 +21,7 @@ from spd_dist.distributed.collectives import together
 from spd_dist.distributed.uneven_work import on_main
 from spd_dist.errors import DataError
 from spd_dist.run import Run
-from spd_dist.stages.distortion import MatchSummary, Measurement, Passes, Variant, match
+from spd_dist.stages.distortion import MatchSummary, Measurement, Passes, Variant, match, num_matching_passes
 from spd_dist.stages.project import projection
 from spd_dist.storage.artifacts import content_hash
 from spd_dist.storage.records import write_record
@@ -89,11 +89,13 @@ def measured(run: Run, arm: Arm, rows: Sequence[Row], folder: Path) -> MatchSumm
         own = Variant("task", "own", projection(subspace, plain, config.seed))
         random = Variant("task", "random", projection(subspace, config.project, config.seed))
     config = dataclasses.replace(config, mechanism=settings)
-    with run.progress("match", None, "rows", arm) as progress:
+    with run.progress("match", None, "row passes", arm) as progress:
         context = run.context(folder, arm, progress)
         measurement = Measurement(policy, {"task": examples}, sorted(subspace.sites), config, context)
         batches = measurement.batches_of("task", len(rows))
-        measurement.take([Passes(own, batches), Passes(random, batches)])
+        whole = [Passes(own, batches), Passes(random, batches)]
+        measurement.expect(whole, num_matching_passes(1, len(rows)))
+        measurement.take(whole)
         (pair,) = match(measurement, own, {"random": random}, batches)
     if pair.is_own_blended:  # the random one is the quieter: nothing makes it louder
         kl = measurement.mean_kl(own, batches)

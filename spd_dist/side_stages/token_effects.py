@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spd_dist import stage_inputs
-from spd_dist.arms import Arm, rounds_of
+from spd_dist.arms import Arm, iterations_of
 from spd_dist.distributed.collectives import together
 from spd_dist.distributed.uneven_work import on_main
 from spd_dist.run import Run
@@ -42,7 +42,7 @@ def write_token_effects(run: Run, arms: Sequence[Arm]) -> None:
     Raises:
         UserError: what the user can put right.
     """
-    writers = {arm.made_as: rounds_of(arm, run.config_of(arm))[-1] for arm in arms if arm.writes}
+    writers = {arm.made_as: iterations_of(arm, run.config_of(arm))[-1] for arm in arms if arm.writes}
     holders = [arm for arm in arms if arm.projects]
     num = run.config.evaluate.num_coloured
     if not (num and writers and holders):

@@ -49,6 +49,17 @@ def open_corpus(path: Path) -> Sequence[Completion]:
     return Table(Completion, [path]) if path.name == TABLE else read_completions(path)
 
 
+def open_corpora(files: Sequence[Path]) -> Sequence[Completion]:
+    """The completions of several files, one after the other, as `open_corpus` gives those of one.
+
+    Raises:
+        DataError: one is missing or corrupt.
+    """
+    if all(file.name == TABLE for file in files):
+        return Table(Completion, files)
+    return [one for file in files for one in open_corpus(file)]
+
+
 def part_name(worker: int, num_workers: int, *, task: int = 0, num_tasks: int = 1) -> str:
     """The file that one worker appends to; no other worker of any task that runs at the same time has it."""
     part = f"part-{worker:05d}-of-{num_workers:05d}.jsonl"

@@ -38,7 +38,7 @@ MAY_CHANGE = (
     "finetune.packing",
     "finetune.merge",
     "finetune.divergence",  # these three are among the inputs of the arms that read them
-    "finetune.num_on_policy_rounds",
+    "finetune.num_on_policy_iterations",
     "project.match_kl",
     "evaluate.arms",
     "evaluate.temperatures",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pyarrow.parquet
@@ -34,6 +35,7 @@ def undisturbed(words, tmp_path_factory) -> Path:
         2, [*words, f"run_dir={folder / 'run'}", "metrics.wandb=offline"], folder / "log", launcher=LAUNCHER
     )
     assert output.count("The capability subspace ") == 1
+    assert re.search(r"mechanism: done, (\d+)/\1 row passes", output)
     return folder / "run"
 
 

@@ -6,8 +6,12 @@ import pytest
 from launching import BRIEF, launch
 from tiny import save_tiny_model
 
+from spd_dist.analysis.report import Report
+from spd_dist.reports.browser import corpus_of
+from spd_dist.reports.page import learned
 from spd_dist.storage.artifacts import read_json
 from spd_dist.storage.completions import read_completions
+from spd_dist.storage.records import read_record
 
 FILTERED = "filtered@finetune.filter=[ended,loops]@generate.num_samples=3"
 
@@ -38,11 +42,11 @@ def test_variants_of_what_a_student_learns_run_beside_the_method(tmp_path: Path)
     assert not (run / "finetune/filter.json").exists()
 
 
-def test_a_student_learns_on_policy_in_rounds_of_its_own_samples(tmp_path: Path):
-    """On two ranks: the untouched model writes the first part, the student of a round what the next one learns from."""
+def test_a_student_learns_on_policy_in_iterations_on_its_own_samples(tmp_path: Path):
+    """On two ranks: the untouched model writes the first part, each iteration's student what the next learns from."""
     run, model = tmp_path / "run", save_tiny_model(tmp_path / "model")
     arms = "evaluate.arms=[base,psr,spd_onpolicy,random_onpolicy]"  # the latter's subspace is blended to equal KL
-    words = [f"model.name={model}", *BRIEF, "finetune.num_on_policy_rounds=2", "finetune.learning_rate=0.05", arms]
+    words = [f"model.name={model}", *BRIEF, "finetune.num_on_policy_iterations=2", "finetune.learning_rate=0.05", arms]
     launch(2, [*words, f"run_dir={run}"], tmp_path / "log")
     report = read_json(run / "report.json")
     assert list(report["arms"]) == ["base", "psr", "spd_onpolicy", "random_onpolicy"]
@@ -50,20 +54,23 @@ def test_a_student_learns_on_policy_in_rounds_of_its_own_samples(tmp_path: Path)
     def written(arm: str) -> dict[str, str]:
         return {one.id: one.text for one in read_completions(corpus_path(run, arm))}
 
-    plain, first, second = (written(arm) for arm in ("psr", "spd_onpolicy_round1", "spd_onpolicy"))
+    plain, first, second = (written(arm) for arm in ("psr", "spd_onpolicy_iteration1", "spd_onpolicy"))
     ids = list(plain)
     assert (list(first), list(second)) == (ids[::2], ids[1::2])
     assert first == {key: plain[key] for key in first}, "written by the untouched model, held to nothing"
-    assert second != {key: plain[key] for key in second}, "written by the student of the first round"
-    assert written("random_onpolicy_round1") == first
+    assert second != {key: plain[key] for key in second}, "written by the student of the first iteration"
+    assert written("random_onpolicy_iteration1") == first
     assert written("random_onpolicy") != second, "whose teacher was another one"
-    for number, arm in enumerate(("spd_onpolicy_round1", "spd_onpolicy")):
+    for number, arm in enumerate(("spd_onpolicy_iteration1", "spd_onpolicy")):
         card = (run / "arms" / arm / "finetune/adapter/README.md").read_text()
-        writer = ("the base model", "the student of the round before")[number]
+        writer = ("the base model", "the student of the iteration before")[number]
         assert f"5, of {writer} itself" in card
         assert "towards the projected policy's next-token distributions" in card
     match = read_json(run / "arms/random_onpolicy/match/match.json")
     assert 0 < match["share"] <= 1
+    iterations = ["spd_onpolicy_iteration1", "spd_onpolicy", "random_onpolicy_iteration1", "random_onpolicy"]
+    assert [row.arm for row in learned(read_record(run / "report.json", Report))] == ["psr", *iterations]
+    assert [one.text for one in corpus_of(run, "spd_onpolicy")] == [*first.values(), *second.values()]
     assert match["num_rows"] == 7
     assert match["is_matched"] == (abs(match["random_kl"] - match["kl"]) <= 0.05 * min(match["random_kl"], match["kl"]))
     assert match["is_matched"] or match["random_kl"] < match["kl"], "nothing makes the quieter one louder"

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from spd_dist.arms import ARMS, rounds_of
+from spd_dist.arms import ARMS, iterations_of
 from spd_dist.config import Config
 from spd_dist.data.tasks import find_task
 from spd_dist.errors import ConfigError, DataError
@@ -36,20 +36,22 @@ def test_rows_without_any_answer_are_refused():
         matched_rows(run_of(rows, load_config()))
 
 
-def test_fewer_prompts_than_rounds_are_refused_before_anything_is_loaded():
-    config = load_config(overrides=["finetune.num_on_policy_rounds=3", "evaluate.arms=[spd_onpolicy]"])
+def test_fewer_prompts_than_iterations_are_refused_before_anything_is_loaded():
+    config = load_config(overrides=["finetune.num_on_policy_iterations=3", "evaluate.arms=[spd_onpolicy]"])
     run = SimpleNamespace(config=config, rows=lambda _: asked(2), config_of=lambda _: config)
-    with pytest.raises(ConfigError, match=r"finetune\.num_on_policy_rounds: 3 is not valid with 2 training prompts"):
-        check_students(run, rounds_of(ARMS["spd_onpolicy"], config))
+    with pytest.raises(
+        ConfigError, match=r"finetune\.num_on_policy_iterations: 3 is not valid with 2 training prompts"
+    ):
+        check_students(run, iterations_of(ARMS["spd_onpolicy"], config))
 
 
-def test_rounds_of_an_arm_share_its_subspace_and_its_match_alone():
-    config = load_config(overrides=["finetune.num_on_policy_rounds=3"])
+def test_iterations_of_an_arm_share_its_subspace_and_its_match_alone():
+    config = load_config(overrides=["finetune.num_on_policy_iterations=3"])
     arm = ARMS["random_onpolicy"]
-    first, second, last = rounds_of(arm, config)
+    first, second, last = iterations_of(arm, config)
     assert [one.stage("finetune") for one in (first, second, last)] == [
-        "arms/random_onpolicy_round1/finetune",
-        "arms/random_onpolicy_round2/finetune",
+        "arms/random_onpolicy_iteration1/finetune",
+        "arms/random_onpolicy_iteration2/finetune",
         "arms/random_onpolicy/finetune",
     ]
     assert {one.stage(verb) for one in (first, second, last) for verb in ("project", "match")} == {
@@ -57,5 +59,5 @@ def test_rounds_of_an_arm_share_its_subspace_and_its_match_alone():
         "arms/random_onpolicy/match",
     }
     assert (first.before, second.before, last.before) == (None, first, second)
-    assert [one.round for one in (first, second, last)] == [(1, 3), (2, 3), (3, 3)]
-    assert [one.stage("generate") for one in rounds_of(ARMS["spd"], config)] == ["generate"]
+    assert [one.iteration for one in (first, second, last)] == [(1, 3), (2, 3), (3, 3)]
+    assert [one.stage("generate") for one in iterations_of(ARMS["spd"], config)] == ["generate"]

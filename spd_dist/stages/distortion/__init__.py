@@ -5,10 +5,10 @@ measurement  rows under many projections, on all ranks, kept as they come
 matching     two projections at equal divergence
 """
 
-from spd_dist.stages.distortion.matching import MatchSummary, Pair, at_share, blended, match
+from spd_dist.stages.distortion.matching import MatchSummary, Pair, at_share, blended, match, num_matching_passes
 from spd_dist.stages.distortion.measurement import PARTS, Measurement, Passes, Values, Variant, base
 
 __all__ = [
     "PARTS", "MatchSummary", "Measurement", "Pair", "Passes", "Values", "Variant", "at_share", "base", "blended",
-    "match",
+    "match", "num_matching_passes",
 ]  # fmt: skip

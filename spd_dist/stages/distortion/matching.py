@@ -97,6 +97,11 @@ class _Search:
         return round(min(1.0, max(LEAST_SHARE, found)), 6)
 
 
+def num_matching_passes(num_others: int, num_rows: int) -> int:
+    """Passes of a row that `match` takes, about: two guesses on a part of the batches and one on all."""
+    return num_others * (num_rows + 2 * num_rows // PILOT_SHARE)
+
+
 def match(measurement: Measurement, own: Variant, others: Mapping[str, Variant], batches: Sequence[int]) -> list[Pair]:
     """Each other subspace against the method's, in the order of `others`. A collective: all have been measured whole.
 

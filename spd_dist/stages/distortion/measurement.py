@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -105,6 +106,7 @@ class Measurement:
         self.prefix = SharedPrefix(policy.model, sites) if shares else None
         self.checked: set[int] = set()
         self.values: dict[str, dict[str, RowValues]] = {}
+        self._num_planned = self._num_done = 0
         for line in on_main("reading what was measured before", self._read_parts):
             self._file(line)
 
@@ -121,26 +123,28 @@ class Measurement:
         sizes = accumulate(len(batch.rows) for batch in self.batches[prompt])
         return range(sum(size <= num_rows for size in sizes))
 
+    def expect(self, wanted: Sequence[Passes], num_later: int) -> None:
+        """Tell the progress what is to come: passes of a row that `wanted` lacks, and about so many more."""
+        done = sum(map(len, self.values.values()))
+        size = self.context.world.size
+        self._num_done = done // size
+        self._num_planned = self._num_done + math.ceil((self._num_rows(self._missing(wanted)) + num_later) / size)
+        self.context.begin(self._num_planned, self._num_done)
+
     def take(self, wanted: Sequence[Passes]) -> None:
         """Compute what is missing of these, and of the base on the same batches. A collective.
 
         Raises:
             StopRequested: after a pass, on the ranks that were asked; what is written stays.
         """
-        by_batch: dict[tuple[str, int], dict[str, Variant]] = {}
-        for variant, batches in wanted:
-            for index in batches:
-                variants = by_batch.setdefault((variant.prompt, index), {"": base(variant.prompt)})
-                variants.setdefault(variant.key, variant)
-        missing = {
-            place: [one for one in variants.values() if not self._has(one, self.batches[place[0]][place[1]])]
-            for place, variants in by_batch.items()
-        }
-        todo = [(place, variants) for place, variants in sorted(missing.items()) if variants]
+        todo = self._missing(wanted)
         if not todo:
             return
         world = self.context.world
         own, lines = todo[world.rank :: world.size], []
+        if self._num_done + self._num_rows(own) > self._num_planned:
+            self._num_planned = self._num_done + self._num_rows(own)
+            self.context.begin(self._num_planned, 0)
         name = f"rows.part-{world.rank:05d}-of-{world.size:05d}.jsonl"
         with (
             placed(self.policy, self.placement, world, "scoring"),
@@ -164,6 +168,22 @@ class Measurement:
         values = self.values_of(variant, batches).values()
         return sum(one.kl for one in values) / len(values)
 
+    def _missing(self, wanted: Sequence[Passes]) -> list[tuple[tuple[str, int], list[Variant]]]:
+        """What is still to be computed of each batch."""
+        by_batch: dict[tuple[str, int], dict[str, Variant]] = {}
+        for variant, batches in wanted:
+            for index in batches:
+                variants = by_batch.setdefault((variant.prompt, index), {"": base(variant.prompt)})
+                variants.setdefault(variant.key, variant)
+        missing = {
+            place: [one for one in variants.values() if not self._has(one, self.batches[place[0]][place[1]])]
+            for place, variants in by_batch.items()
+        }
+        return [(place, variants) for place, variants in sorted(missing.items()) if variants]
+
+    def _num_rows(self, todo: Iterable[tuple[tuple[str, int], Sequence[Variant]]]) -> int:
+        return sum(len(self.batches[prompt][index].rows) * len(variants) for (prompt, index), variants in todo)
+
     def _has(self, variant: Variant, batch: ScoredBatch) -> bool:
         found = self.values.get(variant.key, {})
         return all(row.example.id in found for row in batch.rows)
@@ -185,6 +205,7 @@ class Measurement:
                 line = {"variant": variant.key, "id": row_id, "values": dataclasses.asdict(values)}
                 part.write(line)
                 lines.append(line)
+            self._num_done += len(batch.rows)
             self.context.advance(len(batch.rows), batch.num_tokens)
             self.context.stop_alone()
 

@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 NOT_OF_RESULTS = {
     "micro_batch_size", "packing", "checkpointing", "offload_activations", "checkpoint_every", "keep_checkpoints",
-    "keep_every", "merge", "num_on_policy_rounds",
+    "keep_every", "merge", "num_on_policy_iterations",
 }  # fmt: skip
 """Settings of `finetune` that change no trained weight."""
 
@@ -118,7 +118,7 @@ def finetune(
     with taught_by(policy, adapted, projection) as teacher:
         student = Student(policy.model, teacher, keys, config.divergence)
         outcome = Trainer(policy, student, corpus, config, context).run()
-    writer = "the base model" if start is None else "the student of the round before"
+    writer = "the base model" if start is None else "the student of the iteration before"
     saved_adapter, saved_model = _save(policy, adapted, corpus, config, context, outcome=outcome, writer=writer)
     return StudentSummary(
         num_sequences=len(corpus.train),
