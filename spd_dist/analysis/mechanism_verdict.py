@@ -139,7 +139,8 @@ class Validity:
     base_value: float
     subspaces: list[Answered]
     rank_correlation: float | None
-    """Spearman's, of effect and metric: near -1 if the test says what the answers say; None where one does not vary."""
+    """Spearman's, of effect and metric, or the metric's negative if it is an NLL: near -1 if the test says what the
+    answers say; None where one does not vary."""
 
 
 @dataclass(frozen=True)
@@ -167,9 +168,9 @@ def rank_p_value(own: float, random: Sequence[float]) -> float:
     return (1 + sum(one <= own for one in random)) / (1 + len(random))
 
 
-def matched_p_value(pairs: Sequence[tuple[float, float]]) -> float:
-    """The same of pairs (own, random) at equal distortion."""
-    return (1 + sum(random <= own for own, random in pairs)) / (1 + len(pairs))
+def num_at_least_as_low(pairs: Sequence[MatchedPair]) -> int:
+    """Random subspaces that do as well at equal distortion, or are left at a larger one, so that it is not known."""
+    return sum(one.other_effect <= one.effect or not (one.is_matched or one.other_kl <= one.kl) for one in pairs)
 
 
 def max_statistic_p_values(effects: Sequence[Sequence[float]]) -> list[float]:
@@ -207,24 +208,32 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float |
     return float(found.statistic)
 
 
-def sentence(result: MechanismResult, num_lower: int) -> str:
+def sentence(result: MechanismResult, random: Sequence[MatchedPair]) -> str:
     """The verdict in one sentence.
 
     Args:
         result: The primary comparison.
-        num_lower: Random subspaces whose effect at equal distortion is at least as low as the method's.
+        random: The method's subspace and each random one at equal distortion.
     """
     low, high = result.interval
-    verb = "lowers" if result.effect < 0 else "raises"
-    p_value, total = result.matched_kl.p_value, result.num_random
-    more = "more" if result.effect < 0 else "less"
-    if p_value > SIGNIFICANT and num_lower and result.effect < 0:
-        than = f"no more than {num_lower} of {total} random subspaces at equal distortion"
+    matched, total, num_lower = result.matched_kl, len(random), num_at_least_as_low(random)
+    is_blended = any(one.blended == "spd" for one in random)
+    effect = matched.effect if is_blended else result.effect
+    blended = f"; blended to the distortion of others it {_changes(effect)} on average" if is_blended else ""
+    num_matched = sum(one.is_matched for one in random)
+    equal = "at equal distortion" + ("" if num_matched == total else f" ({num_matched} of them within 5 %)")
+    if matched.p_value > SIGNIFICANT and num_lower and effect < 0:
+        than = f"no more than {num_lower} of {total} random subspaces {equal}"
     else:
-        doubt = "" if p_value <= SIGNIFICANT else ", too few to show it"
-        than = f"{more} than {total - num_lower} of {total} random subspaces at equal distortion{doubt}"
+        doubt = "" if matched.p_value <= SIGNIFICANT else ", too few to show it"
+        than = f"{'more' if effect < 0 else 'less'} than {total - num_lower} of {total} random subspaces {equal}{doubt}"
+    what = "the gold answer's NLL"
     return (
-        f"The capability subspace {verb} the gold answer's NLL by {abs(result.effect):.3f} nats "
-        f"(95 % interval of the change {low:+.3f} to {high:+.3f}, n {result.num_rows}), {than} "
-        f"(p {p_value:.3f})."
+        f"The capability subspace {_changes(result.effect, what)} "
+        f"(95 % interval of the change {low:+.3f} to {high:+.3f}, n {result.num_rows}){blended}, {than} "
+        f"(p {matched.p_value:.3f})."
     )
+
+
+def _changes(effect: float, what: str = "it") -> str:
+    return f"{'lowers' if effect < 0 else 'raises'} {what} by {abs(effect):.3f} nats"

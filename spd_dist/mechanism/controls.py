@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple, TypeVar
 
@@ -22,6 +23,7 @@ from spd_dist.stages.project.subspace import DIRECTIONS
 from spd_dist.types import KVSite, SiteSubspace, Subspace
 
 M = TypeVar("M")
+log = logging.getLogger(__name__)
 
 SPD = "spd"
 
@@ -54,8 +56,10 @@ RIDGE = 1e-6
 """Of the activations' mean eigenvalue: keeps their covariance from being singular."""
 CLEANED_SHARE = 16
 """The cleaned subspace goes without one in so many directions."""
-BISECTIONS = 30
-ENERGY_TOLERANCE = 0.002
+BISECTIONS = 40
+LARGEST_POWER = 16.0
+ENERGY_TOLERANCE = 0.01
+"""Of the energy that is asked for, or of that which is left out, whichever is less."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,13 +145,17 @@ def _candidate(name: str, site: KVSite, rank: int, material: Material) -> Tensor
     return strongest(gradient_DD / gradient_DD.trace() - wrong_DD / wrong_DD.trace(), rank)
 
 
+def cuts_anew(config: Mechanism) -> bool:
+    """Whether a comparison has the method's subspace at another rank or layer than the run cut it at."""
+    return config.fraction is not None or any("fraction=" in word or "layers=" in word for word in config.explore)
+
+
 NEED_MOMENTS = ("activation_pca", "gradient_x_activation", "generalised", "right_minus_wrong", "cleaned")
 
 
 def needs_moments(controls: Sequence[str], config: Mechanism) -> bool:
     """Whether the calibration examples must be passed once more, for moments that the subspace's file does not hold."""
-    cuts = config.fraction is not None or any("fraction=" in word or "layers=" in word for word in config.explore)
-    return cuts or config.num_equal_energy > 0 or bool(set(controls) & set(NEED_MOMENTS))
+    return cuts_anew(config) or config.num_equal_energy > 0 or bool(set(controls) & set(NEED_MOMENTS))
 
 
 def given(material: M | None) -> M:
@@ -219,23 +227,26 @@ def equal_energy_subspace(spd: Subspace, activation: Moments, seed: int, number:
         value_D, vector_DD = torch.linalg.eigh(activation[site])
         value_D = value_D.clamp_min(1e-12 * value_D[-1])
         own_DR = spd.sites[site].basis_DR.double()
-        target = _energy(own_DR, activation[site])
+        target = energy_share(own_DR, activation[site])
         normal_DR = vector_DD.T @ _normal(site, rank, seed, "equal_energy", number)
-        low, high, drawn_DR = -4.0, 4.0, own_DR
+        allowed = ENERGY_TOLERANCE * min(target, 1 - target)
+        low, high, drawn_DR, energy = -LARGEST_POWER, LARGEST_POWER, own_DR, target
         for _ in range(BISECTIONS):
             power = (low + high) / 2
             scaled_DR = (value_D / value_D[-1]).pow(power / 2)[:, None] * normal_DR
             drawn_DR = vector_DD @ torch.linalg.qr(scaled_DR).Q
-            energy = _energy(drawn_DR, activation[site])
-            if abs(energy - target) <= ENERGY_TOLERANCE:
-                break
+            energy = energy_share(drawn_DR, activation[site])
+            if abs(energy - target) <= allowed:
+                return drawn_DR
             low, high = (power, high) if energy < target else (low, power)
+        log.warning("mechanism: %s: equal_energy_%03d holds %.4g of the activations' energy, the subspace %.4g",
+                    site, number, energy, target)  # fmt: skip
         return drawn_DR
 
     return _drawn(spd, draw)
 
 
-def _energy(basis_DR: Tensor, moment_DD: Tensor) -> float:
+def energy_share(basis_DR: Tensor, moment_DD: Tensor) -> float:
     """The share of a moment's trace that a subspace holds."""
     return ((basis_DR * (moment_DD @ basis_DR)).sum() / moment_DD.trace()).item()
 

@@ -78,7 +78,8 @@ def measure(
             policy, rows.test_set, config.evaluate, context, arm=variant.name, projection=variant.projection
         ).value
     effects = {one.name: one.effect for one in outcome.result.controls} | {SPD: outcome.result.effect}
-    validity = validity_of(answers, effects, len(rows.test_set.rows))
+    sign = -1 if rows.test_set.task.metric == "nll" else 1
+    validity = validity_of(answers, effects, len(rows.test_set.rows), sign)
     return dataclasses.replace(outcome, details=dataclasses.replace(outcome.details, validity=validity))
 
 
@@ -88,14 +89,15 @@ def answering(lineup: Lineup) -> list[Variant]:
     return [lineup.own, *(lineup.others[name] for name in DRAWN if name in lineup.others), *random]
 
 
-def validity_of(answers: Mapping[str, float], effects: Mapping[str, float], num_rows: int) -> Validity:
+def validity_of(answers: Mapping[str, float], effects: Mapping[str, float], num_rows: int, sign: int = 1) -> Validity:
     """How the effects on likelihood go with the answers' metric, over subspaces.
 
     Args:
         answers: Metric by subspace, and of the `base`.
         effects: On the gold answers' NLL, by subspace.
         num_rows: That were answered.
+        sign: -1 for a metric of which less is better.
     """
     found = [Answered(name, effects[name], value) for name, value in answers.items() if name in effects]
-    correlation = rank_correlation([one.effect for one in found], [one.value for one in found])
+    correlation = rank_correlation([one.effect for one in found], [sign * one.value for one in found])
     return Validity(num_rows, answers["base"], found, correlation)

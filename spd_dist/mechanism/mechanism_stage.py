@@ -34,7 +34,10 @@ from spd_dist.mechanism.controls import (
     Material,
     chosen_controls,
     control_subspace,
+    cuts_anew,
     directions_of,
+    energy_share,
+    given,
     needs_moments,
 )
 from spd_dist.mechanism.measure import HeldOut, measure
@@ -47,13 +50,13 @@ from spd_dist.reports.mechanism_page import write_mechanism_page
 from spd_dist.reports.run_end import renew_page
 from spd_dist.run import Run
 from spd_dist.stages.calibrate import CalibrationMoments, gradient_moments
-from spd_dist.stages.distortion import PARTS
+from spd_dist.stages.distortion import PARTS, VERSION
 from spd_dist.storage.artifacts import content_hash, replacing, sha256_of
 from spd_dist.storage.records import read_record, write_record
 from spd_dist.storage.subspace_file import FILE_NAME, load_subspace, save_subspace
 from spd_dist.tracking.metrics import MetricLogger
 from spd_dist.tracking.stage_outputs import MECHANISM_FILES
-from spd_dist.types import KVSite, SiteSubspace, Subspace, SupervisedExample
+from spd_dist.types import Certificate, KVSite, SiteSubspace, Subspace, SupervisedExample
 
 STAGE = "mechanism"
 CANDIDATES = "candidates"
@@ -123,6 +126,12 @@ def check(config: Config) -> None:
     with together("checking the mechanism test"):
         planned(asked)
         chosen_controls(asked.controls, has_wrong=True, has_other=asked.other_subspace is not None)
+        if config.project.centered and cuts_anew(asked):
+            raise ConfigError(
+                "project.centered: true is not valid with mechanism.fraction, or with fraction= or layers= in "
+                "mechanism.explore, since the test cuts those of moments that are not centred; leave them out, or set "
+                "project.centered=false"
+            )
         if config.project.insertion != "linear":
             raise ConfigError(
                 f"project.insertion: {config.project.insertion} is not valid for the mechanism test, whose controls "
@@ -151,7 +160,10 @@ def inputs_of(run: Run, rows: Sequence[Row]) -> dict[str, str]:
         "subspace": run.folder.output_hash("project", FILE_NAME),
         "calibration": content_hash(calibration_rows(run)),
         "rows": content_hash(rows),
+        "measured": VERSION,
     }
+    if run.config.mechanism.num_generated:
+        found["answers"] = run.settings("evaluate", "choices", "generate")
     if other is not None:
         found["other"] = on_main("reading the other task's subspace", lambda: sha256_of(subspace_file(other)))
     return found
@@ -214,19 +226,27 @@ def further_sites(
             kept_DR = directions_of(found, moments, site, config.project.planned_rank(site.width))
             gradient_DD = moments.gradient[site]
             eigenvalue_D = torch.linalg.eigvalsh(gradient_DD).flip(0).clamp_min(0)
-            energy = ((kept_DR.T @ gradient_DD * kept_DR.T).sum() / gradient_DD.trace()).item()
-            further[site] = SiteSubspace(fix_signs(kept_DR).float(), eigenvalue_D, min(1.0, energy), like.certificate)
+            energy = min(1.0, energy_share(kept_DR, gradient_DD))
+            further[site] = SiteSubspace(fix_signs(kept_DR).float(), eigenvalue_D, energy, like.certificate)
     return further
 
 
 def found_candidates(primary: Comparison, material: Material) -> dict[str, Subspace]:
     """The candidates at the sites of the primary comparison, by name; spectra stay those of the gradients."""
-    own, names = (
-        own_subspace(primary, material),
-        [one for one in material.controls if CONTROLS[one].kind == "candidate"],
-    )
-    made = {name: control_subspace(name, own, material) for name in names}
-    return {name: Subspace(one.sites, {**one.metadata, "candidate": name}) for name, one in made.items()}
+    own, found = own_subspace(primary, material), {}
+    for name in (one for one in material.controls if CONTROLS[one].kind == "candidate"):
+        gradient, sites = given(material.calibration).gradient, control_subspace(name, own, material).sites
+        described = {
+            site: dataclasses.replace(
+                part,
+                energy_fraction=energy_share(part.basis_DR.double(), gradient[site]),
+                certificate=Certificate(),
+                num_null_directions=0,
+            )
+            for site, part in sites.items()
+        }
+        found[name] = Subspace(described, {**own.metadata, "candidate": name})
+    return found
 
 
 def write(folder: Path, outcome: MechanismOutcome, candidates: Mapping[str, Subspace], metrics: MetricLogger) -> None:

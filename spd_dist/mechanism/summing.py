@@ -18,8 +18,8 @@ from spd_dist.analysis.mechanism_verdict import (
     MechanismDetails,
     MechanismResult,
     VariantSummary,
-    matched_p_value,
     max_statistic_p_values,
+    num_at_least_as_low,
     rank_p_value,
     sentence,
 )
@@ -70,16 +70,15 @@ def sum_up(
         interval=own.interval,
         p_value=rank_p_value(own.effect, [effects[one.name].effect for one in random]),
         matched_kl=MatchedKL(
-            p_value=matched_p_value([(one.effect, one.other_effect) for one in random]),
+            p_value=(1 + num_at_least_as_low(random)) / (1 + len(random)),
             effect=statistics.fmean(one.effect for one in random),
             kl=statistics.fmean(one.kl for one in random),
         ),
         controls=list(effects.values()),
     )
-    num_lower = sum(one.other_effect <= one.effect for one in random)
     details = MechanismDetails(
         schema_version=SCHEMA,
-        sentence=sentence(result, num_lower),
+        sentence=sentence(result, random),
         task=measurement.context.facts.get("task", ""),
         model=measurement.policy.name,
         prompt=primary.comparison.prompt,
@@ -91,7 +90,9 @@ def sum_up(
         matches=matches,
         explored=_explored(measurement, compared[1:]),
     )
-    return MechanismOutcome(result, details, list(_lines(measurement)))
+    blends = [each for pair in pairs.values() for each in (pair.own, pair.other)]
+    wanted = [*(each for one in compared for each in one.lineup.all()), *blends, *doses]
+    return MechanismOutcome(result, details, list(_lines(measurement, wanted)))
 
 
 class _Summing:
@@ -209,9 +210,9 @@ def _explored(measurement: Measurement, compared: Sequence[Compared]) -> list[Ex
     ]
 
 
-def _lines(measurement: Measurement) -> Iterator[dict[str, Any]]:
-    """Every row under every variant, in an order that no rank and no kill changes."""
-    for key in sorted(measurement.values):
+def _lines(measurement: Measurement, wanted: Sequence[Variant]) -> Iterator[dict[str, Any]]:
+    """Every row under every variant, in an order that no rank and no kill changes: not what was tried on a few rows."""
+    for key in sorted({each.key for one in wanted for each in (one, base(one.prompt))}):
         prompt, _, variant = key.partition("|")
         name, _, share = variant.partition("~")
         found = measurement.values[key]

@@ -21,7 +21,7 @@ from spd_dist.distributed.collectives import together
 from spd_dist.distributed.uneven_work import on_main
 from spd_dist.errors import DataError
 from spd_dist.run import Run
-from spd_dist.stages.distortion import MatchSummary, Measurement, Passes, Variant, match, num_matching_passes
+from spd_dist.stages.distortion import VERSION, MatchSummary, Measurement, Passes, Variant, match, num_matching_passes
 from spd_dist.stages.project import projection
 from spd_dist.storage.artifacts import content_hash
 from spd_dist.storage.records import write_record
@@ -51,6 +51,7 @@ def _match(run: Run, arm: Arm) -> None:
         "settings": run.settings("seed", "model", "data", "calibrate.num_examples"),
         "own": content_hash([own.mode, own.rho, mechanism.kl_positions]),
         "rows": content_hash(rows),
+        "measured": VERSION,
     }
 
     def work(folder: Path) -> MatchSummary:

@@ -1,6 +1,7 @@
 """The mechanism test: rows scored as by hand, controls as they say, matched distortions, ranks and corrections."""
 
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,9 +12,10 @@ from torch.testing import assert_close
 
 from spd_dist.analysis.mechanism_verdict import (
     MatchedKL,
+    MatchedPair,
     MechanismResult,
-    matched_p_value,
     max_statistic_p_values,
+    num_at_least_as_low,
     rank_correlation,
     rank_p_value,
     sentence,
@@ -25,6 +27,7 @@ from spd_dist.data.prompts import make_examples
 from spd_dist.data.tasks import find_task
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError, DataError
+from spd_dist.inference.packed_weights import packed_weights
 from spd_dist.mechanism.comparisons import check_other, own_subspace, planned
 from spd_dist.mechanism.controls import (
     CONTROLS,
@@ -36,6 +39,7 @@ from spd_dist.mechanism.controls import (
     random_subspace,
     strongest,
 )
+from spd_dist.mechanism.mechanism_stage import found_candidates
 from spd_dist.models.kv_sites import discover_sites
 from spd_dist.projection.hooks import projected
 from spd_dist.stages.calibrate import calibrate, gradient_moments
@@ -376,6 +380,34 @@ def test_layers_that_only_an_explored_comparison_names_are_in_no_other(material)
         check_other(primary, without.spd, Subspace(further))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_logits_of_a_bfloat16_model_are_those_of_its_last_states_in_float32(held_out, packed):
+    model = tiny_model().bfloat16().eval()
+    policy = SimpleNamespace(model=model, pad_token_id=0)
+    batch = ScoredBatch.of(held_out["task"][:2], 0, torch.device("cpu"))
+    states, head = [], model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
+    with packed_weights(model) if packed else nullcontext():
+        before = head.forward
+        logit_SV = scored_logits(policy, batch)
+        assert head.forward == before
+    handle.remove()
+    expected_SV = states[0][batch.padded.target_BT.roll(-1, dims=1)].float() @ head.weight.float().T
+    assert logit_SV.dtype == torch.float32
+    assert_close(logit_SV, expected_SV)
+
+
+def test_a_candidate_says_its_own_share_of_the_gradients_energy(material):
+    primary = planned(Mechanism())[0]
+    own, found = own_subspace(primary, material), found_candidates(primary, material)
+    for site, part in found["gradient_x_activation"].sites.items():
+        moment_DD, basis_DR = material.calibration.gradient[site], part.basis_DR.double()
+        assert part.energy_fraction == pytest.approx(
+            ((basis_DR.T @ moment_DD @ basis_DR).trace() / moment_DD.trace()).item(), rel=1e-4
+        )
+        assert part.energy_fraction < own.sites[site].energy_fraction + 0.5
+
+
 def test_a_blend_is_that_share_of_the_projection(material):
     hold = key_projection(material)
     for site, operator in blended(hold, 0.3).operators.items():
@@ -427,10 +459,18 @@ def test_a_comparison_has_the_rows_that_were_asked_for_whatever_the_batches(
         assert lengths == sorted(lengths), "rows of like lengths are run together"
 
 
+def pair(effect, other_effect, *, blended="neither", other_kl=0.2):
+    """At the divergence 0.2, or not."""
+    difference = effect - other_effect
+    kls = 0.2, other_kl
+    return MatchedPair("random_000", blended, 0.5, *kls, effect, other_effect, difference, (0, 0), other_kl == 0.2)
+
+
 def test_ranks_and_corrections():
     assert rank_p_value(-1.0, [0.0, -0.5, -2.0]) == 0.5
     assert rank_p_value(-3.0, [0.0] * 19) == 0.05
-    assert matched_p_value([(-1.0, 0.0), (-0.2, -0.2), (-1.0, -3.0)]) == 0.75
+    left_louder, left_quieter = pair(-1.0, 0.0, other_kl=0.3), pair(-1.0, 0.0, other_kl=0.1)
+    assert num_at_least_as_low([pair(-1.0, 0.0), pair(-0.2, -0.2), pair(-1.0, -3.0), left_louder, left_quieter]) == 3
     generator = torch.Generator().manual_seed(0)
     random = torch.randn(5, 19, generator=generator, dtype=torch.float64)
     strong = torch.cat([torch.full((5, 1), -9.0, dtype=torch.float64), random], 1).tolist()
@@ -472,4 +512,15 @@ def test_rank_correlation_is_spearmans():
 ])  # fmt: skip
 def test_the_sentence_says_what_was_found(effect, p_value, num_lower, words):
     result = MechanismResult(100, 20, effect, (-0.3, 0.1), p_value, MatchedKL(p_value, effect, 0.02), [])
-    assert words in sentence(result, num_lower)
+    random = [pair(effect, effect - 1)] * num_lower + [pair(effect, effect + 1)] * (20 - num_lower)
+    assert words in sentence(result, random)
+
+
+def test_the_sentence_tells_a_whole_projection_from_one_that_is_blended_and_what_is_not_matched():
+    result = MechanismResult(24, 20, -0.05, (-0.1, -0.01), 0.05, MatchedKL(0.048, 0.02, 0.02), [])
+    text = sentence(result, [pair(0.02, 0.3, blended="spd")] * 20)
+    assert "lowers the gold answer's NLL by 0.050 nats (95 %" in text
+    assert "; blended to the distortion of others it raises it by 0.020 nats on average, less than 20 of 20" in text
+    assert "at equal distortion (19 of them within 5 %)" in sentence(
+        result, [pair(-0.05, 0.3)] * 19 + [pair(-0.05, 0.3, other_kl=0.1)]
+    )

@@ -6,9 +6,9 @@ matching     two projections at equal divergence
 """
 
 from spd_dist.stages.distortion.matching import MatchSummary, Pair, at_share, blended, match, num_matching_passes
-from spd_dist.stages.distortion.measurement import PARTS, Measurement, Passes, Values, Variant, base
+from spd_dist.stages.distortion.measurement import PARTS, VERSION, Measurement, Passes, Values, Variant, base
 
 __all__ = [
-    "PARTS", "MatchSummary", "Measurement", "Pair", "Passes", "Values", "Variant", "at_share", "base", "blended",
-    "match", "num_matching_passes",
+    "PARTS", "VERSION", "MatchSummary", "Measurement", "Pair", "Passes", "Values", "Variant", "at_share", "base",
+    "blended", "match", "num_matching_passes",
 ]  # fmt: skip

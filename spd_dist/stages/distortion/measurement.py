@@ -36,6 +36,8 @@ from spd_dist.types import KVSite, Projection, record_of
 log = logging.getLogger(__name__)
 
 PARTS = "rows.part-*.jsonl"
+VERSION = "2"
+"""Another one where the same settings and files come to give other values: nothing of the old ones is kept then."""
 SAME = 1e-4
 """Largest difference of a logit between a pass that begins at the shared prefix and a whole one."""
 

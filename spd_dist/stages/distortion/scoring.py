@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
 
 from spd_dist.data.batches import PaddedBatch, pad
 from spd_dist.data.held_out import PARTS, HeldOutExample
@@ -71,10 +73,42 @@ class ScoredBatch:
 
 @torch.no_grad()
 def scored_logits(policy: Policy, batch: ScoredBatch) -> Tensor:
-    """The logits (S, V) that predict the scored positions."""
+    """The logits (S, V) that predict the scored positions, float32."""
     source_BT = batch.padded.target_BT.roll(-1, dims=1)
-    with supervised_rows(policy.model, source_BT):
+    with supervised_rows(policy.model, source_BT), float32_head(policy.model):
         return policy.model(batch.padded.tokens_BT, attention_mask=batch.padded.attention_BT, use_cache=False).logits
+
+
+@contextmanager
+def float32_head(model: PreTrainedModel) -> Generator[None]:
+    """Within it, the output layer's product is in float32, whatever its weights are, a block of them at a time.
+
+    In bfloat16 logits between 16 and 32 lie an eighth apart: as much as the effects that are looked for.
+    """
+    head: Any = model.get_output_embeddings()
+    own = vars(head).get("forward")
+
+    def forward(state_SD: Tensor) -> Tensor:
+        weight_VD, bias_V = head.weight, getattr(head, "bias", None)  # under ZeRO-3 they are there within a call only
+        logit_SV = torch.empty(*state_SD.shape[:-1], len(weight_VD), dtype=torch.float32, device=state_SD.device)
+        start, state_SD = 0, state_SD.float()
+        for block_CD in _blocks(weight_VD):
+            stop = start + len(block_CD)
+            bias_C = None if bias_V is None else bias_V[start:stop].float()
+            logit_SV[..., start:stop] = linear(state_SD, block_CD.float(), bias_C)
+            start = stop
+        return logit_SV
+
+    if head.weight.dtype not in (torch.bfloat16, torch.float16):
+        yield
+        return
+    head.forward = forward
+    try:
+        yield
+    finally:
+        del head.forward
+        if own is not None:
+            head.forward = own
 
 
 @torch.no_grad()
