@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers import PreTrainedModel
 
 from spd_dist.data.batches import PaddedBatch, pad
 from spd_dist.data.held_out import PARTS, HeldOutExample
@@ -75,17 +74,17 @@ class ScoredBatch:
 def scored_logits(policy: Policy, batch: ScoredBatch) -> Tensor:
     """The logits (S, V) that predict the scored positions, float32."""
     source_BT = batch.padded.target_BT.roll(-1, dims=1)
-    with supervised_rows(policy.model, source_BT), float32_head(policy.model):
+    with supervised_rows(policy.model, source_BT), float32_head(policy):
         return policy.model(batch.padded.tokens_BT, attention_mask=batch.padded.attention_BT, use_cache=False).logits
 
 
 @contextmanager
-def float32_head(model: PreTrainedModel) -> Generator[None]:
+def float32_head(policy: Policy) -> Generator[None]:
     """Within it, the output layer's product is in float32, whatever its weights are, a block of them at a time.
 
     In bfloat16 logits between 16 and 32 lie an eighth apart: as much as the effects that are looked for.
     """
-    head: Any = model.get_output_embeddings()
+    head: Any = policy.model.get_output_embeddings()
     own = vars(head).get("forward")
 
     def forward(state_SD: Tensor) -> Tensor:
