@@ -27,6 +27,10 @@ DECODING = "@evaluate."
 """In the name of an arm that another one answers in another way: a control, of which no verdict speaks."""
 
 
+METHODS = ("spd", "filtered")
+"""Kinds of arms that are the method's."""
+SAMPLES = "generate.num_samples="
+
 Compared = TypeVar("Compared", bound=Difference)
 
 
@@ -53,36 +57,54 @@ def corrected(found: Sequence[Compared]) -> list[Compared]:
 
 
 def arm_pairs(arms: Sequence[str]) -> list[tuple[str, str]]:
-    """The family of comparisons: every arm after the first, and each arm of the method after its controls.
+    """The family of comparisons: every arm after the first, each arm of the method after its controls, and variants.
 
-    An arm of the method is `spd` or a variant, `spd@rank=16` or one with a name, `spd_distil`. Its controls are, of
-    each kind of the other arms, those with the same changes (`random@rank=16`, `random_distil`), or else those that are
-    no variant of the method's (`psr`).
+    An arm of the method is `spd`, `filtered`, or a variant: `spd@rank=16`, or one with a name, `spd_distil`. Its
+    controls are, of each kind of the other arms, those with the same changes (`random@rank=16`, `random_distil`), or
+    else the plain ones (`psr`). How a control projects is its own (`random@rho=0.4`). What is filtered is held against
+    all that was sampled, and a control's variant that no arm of the method has in common against the plain control.
     """
     first, *others = arms
     methods = [arm for arm in others if is_method(arm)]
-    family = [(first, arm) for arm in others]
+    controls = [arm for arm in others if _kind(arm) not in METHODS and DECODING not in arm]
+    family, after_controls = [(first, arm) for arm in others], list[tuple[str, str]]()
     for method in methods:
-        family += [(control, method) for control in _controls(method, methods, others)]
-    return family
+        after_controls += [(control, method) for control in [*_controls(method, controls), *_sampled(method, methods)]]
+    used = {control for control, _ in after_controls}
+    plain = {_kind(arm): arm for arm in reversed(controls) if not _changes(arm)}
+    variants = [(plain[_kind(arm)], arm) for arm in controls if arm not in used and _kind(arm) in plain]
+    return family + after_controls + [(before, after) for before, after in variants if before != after]
 
 
 def is_method(arm: str) -> bool:
     """Whether an arm is the method, or a variant of it that is not of decoding alone."""
-    return _kind(arm) == "spd" and DECODING not in arm
+    return _kind(arm) in METHODS and DECODING not in arm
 
 
-def _controls(method: str, methods: Sequence[str], arms: Sequence[str]) -> list[str]:
-    variants = [_changes(one) for one in methods]
+def _controls(method: str, controls: Sequence[str]) -> list[str]:
+    wanted = _changes(method)
+    changes = {arm: frozenset(one for one in _changes(arm) if one in wanted or not _is_own(one)) for arm in controls}
+    same = {_kind(arm) for arm, each in changes.items() if each == wanted}
+    return [arm for arm, each in changes.items() if each == (wanted if _kind(arm) in same else frozenset())]
 
-    def variant(arm: str) -> frozenset[str]:
-        """The changes that an arm has in common with an arm of the method; what else it changes is its own."""
-        return max((one for one in variants if one <= _changes(arm)), key=len, default=frozenset())
 
-    found = {arm: variant(arm) for arm in arms if _kind(arm) != "spd"}
-    same = {_kind(arm) for arm, changes in found.items() if changes == _changes(method)}
-    wanted = {kind: _changes(method) if kind in same else frozenset() for kind in map(_kind, found)}
-    return [arm for arm, changes in found.items() if changes == wanted[_kind(arm)]]
+def _sampled(method: str, methods: Sequence[str]) -> list[str]:
+    """What was sampled as `filtered` was, and not filtered; the plain method for want of it."""
+    if _kind(method) != "filtered":
+        return []
+    asked = [one for one in _changes(method) if one.startswith(SAMPLES)]
+    unfiltered = [arm for arm in methods if _kind(arm) == "spd"]
+    alike = [
+        arm
+        for arm in unfiltered
+        if any(one in asked if asked else one.startswith(SAMPLES) for one in _changes(arm)) and len(_changes(arm)) == 1
+    ]
+    return alike or [arm for arm in unfiltered if not _changes(arm)]
+
+
+def _is_own(change: str) -> bool:
+    """Whether it says how a control projects."""
+    return change.partition("=")[0].removeprefix("project.") in ("mode", "rho", "match_kl")
 
 
 def _kind(arm: str) -> str:
@@ -208,7 +230,11 @@ def clause(
     against = f"against {one.before.upper()}: {amount(one.difference, metric)} (95 % interval {bounds})"
     if low <= 0 <= high:
         smallest = one.detectable_difference
-        needs = "" if smallest is None else f"; this {means} would find about {amount(smallest, metric, signed=False)}"
+        alone = (
+            ", before the correction" if num_comparisons > 1 else ""
+        )  # which the smallest difference knows nothing of
+        found = "" if smallest is None else amount(smallest, metric, signed=False)
+        needs = f"; this {means} would find about {found}{alone}" if found else ""
         return f"{against}, so no difference is shown{needs}"
     if one.p_holm >= SIGNIFICANCE:
         return f"{against}, which does not survive the correction for {num_comparisons} comparisons"

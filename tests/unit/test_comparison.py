@@ -52,12 +52,34 @@ def test_a_control_may_have_changes_of_its_own():
 def test_a_variant_with_a_name_is_held_against_the_control_of_that_name():
     arms = ["base", "psr", "spd", "random", "spd_distil", "random_distil", "filtered"]
     assert arm_pairs(arms)[6:] == [
-        ("psr", "spd"), ("random", "spd"), ("filtered", "spd"),
-        ("psr", "spd_distil"), ("random_distil", "spd_distil"), ("filtered", "spd_distil"),
+        ("psr", "spd"), ("random", "spd"), ("psr", "spd_distil"), ("random_distil", "spd_distil"),
+        ("psr", "filtered"), ("random", "filtered"), ("spd", "filtered"),
     ]  # fmt: skip
+    assert arm_pairs(["base", "spd_distil", "random_onpolicy"])[2:] == []
     assert arm_pairs(["base", "spd", "random", "spd_distil"])[3:] == [("random", "spd"), ("random", "spd_distil")]
     rho = ["base", "spd_distil", "random_distil@rho=0.4"]
     assert arm_pairs(rho)[2:] == [("random_distil@rho=0.4", "spd_distil")]
+
+
+def test_what_is_filtered_is_held_against_as_many_samples_that_are_not():
+    arms = ["base", "spd", "spd@generate.num_samples=4", "filtered", "filtered@generate.num_samples=8"]
+    found = arm_pairs(arms)[4:]
+    assert found == [
+        ("spd@generate.num_samples=4", "filtered"),
+        ("spd", "filtered@generate.num_samples=8"),
+    ]
+
+
+def test_a_control_that_is_changed_is_held_against_itself_and_against_the_method_changed_alike():
+    start = "@finetune.lora_init=eva"
+    assert arm_pairs(["base", "psr", "spd", f"psr{start}"])[3:] == [("psr", "spd"), ("psr", f"psr{start}")]
+    assert arm_pairs(["base", "psr", f"spd{start}", f"psr{start}"])[3:] == [(f"psr{start}", f"spd{start}")]
+
+
+def test_answers_at_another_temperature_are_no_controls():
+    hot = "@evaluate.temperature=0.7"
+    arms = ["base", "psr", "spd", f"base{hot}", f"psr{hot}", f"spd{hot}"]
+    assert arm_pairs(arms)[5:] == [("psr", "spd")]
 
 
 def test_the_verdict_is_about_every_variant_of_the_method_and_about_no_control():
@@ -114,7 +136,7 @@ def test_a_difference_that_falls_to_the_correction_is_no_gain():
 
 def test_the_verdict_says_what_this_many_examples_could_have_shown():
     found = comparisons({"base": answers(100), "spd": answers(100, first=20)}, "accuracy", 0)
-    assert "n 200), so no difference is shown; this test would find about 8.8 points" in verdict(found, "accuracy")
+    assert "n 200), so no difference is shown; this test would find about 8.8 points." in verdict(found, "accuracy")
     assert blind_notes(found) == []
 
 
