@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -84,6 +83,11 @@ class Arm:
         """Whether its completions take two passes a token, in a run with this `generate.contrast`."""
         return self.trains and self.writes_projected and float(self.own("generate.contrast") or beta) != 1
 
+    def begins_in_subspace(self, config: Config) -> bool:
+        """Whether its adapters do, those of its first iteration, with its own `config`."""
+        tuned = config.finetune
+        return self.trains and self.before is None and (tuned.mode, tuned.lora_init) == ("lora", "spd")
+
     def own(self, key: str) -> str | None:
         """The value of a setting, as it is written, that this arm has for its own; None if it has the run's."""
         words = [word.partition("=") for word in self.settings]
@@ -110,6 +114,8 @@ SSD = (
     "generate.top_k=${generate.ssd_top_k}",
     "generate.min_p=0.0",
 )
+
+SSD_KEYS = ("generate.ssd_temperature", "generate.ssd_top_p", "generate.ssd_top_k")
 
 RANDOM = "project.mode=random"
 MATCHED = (RANDOM, "project.match_kl=true")
@@ -165,22 +171,11 @@ def iterations_of(arm: Arm, config: Config) -> list[Arm]:
     count = config.finetune.num_on_policy_iterations if arm.is_on_policy else 1
     iterations: list[Arm] = []
     for number in range(1, count + 1):
-        own = arm.name if number == count else iteration_name(arm.name, number)
+        name, at, changes = arm.name.partition("@")
+        own = arm.name if number == count else f"{name}_iteration{number}{at}{changes}"
         before = iterations[-1] if iterations else None
         iterations.append(dataclasses.replace(arm, name=own, iteration=(number, count), before=before, whole=arm.name))
     return iterations
-
-
-def iteration_name(arm: str, number: int) -> str:
-    """Under which an iteration stands that is not the arm's last."""
-    name, at, changes = arm.partition("@")
-    return f"{name}_iteration{number}{at}{changes}"
-
-
-def with_earlier_iterations(arm: str, made: Callable[[str], bool]) -> list[str]:
-    """An arm's name after those of its earlier iterations, as far as `made` says that there are any."""
-    names = (iteration_name(arm, number) for number in itertools.count(1))
-    return [*itertools.takewhile(made, names), arm]
 
 
 def check_on_policy(arm: Arm, config: Config) -> None:
@@ -206,6 +201,44 @@ def check_on_policy(arm: Arm, config: Config) -> None:
     for key, rule in wrong.items():
         if rule:
             raise ConfigError(f"{key}: the arm {arm.name}, which learns from its student's samples, needs {rule}")
+
+
+def check_changes(arm: Arm, config: Config) -> None:
+    """See that each setting that an arm's name changes has an effect on it, with the arm's own `config`.
+
+    Raises:
+        ConfigError: one has none, so that the arm would be trained and shown as a variant that it is not.
+    """
+    for change in arm.name.split("@")[1:]:
+        key, _, value = _words(arm.name, change)[-1].partition("=")
+        if why := _why_unread(arm, config, key):
+            what = f"{arm.name!r} is not a variant: {key}={value} changes nothing in it"
+            raise ConfigError(f"evaluate.arms: {what}, since {why}, or leave it out")
+
+
+def _why_unread(arm: Arm, config: Config, key: str) -> str | None:
+    """Why a setting has no effect on an arm, and what to write instead; None if it has one."""
+    loss, mode = config.finetune.loss, config.project.mode
+    unprojected = "it has no projection; vary an arm that has, as spd"
+    is_of_references = arm.learns_from == "references" and key == "calibrate.num_examples"
+    subspace = (arm.projects or arm.begins_in_subspace(config) or is_of_references, unprojected)
+    keeps_share = arm.projects and mode in ("blend", "random", "isotropic")
+    of_all = ("also", "arms", "temperatures", "num_coloured", "allow_code_execution")
+    reads = {
+        **dict.fromkeys(("calibrate", "sketch", "reduce", "project"), subspace),
+        **dict.fromkeys(("project.kinds", "project.match_kl"), (arm.projects, unprojected)),
+        "project.rho": (keeps_share, f"mode={mode} keeps none; add @mode=blend" if arm.projects else unprojected),
+        "generate": (arm.writes, "it writes no completions; vary an arm that does, as spd"),
+        "generate.contrast": (arm.writes_projected, "no projected policy writes its completions; vary spd"),
+        **dict.fromkeys(SSD_KEYS, (arm.settings[: len(SSD)] == SSD, "ssd alone samples by it; write it without ssd_")),
+        "finetune": (arm.trains, "it is not fine-tuned; vary an arm that is, as spd"),
+        "finetune.filter": (arm.writes, "it writes no completions to leave out; vary an arm that does, as spd"),
+        "finetune.divergence": (loss == "distil", f"its loss is {loss}; add @finetune.loss=distil, if it is projected"),
+        "finetune.num_on_policy_iterations": (arm.is_on_policy, "it learns in none; vary spd_onpolicy"),
+        **dict.fromkeys([f"evaluate.{name}" for name in of_all], (False, "all arms share it; set it for the run")),
+    }
+    found = (reads[name] for name in (key.partition(".")[0], key) if name in reads)
+    return next((why for is_read, why in found if not is_read), None)
 
 
 def swept(names: Sequence[str], temperatures: Sequence[float]) -> tuple[str, ...]:

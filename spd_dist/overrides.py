@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from spd_dist.arms import Arm, check_on_policy, chosen, swept
-from spd_dist.config import Config, Experiment, check_across_fields
+from spd_dist.arms import RANK_RULES, Arm, check_changes, check_on_policy, chosen, swept
+from spd_dist.config import Config, Experiment, Project, check_across_fields
 from spd_dist.errors import ConfigError
 from spd_dist.redaction import keep_secret, redacted_data
 from spd_dist.types import Json, record_of
@@ -107,14 +107,19 @@ def config_of_arm(config: Config, arm: Arm) -> Config:
     """The run's config with the settings that the arm has for its own.
 
     Raises:
-        ConfigError: an unknown key, a wrong type, or a value out of bounds.
+        ConfigError: an unknown key, a wrong type, a value out of bounds, or a change that has no effect on the arm.
     """
     if not arm.settings:
         return config
     merged = OmegaConf.create(dataclasses.asdict(config))
+    rule = arm.own("project.rank_rule")
+    for key, of_rule in RANK_RULES.items():
+        if rule is not None and rule != of_rule:  # what the run sets of another rule is none of the arm's
+            merged.project[key] = vars(Project)[key]
     for word in arm.settings:
         merged = OmegaConf.merge(merged, _read_override(word)[1])
     own = _build(Config, OmegaConf.to_container(merged, resolve=True), "")
+    check_changes(arm, own)
     alone = dataclasses.replace(own.evaluate, arms=(arm.made_as.partition("@")[0],))  # its settings are in `own`
     check_across_fields(dataclasses.replace(own, evaluate=alone))
     if arm.is_on_policy:

@@ -48,7 +48,7 @@ def run_stages(run: Run) -> str:
     writers = [arm for arm in arms if arm.writes and not arm.is_on_policy]
     with run.opened():
         stage_inputs.check_students(run, students if last in STAGES[5:] else [])
-        for arm in {stage_inputs.subspace_stage(run, arm): arm for arm in arms if arm.projects}.values():
+        for arm in stage_inputs.with_subspaces(run, arms):
             find_subspace(run, arm, wanted=first in STAGES[:4])
         match_controls(run, arms if last in STAGES[4:] else [])
         stage_inputs.expect_engines(run, arms if last in STAGES[4:] else [])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from spd_dist.arms import Arm, Scope
+from spd_dist.card_facts import student_facts
 from spd_dist.config import Config, Data
 from spd_dist.data.prompts import TestSet, make_test_set
 from spd_dist.data.readers import fetch_from_hub, use_files
@@ -37,7 +38,7 @@ from spd_dist.storage.attempts import AttemptClock, stage_cost
 from spd_dist.storage.manifests import MANIFEST, hash_of, read_manifest
 from spd_dist.storage.restart import kept_status, status_path
 from spd_dist.storage.run_folder import RunFolder
-from spd_dist.storage.settings import settings_hash
+from spd_dist.storage.settings import result_settings, settings_hash
 from spd_dist.tracking.metrics import MetricLogger
 from spd_dist.tracking.progress import Progress, ProgressReports, RunEstimate
 from spd_dist.tracking.stage_outputs import job_type, product_of, show_stage
@@ -281,9 +282,8 @@ class Run:
 
     def facts_of(self, arm: Arm) -> dict[str, str]:
         """What a student's model card says of the run that it comes from."""
-        settings = self.settings(*(name for name in self.plain if name not in ("run_dir", "rounds", "metrics")))
-        place = {} if arm.before is None else {"iteration": f"{arm.iteration[0]}, after {arm.before.name}"}
-        return {"arm": f"{arm.name}: {arm.sentence}", **place, "task": self.task.name, "config hash": settings[:16]}
+        settings = content_hash([result_settings(settings_of(self.config_of(arm))), self._student_before])
+        return student_facts(arm, self.config_of(arm)) | {"task": self.task.name, "config hash": settings[:16]}
 
 
 def read_together(task: Task, split: Split, config: Data) -> Sequence[Row]:

@@ -25,13 +25,13 @@ from spd_dist.models.policy import Policy, load_adapted, load_replica, load_sett
 from spd_dist.run import Run
 from spd_dist.stages.distortion import MatchSummary, blended
 from spd_dist.stages.generate import prompts_folder, rendered_together
-from spd_dist.stages.project import projection
+from spd_dist.stages.project import projection, with_random_directions
 from spd_dist.storage.artifacts import content_hash
 from spd_dist.storage.completions import corpus_name
 from spd_dist.storage.records import read_record
 from spd_dist.storage.settings import READ_BY
 from spd_dist.storage.subspace_file import load_subspace
-from spd_dist.types import Projection, Prompt
+from spd_dist.types import Projection, Prompt, Subspace
 
 MATCH_FILE = "match.json"
 
@@ -41,6 +41,12 @@ def of_subspace(run: Run, arm: Arm) -> dict[str, str]:
     settings = run.settings(*READ_BY["project"], arm=arm)
     found = {"settings": settings, "calibration": content_hash(run.rows("calibration"))}
     return found | ({} if run.config.refit or not run.rounds_before else {"kept": str(len(run.rounds_before))})
+
+
+def with_subspaces(run: Run, arms: Iterable[Arm]) -> list[Arm]:
+    """One arm for each subspace that something is projected to, or that adapters begin in."""
+    needing = (arm for arm in arms if arm.projects or arm.begins_in_subspace(run.config_of(arm)))
+    return list({subspace_stage(run, arm): arm for arm in needing}.values())
 
 
 def subspace_stage(run: Run, arm: Arm) -> str:
@@ -87,6 +93,8 @@ def of_student(run: Run, arm: Arm) -> dict[str, str]:
     found = {"settings": run.settings(*READ_BY["finetune"], arm=arm), "arm": f"{arm.made_as}: {arm.learns_from}"}
     tuned = run.config_of(arm).finetune
     found |= of_projection(run, arm) | {"divergence": tuned.divergence} if tuned.loss == "distil" else {}
+    if arm.begins_in_subspace(run.config_of(arm)):
+        found["begins in"] = content_hash(of_whole_projection(run, arm))
     if arm.writes:
         return found | {"completions": hash_of_corpus(run, arm), **of_student_before(run, arm)}
     references = [run.settings("data", "calibrate.num_examples", arm=arm), run.rows("calibration")]
@@ -154,10 +162,20 @@ def writer_of(run: Run, arm: Arm) -> tuple[Policy, Projection | None]:
     return run.hold_student(lambda: load(config.model, config.distributed, run.world, adapter=start)), None
 
 
-def taught(run: Run, arm: Arm) -> tuple[Projection | None, Path | None]:
+def taught(run: Run, arm: Arm) -> tuple[Projection | None, Path | Subspace | None]:
     """The projection whose distributions an arm's student learns, if it does, and what it begins as; a collective."""
     teacher = projection_of(run, arm) if run.config_of(arm).finetune.loss == "distil" else None
-    return teacher, start_of(run, arm)
+    return teacher, subspace_to_begin_in(run, arm) or start_of(run, arm)
+
+
+def subspace_to_begin_in(run: Run, arm: Arm) -> Subspace | None:
+    """Of adapters that do; with `project.mode=random`, which is their control, as many random directions."""
+    config = run.config_of(arm)
+    if not arm.begins_in_subspace(config):
+        return None
+    with together("reading the subspace to begin in"):
+        found = load_subspace(run.folder.folder(subspace_stage(run, arm)) / "subspace.safetensors")
+        return with_random_directions(found, config.seed) if config.project.mode == "random" else found
 
 
 def start_of(run: Run, arm: Arm) -> Path | None:

@@ -2,7 +2,8 @@
 
 The paper filters nothing. With `finetune.filter`, completions are left out by what they look like, never by a reference
 answer: `ended` drops those that were cut, `loops` those that go in circles, and `agreed` those whose answer is not the
-one that most samples of their prompt give (self-consistency, arXiv 2203.11171, as arXiv 2210.11610 trains on it).
+one that most samples of their prompt give, and at least two (self-consistency, arXiv 2203.11171, as arXiv 2210.11610
+trains on it).
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class FilterSummary:
     num_completions: int
     num_kept: int
     num_rejected: Mapping[str, int]
-    """By the first reason: `cut`, `loops`, `no answer`, `minority` (another answer has more samples), `tie`."""
+    """By the first reason: `cut`, `loops`, `no answer`, `minority` (another has more samples), `tie`, or `alone`."""
 
 
 def corpus_of(run: Run, arm: Arm, policy: Policy, folder: Path) -> Sequence[Completion]:
@@ -151,7 +152,8 @@ def _reason(one: Completion, filters: Sequence[str]) -> str | None:
 def _compare(completions: Sequence[Completion], reasons: list[str | None], vote: Vote) -> None:
     """Add the reasons of those that are not of the answer that most samples of their prompt give.
 
-    Samples that are left out already have no vote. Where two answers lead, none is kept: nothing tells them apart.
+    Samples that are left out already have no vote. Where two answers lead, none is kept: nothing tells them apart. Nor
+    is an answer that one sample alone gives: nothing agrees with it.
     """
     votes: dict[str, dict[int, str]] = defaultdict(dict)
     for place, one in enumerate(completions):
@@ -164,5 +166,6 @@ def _compare(completions: Sequence[Completion], reasons: list[str | None], vote:
     for of_prompt in votes.values():
         (first, most), *others = Counter(of_prompt.values()).most_common(2)
         is_tied = bool(others) and others[0][1] == most
+        of_first = "tie" if is_tied else "alone" if most == 1 else None
         for place, answer in of_prompt.items():
-            reasons[place] = "tie" if is_tied else None if answer == first else "minority"
+            reasons[place] = of_first if is_tied or answer == first else "minority"

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import sys
 import time
@@ -155,6 +156,7 @@ def _launch(rank: int, world_size: int, variables: dict[str, str], launcher: str
     os.dup2(output, 2)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1"}
     os.environ |= {name: str(value) for name, value in place.items()} | variables
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal, wherever the tests run
     sys.argv = [launcher, *words]
     sys.path.insert(0, str(Path(launcher).parent))  # as for a script
     runpy.run_path(launcher, run_name="__main__")

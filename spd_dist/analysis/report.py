@@ -161,6 +161,8 @@ class Report:
     """What there is to open, and where."""
     rounds: list[RoundResult] | None = None
     """If the method was done several times, each on the student of the one before."""
+    iterations: Mapping[str, list[str]] = field(default_factory=dict)
+    """By arm that learns from its student: the names of its iterations, in their order; the last is its own."""
     progress: list[RunDifference] | None = None
     """The student of each round against the first model."""
 

@@ -30,6 +30,12 @@ OF_ADAPTERS = (
         ("finetune.lora_rank=7", "finetune.lora_init=orthogonal"),
     ),
     Combination(
+        ("finetune.lora_init", "project.insertion"),
+        {"finetune.mode": "lora", "finetune.lora_init": "spd", "project.insertion": other_than("linear")},
+        "whose directions are none of a linear module's outputs",
+        ("finetune.lora_init=eva", "project.insertion=linear"), ("finetune.lora_init=spd", "project.insertion=rope"),
+    ),
+    Combination(
         ("finetune.lora_init_iterations", "finetune.lora_init"),
         {"finetune.lora_init_iterations": is_set, "finetune.lora_init": other_than("pissa")},
         "which has none", ("finetune.lora_init=pissa", "finetune.lora_init_iterations=null"),

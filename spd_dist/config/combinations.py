@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from spd_dist.config.adapter_combinations import OF_ADAPTERS
 from spd_dist.config.combination import UNPROJECTED, Combination, above, is_set, other_than, without_projection
+from spd_dist.config.sections import Project
 from spd_dist.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,6 +43,19 @@ COMBINATIONS = (
         ("project.rank", "project.rank_rule"),
         {"project.rank": None, "project.rank_rule": "fixed"},
         "", ("project.rank=N",), ("project.rank_rule=fixed",),
+    ),
+    *(
+        Combination(
+            ("project.rank_rule", f"project.{key}"),
+            {f"project.{key}": other_than(default), "project.rank_rule": other_than(rule)},
+            "which it does not read",
+            (f"project.rank_rule={rule}", f"project.{key}={unset}"), (f"project.{key}={given}",),
+        )
+        for key, rule, default, unset, given in (
+            ("rank", "fixed", Project.rank, "null", 16),
+            ("fraction", "fraction", Project.fraction, Project.fraction, 0.25),
+            ("energy", "energy", Project.energy, Project.energy, 0.9),
+        )
     ),
     Combination(
         ("project.match_kl", "project.mode"),

@@ -179,8 +179,8 @@ class Finetune:
     )
     lora_parameters: tuple[str, ...] = setting((), "also experts in one tensor: [experts.gate_up_proj, ...]")
     lora_variant: Literal["lora", "rslora", "dora"] = setting("lora", "plain, rank-stabilised, or weight-decomposed")
-    lora_init: Literal["default", "gaussian", "orthogonal", "eva", "olora", "pissa", "corda"] = setting(
-        "default", "what adapters begin as, by PEFT's names; the base weights stay as they are"
+    lora_init: Literal["default", "gaussian", "orthogonal", "eva", "olora", "pissa", "corda", "spd"] = setting(
+        "default", "what adapters begin as, by PEFT's names, or spd: in the subspace; the base weights stay as they are"
     )
     lora_init_iterations: int | None = setting(
         None, "pissa: by so many subspace iterations (PEFT's pissa_niter_N); exact if not given", at_least=1

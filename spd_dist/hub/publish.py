@@ -17,16 +17,20 @@ from huggingface_hub import DatasetCardData, EvalResult, ModelCard, ModelCardDat
 
 from spd_dist.analysis.corpus import corpus_stats, load_corpus
 from spd_dist.analysis.report import Report, read_report
-from spd_dist.arms import Arm, chosen
+from spd_dist.arms import Arm, chosen, iterations_of
+from spd_dist.card_facts import HELD, learnt_from, written
 from spd_dist.config import Config
+from spd_dist.data.prompts import chooses
 from spd_dist.data.sources import is_file_name, parse_source, sources_of
 from spd_dist.data.tasks import find_task
 from spd_dist.errors import ConfigError, DataError
 from spd_dist.hub.repository import NAME, Patience, Repository, is_hub_name, upload
 from spd_dist.models.model_card import IN_REPORT, THIS_FOLDER
 from spd_dist.overrides import config_of_arm, load_config
+from spd_dist.redaction import settings_of
 from spd_dist.storage.completions import CORPUS, TABLE, finished_corpus, open_corpus, to_text
 from spd_dist.storage.records import read_fields, read_object, read_text
+from spd_dist.storage.settings import READ_BY, settings_hash
 from spd_dist.storage.subspace_file import FILE_NAME, load_subspace
 
 Product = Literal["adapter", "merged", "full", "subspace", "corpus"]
@@ -79,8 +83,7 @@ def stage(publication: Publication, published: Published, place: Path) -> None:
     """
     run_dir, product, arm = publication.run_dir, publication.product, published.arm
     if product == "subspace":
-        own, shared = (folder / FILE_NAME for folder in (run_dir / arm.stage("project"), run_dir / "project"))
-        file = _existing(own if own.exists() else shared, "project")
+        file = _existing(run_dir / published.subspace_stage / FILE_NAME, "project")
         (place / FILE_NAME).symlink_to(file.resolve())
         card = subspace_card(published, file)
     elif product == "corpus":
@@ -112,13 +115,17 @@ def _described(publication: Publication) -> Published:
     if not config_file.is_file():
         raise DataError(f"{publication.run_dir} is no run's folder: it has no config.yaml; name the run_dir of a run")
     (arm,) = chosen([publication.arm])
-    config = config_of_arm(load_config([config_file]), arm)
+    whole = load_config([config_file])
+    config = config_of_arm(whole, arm)
     _check_product(publication.product, config, arm)
     base = publication.base_model or config.model.name
     if publication.base_model is not None and NAME.fullmatch(base) is None:
         raise ConfigError(f"--base-model: {base!r} is not valid; write the OWNER/NAME that the hub knows it by")
     is_on_hub = publication.base_model is not None or is_hub_name(base)
-    return Published(publication.repository, config, arm, base, is_on_hub)
+    project, shared = (settings_hash(settings_of(one), *READ_BY["project"]) for one in (config, whole))
+    subspace_stage = "project" if project == shared else arm.stage("project")
+    last = iterations_of(arm, config)[-1]
+    return Published(publication.repository, config, last, base, is_on_hub, subspace_stage)
 
 
 def _check_product(product: Product, config: Config, arm: Arm) -> None:
@@ -130,6 +137,11 @@ def _check_product(product: Product, config: Config, arm: Arm) -> None:
         )
     if not {"subspace": arm.projects, "corpus": arm.writes}.get(product, arm.trains):
         raise ConfigError(f"product {product}: the arm {arm.name} ({arm.sentence}) has none; name another by --arm")
+    if product == "subspace" and config.project.mode not in HELD:
+        raise ConfigError(
+            f"--arm: {arm.name} is not valid for the product subspace, whose project.mode={config.project.mode} holds "
+            f"it to none that was found; name an arm whose mode is one of {', '.join(HELD)}, as --arm spd"
+        )
 
 
 def _existing(path: Path, stage_name: str) -> Path:
@@ -148,9 +160,12 @@ class Published:
     config: Config
     """Of its run, with the settings that its arm has for its own."""
     arm: Arm
+    """Its last iteration, if it learns in several."""
     base_model: str
     """By the name that others load it by."""
     is_base_on_hub: bool
+    subspace_stage: str
+    """The folder of the subspace that its arm is held to, which arms of the same settings share."""
 
     @property
     def hub_base(self) -> str | None:
@@ -192,7 +207,10 @@ def eval_results(published: Published, report: Report) -> list[EvalResult]:
     is_shared = source.name != "builtin" and not is_file_name(source.name)
     metric = "nll" if report.metric == "nll" else "accuracy"
     low, high = summary.interval
-    manner = "greedy" if report.temperature == 0 else f"{report.num_samples} samples at {report.temperature:g}"
+    temperature = published.config.evaluate.temperature  # which may be the arm's own, and not the report's
+    manner = "greedy" if temperature == 0 else f"{summary.num_samples} samples at {temperature:g}"
+    if metric == "nll" or chooses(task, published.config):
+        manner = "by likelihood"
     return [
         EvalResult(
             task_type="text-generation",
@@ -242,7 +260,8 @@ def corpus_card(published: Published, folder: Path) -> str:
     if published.is_base_on_hub:
         data.base_model = published.base_model  # a field of the hub's, of which its class knows nothing
     summary = read_fields(folder.parent / "summary.json")
-    shown = {"published": published, "stats": stats, "engine": summary["engine"]}
+    who = {"written": written(published.arm, published.config), "learnt": learnt_from(published.arm, published.config)}
+    shown = {"published": published, "stats": stats, "engine": summary["engine"], **who}
     return _rendered("corpus_card.md.j2", data.to_yaml(), shown)
 
 

@@ -89,7 +89,7 @@ def begin() -> StopSignals:
     """Before any library is imported: heed requests to stop, end with the launcher, and have folders to write to."""
     signals = StopSignals()
     signals.install()
-    watch_launchers(os.environ)
+    watch_launchers(os.environ, signals.is_interrupted)
     make_room(os.environ)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # our own lines say how far a stage is
     return signals

@@ -28,7 +28,6 @@ class Card:
     base_model: str
     base_path: str
     """What `from_pretrained` loads it by: the same, or the folder that a GGUF file was converted to."""
-    loss_on: str
     facts: Mapping[str, str]
     """Rows of its first table."""
     epochs: Sequence[Mapping[str, float]]
@@ -47,7 +46,7 @@ def write_card(card: Card, folder: Path, form: Literal["adapter", "model"]) -> N
         "in_report": IN_REPORT,
         "this_folder": THIS_FOLDER,
         "license": licence(card),
-        "title": f"{_in_cell(card.base_model.rstrip('/').rpartition('/')[2])}, distilled from itself",
+        "title": f"{_in_cell(card.base_model.rstrip('/').rpartition('/')[2])}, fine-tuned by spd_dist",
     }
     (folder / "README.md").write_text(template.render(values), encoding="utf-8")
     for name in LICENCE_FILES:

@@ -6,6 +6,7 @@ part. The shares of a data sheet's rates that a program gets are assumptions, an
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from spd_dist.arms import Arm, chosen
 from spd_dist.config import Config, planned_rows
 from spd_dist.inference.continuous import MAX_PREFILL_TOKENS
 from spd_dist.models.model_stats import Outline
+from spd_dist.overrides import config_of_arm
 from spd_dist.planner.cluster import Cluster, Workload, Zero
 from spd_dist.planner.profile import Profile
 from spd_dist.planner.stage_memory import FLOAT64, Placement
@@ -101,14 +103,21 @@ class _Job:
     def is_sharded(self) -> bool:
         return self.placement != "replica"
 
-    @property
-    def students(self) -> list[Arm]:
-        """The arms with one."""
-        return [arm for arm in chosen(self.config.evaluate.arms) if arm.trains]
+    @functools.cached_property
+    def arms(self) -> list[tuple[Arm, Config]]:
+        """All arms, each with the config that it has for its own."""
+        return [(arm, config_of_arm(self.config, arm)) for arm in chosen(self.config.evaluate.arms)]
 
-    def num_completions(self, arm: Arm) -> int:
-        """What a student learns from, if nothing is filtered."""
-        return self.workload.num_train * int(arm.own("generate.num_samples") or self.config.generate.num_samples)
+    @property
+    def made(self) -> list[tuple[Arm, Config]]:
+        """The same, of those that differ in `evaluate` alone one."""
+        return list({arm.made_as: (arm, own) for arm, own in self.arms}.values())
+
+    def num_learned(self, arm: Arm, own: Config) -> int:
+        """Completions or references that a student learns from, if nothing is filtered."""
+        if arm.learns_from == "references":
+            return own.calibrate.num_examples
+        return self.workload.num_train * own.generate.num_samples
 
     def gathers(self, num_elements: float) -> tuple[float, float]:
         """(network bytes, host bytes) of gathering so many elements once."""
@@ -145,25 +154,28 @@ def _calibrate(job: _Job) -> list[Phase]:
 
 
 def _generate(job: _Job) -> list[Phase]:
-    rows, tokens = planned_rows(job.config.generate.batch_size), job.workload.completion_tokens
-    phases = [
-        phase
-        for arm in job.students
-        for phase in _decode(job, job.num_completions(arm), rows, tokens)
-        * (1 + arm.contrasts(job.config.generate.contrast))
-    ]
+    writers = [(arm, own) for arm, own in job.made if arm.writes]
+    phases: list[Phase] = []
+    for arm, own in writers:
+        generate, num_rows = own.generate, job.num_learned(arm, own)
+        tokens = min(generate.max_new_tokens, job.workload.completion_tokens)
+        found = _decode(job, num_rows, planned_rows(generate.batch_size), tokens)
+        phases += found * (1 + arm.contrasts(generate.contrast))
     if job.placement == "replica" and job.zero.stage == 3:
         network, host = job.gathers(job.profile.policy.num_parameters)
-        phases += [Phase(network_bytes=network, host_bytes=host)] * len(job.students)
+        phases += [Phase(network_bytes=network, host_bytes=host)] * len(writers)
     return phases
 
 
 def _evaluate(job: _Job) -> list[Phase]:
-    evaluate, arms = job.config.evaluate, chosen(job.config.evaluate.arms)
-    tokens = min(evaluate.max_new_tokens, job.workload.completion_tokens)
-    num_rows = job.workload.num_test * evaluate.num_samples
-    phases = _decode(job, num_rows, planned_rows(evaluate.batch_size), tokens) * len(arms)
-    return phases + [Phase(disk_bytes=job.profile.weight_bytes)] * (1 + len(job.students))
+    phases: list[Phase] = []
+    for _, own in job.arms:
+        evaluate = own.evaluate
+        tokens = min(evaluate.max_new_tokens, job.workload.completion_tokens)
+        num_rows = job.workload.num_test * evaluate.num_samples
+        phases += _decode(job, num_rows, planned_rows(evaluate.batch_size), tokens)
+    num_loads = 1 + sum(arm.trains for arm, _ in job.arms)
+    return phases + [Phase(disk_bytes=job.profile.weight_bytes)] * num_loads
 
 
 def _decode(job: _Job, num_rows: int, batch_size: int, new_tokens: int) -> list[Phase]:
@@ -194,18 +206,20 @@ def _decode(job: _Job, num_rows: int, batch_size: int, new_tokens: int) -> list[
 
 
 def _finetune(job: _Job) -> list[Phase]:
-    return [_training(job, arm) for arm in job.students]
+    return [_training(job, arm, own) for arm, own in job.made if arm.trains]
 
 
-def _training(job: _Job, arm: Arm) -> Phase:
+def _training(job: _Job, arm: Arm, own: Config) -> Phase:
     """Of one student; a teacher is a forward pass more."""
-    finetune, student, workload = job.config.finetune, job.profile.student, job.workload
+    finetune, student, workload = own.finetune, job.profile.student, job.workload
     num_ranks, size = job.cluster.num_ranks, job.profile.element_bytes
     distils = arm.distils(finetune.loss)
-    num_steps = finetune.num_epochs * math.ceil(job.num_completions(arm) / finetune.global_batch_size)
+    num_steps = finetune.num_epochs * math.ceil(job.num_learned(arm, own) / finetune.global_batch_size)
     rows = math.ceil(finetune.global_batch_size / num_ranks)
     num_batches = num_steps * math.ceil(rows / finetune.micro_batch_size)
-    length = min(finetune.max_tokens, workload.prompt_tokens + workload.completion_tokens)
+    written = min(own.generate.max_new_tokens, workload.completion_tokens)
+    learned = workload.answer_tokens if arm.learns_from == "references" else written
+    length = min(finetune.max_tokens, workload.prompt_tokens + learned)
     num_trained = sum(student.trained)
     passes = 2 + finetune.checkpointing + distils  # forward, gradient of the input, and the forward pass again
     flops = passes * _flops(student, length) + 2 * num_trained
@@ -231,9 +245,9 @@ def _flops(outline: Outline, length: int) -> float:
 def _token_effects(job: _Job) -> list[Phase]:
     """What each arm wrote first, read twice: under the policy as it is, and held to the projection."""
     workload, outline = job.workload, job.profile.policy
-    num_arms = len({arm.made_as for arm in chosen(job.config.evaluate.arms) if arm.writes})
     length = workload.prompt_tokens + workload.completion_tokens
-    num_rows = num_arms * min(job.config.evaluate.num_coloured, workload.num_train * job.config.generate.num_samples)
+    num_coloured = job.config.evaluate.num_coloured
+    num_rows = sum(min(num_coloured, job.num_learned(arm, own)) for arm, own in job.made if arm.writes)
     num_batches = 2 * math.ceil(math.ceil(num_rows / rows_of_length(length)) / job.cluster.num_ranks)
     is_gathered = job.placement == "replica" and job.zero.stage == 3
     num_gathers = num_batches if job.is_sharded else float(is_gathered)

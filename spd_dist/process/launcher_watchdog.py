@@ -33,13 +33,17 @@ class Process(NamedTuple):
     words: tuple[str, ...]
 
 
-def watch_launchers(environment: Mapping[str, str], end: Callable[[], None] | None = None) -> None:
-    """From now on, end this process when a launcher above it is gone; without a launcher, do nothing."""
+def watch_launchers(environment: Mapping[str, str], is_interrupted: Callable[[], bool] = lambda: False) -> None:
+    """From now on, end this process when a launcher above it is gone; without a launcher, do nothing.
+
+    A Ctrl-C ends deepspeed's first launcher at once, while its second gives ranks 30 s to stop: when this process
+    `is_interrupted`, its parent alone counts.
+    """
     if "RANK" not in environment and "SLURM_PROCID" not in environment:
         return
     chain = launchers_above(os.getpid())
     if chain:
-        thread = threading.Thread(target=_watch, args=(chain, end or _end), name="launchers", daemon=True)
+        thread = threading.Thread(target=_watch, args=(chain, is_interrupted), name="launchers", daemon=True)
         thread.start()
 
 
@@ -113,10 +117,10 @@ def _is_launcher(process: Process) -> bool:
     return any(word.rpartition("/")[2] in LAUNCHERS for word in process.words[:6]) or _name(process) == "slurmstepd:"
 
 
-def _watch(chain: list[Process], end: Callable[[], None]) -> None:
-    while all(map(is_running, chain)):
+def _watch(chain: list[Process], is_interrupted: Callable[[], bool]) -> None:
+    while all(map(is_running, chain)) or (is_interrupted() and is_running(chain[0])):
         time.sleep(SECONDS_BETWEEN)
-    end()
+    _end()
 
 
 def _end() -> None:

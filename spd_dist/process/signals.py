@@ -5,14 +5,20 @@ SLURM can send its warning signal at once after the start, and a process without
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
 STOP_FILE = "PREEMPT"
 """To touch a file of this name in the run folder stops the run at its next unit, on all ranks, with exit code 75."""
+
+INTERRUPTED = (
+    b"\nSIGINT: stopping at the next unit; the same command goes on from there, and another Ctrl-C ends this one at once\n"
+)
 
 
 def task_name(task_index: int) -> str:
@@ -65,11 +71,30 @@ class StopSignals:
         self.seconds_between = 0.0
         """Between two looks at the stop files."""
         self._looked = float("-inf")
+        self._arriving: int | None = None
+        self._arrived = b""
 
     def install(self) -> None:
-        """Take SIGTERM and SIGUSR1 as requests. Repeated ones change nothing: launchers and SLURM send their own."""
+        """Take SIGTERM, SIGUSR1 and a first SIGINT as requests; a second SIGINT, of Ctrl-C, ends this process at once.
+
+        Others that come again change nothing: launchers and SLURM send their own. A job that was started in the
+        background ignores SIGINT, and goes on doing so.
+        """
         signal.signal(signal.SIGTERM, self._remember)
         signal.signal(signal.SIGUSR1, self._remember)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, self._remember_once)
+            self._arriving, end = os.pipe()
+            os.set_blocking(self._arriving, False)
+            os.set_blocking(end, False)
+            signal.set_wakeup_fd(end, warn_on_full_buffer=False)
+
+    def is_interrupted(self) -> bool:
+        """Whether a SIGINT came. Other threads know by it at once, the handler runs when a library's call returns."""
+        if self._arriving is not None:
+            with suppress(BlockingIOError):
+                self._arrived += os.read(self._arriving, 64)
+        return signal.SIGINT in self._arrived
 
     def limit(self, environment: Mapping[str, str], limit_seconds: float | None, margin_seconds: float) -> None:
         """Make the time limit, counted from the start of this process, a request, too."""
@@ -100,3 +125,10 @@ class StopSignals:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received.append(signal.Signals(number).name)
+
+    def _remember_once(self, number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        self._remember(number, frame)
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+            with suppress(OSError):  # the terminal may be gone
+                os.write(2, INTERRUPTED)

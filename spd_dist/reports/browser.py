@@ -18,7 +18,6 @@ from pathlib import Path
 from markupsafe import Markup
 
 from spd_dist.analysis.notebook import visible
-from spd_dist.arms import with_earlier_iterations
 from spd_dist.storage.answers import TOKEN_EFFECTS, effects_path, read_effects
 from spd_dist.storage.completions import finished_corpus, open_corpora
 from spd_dist.storage.keyed_parts import Key
@@ -59,17 +58,19 @@ class Browser:
     """As a Content-Security-Policy has it."""
 
 
-def written_by(run_folder: Path, arms: Iterable[str], of: str = "") -> list[Written]:
+def written_by(
+    run_folder: Path, arms: Iterable[str], of: str = "", iterations: Mapping[str, Sequence[str]] | None = None
+) -> list[Written]:
     """The corpora of a run, of those arms that wrote one, and what is known of their tokens.
 
-    With `of`, the run's name stands behind theirs.
+    With `of`, the run's name stands behind theirs; `iterations` are those of arms that learn from their student.
 
     Raises:
         DataError: a corpus or the effects are corrupt.
     """
     found: list[Written] = []
     for arm in arms:
-        corpus = corpus_of(run_folder, arm)
+        corpus = corpus_of(run_folder, (iterations or {}).get(arm, [arm]))
         if corpus is not None:
             scored = effects_path(run_folder / TOKEN_EFFECTS, arm)
             effects = read_effects(scored) if scored.exists() else []
@@ -78,18 +79,15 @@ def written_by(run_folder: Path, arms: Iterable[str], of: str = "") -> list[Writ
     return found
 
 
-def corpus_of(run_folder: Path, arm: str) -> Sequence[Completion] | None:
-    """All that an arm wrote, in all of its iterations; None where it wrote nothing.
+def corpus_of(run_folder: Path, names: Sequence[str]) -> Sequence[Completion] | None:
+    """What an arm wrote, under the names of all of its iterations; None where it wrote nothing.
 
     Raises:
         DataError: it is corrupt.
     """
-
-    def corpus(name: str) -> Path | None:
-        return finished_corpus(run_folder / ("generate" if name == "spd" else f"arms/{name}/generate") / "completions")
-
-    files = [corpus(name) for name in with_earlier_iterations(arm, lambda name: corpus(name) is not None)]
-    return None if files[-1] is None else open_corpora([file for file in files if file is not None])
+    folders = ("generate" if name == "spd" else f"arms/{name}/generate" for name in names)
+    files = [file for folder in folders if (file := finished_corpus(run_folder / folder / "completions")) is not None]
+    return open_corpora(files) if files else None
 
 
 def browser(columns: Sequence[Written], prompts: Mapping[str, str]) -> Browser | None:

@@ -12,7 +12,6 @@ from markupsafe import Markup
 from spd_dist.analysis.answer_summary import manner, samples_by_id
 from spd_dist.analysis.mechanism_verdict import MechanismDetails
 from spd_dist.analysis.report import ExperimentReport, Report, SeedDetails
-from spd_dist.arms import with_earlier_iterations
 from spd_dist.config import Config
 from spd_dist.errors import DataError
 from spd_dist.reports import figures
@@ -99,7 +98,7 @@ def write_page(
         *drawn_subspaces(report),
         *_drawn_mechanism(run_folder / "mechanism" / "details.json"),
     ]
-    columns, difference = written_by(run_folder, report.arms), None
+    columns, difference = written_by(run_folder, report.arms, iterations=report.iterations), None
     if against is not None:
         difference = difference_of(run_folder, report, against)
         columns += written_by(against, difference.both, difference.other)
@@ -179,7 +178,7 @@ def drawn_comparisons(
 def _drawn_training(run_folder: Path, report: Report) -> list[PageFigure]:
     corpora = {}
     for arm in report.arms:
-        corpus = corpus_of(run_folder, arm)
+        corpus = corpus_of(run_folder, report.iterations.get(arm, [arm]))
         if corpus is not None:
             ends = (reason == "stop" for reason in column_of(corpus, "finish_reason"))
             corpora[arm] = list(zip(num_tokens_of(corpus, "tokens").tolist(), ends, strict=True))
@@ -230,11 +229,7 @@ class Learned(NamedTuple):
 def learned(report: Report) -> list[Learned]:
     """One row an arm that trained, or an iteration: its corpus, steps and losses, as far as there are summaries."""
     rows = []
-
-    def is_trained(arm: str) -> bool:
-        return f"arms/{arm}/finetune" in report.stages
-
-    for arm in (each for whole in report.arms for each in with_earlier_iterations(whole, is_trained)):
+    for arm in (each for whole in report.arms for each in report.iterations.get(whole, [whole])):
         prefix = "" if arm == "spd" else f"arms/{arm}/"
         corpus, student = (report.stages.get(f"{prefix}{verb}", {}) for verb in ("generate", "finetune"))
         if student:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from spd_dist.analysis.answer_summary import AnswersSummary, answers_summary
 from spd_dist.analysis.report import read_report
-from spd_dist.arms import Arm, chosen
+from spd_dist.arms import Arm, chosen, iterations_of
 from spd_dist.data.sources import check_leaks, published_size
 from spd_dist.data.tasks.protocol import Task
 from spd_dist.distributed.uneven_work import on_main
@@ -41,7 +41,8 @@ def report(run: Run, arms: Sequence[Arm]) -> str:
         shared = check_leaks(task, config.data, num_calibration=config.calibrate.num_examples)
         size = published_size(task, config.data)
         also = tuple((one.name, one.metric) for one in others)
-        asked = Asked(task.name, task.metric, config.seed, config.evaluate.temperature, also, size)
+        made = {arm.name: [one.made_as for one in iterations_of(arm, run.config_of(arm))] for arm in arms}
+        asked = Asked(task.name, task.metric, config.seed, config.evaluate.temperature, also, size, made)
         found = write_report(folder, sentences, asked, shared)
         write_page(folder, found, questions)
         log_report(run.metrics, folder, found)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from spd_dist.analysis.comparison import (
     size_notes,
     verdict,
 )
-from spd_dist.analysis.report import ArmResult, Report, StageTotal
+from spd_dist.analysis.report import ArmResult, Curves, Report, StageTotal
 from spd_dist.analysis.side_comparisons import decode_controls, forgetting_notes, other_tasks
 from spd_dist.analysis.subspace_algebra import angles
 from spd_dist.storage.answers import answers_path, read_answers, router_path
@@ -49,6 +50,20 @@ class Asked:
     """Tasks of other domains that they answered, too, each with its metric."""
     test_size: int | None = None
     """Rows of the task's published test split, if there is one."""
+    made: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """By arm, under which names its stages stand in the run folder: its iterations, the last its own.
+
+    What has another name is of arms that the run had before. If nothing is said, all counts.
+    """
+
+    def counts(self, stage: str) -> bool:
+        """Whether a stage's folder is of one of the arms."""
+        top, _, rest = stage.partition("/")
+        names = {one for each in self.made.values() for one in each}
+        if top == "evaluate" and rest:
+            return rest in self.made or not names
+        name = rest.partition("/")[0] if top == "arms" else "spd" if stage in ("generate", "finetune") else None
+        return not names or name is None or name in names
 
 
 def write_report(
@@ -68,7 +83,8 @@ def write_report(
     answers = {arm: read_answers(answers_path(run_folder / "evaluate", arm, task)) for arm in arms}
     results = {arm: _result(answers[arm], metric, sentence) for arm, sentence in arms.items()}
     first = next(iter(results.values()))
-    found, stages = comparisons(answers, metric, seed), _summaries(run_folder)
+    found = comparisons(answers, metric, seed)
+    stages = {stage: one for stage, one in _summaries(run_folder).items() if asked.counts(stage)}
     routed = _routers(run_folder, arms, task)
     controls = decode_controls(answers, metric, seed)
     others = other_tasks(_of_others(run_folder, arms, asked), dict(asked.also), seed)
@@ -90,14 +106,16 @@ def write_report(
             *size_notes(first.num_examples, asked.test_size),
             *overlap_notes(overlaps),
             *_router_notes(routed),
+            *_match_notes(stages),
         ],
         overlaps=list(overlaps),
         arms=results,
         comparisons=found,
         other_tasks=others,
-        cost=cost(run_folder, _tokens(stages, results)),
+        cost={stage: one for stage, one in cost(run_folder, _tokens(stages, results)).items() if asked.counts(stage)},
         stages=stages | {f"evaluate/{arm}": {"routers": one} for arm, one in routed.items()},
-        losses=training_losses(run_folder),
+        losses=_losses(run_folder, asked, stages),
+        iterations={arm: list(names) for arm, names in asked.made.items() if len(names) > 1},
         angles=angles(run_folder, arms),
         artifacts=_artifacts(run_folder),
     )
@@ -138,6 +156,18 @@ def cost(run_folder: Path, tokens: Mapping[str, int]) -> dict[str, StageTotal]:
     return found
 
 
+def _losses(run_folder: Path, asked: Asked, stages: Mapping[str, Mapping[str, Any]]) -> Curves:
+    """Of the arms that count, up to the last step of each: those of an earlier, longer training stand behind it."""
+    found: dict[str, dict[str, list[Any]]] = {}
+    for arm, one in training_losses(run_folder).items():
+        stage = "finetune" if arm == "spd" else f"arms/{arm}/finetune"
+        if asked.counts(stage):
+            last = stages.get(stage, {}).get("num_steps", math.inf)
+            num = sum(step <= last for step in one["steps"])
+            found[arm] = {"steps": one["steps"][:num], "losses": one["losses"][:num]}
+    return found
+
+
 def _tokens(stages: Mapping[str, Mapping[str, Any]], arms: Mapping[str, ArmResult]) -> dict[str, int]:
     """What each stage read, wrote or was trained on, as far as summaries say."""
     found = {f"evaluate/{arm}": result.num_tokens for arm, result in arms.items()}
@@ -168,11 +198,11 @@ def log_report(metrics: MetricLogger, run_folder: Path, report: Report) -> None:
 
 def _summaries(run_folder: Path) -> dict[str, Mapping[str, Any]]:
     """What the stages before summed up, by their folder: the report holds every number."""
-    files = (file for place in ("*", "arms/*/*") for file in run_folder.glob(f"{place}/summary.json"))
+    names = [f"{place}/summary.json" for place in ("*", "arms/*/*")] + ["arms/*/match/match.json"]
     return {
         file.parent.relative_to(run_folder).as_posix(): read_fields(file)
-        for file in sorted(files)
-        if file.parent.name in ("project", "generate", "finetune")
+        for file in sorted(file for name in names for file in run_folder.glob(name))
+        if file.parent.name in ("project", "generate", "finetune", "match")
     }
 
 
@@ -198,6 +228,17 @@ def _router_notes(routed: Mapping[str, Mapping[str, Any]]) -> list[str]:
         for arm, one in routed.items()
     ]
     return [f"Routers on the prompts: {'; '.join(parts)}."] if parts else []
+
+
+def _match_notes(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """How random controls were made to move the policy as far as the method does, and which could not be."""
+    found = {stage.split("/")[1]: one for stage, one in stages.items() if stage.endswith("/match")}
+    parts = [
+        f"{arm.upper()} {'keeps' if one['is_matched'] else 'is NOT at equal KL: it keeps'} {one['share']:.2f} of its "
+        f"projection, KL {one['random_kl']:.4f} against {one['kl']:.4f} nats a token on {one['num_rows']} rows"
+        for arm, one in found.items()
+    ]
+    return [f"Random subspaces at equal KL: {'; '.join(parts)}."] if parts else []
 
 
 def _artifacts(run_folder: Path) -> dict[str, str]:

@@ -27,12 +27,16 @@ from spd_dist.analysis.random_effects import (
 )
 from spd_dist.analysis.report import ExperimentReport, Report, read_report
 from spd_dist.config import Experiment
+from spd_dist.data.sources import load_rows
+from spd_dist.data.tasks import find_task
 from spd_dist.errors import ConfigError, DataError
+from spd_dist.redaction import redacted_data
 from spd_dist.reports.seeds import Answers, answers_of
-from spd_dist.storage.artifacts import content_hash, sha256_of
+from spd_dist.storage.artifacts import content_hash, missing, sha256_of
 from spd_dist.storage.manifests import MANIFEST
 from spd_dist.storage.records import read_fields, read_record, write_record
-from spd_dist.storage.settings import changed, result_settings, settings_by_key
+from spd_dist.storage.run_folder import read_config
+from spd_dist.storage.settings import BESIDE_THE_METHOD, changed, is_of, result_settings, settings_by_key
 from spd_dist.tracking.console import TextConsole
 from spd_dist.types import Json
 
@@ -40,6 +44,11 @@ PROTOCOL = "protocol.json"
 METHOD = "spd"
 SEEDS, SAMPLES = (2, 3, 5, 8), (1, 4, 8, 16)
 """What the table of a plan has, beside what the config says."""
+SIZES = ("seed", "rounds", "data.num_test", "evaluate.arms", "evaluate.num_samples")
+"""How much is asked: a pilot's are its own."""
+MANNER = ("data.task", "choices.scoring", "evaluate.temperature")
+DRAWN_BY = ("evaluate.top_p", "evaluate.top_k", "evaluate.min_p")
+"""What a pilot has in common with what is planned; the second where answers are drawn."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,9 @@ class Protocol:
     hours: float
     """On the pilot's machine and ranks."""
     settings: Mapping[str, Json]
-    """Those that results depend on, with the arms and the seeds."""
+    """Those that the arms' results depend on, with the arms, the seeds and the rounds."""
+    differs_from_pilot: list[str]
+    """What else than numbers is not the pilot's, a sentence a key."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +84,15 @@ class Pilot:
     design: Design
     by_seed: Sequence[Answers]
     cost: PilotCost
+    settings: Mapping[str, Json]
+    """Of its first run, as a plan has them."""
 
 
 def read_pilot(folder: Path) -> Pilot:
     """A finished run, or experiment.
 
     Raises:
-        MissingError: it has no report yet.
+        MissingError: it has no report yet, or no config.
         DataError: it is of another version.
     """
     file = folder / "report.json"
@@ -93,7 +106,10 @@ def read_pilot(folder: Path) -> Pilot:
     design = Design(len(runs), num_examples, whole.num_samples)
     by_seed = [answers_of(run, report) for run, report in zip(runs, reports, strict=True)]
     cost = pilot_cost({stage: entry.seconds for stage, entry in whole.cost.items()}, design)
-    return Pilot(whole.metric, whole.temperature, design, by_seed, cost)
+    config = runs[0] / "config.yaml"
+    if not config.exists():
+        raise missing(config)
+    return Pilot(whole.metric, whole.temperature, design, by_seed, cost, _of_arms(read_config(config)))
 
 
 def write_protocol(experiment: Experiment, pilot_folder: Path, difference: float) -> str:
@@ -105,8 +121,9 @@ def write_protocol(experiment: Experiment, pilot_folder: Path, difference: float
         difference: That is to be shown, in points, or nats a token.
 
     Raises:
-        ConfigError: the experiment has answers already, or another plan.
-        DataError: the pilot lacks an arm.
+        ConfigError: the experiment has answers already, or another plan; the pilot is of another task, or answered in
+            another manner.
+        DataError: the pilot lacks an arm, its answers do not vary, or the test rows cannot be read.
     """
     pilot = read_pilot(pilot_folder)
     before, after = experiment.arms[0], METHOD if METHOD in experiment.arms else experiment.arms[-1]
@@ -121,9 +138,17 @@ def write_protocol(experiment: Experiment, pilot_folder: Path, difference: float
         raise ConfigError(
             f"--power: {started[0]} holds answers already, and a plan is written before them; name another folder="
         )
+    settings = settings_of(experiment)
+    refuse_another_manner(pilot_folder, pilot.settings, settings)
     variance = difference_variance([(answers[before], answers[after]) for answers in pilot.by_seed], pilot.metric)
-    evaluate = experiment.run.evaluate
-    design = Design(len(experiment.seeds), experiment.run.data.num_test or pilot.design.examples, evaluate.num_samples)
+    if not any((variance.examples, variance.seeds, variance.rest, variance.samples)):
+        raise DataError(
+            f"--pilot {pilot_folder}: {after} differs from {before} by the same on each of its "
+            f"{pilot.design.examples} examples, which says nothing of chance; name a pilot with more examples, or one "
+            "whose students learned more"
+        )
+    asked = load_rows(find_task(experiment.run.data.task), "test", experiment.run.data)
+    design = Design(len(experiment.seeds), len(asked), experiment.run.evaluate.num_samples)
     protocol = Protocol(
         written_at=datetime.now(UTC).isoformat(timespec="seconds"),
         pilot=str(pilot_folder),
@@ -135,10 +160,28 @@ def write_protocol(experiment: Experiment, pilot_folder: Path, difference: float
         design=design,
         detectable=detectable(variance, design),
         hours=pilot.cost.hours(design),
-        settings=settings_of(experiment),
+        settings=settings,
+        differs_from_pilot=[
+            sentence for key, sentence in changed(pilot.settings, settings).items() if not is_of(key, SIZES)
+        ],
     )
     _write_once(folder / PROTOCOL, protocol)
     return plan_text(protocol, pilot, folder / PROTOCOL)
+
+
+def refuse_another_manner(folder: Path, of_pilot: Mapping[str, Json], planned: Mapping[str, Json]) -> None:
+    """See that the pilot's answers vary as those that are planned: of the same task, answered in the same manner.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    for key in (*MANNER, *(DRAWN_BY if planned["evaluate.temperature"] else ())):
+        there, now = of_pilot.get(key), planned[key]
+        if there != now:
+            raise ConfigError(
+                f"{key}: {now!r} is not valid with --pilot {folder}, whose answers are of {there!r}: how these vary "
+                f"says nothing of others; set {key}={there}, or name a pilot that was run with {key}={now}"
+            )
 
 
 def _write_once(file: Path, protocol: Protocol) -> None:
@@ -155,9 +198,14 @@ def _write_once(file: Path, protocol: Protocol) -> None:
 
 
 def settings_of(experiment: Experiment) -> dict[str, Json]:
-    """The settings that results depend on, as JSON holds them."""
-    run = result_settings(dataclasses.asdict(experiment.config_of(experiment.seeds[0])))
-    return {**run, "seed": list(experiment.seeds), "evaluate.arms": list(experiment.arms)}
+    """The settings that the arms' results depend on, and how much is asked; as JSON holds them, without secrets."""
+    run = _of_arms(redacted_data(dataclasses.asdict(experiment.config_of(experiment.seeds[0]))))
+    asked = {"seed": list(experiment.seeds), "evaluate.arms": list(experiment.arms), "rounds": experiment.run.rounds}
+    return {**run, **asked}
+
+
+def _of_arms(config: Mapping[str, Json]) -> dict[str, Json]:
+    return {key: value for key, value in result_settings(config).items() if not is_of(key, BESIDE_THE_METHOD)}
 
 
 def protocol_note(experiment: Experiment) -> str | None:
@@ -198,6 +246,8 @@ def plan_text(plan: Protocol, pilot: Pilot, file: Path) -> str:
         console.print("Note: the pilot has one seed; the chance between seeds is not in these numbers, add it.")
     if not can_sample:
         console.print("Note: the pilot has one answer an example, which cannot say what more samples would show.")
+    if plan.differs_from_pilot:
+        console.print(f"Note: the pilot was another config: {'; '.join(plan.differs_from_pilot)}.", markup=False)
     console.print("Hours are the pilot's machine's, seeds one after the other.")
     console.print(f"Written down: {file}", soft_wrap=True)
     return console.text()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -62,7 +62,7 @@ def run_rounds(config: Config, world: World, signals: StopSignals, scope: Scope)
             if number == 1:
                 whole.enter_context(run.kept_status())
             arms = chosen(scope.only or run.config.evaluate.arms)
-            parts = [each for arm in arms for each in iterations_of(arm, run.config_of(arm))]
+            parts = {each: run.config_of(each) for arm in arms for each in iterations_of(arm, run.config_of(arm))}
             run.estimate.expect(parts_of(run.config, parts, world.size, scope.last))
             texts.append(run_stages(run))
             questions = questions_of(run, arms) if number == config.rounds > 1 else questions
@@ -120,37 +120,37 @@ TRAINED_OVER_CALIBRATED = 2.0
 """A training example takes a forward and a backward pass, a calibration example a forward and half a backward pass."""
 
 
-def parts_of(config: Config, arms: Sequence[Arm], num_ranks: int, last: str = STAGES[-1]) -> list[RunPart]:
-    """The stages of a run up to `last`, of all arms and their rounds.
+def parts_of(config: Config, arms: Mapping[Arm, Config], num_ranks: int, last: str = STAGES[-1]) -> list[RunPart]:
+    """The stages of a run up to `last`, of all arms and their iterations, each with the config that is its own.
 
     Until they have a pace of their own, arms answer as they generate.
     Arms with a subspace of their own calibrate again, which is not counted: it is short beside the rest.
     """
-    students = [arm for arm in arms if arm.trains]
     is_training = STAGES.index(last) >= STAGES.index("finetune")
-    writers = [arm for arm in arms if arm.writes and (is_training or not arm.is_on_policy)]
-    num_train, num_test = config.data.num_train, config.data.num_test  # None is all that there are, not read yet
-    num_completions = None if num_train is None else num_train * config.generate.num_samples / num_ranks
-    num_answers = None if num_test is None else num_test * config.evaluate.num_samples / num_ranks
-    batch = config.finetune.global_batch_size
-    steps = None if num_train is None else -(-num_train // batch) * config.finetune.num_epochs
-    calibrated = TRAINED_OVER_CALIBRATED * batch / num_ranks
-    parts = [
-        RunPart("project", "calibrate", config.calibrate.num_examples / num_ranks),
-        *(RunPart(arm.stage("generate"), "generate", _share(num_completions, arm)) for arm in writers),
-        *(RunPart(arm.stage("finetune"), "finetune", _share(steps, arm), "calibrate", calibrated) for arm in students),
-        *(
-            RunPart(f"evaluate/{arm.name}", "evaluate", num_answers, "generate")
-            for arm in arms
-            if arm.is_last_iteration
-        ),
-    ]
-    return [part for part in parts if STAGES.index(part.stage) <= STAGES.index(last)]
+    num_test = config.data.num_test  # None is all that there are, not read yet
+    parts = [RunPart("project", "calibrate", config.calibrate.num_examples / num_ranks)]
+    for arm, own in arms.items():
+        num, batch = _num_learned(arm, own), own.finetune.global_batch_size
+        if arm.writes and (is_training or not arm.is_on_policy):
+            parts.append(RunPart(arm.stage("generate"), "generate", None if num is None else num / num_ranks))
+        if arm.trains:
+            steps = None if num is None else -(-num // batch) * own.finetune.num_epochs
+            calibrated = TRAINED_OVER_CALIBRATED * batch / num_ranks
+            parts.append(RunPart(arm.stage("finetune"), "finetune", steps, "calibrate", calibrated))
+        if arm.is_last_iteration:
+            num_answers = None if num_test is None else num_test * own.evaluate.num_samples / num_ranks
+            parts.append(RunPart(f"evaluate/{arm.name}", "evaluate", num_answers, "generate"))
+    once = {part.folder: part for part in parts}.values()  # arms that differ in `evaluate` alone share their student
+    of_stages = sorted(once, key=lambda part: STAGES.index(part.stage))
+    return [part for part in of_stages if STAGES.index(part.stage) <= STAGES.index(last)]
 
 
-def _share(units: float | None, arm: Arm) -> float | None:
-    """Of a round on an arm's student, of the units of all of its rounds."""
-    return None if units is None else units / arm.iteration[1]
+def _num_learned(arm: Arm, config: Config) -> int | None:
+    """Completions or references that a student learns from, if nothing is filtered; None while nobody counted rows."""
+    if arm.learns_from == "references":
+        return config.calibrate.num_examples
+    num_train = config.data.num_train
+    return None if num_train is None else len(arm.part_of(range(num_train))) * config.generate.num_samples
 
 
 def write_merged(policy: Policy, adapter: Path, folder: Path, world: World) -> None:

@@ -43,11 +43,9 @@ def write_token_effects(run: Run, arms: Sequence[Arm]) -> None:
         UserError: what the user can put right.
     """
     writers = {arm.made_as: iterations_of(arm, run.config_of(arm))[-1] for arm in arms if arm.writes}
-    holders = [arm for arm in arms if arm.projects]
-    num = run.config.evaluate.num_coloured
-    if not (num and writers and holders):
+    held, num = held_of(run, arms), run.config.evaluate.num_coloured
+    if not (num and writers and held):
         return
-    held = next((arm for arm in holders if arm.name == "spd"), holders[0])
 
     def work(folder: Path) -> TokenEffectsSummary:
         policy, projection = run.policy(), stage_inputs.projection_of(run, held)
@@ -58,12 +56,29 @@ def write_token_effects(run: Run, arms: Sequence[Arm]) -> None:
                 completions = first_completions(run, arm, num)
             context = dataclasses.replace(run.context(folder), arm=name)
             found[name] = score_tokens(policy, completions, projection, run.config.evaluate, context)
-        summary = TokenEffectsSummary(held.name, found)
+        summary = TokenEffectsSummary(held.made_as, found)
         on_main("writing the summary of the token effects", lambda: write_record(folder / "summary.json", summary))
         return summary
 
     outputs = ["summary.json", *(effects_path(Path(), name).name for name in writers)]
     run.run_stage(TOKEN_EFFECTS, inputs_of(run, held, writers, num), outputs, work)
+
+
+CONTROLS = ("random", "isotropic", "identity")
+"""Modes of a projection that is not to the gradients' directions; the last changes no token."""
+
+
+def held_of(run: Run, arms: Sequence[Arm]) -> Arm | None:
+    """The arm whose projection tokens are read under: `spd`, else its first variant, else another projected one.
+
+    An arm whose projection is a control's is taken for want of any other; None if no arm is projected.
+    """
+
+    def distance(arm: Arm) -> tuple[bool, int, bool]:
+        mode = run.config_of(arm).project.mode
+        return arm.made_as != "spd", 1 + CONTROLS.index(mode) if mode in CONTROLS else 0, not arm.name.startswith("spd")
+
+    return min((arm for arm in arms if arm.projects), key=distance, default=None)
 
 
 def first_completions(run: Run, arm: Arm, num: int) -> list[Completion]:

@@ -24,7 +24,7 @@ from spd_dist.storage.artifacts import JsonlWriter, read_jsonl, replacing, write
 from spd_dist.storage.manifests import finished_stages
 from spd_dist.storage.records import read_record, write_record
 from spd_dist.storage.run_folder import REPLACED, read_config, read_environment
-from spd_dist.storage.settings import READ_BY, changed, first_reader, folder_of, is_of, result_settings
+from spd_dist.storage.settings import READ_BY, changed, first_reader, fixed_settings, folder_of, is_of
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def _restart(path: Path, stage: str, config: Mapping[str, Any]) -> None:
     if not file.exists():
         raise ConfigError(f"--restart-from {stage}: {path} holds no run yet; leave it out")
     read_environment(path)
-    changes = changed(result_settings(read_config(file)), result_settings(ours))
+    changes = changed(fixed_settings(read_config(file)), fixed_settings(ours))
     refuse_stale_stages(path, stage, changes)
     refuse_while_running(path, stage)
     target = path / REPLACED / time.strftime("%Y%m%d-%H%M%S")

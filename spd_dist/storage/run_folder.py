@@ -42,7 +42,7 @@ from spd_dist.storage.manifests import (
     why_not_complete,
 )
 from spd_dist.storage.records import check_schema, read_record, write_record
-from spd_dist.storage.settings import changed, first_reader, result_settings
+from spd_dist.storage.settings import changed, first_reader, fixed_settings
 from spd_dist.types import Json
 from spd_dist.yaml_files import load_yaml
 
@@ -200,7 +200,7 @@ class RunFolder:
 
     def _accept(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         """See that the folder may go on under the new config: nothing is finished, or what is finished stays true."""
-        changes = changed(result_settings(old), result_settings(new))
+        changes = changed(fixed_settings(old), fixed_settings(new))
         if changes and finished_stages(self.path):
             raise ConfigError(
                 f"run_dir: {self.path} holds a run of another config ({'; '.join(changes.values())}); give this run a "

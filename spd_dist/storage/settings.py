@@ -8,9 +8,11 @@ from spd_dist.config import STAGES, engine_of
 from spd_dist.storage.artifacts import content_hash
 from spd_dist.types import Json
 
-MAY_CHANGE = (
+CHANGES_NO_RESULT = (
     "run_dir",
-    "rounds",
+    "rounds",  # more rounds, arms or temperatures are more results, and each of them stays as it is
+    "evaluate.arms",
+    "evaluate.temperatures",
     "metrics",
     "model.cache_dir",
     "calibrate.batch_size",
@@ -37,16 +39,12 @@ MAY_CHANGE = (
     "finetune.keep_every",
     "finetune.packing",
     "finetune.merge",
-    "finetune.divergence",  # these three are among the inputs of the arms that read them
-    "finetune.num_on_policy_iterations",
-    "project.match_kl",
-    "evaluate.arms",
-    "evaluate.temperatures",
     "evaluate.allow_code_execution",
     "evaluate.batch_size",
-    "evaluate.num_coloured",  # among the inputs of what it counts
     "evaluate.placement",
-    "mechanism",  # a stage beside the method: its settings are among its own inputs
+    "mechanism.batch_size",
+    "mechanism.share_prefix",
+    "mechanism.in_run",
     "distributed.zero_stage",
     "distributed.timeout_seconds",
     "distributed.time_limit_seconds",
@@ -54,7 +52,13 @@ MAY_CHANGE = (
     "distributed.threads",
     "distributed.interface",
 )
-"""Config keys, or whole sections, that do not change results: they may differ when a run goes on."""
+"""Config keys, or whole sections, that change no result of any stage."""
+OF_SOME_ARMS = ("finetune.divergence", "finetune.num_on_policy_iterations", "project.match_kl")
+"""Keys that change results of the arms that read them, among whose stages' inputs they are."""
+BESIDE_THE_METHOD = ("mechanism", "evaluate.num_coloured")
+"""What changes results of stages beside the method alone, among whose inputs it is: no arm answers otherwise."""
+MAY_CHANGE = (*CHANGES_NO_RESULT, *OF_SOME_ARMS, *BESIDE_THE_METHOD)
+"""What may differ when a run goes on: no result depends on it, or the stages that read it are done again."""
 
 ENGINE_KEYS = ("generate.engine", "generate.vllm_python", "generate.command")
 """What decides the engine; of these, the interpreter's path may change while the engine is the same."""
@@ -72,8 +76,17 @@ READ_BY = {
 def result_settings(config: Mapping[str, Json]) -> dict[str, Json]:
     """The settings that results depend on, by dotted key.
 
-    All but `MAY_CHANGE`; of these the engine that `auto` takes, and the batch size if it fixes the shapes.
+    All but `CHANGES_NO_RESULT`; of these the engine that `auto` takes, and the batch size if it fixes the shapes.
     """
+    return _all_but(CHANGES_NO_RESULT, config)
+
+
+def fixed_settings(config: Mapping[str, Json]) -> dict[str, Json]:
+    """The settings that stay the same when a run goes on: of those that results depend on, all but `MAY_CHANGE`."""
+    return _all_but(MAY_CHANGE, config)
+
+
+def _all_but(names: Iterable[str], config: Mapping[str, Json]) -> dict[str, Json]:
     flat = settings_by_key(config)
     if "generate.engine" in flat:
         engine, vllm_python, command = (_text(flat.get(key)) for key in ENGINE_KEYS)
@@ -82,7 +95,7 @@ def result_settings(config: Mapping[str, Json]) -> dict[str, Json]:
         flat["evaluate.engine"] = engine_of(str(flat["evaluate.engine"]), _text(flat.get(ENGINE_KEYS[1])), None)
     sections = [name for name in ("generate", "evaluate") if flat.get(f"{name}.batch_invariant")]
     shapes = [f"{name}.batch_size" for name in sections]
-    return {key: value for key, value in flat.items() if key in shapes or not is_of(key, MAY_CHANGE)}
+    return {key: value for key, value in flat.items() if key in shapes or not is_of(key, names)}
 
 
 def _text(value: Json) -> str | None:
@@ -90,8 +103,8 @@ def _text(value: Json) -> str | None:
 
 
 def settings_hash(config: Mapping[str, Json], *names: str) -> str:
-    """The hash of the settings that results depend on, of these sections and keys (`generate`, `project.rank`)."""
-    settings = result_settings(config)
+    """The hash that stages have among their inputs: of `fixed_settings`, these sections and keys (`project.rank`)."""
+    settings = fixed_settings(config)
     return content_hash({key: value for key, value in settings.items() if is_of(key, names)})
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from spd_dist.config import Metrics
 from spd_dist.storage.artifacts import content_hash
-from spd_dist.storage.settings import result_settings
+from spd_dist.storage.settings import BESIDE_THE_METHOD, is_of, result_settings
 from spd_dist.tracking.metrics import Product, Value
 from spd_dist.tracking.wandb_server import FINISH_SECONDS, ServerLimits, modes, waiting_while_it_answers
 
@@ -238,8 +238,9 @@ def _ask_at_once(run: Any) -> None:
 
 def _identity(config: Metrics, folder: Path, settings: Mapping[str, Any], job: str) -> _Identity:
     """Group, id and name of a run, from what it is and never from a clock."""
-    of_all_seeds = {key: value for key, value in result_settings(settings).items() if key != "seed"}
-    group = f"{config.experiment or folder.name}-{content_hash(of_all_seeds)[:8]}"
+    apart = ("seed", *BESIDE_THE_METHOD)  # what is measured beside a run stands in its group
+    of_group = {key: value for key, value in result_settings(settings).items() if not is_of(key, apart)}
+    group = f"{config.experiment or folder.name}-{content_hash(of_group)[:8]}"
     seed, task = settings.get("seed"), settings.get("generate", {}).get("task_index", 0)
     identity = f"{group}|{folder}|{job}|{seed}|{task}"
     name = f"{job}-seed{seed}" + (f"-task{task}" if task else "")

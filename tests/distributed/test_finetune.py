@@ -208,6 +208,9 @@ def train_in_every_mode(model: Path, folder: Path, names: Sequence[str] = ()) ->
         changes = modes[name]
         trained = train(model, folder / name, **changes)
         assert trained.losses[-1] < trained.losses[0] - 0.1, name
+        product = "model" if changes.get("mode") == "full" else "adapter"
+        optimizer = "DeepSpeed's Muon" if name == "muon" else "AdamW, learning rate"
+        assert optimizer in (folder / name / product / "README.md").read_text()
         if changes.get("merge"):
             merged = AutoModelForCausalLM.from_pretrained(folder / name / "model")
             replica = load_replica(Model(name=str(model)), Distributed(), world, adapter=folder / name / "adapter")

@@ -151,6 +151,8 @@ def test_every_arm_of_the_table_runs_in_one_run(config, tmp_path):
         assert not (run / "arms" / shared / "project").exists()
     assert not (run / "arms/supervised/generate").exists()
     assert report["stages"]["arms/supervised/finetune"]["num_sequences"] == 7, "the calibration set"
+    card = (run / "arms/supervised/finetune/adapter/README.md").read_text()
+    assert "| learnt from | the reference answers of the calibration set, unfiltered |" in card
     corpora = {arm: (run / "arms" / arm / "generate/completions/completions.jsonl").read_text() for arm in CORPORA}
     assert corpora["identity"] == corpora["psr"] == corpora["termination"]
     assert len(set(corpora.values())) == len(CORPORA) - 2

@@ -168,6 +168,7 @@ def test_nothing_becomes_public_by_accident(hub, run, tmp_path):
     ("weights", {}, "'weights' is nothing that a run makes; choose one of adapter, merged"),
     ("adapter", {"arm": "base"}, r"the arm base \(the untouched model\) has none; name another by --arm"),
     ("subspace", {"arm": "psr"}, "the arm psr .* has none"),
+    ("subspace", {"arm": "random"}, "--arm: random is not valid .* whose project.mode=random holds it to none"),
     ("adapter", {"base_model": "/models/base"}, "--base-model: '/models/base' is not valid; write the OWNER/NAME"),
     ("adapter", {"repository": "mine"}, "hub name 'mine' is not valid; write OWNER/NAME"),
 ])  # fmt: skip

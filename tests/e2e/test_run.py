@@ -6,9 +6,12 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -193,6 +196,50 @@ def test_a_run_stopped_on_request_and_killed_in_every_stage_ends_as_if_undisturb
     launch(2, [*words, f"run_dir={run}"], log)
     assert results(run) == results(undisturbed)
     torch.testing.assert_close(losses(run), losses(undisturbed), rtol=0, atol=0)
+
+
+STOPPED = "error: stopped on request (SIGINT); start the same command again to go on"
+
+
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_ctrl_c_stops_all_ranks_at_the_next_unit_and_the_status_says_so(words, tmp_path, num_ranks):
+    run = tmp_path / "run"
+    started = Launch(num_ranks, [*words, f"run_dir={run}"], tmp_path / "log")
+
+    def interrupt() -> None:
+        for rank in started.ranks:
+            os.kill(rank.pid, signal.SIGINT)
+
+    started.when((run / "project" / "started.json").exists, interrupt)
+    assert started.wait() == [75] * num_ranks, started.output()
+    assert started.output().count(STOPPED) == 1
+    assert "Traceback" not in started.output()
+    assert read_json(run / "status.json")["state"] == "stopped"
+
+
+def wait_until(happened: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.slow  # two starts of deepspeed
+def test_a_ctrl_c_at_the_deepspeed_launcher_lets_its_ranks_stop_at_the_next_unit(words, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log"
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--quiet"]
+    command += ["--master_port", str(free_port()), "launchers/spd.py", *words, f"run_dir={run}"]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with log.open("wb") as output:
+        job = subprocess.Popen(command, stdout=output, stderr=output, process_group=0)
+    signal.signal(signal.SIGINT, before)
+    wait_until((run / "project" / "started.json").exists, 120)
+    os.killpg(job.pid, signal.SIGINT)  # as a terminal sends it: to launchers and ranks
+    job.wait(timeout=60)
+    wait_until(lambda: read_json(run / "status.json")["state"] != "running", 60)
+    assert read_json(run / "status.json")["state"] == "stopped", log.read_text()
+    wait_until(lambda: STOPPED in log.read_text(), 30)
+    assert "its launcher was killed" not in log.read_text()
 
 
 @pytest.mark.slow  # real jobs do it in tests/cluster

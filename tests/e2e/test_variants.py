@@ -16,6 +16,21 @@ from spd_dist.storage.records import read_record
 FILTERED = "filtered@finetune.filter=[ended,loops]@generate.num_samples=3"
 
 
+def test_adapters_begin_in_the_subspace_or_in_random_directions(tmp_path: Path):
+    """On two ranks: three students of one corpus, and a subspace though nothing is projected."""
+    run, model = tmp_path / "run", save_tiny_model(tmp_path / "model")
+    start = "psr@finetune.lora_init=spd"
+    arms = f"evaluate.arms=[base,psr,{start},{start}@project.mode=random]"
+    launch(2, [f"model.name={model}", *BRIEF, arms, f"run_dir={run}"], tmp_path / "log")
+    report = read_record(run / "report.json", Report)
+    pairs = [(one.before, one.after) for one in report.comparisons if one.before != "base"]
+    assert pairs == [("psr", start), ("psr", f"{start}@project.mode=random")]
+    students = [run / f"arms/{arm}/finetune" for arm in list(report.arms)[1:]]
+    weights = {(folder / "adapter/adapter_model.safetensors").read_bytes() for folder in students}
+    assert len(weights) == 3
+    assert len({corpus_path(run, arm).read_bytes() for arm in list(report.arms)[1:]}) == 1
+
+
 @pytest.mark.slow
 def test_variants_of_what_a_student_learns_run_beside_the_method(tmp_path: Path):
     run, model = tmp_path / "run", save_tiny_model(tmp_path / "model")
@@ -31,7 +46,11 @@ def test_variants_of_what_a_student_learns_run_beside_the_method(tmp_path: Path)
     )
     assert own == distilled != control, "the corpus is that of the projection"
     card = (run / "arms/spd_distil/finetune/adapter/README.md").read_text()
-    assert "towards the projected policy's next-token distributions" in card
+    held = "the base model with its keys and values held to its capability subspace"
+    assert f"| learnt from | completions of {held}, unfiltered |" in card
+    assert f"| teacher | {held} |" in card
+    assert "towards the teacher's next-token distributions, by KL(teacher" in card
+    assert f"| learnt from | completions of {held}, unfiltered |" in (run / "finetune/adapter/README.md").read_text()
     completions = read_completions(run / "arms" / FILTERED / "generate/completions/completions.jsonl")
     num_cut = sum(one.finish_reason == "length" for one in completions)
     counts = read_json(run / "arms" / FILTERED / "finetune/filter.json")
@@ -64,13 +83,14 @@ def test_a_student_learns_on_policy_in_iterations_on_its_own_samples(tmp_path: P
     for number, arm in enumerate(("spd_onpolicy_iteration1", "spd_onpolicy")):
         card = (run / "arms" / arm / "finetune/adapter/README.md").read_text()
         writer = ("the base model", "the student of the iteration before")[number]
-        assert f"5, of {writer} itself" in card
-        assert "towards the projected policy's next-token distributions" in card
+        assert f"| learnt from | completions of {writer}, unfiltered |" in card
+        assert "| training sequences | 5 |" in card
+        assert "towards the teacher's next-token distributions, by KL(student" in card
     match = read_json(run / "arms/random_onpolicy/match/match.json")
     assert 0 < match["share"] <= 1
     iterations = ["spd_onpolicy_iteration1", "spd_onpolicy", "random_onpolicy_iteration1", "random_onpolicy"]
     assert [row.arm for row in learned(read_record(run / "report.json", Report))] == ["psr", *iterations]
-    assert [one.text for one in corpus_of(run, "spd_onpolicy")] == [*first.values(), *second.values()]
+    assert [one.text for one in corpus_of(run, iterations[:2])] == [*first.values(), *second.values()]
     assert match["num_rows"] == 7
     assert match["is_matched"] == (abs(match["random_kl"] - match["kl"]) <= 0.05 * min(match["random_kl"], match["kl"]))
     assert match["is_matched"] or match["random_kl"] < match["kl"], "nothing makes the quieter one louder"

@@ -1,14 +1,19 @@
 """The arms: one protocol, few differences, and variants that name theirs."""
 
 import dataclasses
+import re
 
 import pytest
+import torch
+from gradients import kv_site
 
 from spd_dist.arms import ARMS, chosen
 from spd_dist.config import Config
 from spd_dist.config.combination import UNPROJECTED
 from spd_dist.errors import ConfigError
 from spd_dist.overrides import config_of_arm, load_config
+from spd_dist.stages.project import projection
+from spd_dist.types import Certificate, SiteSubspace, Subspace
 
 
 def differing(name: str, *overrides: str) -> dict[str, object]:
@@ -107,6 +112,20 @@ def test_a_variant_has_the_settings_that_it_names_and_the_rule_that_goes_with_it
     assert arm.stage("generate") == "arms/spd@rank=16/generate"
 
 
+def test_a_variant_of_another_rank_rule_leaves_the_runs_rank_behind():
+    run = load_config(overrides=["project.rank_rule=fixed", "project.rank=16"])
+    rules = {}
+    for arm in chosen(["spd", "spd@rank=8", "spd@energy=0.9", "random@rank_rule=half"]):
+        project = config_of_arm(run, arm).project
+        rules[arm.name] = (project.rank_rule, project.rank, project.energy)
+    assert rules == {
+        "spd": ("fixed", 16, 0.95), "spd@rank=8": ("fixed", 8, 0.95), "spd@energy=0.9": ("energy", None, 0.9),
+        "random@rank_rule=half": ("half", None, 0.95),
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match=r"project\.rank_rule: half is not valid with project\.rank=8"):
+        load_config(overrides=["evaluate.arms=[base,'spd@rank=8@rank_rule=half']"])
+
+
 def test_a_teacher_is_asked_of_arms_with_a_projection_alone():
     overrides = ["evaluate.arms=[base,psr,spd_distil,random_distil@rho=0.4]"]
     config = load_config(overrides=overrides)  # psr keeps its own loss
@@ -145,3 +164,63 @@ def test_what_is_not_an_arm_is_refused_before_anything_is_loaded(arms, message):
 def test_the_config_of_an_arm_without_settings_is_the_runs_own():
     config = Config()
     assert config_of_arm(config, ARMS["psr"]) is config
+
+
+@pytest.mark.parametrize(
+    ("arm", "change", "remedy"),
+    [
+        ("psr@rank=8", "project.rank=8", "no projection"),
+        ("base@calibrate.mask=full", "calibrate.mask=full", "no projection"),
+        ("ssd@sketch.size=9", "sketch.size=9", "no projection"),
+        ("supervised@calibrate.layers=[last]", r"calibrate.layers=\[last\]", "no projection"),
+        ("psr@finetune.lora_init=spd@kinds=key", "project.kinds=key", "no projection"),
+        ("spd@rho=0.88", "project.rho=0.88", "add @mode=blend"),
+        ("base@generate.temperature=1", "generate.temperature=1", "no completions"),
+        ("supervised@generate.num_samples=4", "generate.num_samples=4", "no completions"),
+        ("projected@generate.contrast=3", "generate.contrast=3", "writes no completions"),
+        ("spd_onpolicy@generate.contrast=3", "generate.contrast=3", "vary spd"),
+        ("psr@generate.contrast=3", "generate.contrast=3", "vary spd"),
+        ("spd@generate.ssd_temperature=3", "generate.ssd_temperature=3", "without ssd_"),
+        ("projected@finetune.num_epochs=2", "finetune.num_epochs=2", "not fine-tuned"),
+        ("base@finetune.divergence=js", "finetune.divergence=js", "not fine-tuned"),
+        ("supervised@finetune.filter=[ended]", r"finetune.filter=\[ended\]", "no completions"),
+        ("spd@finetune.divergence=js", "finetune.divergence=js", "add @finetune.loss=distil"),
+        ("spd_distil@finetune.num_on_policy_iterations=2", "finetune.num_on_policy_iterations=2", "vary spd_onpolicy"),
+        ("spd@evaluate.also=[svamp]", r"evaluate.also=\[svamp\]", "set it for the run"),
+        ("base@evaluate.num_coloured=2", "evaluate.num_coloured=2", "set it for the run"),
+        ("spd@rank=4@evaluate.temperatures=[1]", r"evaluate.temperatures=\[1\]", "set it for the run"),
+    ],
+)  # fmt: skip
+def test_a_change_that_an_arm_does_not_read_is_refused(arm, change, remedy):
+    told = rf"evaluate.arms: '{re.escape(arm)}' is not a variant: {change} changes nothing .*{remedy}.*leave it out"
+    with pytest.raises(ConfigError, match=told):
+        load_config(overrides=[f"evaluate.arms=['{arm}']"])
+
+
+def test_a_change_that_an_arm_reads_is_a_variant():
+    names = [
+        "base@evaluate.temperature=0.4", "projected@rank=4", "projected@project.mode=random", "random@rank=16",
+        "random@mode=isotropic@rho=0.2", "identity@calibrate.layers=[last]", "full@rank=8",
+        "spd@mode=blend@rho=0.5", "spd@generate.contrast=0.5", "psr@finetune.lora_init=eva",
+        "psr@finetune.lora_init=spd@rank=16",
+        "psr@generate.temperature=1", "ssd@generate.ssd_temperature=1.1", "ssd@generate.temperature=1",
+        "termination@generate.temperature=1", "supervised@calibrate.num_examples=20",
+        "supervised@finetune.num_epochs=1",
+        "psr@finetune.filter=[ended]", "spd@finetune.loss=distil@finetune.divergence=js",
+        "spd_onpolicy@finetune.divergence=js", "spd_onpolicy@finetune.num_on_policy_iterations=2@rank=4",
+        "random_distil@match_kl=false", "random@match_kl=true",
+    ]  # fmt: skip
+    load_config(overrides=[f"evaluate.arms=[{','.join(map(repr, names))}]"])
+    load_config(overrides=["finetune.loss=distil", "evaluate.arms=[base,spd,'spd@finetune.divergence=js']"])
+
+
+def test_the_control_of_a_blended_projection_is_random_and_keeps_the_same_share():
+    (arm,) = chosen(["random@directions=gradient_x_activation@rho=0.88"])
+    found = config_of_arm(load_config(), arm).project
+    assert (found.mode, found.rho, found.directions) == ("random", 0.88, "gradient_x_activation")
+    site = kv_site(width=8)
+    whole = Subspace({site: SiteSubspace(torch.eye(8)[:, :4], torch.ones(8), 0.5, Certificate(1.0, num_rows=9))}, {})
+    operator = projection(whole, found, 1).operators[site]
+    change_DD = operator.factor_DR * operator.weight_R @ operator.factor_DR.T
+    gains = torch.linalg.eigvalsh(operator.keep * torch.eye(8) + change_DD)
+    torch.testing.assert_close(gains, torch.tensor([0.88] * 4 + [1.0] * 4))

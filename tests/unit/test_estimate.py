@@ -2,10 +2,16 @@
 
 import pytest
 
-from spd_dist.arms import chosen
-from spd_dist.overrides import load_config
+from spd_dist.arms import chosen, iterations_of
+from spd_dist.config import Config
+from spd_dist.overrides import config_of_arm, load_config
 from spd_dist.runs.rounds import parts_of
 from spd_dist.tracking.progress import RunEstimate, RunPart, StageEstimate
+
+
+def parts(config: Config, num_ranks: int = 1) -> list[RunPart]:
+    arms = [each for arm in chosen(config.evaluate.arms) for each in iterations_of(arm, config_of_arm(config, arm))]
+    return parts_of(config, {arm: config_of_arm(config, arm) for arm in arms}, num_ranks)
 
 
 def paces(times):
@@ -61,7 +67,7 @@ def test_the_run_takes_its_stage_and_all_that_come_after():
 def test_a_run_of_all_rows_that_there_are_has_no_estimate_before_they_are_counted():
     config = load_config(["configs/quickstart.yaml"], ["data.num_train=null", "data.num_test=null"])
     run = RunEstimate()
-    run.expect(parts_of(config, chosen(config.evaluate.arms), 1))
+    run.expect(parts(config))
     run.now = "project"
     run.measure("calibrate", 1.0)
     run.measure("generate", 1.0)
@@ -71,10 +77,42 @@ def test_a_run_of_all_rows_that_there_are_has_no_estimate_before_they_are_counte
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_the_parts_are_those_of_the_arms(num_ranks):
     config = load_config(["configs/quickstart.yaml"], ["data.num_train=96"])
-    parts = parts_of(config, chosen(config.evaluate.arms), num_ranks)
-    assert [part.folder for part in parts] == [
+    found = parts(config, num_ranks)
+    assert [part.folder for part in found] == [
         "project", "arms/psr/generate", "generate", "arms/psr/finetune", "finetune", "evaluate/base", "evaluate/psr",
         "evaluate/spd", "evaluate/projected",
     ]  # fmt: skip
-    assert [part.units for part in parts[:2]] == [32 / num_ranks, 96 / num_ranks]
-    assert parts[3].units == 12
+    assert [part.units for part in found[:2]] == [32 / num_ranks, 96 / num_ranks]
+    assert found[3].units == 12
+
+
+def units(*overrides: str) -> dict[str, float | None]:
+    config = load_config(["configs/quickstart.yaml"], ["data.num_train=96", "data.num_test=10", *overrides])
+    return {part.folder: part.units for part in parts(config)}
+
+
+def test_each_arm_counts_by_its_own_settings():
+    names = "[base,spd,filtered,spd@finetune.num_epochs=3,psr@finetune.global_batch_size=4,supervised]"
+    found = units(f"evaluate.arms={names}", "finetune.global_batch_size=8", "finetune.num_epochs=1")
+    assert (found["generate"], found["arms/filtered/generate"]) == (96, 4 * 96)
+    assert (found["finetune"], found["arms/filtered/finetune"]) == (12, 4 * 12)
+    assert found["arms/spd@finetune.num_epochs=3/finetune"] == 36
+    assert found["arms/psr@finetune.global_batch_size=4/finetune"] == 24
+    assert "arms/supervised/generate" not in found
+    assert found["arms/supervised/finetune"] == 4, "on 32 calibration examples"
+
+
+def test_what_is_answered_again_is_trained_once():
+    names = "[base,spd,spd@evaluate.temperature=0.5@evaluate.num_samples=3]"
+    config = load_config(["configs/quickstart.yaml"], [f"evaluate.arms={names}", "data.num_test=10"])
+    folders = [part.folder for part in parts(config)]
+    assert folders.count("generate") == folders.count("finetune") == 1
+    assert units(f"evaluate.arms={names}")["evaluate/spd@evaluate.temperature=0.5@evaluate.num_samples=3"] == 30
+
+
+def test_iterations_share_the_prompts_and_round_their_steps_up():
+    found = units("evaluate.arms=[spd_onpolicy]", "finetune.num_on_policy_iterations=5", "finetune.num_epochs=1",
+                  "finetune.global_batch_size=8")  # fmt: skip
+    last = "arms/spd_onpolicy"
+    assert (found["arms/spd_onpolicy_iteration1/generate"], found[f"{last}/generate"]) == (20, 19)
+    assert found["arms/spd_onpolicy_iteration1/finetune"] == found[f"{last}/finetune"] == 3

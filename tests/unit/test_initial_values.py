@@ -13,16 +13,20 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import CordaConfig, EvaConfig
 from peft.tuners.lora.eva import initialize_lora_eva_weights
 from tiny import tiny_model
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from spd_dist.config import Finetune
 from spd_dist.distributed.world import World
 from spd_dist.distributed.zero import weights_fingerprint
 from spd_dist.errors import ConfigError, DataError
+from spd_dist.models.kv_sites import discover_sites
 from spd_dist.models.lora import (
     adapted_modules,
     adapter_parameters,
     add_adapters,
+    base_model,
+    check_subspace,
     key_dropout,
     merged_tensors,
     reads_inputs,
@@ -32,7 +36,9 @@ from spd_dist.models.lora import (
     summing_inputs,
 )
 from spd_dist.models.lora.adapters import ADAPTER, TAKEN_OFF, lora_layers
+from spd_dist.models.lora.initial_values import begin_in_subspace_
 from spd_dist.models.save_weights import save_model, whole_tensors
+from spd_dist.types import Certificate, KVSite, SiteSubspace, Subspace
 
 ALONE = World(0, 1, torch.device("cpu"))
 TOKENS = torch.arange(3, 30)[None]
@@ -226,3 +232,53 @@ def test_a_part_is_taken_off_modules_that_a_pattern_chose(tmp_path, target):
     save_adapter(adapted, dict(whole_tensors(saved_parameters(adapted))), tmp_path / "adapter")
     plain = PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter").eval()
     torch.testing.assert_close(plain(TOKENS).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def _subspace(model, rank=8):
+    sites = [site for site in discover_sites(model) if site.layer == 2]
+    generator = torch.Generator().manual_seed(3)
+    parts = {}
+    for site in sites:
+        basis_DR, _ = torch.linalg.qr(torch.randn(site.width, rank, generator=generator))
+        parts[site] = SiteSubspace(basis_DR, torch.ones(site.width).double(), 0.5, Certificate())
+    return Subspace(parts)
+
+
+def test_adapters_begin_in_the_subspace_where_it_is_of_their_module():
+    model, config = tiny_model(), Finetune(lora_init="spd", lora_rank=4)
+    subspace = _subspace(model)
+    adapted = add_adapters(model, config, generator=torch.Generator().manual_seed(0), start=subspace)
+    of_module = {site.module: part.basis_DR for site, part in subspace.sites.items()}
+    seen = set()
+    for name, layer in lora_layers(base_model(adapted)):
+        down_RI, up_OR = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        if name in of_module:
+            assert_close(up_OR.detach(), of_module[name][:, :4])
+            assert not down_RI.any()
+            seen.add(name)
+        else:
+            assert down_RI.any()
+            assert not up_OR.any()
+    assert seen == of_module.keys()
+
+
+def test_keys_and_values_of_one_module_take_turns():
+    site = KVSite(0, "key", "qkv", ((4, 8),))
+    other = dataclasses.replace(site, kind="value", columns=((8, 12),))
+    basis_DR = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0))).Q
+    part = SiteSubspace(basis_DR, torch.ones(4).double(), 1.0, Certificate())
+    up_OR = torch.ones(12, 3)
+    begin_in_subspace_(up_OR, {other: part, site: part})
+    assert_close(up_OR[4:8, 0::2], basis_DR[:, :2])
+    assert_close(up_OR[8:12, 1:2], basis_DR[:, :1])
+    assert up_OR.count_nonzero() == 4 * 3
+
+
+def test_a_subspace_that_no_adapter_could_begin_in_is_refused():
+    model = tiny_model()
+    subspace, names = _subspace(model), ["model.layers.2.self_attn.k_proj", "model.layers.2.self_attn.v_proj"]
+    check_subspace(subspace, names, Finetune(lora_init="spd", lora_rank=8))
+    with pytest.raises(ConfigError, match=r"finetune\.lora_init: spd is not valid .* add k_proj or v_proj, or set"):
+        check_subspace(subspace, ["model.layers.2.self_attn.q_proj"], Finetune(lora_init="spd"))
+    with pytest.raises(ConfigError, match=r"finetune\.lora_rank: 9 .* 8 directions .* set finetune\.lora_rank=8"):
+        check_subspace(subspace, names, Finetune(lora_init="spd", lora_rank=9))

@@ -13,11 +13,12 @@ from spd_dist.distributed.world import World
 from spd_dist.errors import DataError
 from spd_dist.overrides import load_config, to_yaml
 from spd_dist.process.environment import environment
-from spd_dist.reports.page import NUM_SHOWN, Questions, side_by_side, write_page
+from spd_dist.reports.page import NUM_SHOWN, Questions, learned, side_by_side, write_page
 from spd_dist.reports.run_report import Asked, write_report
 from spd_dist.storage.answers import answers_path
+from spd_dist.storage.artifacts import write_json
 from spd_dist.storage.keyed_parts import write_merged
-from spd_dist.storage.records import write_record
+from spd_dist.storage.records import KEY, SCHEMA, write_record
 from spd_dist.storage.subspace_file import SiteDrift, save_subspace
 from spd_dist.tracking.metrics import MetricLogger, mean_losses, training_losses
 from spd_dist.types import Certificate, KVSite, LeakReport, SiteSubspace, Subspace
@@ -107,6 +108,36 @@ def test_a_step_that_was_done_again_counts_once(folder):
     assert set(losses) == {"psr", "spd"}
     assert losses["spd"]["steps"] == list(range(1, 9))
     assert losses["spd"]["losses"][-1] == 0.125
+
+
+def test_what_an_earlier_config_left_is_no_part_of_the_report(tmp_path):
+    """An arm that is not asked any more, iterations beyond the last, steps of a longer training; and a poor match."""
+
+    def left(stage, summary):
+        (tmp_path / stage).mkdir(parents=True, exist_ok=True)
+        write_json(
+            tmp_path / stage / ("match.json" if stage.endswith("match") else "summary.json"), {KEY: SCHEMA, **summary}
+        )
+
+    answered_run(tmp_path)
+    with MetricLogger(tmp_path / "metrics") as metrics:
+        for name in ("psr_loss", "dropped_loss", "psr_iteration1_loss", "psr_iteration2_loss"):
+            for step in range(1, 9):
+                metrics.log("finetune", {name: 1.0}, step)
+    for stage in ("arms/psr/finetune", "arms/dropped/finetune", "arms/psr_iteration1/finetune", "finetune"):
+        left(stage, {"num_steps": 3, "num_targets": 5, "epochs": []})
+    left("arms/psr_iteration2/finetune", {"num_steps": 3, "num_targets": 5, "epochs": []})
+    left("arms/psr/match", {"share": 1.0, "kl": 0.038, "random_kl": 0.021, "is_matched": False, "num_rows": 32})
+    made = {"base": ["base"], "psr": ["psr_iteration1", "psr"]}
+    arms = {name: ARMS[name] for name in made}
+    report = write_report(tmp_path, arms, Asked("arithmetic", "accuracy", 1, made=made))
+    assert report.iterations == {"psr": ["psr_iteration1", "psr"]}
+    dropped = {"finetune", "arms/dropped/finetune", "arms/psr_iteration2/finetune"}
+    assert report.stages.keys() >= {"arms/psr/finetune", "arms/psr_iteration1/finetune", "arms/psr/match"}
+    assert not dropped & report.stages.keys()
+    assert {arm: one["steps"] for arm, one in report.losses.items()} == {name: [1, 2, 3] for name in made["psr"]}
+    assert [row.arm for row in learned(report)] == made["psr"]
+    assert any("PSR is NOT at equal KL: it keeps 1.00 of its projection, KL 0.0210" in note for note in report.notes)
 
 
 def test_losses_of_seeds_are_averaged_at_the_steps_that_all_did():

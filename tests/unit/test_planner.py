@@ -1,4 +1,5 @@
 import dataclasses
+import math
 import re
 import shlex
 from pathlib import Path
@@ -259,6 +260,26 @@ def test_a_teacher_a_second_policy_and_more_samples_cost_what_they_do_more(profi
         need("generate", "replica", profile, having(arm), CLUSTER).device["cache"] for arm in ("spd", "spd_contrast")
     )
     assert twice == 2 * plain
+
+
+def test_each_arm_costs_what_its_own_settings_ask_for_and_is_made_once(profile, config):
+    cluster = Cluster(2, 4, device=dataclasses.replace(device_named("H100"), flops=1e10))
+
+    def taken(stage, *arms):
+        planned = changed(config, "evaluate", arms=("base", *arms))
+        return cost(stage, "replica", profile, planned, cluster=cluster, workload=WORKLOAD).seconds
+
+    swept = ("spd", "spd@evaluate.temperature=0.5", "spd@evaluate.temperature=0.8")
+    for stage in ("generate", "finetune", "token_effects"):
+        assert taken(stage, *swept) == taken(stage, "spd")
+    assert taken("evaluate", *swept) == pytest.approx(2 * taken("evaluate", "spd"), rel=0.01), "four arms, not two"
+    more = "spd@evaluate.num_samples=3@evaluate.temperature=1"
+    assert taken("evaluate", more) == pytest.approx(2 * taken("evaluate", "spd"), rel=0.01)
+    assert taken("finetune", "spd@finetune.num_epochs=10") == 2 * taken("finetune", "spd")
+    assert taken("generate", "spd@generate.num_samples=3") == pytest.approx(3 * taken("generate", "spd"), rel=0.01)
+    assert taken("generate", "spd", "supervised") == taken("generate", "spd"), "it learns from references"
+    fifty = math.ceil(config.calibrate.num_examples / 64)
+    assert taken("finetune", "supervised") == pytest.approx(fifty / (256 // 64) * taken("finetune", "spd"))
 
 
 def test_deepspeeds_settings_are_heeded():

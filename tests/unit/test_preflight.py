@@ -123,6 +123,16 @@ def test_facts_are_of_this_host_and_inputs_that_are_missing_are_faults(tmp_path)
     assert gather_facts(load_config(overrides=lost), {"LOCAL_RANK": "1"}).faults.keys() == {"run_dir"}
 
 
+def test_the_hash_of_the_config_is_of_all_that_changes_results(tmp_path):
+    def found(*words):
+        config = load_config(overrides=[*SMALL, f"run_dir={tmp_path}", "project.mode=random", *words])
+        return gather_facts(config, {"LOCAL_RANK": "1"}).config
+
+    assert found("generate.batch_size=3", "mechanism.batch_size=3") == found()
+    words = ["finetune.divergence=js", "finetune.num_on_policy_iterations=2", "project.match_kl=true"]
+    assert len({found(), *map(found, words), found("mechanism.num_rows=50")}) == 5
+
+
 def test_a_model_without_weights_is_named(tmp_path):
     folder = save_tiny_model(tmp_path / "model")
     assert locate_model(load_config(overrides=[f"model.name={folder}"]).model).num_bytes > 100_000

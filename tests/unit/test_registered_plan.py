@@ -24,7 +24,7 @@ from spd_dist.analysis.random_effects import (
 )
 from spd_dist.errors import ConfigError, DataError
 from spd_dist.launch.run_experiment import main
-from spd_dist.overrides import load_experiment
+from spd_dist.overrides import load_config, load_experiment, to_yaml
 from spd_dist.reports.run_report import Asked, write_report
 from spd_dist.runs.registered_plan import PROTOCOL, protocol_note, write_protocol
 from spd_dist.storage.answers import answers_path
@@ -125,9 +125,15 @@ def test_a_pilot_of_other_examples_is_refused():
         difference_variance([(one, other)], "accuracy")
 
 
+def configured(folder, *words):
+    """With the config that the run had."""
+    write_text(folder / "config.yaml", to_yaml(load_config(overrides=["model.name=nowhere", *words])))
+
+
 @pytest.fixture
 def pilot(tmp_path):
     folder = answered_run(tmp_path / "pilot")
+    configured(folder)
     write_report(folder, ARMS, Asked("arithmetic", "accuracy", 1))
     return folder
 
@@ -155,6 +161,104 @@ def test_the_plan_is_written_before_the_answers_and_the_report_says_what_departe
     with pytest.raises(ConfigError, match="is another plan \\(difference"):
         write_protocol(experiment, pilot, 2.0)
     assert protocol_note(load_experiment([], [*WORDS, f"folder={tmp_path / 'unplanned'}"])) is None
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("finetune.divergence=js", "finetune.divergence is 'forward' there and 'js' now"),
+        ("finetune.num_on_policy_iterations=2", "finetune.num_on_policy_iterations is 4 there and 2 now"),
+        ("project.match_kl=true", "project.match_kl is False there and True now"),
+        ("rounds=2", "rounds is 1 there and 2 now"),
+        ("arms=[base,spd]", "evaluate.arms is ['base', 'psr', 'spd'] there and ['base', 'spd'] now"),
+        ("generate.batch_size=1", "done as planned"),
+        ("evaluate.num_coloured=0", "done as planned"),
+        ("mechanism.num_rows=50", "done as planned"),
+    ],
+)
+def test_whatever_changes_what_arms_answer_is_a_departure(pilot, tmp_path, word, says):
+    words = [*WORDS, f"folder={tmp_path / 'experiment'}", "model.dtype=float32", "project.mode=random"]
+    write_protocol(load_experiment([], words), pilot, 5.0)
+    note = protocol_note(load_experiment([], [*words, word]))
+    assert note.endswith(f"departed from the plan: {says}." if "there" in says else f"{says}.")
+
+
+@pytest.mark.parametrize(("word", "num"), [("null", 7), ("5", 5), ("100", 7)])
+def test_a_plan_is_of_as_many_examples_as_are_asked(pilot, tmp_path, word, num):
+    test = tmp_path / "test.jsonl"
+    rows = [{"id": str(index), "question": f"What is {index} + 1?", "answer": index + 1} for index in range(7)]
+    test.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tmp_path / "experiment"
+    write_protocol(
+        load_experiment([], [*WORDS, f"data.num_test={word}", f"data.test={test}", f"folder={folder}"]), pilot, 5.0
+    )
+    assert read_json(folder / PROTOCOL)["design"]["examples"] == num
+
+
+@pytest.mark.parametrize(
+    ("of_pilot", "words", "key", "there", "now"),
+    [
+        ([], ["data.task=gsm8k"], "data.task", "arithmetic", "gsm8k"),
+        ([], ["evaluate.temperature=0.8"], "evaluate.temperature", "0.0", "0.8"),
+        (["evaluate.temperature=0.8"], [], "evaluate.temperature", "0.8", "0.0"),
+        (["choices.scoring=likelihood", "data.task=mmlu"], ["data.task=mmlu"], "choices.scoring", "likelihood", "gen"),
+        *[
+            (["evaluate.temperature=0.8", f"{key}={there}"], ["evaluate.temperature=0.8"], key, there, now)
+            for key, there, now in (
+                ("evaluate.top_p", "0.5", "1.0"),
+                ("evaluate.top_k", "3", "0"),
+                ("evaluate.min_p", "0.1", "0.0"),
+            )
+        ],
+    ],
+)
+def test_a_pilot_of_another_task_or_manner_of_answering_is_refused(pilot, tmp_path, of_pilot, words, key, there, now):
+    configured(pilot, *of_pilot)
+    folder = tmp_path / "experiment"
+    says = (
+        rf"{key}: '?{now}\w*'? is not valid with --pilot \S+pilot, .*set {key}={there}, or name a pilot .*{key}={now}"
+    )
+    with pytest.raises(ConfigError, match=says):
+        write_protocol(load_experiment([], [*WORDS, *words, f"folder={folder}"]), pilot, 5.0)
+    assert not (folder / PROTOCOL).exists()
+
+
+def test_what_else_differs_from_the_pilot_stands_in_the_plan_and_numbers_do_not(pilot, tmp_path):
+    words = [*WORDS, f"folder={tmp_path / 'experiment'}"]
+    configured(pilot, "evaluate.top_p=0.5", "seed=9", "data.num_test=64", "rounds=2", "mechanism.num_rows=7")
+    shown = write_protocol(load_experiment([], words), pilot, 5.0)
+    assert "evaluate.top_p is 0.5 there and 1.0 now" in " ".join(shown.split())
+    plan = read_json(tmp_path / "experiment" / PROTOCOL)
+    assert plan["differs_from_pilot"] == ["evaluate.top_p is 0.5 there and 1.0 now"]
+    configured(pilot)
+    same = load_experiment([], [*WORDS, f"folder={tmp_path / 'same'}"])
+    assert "there and" not in write_protocol(same, pilot, 5.0)
+
+
+def test_a_plan_holds_no_secret(pilot, tmp_path):
+    folder = tmp_path / "experiment"
+    words = ["generate.engine=command", "generate.command=write --api-key abc123xyz {model} {prompts} {output}"]
+    write_protocol(load_experiment([], [*WORDS, *words, f"folder={folder}"]), pilot, 5.0)
+    assert "--api-key ***" in (folder / PROTOCOL).read_text()
+    assert "abc123xyz" not in (folder / PROTOCOL).read_text()
+
+
+def test_a_pilot_without_its_config_is_named(pilot, tmp_path):
+    (pilot / "config.yaml").unlink()
+    with pytest.raises(DataError, match=r"config.yaml is missing"):
+        write_protocol(load_experiment([], [*WORDS, f"folder={tmp_path / 'e'}"]), pilot, 5.0)
+
+
+def test_a_pilot_whose_arms_differ_nowhere_is_refused(pilot, tmp_path, capsys):
+    folder, answered = tmp_path / "experiment", pilot / "evaluate"
+    same = answers_path(answered, "base", "arithmetic").read_bytes()
+    answers_path(answered, "spd", "arithmetic").write_bytes(same)
+    write_report(pilot, ARMS, Asked("arithmetic", "accuracy", 1))
+    assert main([*WORDS, f"folder={folder}", "--power", "5", "--pilot", str(pilot)]) == 3
+    said = capsys.readouterr().err
+    assert f"--pilot {pilot}: spd differs from base by the same on each of its 150 examples" in said
+    assert "name a pilot with more examples" in said
+    assert not (folder / PROTOCOL).exists()
 
 
 def test_a_plan_after_the_first_answer_is_refused(pilot, tmp_path, capsys):
@@ -185,6 +289,7 @@ def test_what_is_wrong_with_a_plan_is_one_sentence(pilot, tmp_path, capsys, word
 
 def test_several_samples_say_what_more_of_them_would_show(tmp_path, capsys):
     folder = answered_run(tmp_path / "pilot")
+    configured(folder, "evaluate.temperature=0.8", "evaluate.num_samples=4")
     for arm, more in (("base", 0), ("psr", 0), ("spd", 1)):
         rows = sampled([min(4, right + more) for right in (0, 1, 2, 3) * 10])
         write_merged(answers_path(folder / "evaluate", arm, "arithmetic"), rows)

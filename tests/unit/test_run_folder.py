@@ -9,10 +9,12 @@ from emulated import wait_for
 from spd_dist.config import Config
 from spd_dist.distributed.world import World
 from spd_dist.errors import ConfigError, DataError, StopRequested
+from spd_dist.mechanism.mechanism_stage import CHANGES_NOTHING
+from spd_dist.stages.finetune.train_student import NOT_OF_RESULTS
 from spd_dist.storage.attempts import AttemptClock, stage_cost
 from spd_dist.storage.records import SCHEMA
 from spd_dist.storage.run_folder import RunFolder
-from spd_dist.storage.settings import MAY_CHANGE, result_settings, settings_hash
+from spd_dist.storage.settings import MAY_CHANGE, fixed_settings, result_settings, settings_hash
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 
@@ -117,6 +119,74 @@ def test_every_key_that_may_change_is_a_key_of_the_config():
         value = plain()
         for name in key.split("."):
             value = value[name]
+
+
+CHANGES_RESULTS = {
+    "run_dir": False,
+    "rounds": False,  # how often the method is done, as the next two say how many arms: more results, each the same
+    "evaluate.arms": False,
+    "evaluate.temperatures": False,
+    "metrics": False,
+    "model.cache_dir": False,
+    "calibrate.batch_size": False,
+    "calibrate.checkpointing": False,
+    "generate.placement": False,
+    "generate.batch_size": False,  # unless `batch_invariant` fixes the shapes
+    "generate.compile": False,
+    "generate.num_tasks": False,
+    "generate.task_index": False,
+    "generate.vllm_python": False,  # while the engine is the same
+    "generate.tensor_parallel": False,
+    "generate.pipeline_parallel": False,
+    "generate.server": False,
+    "generate.engine_timeout_seconds": False,
+    "generate.max_empty_rate": False,  # these four end a run, or warn
+    "generate.max_repetition_rate": False,
+    "generate.max_length_rate": False,
+    "generate.max_unfinished_rate": False,
+    "finetune.micro_batch_size": False,
+    "finetune.checkpointing": False,
+    "finetune.offload_activations": False,
+    "finetune.checkpoint_every": False,
+    "finetune.keep_checkpoints": False,
+    "finetune.keep_every": False,
+    "finetune.packing": False,
+    "finetune.merge": False,
+    "finetune.divergence": True,  # of what a student learns
+    "finetune.num_on_policy_iterations": True,
+    "project.match_kl": True,
+    "evaluate.allow_code_execution": False,
+    "evaluate.batch_size": False,
+    "evaluate.num_coloured": True,  # of what the means of token effects are taken over
+    "evaluate.placement": False,
+    "mechanism": True,
+    "mechanism.batch_size": False,
+    "mechanism.share_prefix": False,
+    "mechanism.in_run": False,
+    "distributed.zero_stage": False,
+    "distributed.timeout_seconds": False,
+    "distributed.time_limit_seconds": False,
+    "distributed.time_margin_seconds": False,
+    "distributed.threads": False,
+    "distributed.interface": False,
+}
+"""Of each key that may change when a run goes on."""
+
+
+@pytest.mark.parametrize("key", sorted({*MAY_CHANGE, *CHANGES_RESULTS}))
+def test_a_key_that_may_change_when_a_run_goes_on_may_change_results(key):
+    engine = {"generate__engine": "hf", "evaluate__engine": "hf"}
+    before, after = plain(**engine), plain(**engine, **{key.replace(".", "__", 1): "another"})
+    assert fixed_settings(before) == fixed_settings(after)
+    assert (result_settings(before) != result_settings(after)) == CHANGES_RESULTS[key]
+    assert settings_hash(before, *before) == settings_hash(after, *after), "each stage has it among its own inputs"
+
+
+def test_what_a_stage_says_changes_no_result_of_it_is_what_the_list_says():
+    of_list = {key for key in MAY_CHANGE if not CHANGES_RESULTS[key]}
+    assert {f"mechanism.{key}" for key in CHANGES_NOTHING} == {key for key in of_list if key.startswith("mechanism.")}
+    trained = NOT_OF_RESULTS - {"num_on_policy_iterations"}  # of one iteration it changes no weight, of all it does
+    assert {f"finetune.{key}" for key in trained} == {key for key in of_list if key.startswith("finetune.")}
 
 
 def test_settings_hashes_see_their_sections_and_only_what_changes_results():

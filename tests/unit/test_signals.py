@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -10,8 +12,9 @@ from spd_dist.process.signals import STOP_FILE, StopSignals, seconds_allowed, se
 
 @pytest.fixture
 def signals():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     yield StopSignals()
+    signal.set_wakeup_fd(-1)
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -23,6 +26,56 @@ def test_a_signal_is_a_request_however_often_it_comes(signals, name):
     for _ in range(3):
         os.kill(os.getpid(), signal.Signals[name])
     assert signals.reason() == name
+
+
+PROCESS = """
+import sys
+from spd_dist.process.signals import StopSignals
+signals = StopSignals()
+signals.install()
+for line in sys.stdin:
+    print(signals.reason(), signals.is_interrupted(), flush=True)
+"""
+
+
+@pytest.mark.seconds
+def test_a_first_interrupt_is_a_request_and_a_second_ends_the_process_at_once():
+    with interruptible(signal.default_int_handler) as process:
+        assert answer(process) == "None False"
+        process.send_signal(signal.SIGINT)
+        assert answer(process) == "SIGINT True"
+        process.send_signal(signal.SIGTERM)  # deepspeed's launcher sends it, too
+        assert answer(process) == "SIGINT True"
+        process.send_signal(signal.SIGINT)
+        said = process.communicate()[1]
+    assert process.returncode == -signal.SIGINT
+    assert said.count("SIGINT: stopping at the next unit; the same command goes on from there, and another Ctrl-C") == 1
+
+
+@pytest.mark.seconds
+def test_a_job_in_the_background_goes_on_ignoring_interrupts():
+    with interruptible(signal.SIG_IGN) as process:
+        answer(process)
+        process.send_signal(signal.SIGINT)
+        assert answer(process) == "None False"
+        process.communicate()
+    assert process.returncode == 0
+
+
+def interruptible(handler):
+    """A process that heeds requests, and answers each line by what it was asked; it starts with this for SIGINT."""
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        return subprocess.Popen([sys.executable, "-c", PROCESS], text=True, **pipes)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def answer(process):
+    process.stdin.write("\n")
+    process.stdin.flush()
+    return process.stdout.readline().strip()
 
 
 def test_a_file_is_a_request_and_tasks_of_an_array_have_one_each(signals, tmp_path):

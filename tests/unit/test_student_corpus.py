@@ -50,16 +50,37 @@ def test_each_filter_leaves_out_what_it_names_and_keeps_the_order():
     assert kept("ended") == [one for one in everything if one != ("c", 0)]
     assert kept("loops") == [one for one in everything if one != ("c", 1)]
     assert kept("agreed") == [("a", 0), ("a", 1), ("c", 0), ("c", 1)]
-    assert kept(*ALL) == [("a", 0), ("a", 1), ("c", 2)], "what is left out already has no vote"
+    assert kept(*ALL) == [("a", 0), ("a", 1)], "what is left out already has no vote"
+
+
+@pytest.mark.parametrize(
+    ("answers", "places"),
+    [
+        (["7", "", "", ""], []),
+        (["7"], []),
+        (["7", "7", "", ""], [0, 1]),
+        (["7", "8", "7", "9"], [0, 2]),
+        (["7", "8", "7", "8"], []),
+        (["7", "8", "9", "6"], []),
+    ],
+)
+def test_an_answer_is_kept_that_two_samples_give_and_no_other_as_often(answers, places):
+    corpus = [completion("a", sample, text) for sample, text in enumerate(answers)]
+    corpus += [completion("b", sample, "1") for sample in range(2)]  # so that something is left
+    found, summary = filtered(corpus, keep("agreed"), by_text)
+    assert [one.sample for one in found if one.id == "a"] == places
+    assert ("alone" in summary.num_rejected) == (set(answers) <= {"7", ""} and not places)
 
 
 def test_the_summary_counts_every_completion_once_by_its_first_reason(caplog):
     with caplog.at_level(logging.INFO, "spd_dist.student_corpus"):
         _, summary = filtered(CORPUS, keep(*ALL), by_text)
-    counts = {"cut": 1, "loops": 1, "minority": 1, "no answer": 1, "tie": 2}
-    assert summary == FilterSummary(9, 3, counts)
+    counts = {"alone": 1, "cut": 1, "loops": 1, "minority": 1, "no answer": 1, "tie": 2}
+    assert summary == FilterSummary(9, 2, counts)
     assert summary.num_kept + sum(summary.num_rejected.values()) == summary.num_completions
-    assert "3 of 9 completions are kept; left out: 1 cut, 1 loops, 1 minority, 1 no answer, 2 tie" in caplog.text
+    assert (
+        "2 of 9 completions are kept; left out: 1 alone, 1 cut, 1 loops, 1 minority, 1 no answer, 2 tie" in caplog.text
+    )
 
 
 def test_a_filter_that_leaves_nothing_says_why():

@@ -71,6 +71,30 @@ def test_the_id_follows_from_the_run_and_seeds_share_a_group(tmp_path):
     assert run_in(folders[0], "offline", seed=1).id == runs[0].id
 
 
+def test_a_group_is_of_one_loss_and_whatever_is_measured_beside_the_method(tmp_path):
+    folder = tmp_path / "demo"
+    folder.mkdir()
+
+    def identity(section, **changes):
+        mirror = open_mirror(Metrics(wandb="offline"), folder, SETTINGS | {section: SETTINGS[section] | changes})
+        with MetricLogger(folder / "metrics", mirror=mirror):
+            pass
+        (file,) = (folder / "wandb").glob("*.json")
+        described = json.loads(file.read_text())
+        return described["group"], described["id"]
+
+    own = identity("finetune")
+    assert identity("finetune", micro_batch_size=1) == own
+    assert identity("mechanism", num_rows=50) == identity("evaluate", num_coloured=0) == own
+    others = [
+        identity("finetune", divergence="js"),
+        identity("finetune", num_on_policy_iterations=2),
+        identity("project", match_kl=True),
+    ]
+    assert len({own, *others}) == 4
+    assert len({group for group, _ in (own, *others)}) == 4
+
+
 def test_auto_without_a_key_is_offline_and_says_so(tmp_path, caplog):
     caplog.set_level(logging.INFO, "spd_dist")
     run = run_in(tmp_path, "auto")

@@ -21,11 +21,12 @@ from spd_dist.config import Finetune
 from spd_dist.distributed.zero import gather_as_one, gathered, is_sharded
 from spd_dist.errors import DataError
 from spd_dist.models.lora.adapter_files import check_fits, naming_adapter, read_adapter
-from spd_dist.models.lora.initial_values import InputSums, initial_factors, is_taken_off
+from spd_dist.models.lora.initial_values import InputSums, begin_in_subspace_, initial_factors, is_taken_off
 from spd_dist.models.lora.keyed_dropout import TokenKeys, use_keyed_dropout
 from spd_dist.models.lora.quantised_base import whole_weight
 from spd_dist.models.lora.target_modules import check_targets, peft_targets
 from spd_dist.models.save_weights import save_tensors
+from spd_dist.types import Subspace
 
 ADAPTER = "default"
 
@@ -40,13 +41,13 @@ def add_adapters(
     *,
     generator: torch.Generator,
     inputs: Mapping[str, InputSums] | None = None,
-    start: Path | None = None,
+    start: Path | Subspace | None = None,
 ) -> PeftModel:
     """`model` with trainable adapters at `config.lora_targets`, everything else frozen; `model` itself is changed.
 
     The weights come from `generator`, so every rank makes the same; peft reads the true shapes of sharded modules.
     `inputs` are what the modules are given, where `reads_inputs` asks for it. With `start`, the folder of an adapter
-    that was made by the same `config`, the weights are its.
+    that was made by the same `config`, the weights are its; with a subspace, those at its sites begin in it.
 
     Raises:
         ConfigError: a target is not in the model, or experts that are one tensor would be passed by.
@@ -68,11 +69,16 @@ def add_adapters(
     _let_layers_read_weights(adapted)
     _keep_order_of_parameters(adapted)
     with torch.no_grad():
-        if start is not None:
+        if isinstance(start, Path):
             _begin_as_(adapted, start)
             return adapted
         for name, layer in lora_layers(base_model(adapted)):
-            _initialise_(name, layer, config, generator, (inputs or {}).get(name))
+            sites = {} if start is None else {site: part for site, part in start.sites.items() if site.module == name}
+            if sites and not matrix(layer.lora_A).is_meta:
+                matrix(layer.lora_A).zero_()
+                begin_in_subspace_(matrix(layer.lora_B), sites)
+            else:
+                _initialise_(name, layer, config, generator, (inputs or {}).get(name))
     return adapted
 
 
@@ -122,7 +128,7 @@ def _initialise_(
     down, up = matrix(layer.lora_A), matrix(layer.lora_B)
     if down.is_meta:
         return
-    if isinstance(layer, ParamWrapper) or config.lora_init == "default":
+    if isinstance(layer, ParamWrapper) or config.lora_init in ("default", "spd"):
         if config.lora_init == "gaussian":
             down.copy_(torch.randn(down.shape, generator=generator) / config.lora_rank)
             return

@@ -9,7 +9,7 @@ twice the rank. That is what PEFT's `path_initial_model_for_weight_conversion` m
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from spd_dist.config import Finetune
-from spd_dist.errors import DataError
+from spd_dist.errors import ConfigError, DataError
+from spd_dist.types import KVSite, SiteSubspace, Subspace
 
 
 class Factors(NamedTuple):
@@ -126,6 +127,39 @@ def initial_factors(
         case _:
             assert config.lora_init == "corda"
             return _corda(weight_OI, _checked(sums), rank, scaling)
+
+
+def check_subspace(subspace: Subspace, modules: Iterable[str], config: Finetune) -> None:
+    """See that adapters on `modules` can begin in a subspace.
+
+    Raises:
+        ConfigError: none of them makes keys or values that it is of, or it has too few directions.
+    """
+    found = {site: part for site, part in subspace.sites.items() if site.module in set(modules)}
+    if not found:
+        names = sorted({site.module.rpartition(".")[2] for site in subspace.sites})
+        raise ConfigError(
+            f"finetune.lora_init: spd is not valid with finetune.lora_targets={list(config.lora_targets)}, none of "
+            f"which is a module of the subspace; add {' or '.join(names)}, or set finetune.lora_init=default"
+        )
+    least = min(part.basis_DR.shape[1] for part in found.values())
+    if config.lora_rank > least:
+        raise ConfigError(
+            f"finetune.lora_rank: {config.lora_rank} is not valid with finetune.lora_init=spd, since the subspace has "
+            f"{least} directions at a site; set finetune.lora_rank={least}, or raise project.rank"
+        )
+
+
+def begin_in_subspace_(up_OR: Tensor, sites: Mapping[KVSite, SiteSubspace]) -> None:
+    """Write the strongest directions of a module's sites into its `up`, in turn where keys and values are one module.
+
+    What is learned first is then, whatever the input, an output within the subspace.
+    """
+    up_OR.zero_()
+    for number, (site, part) in enumerate(sorted(sites.items())):
+        features = [index for start, stop in site.columns for index in range(start, stop)]
+        chosen = range(number, up_OR.shape[1], len(sites))
+        up_OR[torch.tensor(features)[:, None], torch.tensor(chosen)] = part.basis_DR[:, : len(chosen)].to(up_OR)
 
 
 def is_taken_off(config: Finetune) -> bool:

@@ -8,14 +8,15 @@ import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from spd_dist.config import Finetune
 from spd_dist.distributed.collectives import together
-from spd_dist.distributed.zero import end_engine, frozen_engine, is_sharded, weights_fingerprint
-from spd_dist.errors import ConfigError, DataError
+from spd_dist.distributed.zero import end_engine, frozen_engine, is_sharded
 from spd_dist.models.forward import use_liger
 from spd_dist.models.lora import (
     InputSums,
@@ -35,12 +36,13 @@ from spd_dist.projection.hooks import projected
 from spd_dist.projection.operators import projection_hash
 from spd_dist.seeding import generator
 from spd_dist.stages.context import StageContext
+from spd_dist.stages.finetune.preconditions import check_start, check_teacher, check_untouched
 from spd_dist.stages.finetune.sequences import TrainingSequences, held_out, training_sequences
 from spd_dist.stages.finetune.student_export import Export, SavedAdapter, SavedModel
 from spd_dist.stages.finetune.training import Corpus, Trainer, TrainingResult
 from spd_dist.storage.artifacts import content_hash, sha256_of
 from spd_dist.storage.tables import Table, num_tokens_of
-from spd_dist.types import Completion, Projection
+from spd_dist.types import Completion, Projection, Subspace
 
 log = logging.getLogger(__name__)
 
@@ -81,13 +83,14 @@ def finetune(
     context: StageContext,
     projection: Projection | None = None,
     *,
-    start: Path | None = None,
+    start: Path | Subspace | None = None,
 ) -> StudentSummary:
     """Train `policy` on its own `completions`, and write the student to `context.folder`. A collective.
 
     With a `projection`, which `finetune.loss=distil` needs and nothing else takes, the student learns the next-token
     distributions that the projected policy has along the completions, and not their tokens. With `start`, the folder of
-    an adapter of these same settings, LoRA begins as that adapter, and the completions are its student's.
+    an adapter of these same settings, LoRA begins as that adapter, and the completions are its student's; with a
+    subspace, which `finetune.lora_init=spd` needs and nothing else takes, it begins in that.
 
     It goes on from the newest whole checkpoint in `context.folder`. LoRA leaves `policy` as it was; full fine-tuning
     leaves the student in it, without an engine.
@@ -101,9 +104,10 @@ def finetune(
         StopRequested: `context.should_stop` said so; a checkpoint is there.
     """
     started = time.perf_counter()
-    _check_untouched(policy)
+    check_untouched(policy)
     with together("preparing the fine-tuning"):
-        _check_loss(config, projection, start)
+        check_teacher(config, projection)
+        check_start(policy, config, start)
         corpus = _corpus(policy, completions, config, context, projection=projection, start=start)
         if config.liger:
             use_liger(policy.model, context.world.device)
@@ -118,8 +122,7 @@ def finetune(
     with taught_by(policy, adapted, projection) as teacher:
         student = Student(policy.model, teacher, keys, config.divergence)
         outcome = Trainer(policy, student, corpus, config, context).run()
-    writer = "the base model" if start is None else "the student of the iteration before"
-    saved_adapter, saved_model = _save(policy, adapted, corpus, config, context, outcome=outcome, writer=writer)
+    saved_adapter, saved_model = _save(policy, adapted, corpus, config, context, outcome=outcome)
     return StudentSummary(
         num_sequences=len(corpus.train),
         num_validation_sequences=len(corpus.validation),
@@ -165,36 +168,9 @@ def taught_by(policy: Policy, adapted: PeftModel | None, projection: Projection 
         yield teacher
 
 
-def _check_loss(config: Finetune, projection: Projection | None, start: Path | None) -> None:
-    if (config.loss == "distil") != (projection is not None):
-        found = "no projection was" if projection is None else "a projection was"
-        raise ConfigError(
-            f"finetune.loss: {config.loss} is not valid where {found} given, which is what a teacher is made of; "
-            f"{'give one, or set finetune.loss=cross_entropy' if projection is None else 'set finetune.loss=distil'}"
-        )
-    if start is not None and config.mode == "full":
-        raise ConfigError(f"finetune.mode: full is not valid from the adapter {start}; set finetune.mode=lora")
-    if config.loss == "distil" and config.mode == "full":
-        raise ConfigError(
-            "finetune.loss: distil is not valid with finetune.mode=full, which changes the weights that the teacher is "
-            "made of; set finetune.mode=lora"
-        )
-
-
 def _num_cut(completions: Sequence[Completion], config: Finetune) -> int:
     num_tokens = num_tokens_of(completions, "prompt_tokens") + num_tokens_of(completions, "tokens")
     return int((num_tokens > config.max_tokens).sum())
-
-
-def _check_untouched(policy: Policy) -> None:
-    policy.release()
-    found = weights_fingerprint(policy.model)
-    with together("checking the base weights"):
-        if found != policy.fingerprint:
-            raise DataError(
-                f"model.name: the weights of {policy.name} changed since they were loaded, and fine-tuning starts from "
-                "the untouched ones; load the policy again"
-            )
 
 
 def _corpus(
@@ -204,7 +180,7 @@ def _corpus(
     context: StageContext,
     *,
     projection: Projection | None,
-    start: Path | None,
+    start: Path | Subspace | None,
 ) -> Corpus:
     sequences = training_sequences(completions, config, pad_token_id=policy.pad_token_id)
     if len(sequences) < len(completions):
@@ -219,7 +195,12 @@ def _corpus(
     else:
         data = [dataclasses.astuple(sequence) for sequence in sequences]
     taught = [] if projection is None else [projection_hash(projection)]
-    began = [] if start is None else [sha256_of(file) for file in sorted(start.glob("adapter_model.*"))]
+    began: list[Any] = []
+    if isinstance(start, Path):
+        began = [sha256_of(file) for file in sorted(start.glob("adapter_model.*"))]
+    elif start is not None:
+        parts = sorted(start.sites.items(), key=lambda item: item[0])
+        began = [[str(site), sha256(part.basis_DR.contiguous().numpy().tobytes()).hexdigest()] for site, part in parts]
     return Corpus(train, validation, content_hash([policy.fingerprint, settings, context.seed, data, *taught, *began]))
 
 
@@ -251,16 +232,14 @@ def _save(
     context: StageContext,
     *,
     outcome: TrainingResult,
-    writer: str,
 ) -> tuple[SavedAdapter | None, SavedModel | None]:
     card = Card(
         base_model=policy.name,
         base_path=str(policy.model.name_or_path),
-        loss_on=config.loss_on,
         facts={
             **context.facts,
-            "completions": f"{len(corpus.train)}, of {writer} itself",
-            "fine-tuning": _described(config),
+            "training sequences": str(len(corpus.train)),
+            "fine-tuning": f"{_described(config)}, {_optimizer(config, context)}",
             "steps": f"{outcome.saved_step} of {config.global_batch_size} sequences",
             "identity of settings, weights and data": corpus.identity[:16],
         },
@@ -278,10 +257,15 @@ def _save(
 
 def _described(config: Finetune) -> str:
     if config.mode == "full":
-        return f"all parameters, AdamW, learning rate {config.learning_rate:g}"
+        return "all parameters"
     name = {"lora": "LoRA", "rslora": "rank-stabilised LoRA", "dora": "DoRA"}[config.lora_variant]
     begins = "" if config.lora_init == "default" else f", from {config.lora_init}"
     targets = ", ".join((*config.lora_targets, *config.lora_parameters))
-    towards = "" if config.loss == "cross_entropy" else " towards the projected policy's next-token distributions"
-    how = f"AdamW, learning rate {config.learning_rate:g}{towards}"
-    return f"{name} of rank {config.lora_rank} on {targets}{begins}, {how}"
+    return f"{name} of rank {config.lora_rank} on {targets}{begins}"
+
+
+def _optimizer(config: Finetune, context: StageContext) -> str:
+    users = context.distributed.deepspeed.get("optimizer")
+    if users is not None:
+        return f"DeepSpeed's {users['type']}, as distributed.deepspeed says"
+    return f"AdamW, learning rate {config.learning_rate:g}"

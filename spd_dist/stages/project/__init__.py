@@ -4,7 +4,7 @@ subspace.py         moments -> Subspace, the same on every rank; what is proven 
 operator_choice.py  Subspace -> Projection, by `project.mode`
 """
 
-from spd_dist.stages.project.operator_choice import projection
+from spd_dist.stages.project.operator_choice import projection, with_random_directions
 from spd_dist.stages.project.subspace import (
     angle_bound,
     certified_energy_fraction,
@@ -16,5 +16,5 @@ from spd_dist.stages.project.subspace import (
 
 __all__ = [
     "angle_bound", "certified_energy_fraction", "certified_energy_share", "drift", "projection", "site_summaries",
-    "subspace",
+    "subspace", "with_random_directions",
 ]  # fmt: skip

@@ -5,6 +5,8 @@ Shapes: D width of a site, R rank of its subspace, Q columns of an operator's fa
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,15 @@ def projection(whole: Subspace, config: Project, seed: int) -> Projection:
         if config.kinds in ("both", site.kind)
     }
     return Projection(operators, config.insertion)
+
+
+def with_random_directions(found: Subspace, seed: int) -> Subspace:
+    """As many uniformly random directions at each site, those that `project.mode=random` projects to."""
+    sites = {
+        site: dataclasses.replace(part, basis_DR=_random(site, part.basis_DR, [slice(0, site.width)], seed))
+        for site, part in found.sites.items()
+    }
+    return Subspace(sites, found.metadata)
 
 
 def _operator(site: KVSite, part: SiteSubspace, config: Project, seed: int) -> SiteOperator:
