@@ -194,11 +194,11 @@ def verdict(found: Sequence[RunDifference], metric: str) -> str:
 
 
 def meaning(found: Sequence[RunDifference], metric: str) -> str:
-    """One sentence, in plain words, of what the last of the method's arms shows against the first arm."""
+    """One sentence, in plain words, of what `spd` shows against the first arm; the method's last arm without it."""
     spoken = [one for wanted in wanted_of(found).values() for one in wanted[:1]] if found else []
     if not spoken:
         return "In short: the arm's answers are in the table; there is no other arm to hold them against."
-    one = spoken[-1]
+    one = next((each for each in spoken if each.after == "spd"), spoken[-1])
     after, before, num = one.after.upper(), one.before.upper(), one.num_examples
     low, high = one.interval
     if low <= 0 <= high or one.p_holm >= SIGNIFICANCE:
@@ -268,7 +268,8 @@ def blind_notes(found: Sequence[Difference]) -> list[str]:
     named = [f"{one.after} - {one.before}" for one in found if one.detectable_difference is None]
     if not named:
         return []
-    return [f"Too few examples to find any difference in 4 runs of 5, since so few answers differ: {', '.join(named)}."]
+    which = f"all {len(found)} comparisons" if len(named) == len(found) > 1 else ", ".join(named)
+    return [f"Too few examples to find any difference in 4 runs of 5, since so few answers differ: {which}."]
 
 
 def size_notes(num_examples: int, test_size: int | None) -> list[str]:

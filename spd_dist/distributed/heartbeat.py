@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 SECONDS_BETWEEN = 10.0
 SECONDS_TO_DIE = 0.5
 """A killed process closes its connections a moment before it is gone."""
+CLOCK_SECONDS = 2.0
+"""That two clocks of a host may differ by."""
 SILENCE_FRACTION = 0.8
 """Of the collectives' timeout: NCCL ends a process in it, without an exception that could say where ranks are."""
 TITLE = "A rank that failed or lags is the likely cause. Last seen:"
@@ -88,7 +90,7 @@ class Heartbeat:
             except (ValueError, KeyError, TypeError, RecursionError):
                 seen.append((0, float("-inf"), f"rank {rank}: what it wrote to {self._path(rank)} cannot be read"))
                 continue
-            is_gone = line["host"] == socket.gethostname() and not _is_alive(line["pid"])
+            is_gone = line["host"] == socket.gethostname() and not is_alive(line["pid"])
             state = "its process is gone" if is_gone else f"silent for {max(0, time.time() - line['time']):.0f} s"
             seen.append((not is_gone, line["time"], f"rank {rank} on {line['host']}: {state}, last at {line['place']}"))
         return [text for *_, text in sorted(seen)]
@@ -135,13 +137,18 @@ def _a_time(value: Any) -> float:
 _FIELDS: Mapping[str, Callable[[Any], Any]] = {"place": str, "time": _a_time, "host": str, "pid": int}
 
 
-def _is_alive(pid: int) -> bool:
-    """Whether the process runs; a dead one whose parent has not noticed yet still has its folder."""
+def is_alive(pid: int, *, since: float = math.inf) -> bool:
+    """Whether the process runs, and did at the time `since`: a later one may have got its number.
+
+    A dead one whose parent has not noticed yet still has its folder.
+    """
     try:
-        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        uptime = float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0])
     except OSError:
         return False
-    return status.rpartition(")")[2].split()[0] not in "ZX"
+    started = time.time() - uptime + int(status[19]) / os.sysconf("SC_CLK_TCK")
+    return status[0] not in "ZX" and started <= since + CLOCK_SECONDS
 
 
 def brief(error: BaseException) -> str | None:

@@ -184,7 +184,7 @@ def _drawn_training(run_folder: Path, report: Report) -> list[PageFigure]:
             corpora[arm] = list(zip(num_tokens_of(corpus, "tokens").tolist(), ends, strict=True))
     found = []
     if corpora:
-        sentence = "What each student learned from: a student ends as often as its corpus does."
+        sentence = "All that was written for each student: it ends as often as what it learns from does."
         found.append(drawn("Completions: lengths and endings", sentence, figures.lengths("corpora", corpora)))
     drawing = figures.curves(report.losses)
     return [*found, drawn("Training", "Loss of each student on its own corpus.", drawing)]

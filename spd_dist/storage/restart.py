@@ -16,7 +16,7 @@ from typing import Any, Literal
 from omegaconf import OmegaConf
 
 from spd_dist.config import STAGES
-from spd_dist.distributed.heartbeat import Heartbeat, naming_lagging_ranks
+from spd_dist.distributed.heartbeat import Heartbeat, is_alive, naming_lagging_ranks
 from spd_dist.distributed.uneven_work import on_main
 from spd_dist.errors import ConfigError, DataError, StopRequested
 from spd_dist.redaction import redacted_data
@@ -62,6 +62,7 @@ def kept_status(path: Path, heartbeat: Heartbeat, last: str) -> Generator[None]:
     A collective: no rank begins if the first state can't be written. Where it fails, the error says where ranks were.
 
     Raises:
+        ConfigError: another process of this host is at the same work.
         DataError: the disk is full or may not be written.
     """
     world = heartbeat.world
@@ -88,6 +89,7 @@ def kept_status(path: Path, heartbeat: Heartbeat, last: str) -> Generator[None]:
             write(state, reason)
 
     with naming_lagging_ranks(heartbeat):
+        on_main("looking for another process at work", lambda: refuse_beside(path))
         on_main("writing the status", lambda: write("running"))
         try:
             yield
@@ -100,6 +102,27 @@ def kept_status(path: Path, heartbeat: Heartbeat, last: str) -> Generator[None]:
         on_main("writing the status", lambda: write("complete"))
 
 
+def refuse_beside(path: Path) -> None:
+    """See that no other process of this host does the work whose status is at `path`; one that ends is waited for.
+
+    Raises:
+        ConfigError: one does.
+    """
+    deadline = time.monotonic() + SECONDS_TO_END
+    while path.exists():
+        status = read_record(path, Status)
+        is_ours = status.host == socket.gethostname() and status.pid != os.getpid()
+        if status.state != "running" or not is_ours or not is_alive(status.pid, since=status.time):
+            return
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"run_dir: {path.parent} is at work: process {status.pid} of this host does the same since "
+                f"{time.strftime('%H:%M:%S', time.localtime(status.time))}; wait for it, stop it (touch "
+                f"{path.parent / 'PREEMPT'}), or name another run_dir"
+            )
+        time.sleep(0.2)
+
+
 def read_status(run_dir: Path) -> Status | None:
     """The status of a run; None if it was never started.
 
@@ -110,6 +133,8 @@ def read_status(run_dir: Path) -> Status | None:
     return read_record(path, Status) if path.exists() else None
 
 
+SECONDS_TO_END = 10.0
+"""A process that was stopped may still be about to end."""
 FRESH_SECONDS = 60
 """A run whose heartbeat is younger may still be at work."""
 

@@ -10,6 +10,7 @@ from spd_dist.analysis.comparison import (
     blind_notes,
     comparisons,
     identical_fraction,
+    meaning,
     notes,
     overlap_notes,
     size_notes,
@@ -80,6 +81,11 @@ def test_answers_at_another_temperature_are_no_controls():
     hot = "@evaluate.temperature=0.7"
     arms = ["base", "psr", "spd", f"base{hot}", f"psr{hot}", f"spd{hot}"]
     assert arm_pairs(arms)[5:] == [("psr", "spd")]
+
+
+def test_what_is_meant_is_said_of_the_method_and_not_of_its_last_variant():
+    arms = {arm: answers(100 + 10 * index) for index, arm in enumerate(["base", "spd", "spd@rank=16"])}
+    assert meaning(comparisons(arms, "accuracy", 0), "accuracy").startswith("In short: SPD answers better than BASE")
 
 
 def test_the_verdict_is_about_every_variant_of_the_method_and_about_no_control():

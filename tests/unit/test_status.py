@@ -1,5 +1,9 @@
 """The file that says how a run stands: what a batch script reads instead of a launcher's exit code."""
 
+import dataclasses
+import socket
+import subprocess
+import time
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -8,8 +12,10 @@ import torch
 
 from spd_dist.distributed.heartbeat import TITLE, Heartbeat
 from spd_dist.distributed.world import World
-from spd_dist.errors import DataError, StopRequested
-from spd_dist.storage.restart import kept_status, read_status
+from spd_dist.errors import ConfigError, DataError, StopRequested
+from spd_dist.storage import restart
+from spd_dist.storage.records import write_record
+from spd_dist.storage.restart import Status, kept_status, read_status
 
 WORLD = World(0, 2, torch.device("cpu"))
 
@@ -38,6 +44,27 @@ def test_the_reason_of_an_end_is_kept_and_the_error_goes_on(tmp_path, error, sta
     with pytest.raises(type(error)), kept_in(tmp_path):
         raise error
     assert (read_status(tmp_path).state, read_status(tmp_path).reason) == (state, reason)
+
+
+def test_a_second_process_at_the_same_work_is_refused_and_one_that_was_killed_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(restart, "SECONDS_TO_END", 0.5)
+    with subprocess.Popen(["sleep", "60"]) as other:
+        at_work = Status("running", "", time.time(), "evaluate", 2, socket.gethostname(), other.pid, None)
+        write_record(tmp_path / "status.json", at_work)
+        with (
+            pytest.raises(ConfigError, match=rf"run_dir: .* is at work: process {other.pid} of this host"),
+            kept_in(tmp_path),
+        ):
+            pass
+        assert read_status(tmp_path) == at_work
+        for gone in ({"time": time.time() - 3600}, {"host": "elsewhere"}, {"state": "failed"}):  # a number used again
+            write_record(tmp_path / "status.json", dataclasses.replace(at_work, **gone))
+            with kept_in(tmp_path):
+                pass
+        write_record(tmp_path / "status.json", at_work)
+        other.kill()
+    with kept_in(tmp_path):
+        pass
 
 
 def test_a_disk_that_failed_does_not_hide_why(tmp_path):
