@@ -237,3 +237,13 @@ def sentence(result: MechanismResult, random: Sequence[MatchedPair]) -> str:
 
 def _changes(effect: float, what: str = "it") -> str:
     return f"{'lowers' if effect < 0 else 'raises'} {what} by {abs(effect):.3f} nats"
+
+
+def explored_lines(explored: Sequence[ExploredComparison]) -> list[str]:
+    """A line for each comparison that explores, for a terminal."""
+    return [
+        f"Explored: {one.name}: {one.effect:+.3f} nats (95 % interval {one.interval[0]:+.3f} to "
+        f"{one.interval[1]:+.3f}, n {one.num_rows}); {one.num_random} random subspaces: {one.mean_random_effect:+.3f} on average; "
+        f"corrected p {one.p_corrected:.3f}."
+        for one in explored
+    ]

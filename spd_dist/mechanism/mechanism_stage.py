@@ -15,8 +15,9 @@ from typing import Literal
 import pyarrow
 import pyarrow.parquet
 import torch
+from transformers import PreTrainedModel
 
-from spd_dist.analysis.mechanism_verdict import MechanismDetails, MechanismResult
+from spd_dist.analysis.mechanism_verdict import MechanismDetails, MechanismResult, explored_lines
 from spd_dist.analysis.subspace_algebra import fix_signs
 from spd_dist.arms import ARMS, Scope
 from spd_dist.config import Config
@@ -43,6 +44,8 @@ from spd_dist.mechanism.controls import (
 from spd_dist.mechanism.measure import HeldOut, measure
 from spd_dist.mechanism.summing import MechanismOutcome
 from spd_dist.models.kv_sites import discover_sites
+from spd_dist.models.model_stats import meta_model
+from spd_dist.models.policy import load_settings, prepare_model
 from spd_dist.pipeline import find_subspace
 from spd_dist.process.signals import StopSignals
 from spd_dist.process.stopping import watch
@@ -99,10 +102,10 @@ def measure_mechanism(config: Config, world: World, signals: StopSignals) -> str
         run.run_stage(STAGE, inputs_of(run, rows), [*MECHANISM_FILES, CANDIDATES], work)
         renew_page(run)
         folder = run.folder.folder(STAGE)
-        text = on_main(
-            "reading the mechanism test", lambda: read_record(folder / "details.json", MechanismDetails).sentence
+        details = on_main(
+            "reading the mechanism test", lambda: read_record(folder / "details.json", MechanismDetails)
         )
-    return f"{text}\n{folder / 'mechanism.html'}"
+    return "\n".join([details.sentence, *explored_lines(details.explored), str(folder / "mechanism.html")])
 
 
 def rendered(run: Run, rows: Sequence[Row], tokenizer: Tokenizer, forms: Iterable[Literal["task", "bare"]]) -> HeldOut:
@@ -117,14 +120,15 @@ def rendered(run: Run, rows: Sequence[Row], tokenizer: Tokenizer, forms: Iterabl
 
 
 def check(config: Config) -> None:
-    """See that the test could be done, before anything is loaded. A collective.
+    """See that the test could be done, before any weights are loaded. A collective.
 
     Raises:
         ConfigError: it could not.
+        DataError: the model cannot be had, or has not the layers of `mechanism.explore`.
     """
     asked = config.mechanism
     with together("checking the mechanism test"):
-        planned(asked)
+        layers = layers_of(planned(asked))
         chosen_controls(asked.controls, has_wrong=True, has_other=asked.other_subspace is not None)
         if config.project.centered and cuts_anew(asked):
             raise ConfigError(
@@ -137,6 +141,10 @@ def check(config: Config) -> None:
                 f"project.insertion: {config.project.insertion} is not valid for the mechanism test, whose controls "
                 "are cut of whole linear outputs; set project.insertion=linear"
             )
+    if layers:
+        prepare_model(config.model)
+        with together("looking for the layers of mechanism.explore"):
+            explored_sites(meta_model(load_settings(config.model), torch.float32), layers)
 
 
 def needed_rows(config: Config, num_comparisons: int) -> int:
@@ -212,7 +220,16 @@ def find_material(run: Run, folder: Path, comparisons: Sequence[Comparison]) -> 
 def all_sites(run: Run, found: Subspace, layers: set[int]) -> list[KVSite]:
     """The subspace's sites, and those of further layers that a comparison names."""
     further = sorted(layers - {site.layer for site in found.sites})
-    return sorted({*found.sites, *(discover_sites(run.policy().model, further) if further else [])})
+    return sorted({*found.sites, *(explored_sites(run.policy().model, further) if further else [])})
+
+
+def explored_sites(model: PreTrainedModel, layers: Iterable[int]) -> list[KVSite]:
+    """The sites of layers that a word of `mechanism.explore` names.
+
+    Raises:
+        DataError: the model has no such layer.
+    """
+    return discover_sites(model, sorted(layers), setting="mechanism.explore")
 
 
 def further_sites(

@@ -39,6 +39,7 @@ def discover_sites(
     kinds: Literal["both", "key", "value"] = "both",
     *,
     whole_keys: bool = False,
+    setting: str = "calibrate.layers",
 ) -> list[KVSite]:
     """The keys and values of `layers`, sorted by layer and kind.
 
@@ -48,6 +49,7 @@ def discover_sites(
         kinds: keys, values or both.
         whole_keys: refuse keys of which the site holds only a part. Multi-head latent attention makes their RoPE part
             in another module than the rest.
+        setting: the key that names the layers, for what is said of them.
 
     Raises:
         DataError: no attention, or a layer from which these kinds can't be taken; it names the usable layers.
@@ -56,12 +58,12 @@ def discover_sites(
     prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is base)
     sources, reasons = _sources_by_layer(trace_origins(base), whole_keys)
     usable = sorted(layer for layer, found in sources.items() if all(kind in found for kind in KINDS[kinds]))
-    chosen = _choose(layers, usable, reasons, type(base).__name__)
+    chosen = _choose(layers, usable, reasons, type(base).__name__, setting)
     sites = [_site(sources[layer][kind], base) for layer in chosen for kind in KINDS[kinds]]
     sites = [site for site in sites if not _is_repeated(site, sites)]
     logger.info(
-        "calibrate.layers: %s are layers %s of %d that make keys and values: %s",
-        list(layers), chosen, len(usable), ", ".join(site.module for site in sites),
+        "%s: %s are layers %s of %d that make keys and values: %s",
+        setting, list(layers), chosen, len(usable), ", ".join(site.module for site in sites),
     )  # fmt: skip
     return sorted(replace(site, module=prefix + site.module) for site in sites)
 
@@ -118,7 +120,7 @@ def _in_layer(name: str) -> str:
     return name.partition(f".{_layer_index(name)}.")[2] or name
 
 
-def _choose(layers: Layers, usable: list[int], reasons: Mapping[int, str], name: str) -> list[int]:
+def _choose(layers: Layers, usable: list[int], reasons: Mapping[int, str], name: str, setting: str) -> list[int]:
     if not usable:
         layers_by_reason: dict[str, list[int]] = {}
         for layer, reason in sorted(reasons.items()):
@@ -134,7 +136,7 @@ def _choose(layers: Layers, usable: list[int], reasons: Mapping[int, str], name:
         if layer not in usable:
             reason = reasons.get(layer, "there is no attention at that index")
             raise DataError(
-                f"calibrate.layers: keys and values can't be taken from layer {layer} of {name}: {reason}; "
+                f"{setting}: keys and values can't be taken from layer {layer} of {name}: {reason}; "
                 f"usable layers: {usable}"
             )
     return chosen

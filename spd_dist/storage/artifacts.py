@@ -195,9 +195,13 @@ def _listed(value: Any) -> list[Any]:
 
 
 def missing(path: str | Path) -> MissingError:
-    """The error for an artifact that is not there."""
-    remedy = "start the run again without --from, so that the stage that writes it is done"
-    return MissingError(f"{path} is missing; {remedy}")
+    """The error for an artifact that is not there, in a run that has not come to it, or under a wrong path."""
+    folder = os.path.dirname(path) or "."
+    if os.path.isdir(folder) or any((above / "config.yaml").exists() for above in Path(folder).parents):
+        why = "the run is not finished, or the path is wrong; finish it first, by the same command without --from"
+    else:
+        why = f"there is no folder {folder}; correct the path"
+    return MissingError(f"{path} is missing: {why}")
 
 
 def corrupt(path: str | Path, error: Exception) -> DataError:

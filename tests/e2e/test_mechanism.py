@@ -35,6 +35,8 @@ def undisturbed(words, tmp_path_factory) -> Path:
         2, [*words, f"run_dir={folder / 'run'}", "metrics.wandb=offline"], folder / "log", launcher=LAUNCHER
     )
     assert output.count("The capability subspace ") == 1
+    lines = re.findall(r"^Explored: (\S+): [+-]\S+ nats \(95 % interval .*, n 4\); 3 random subspaces: ", output, re.M)
+    assert lines == ["prompt=bare", "kinds=value@fraction=0.25", "layers=1"]
     assert re.search(r"mechanism: done, (\d+)/\1 row passes", output)
     return folder / "run"
 
@@ -133,11 +135,14 @@ def test_a_finished_run_stays_good_if_its_rows_do_not_suffice(words, tmp_path):
 @pytest.mark.parametrize(("word", "message"), [
     ("mechanism.controls=[activations]", "mechanism.controls: 'activations' is no control; the nearest is"),
     ("mechanism.explore=[rank=3]", "mechanism.explore: 'rank=3' is no comparison; write kinds="),
+    ("mechanism.explore=[layers=1+99]", "mechanism.explore: keys and values can't be taken from layer 99 of "),
     ("project.insertion=head", "project.insertion: head is not valid for the mechanism test"),
 ])  # fmt: skip
 def test_what_cannot_be_compared_is_refused(words, tmp_path, word, message):
-    output = launch(2, [*words, f"run_dir={tmp_path}", word], tmp_path / "log", code=2, launcher=LAUNCHER)
+    code = 3 if "layers" in word else 2
+    output = launch(2, [*words, f"run_dir={tmp_path}", word], tmp_path / "log", code=code, launcher=LAUNCHER)
     assert output.count("error: ") == 1
+    assert "calibrate: " not in output
     assert message in output
 
 

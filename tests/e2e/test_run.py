@@ -42,6 +42,8 @@ def undisturbed(words, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
     output = launch(2, [*words, f"run_dir={folder / 'run'}"], folder / "log")
     assert "SPD against BASE" in output
+    for arm in ("psr", "spd"):
+        assert re.search(rf"finetune: done, (\d+)/\1 steps of {arm}, ", output)
     return folder / "run"
 
 

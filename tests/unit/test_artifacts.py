@@ -119,8 +119,13 @@ def test_a_broken_disk_is_one_sentence_wherever_it_is_met(tmp_path, number, said
 
 def test_a_missing_artifact_is_named_with_what_to_do(tmp_path):
     for read in (read_json, read_tensors, sha256_of):
-        with pytest.raises(DataError, match=r"gone is missing; start the run again without --from"):
+        with pytest.raises(DataError, match=r"gone is missing: the run is not finished, or the path is wrong; finish"):
             read(tmp_path / "gone")
+        with pytest.raises(DataError, match=r"report\.json is missing: there is no folder .*typo; correct the path"):
+            read(tmp_path / "typo" / "report.json")
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    with pytest.raises(DataError, match=r"manifest\.json is missing: the run is not finished, .*without --from"):
+        read_json(tmp_path / "arms/psr/generate" / "manifest.json")
 
 
 def test_a_corrupt_artifact_is_named_with_what_to_do(tmp_path):

@@ -219,7 +219,8 @@ def test_the_lines_of_the_docs_run_as_they_stand(folder, monkeypatch, capsys):
     site = KVSite(1, "key", "k_proj", ((0, 4),))
     part = SiteSubspace(torch.eye(4)[:, :2], torch.ones(4, dtype=torch.float64), 0.5, Certificate())
     save_subspace(Path("runs/quickstart/project/subspace.safetensors"), Subspace({site: part}))
-    exec(effects + shown, {})
+    exec(effects, {})
+    exec(shown, {})
     assert capsys.readouterr().out == "".join(f"p{i} ' Seven, as 3 + 4 = 7.' 3.5\n" for i in range(2))
 
 

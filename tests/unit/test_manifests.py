@@ -168,5 +168,5 @@ def test_what_another_host_wrote_is_waited_for_and_named_if_it_never_comes(tmp_p
     later.start()
     wait_until_seen(tmp_path, ["here", "later"])
     assert (tmp_path / "later").exists()
-    with pytest.raises(MissingError, match="never is missing; start the run again"):
+    with pytest.raises(MissingError, match="never is missing: the run is not finished"):
         wait_until_seen(tmp_path, ["here", "never"], seconds=0.2)

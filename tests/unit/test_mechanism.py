@@ -7,20 +7,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import tiny_model, tiny_tokenizer
+from tiny import save_tiny_model, tiny_model, tiny_tokenizer
 from torch.testing import assert_close
 
 from spd_dist.analysis.mechanism_verdict import (
+    ExploredComparison,
     MatchedKL,
     MatchedPair,
     MechanismResult,
+    explored_lines,
     max_statistic_p_values,
     num_at_least_as_low,
     rank_correlation,
     rank_p_value,
     sentence,
 )
-from spd_dist.config import Calibrate, Config, Data, Mechanism, Project
+from spd_dist.config import Calibrate, Config, Data, Mechanism, Model, Project
 from spd_dist.data.arithmetic import generate_rows
 from spd_dist.data.held_out import held_out_rows, make_held_out, shuffled_examples, wrong_examples, wrong_values
 from spd_dist.data.prompts import make_examples
@@ -39,7 +41,7 @@ from spd_dist.mechanism.controls import (
     random_subspace,
     strongest,
 )
-from spd_dist.mechanism.mechanism_stage import found_candidates
+from spd_dist.mechanism.mechanism_stage import check, found_candidates
 from spd_dist.models.kv_sites import discover_sites
 from spd_dist.projection.hooks import projected
 from spd_dist.stages.calibrate import calibrate, gradient_moments
@@ -366,6 +368,14 @@ def test_a_comparison_of_no_site_is_an_error_and_of_another_rank_is_cut_anew(mat
         own_subspace(planned(Mechanism(explore=("layers=9",)))[-1], material)
 
 
+def test_a_layer_that_the_model_has_not_is_refused_before_anything_is_calibrated(tmp_path):
+    model = Model(name=str(save_tiny_model(tmp_path / "model")))
+    check(Config(model=model, mechanism=Mechanism(explore=("layers=0", "kinds=value"))))
+    with pytest.raises(DataError, match=r"mechanism\.explore: .* from layer 99 of .*; usable layers: \[0, 1, 2") as found:
+        check(Config(model=model, mechanism=Mechanism(explore=("layers=0", "layers=1+99"))))
+    assert "calibrate.layers" not in str(found.value)
+
+
 def test_layers_that_only_an_explored_comparison_names_are_in_no_other(material):
     *calibrated, left_out = sorted({site.layer for site in material.spd.sites})
     further = {site: part for site, part in material.spd.sites.items() if site.layer == left_out}
@@ -524,3 +534,15 @@ def test_the_sentence_tells_a_whole_projection_from_one_that_is_blended_and_what
     assert "at equal distortion (19 of them within 5 %)" in sentence(
         result, [pair(-0.05, 0.3)] * 19 + [pair(-0.05, 0.3, other_kl=0.1)]
     )
+
+
+def test_each_explored_comparison_is_a_line():
+    values = ExploredComparison("kinds=value", "task", 40, 20, -0.25, (-0.4, -0.1), 0.1, 0.5, 0.2, 0.048, 0.095)
+    lines = explored_lines([values, dataclasses.replace(values, name="layers=1", effect=0.5)])
+    assert lines == [
+        "Explored: kinds=value: -0.250 nats (95 % interval -0.400 to -0.100, n 40); 20 random subspaces: +0.500 on "
+        "average; corrected p 0.095.",
+        "Explored: layers=1: +0.500 nats (95 % interval -0.400 to -0.100, n 40); 20 random subspaces: +0.500 on "
+        "average; corrected p 0.095.",
+    ]
+    assert explored_lines([]) == []

@@ -357,7 +357,7 @@ def test_the_limits_of_a_corpus_may_change(tmp_path):
 def test_a_stage_is_not_finished_without_its_outputs(tmp_path):
     folder = opened(tmp_path)
     folder.start("generate", {})
-    with pytest.raises(DataError, match=r"summary.json is missing; start the run again"):
+    with pytest.raises(DataError, match=r"summary.json is missing: the run is not finished"):
         folder.finish("generate", {}, ["summary.json"], seconds=1.0)
     with pytest.raises(DataError, match=r"manifest.json is missing"):
         folder.manifest("generate")

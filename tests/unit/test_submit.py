@@ -36,6 +36,14 @@ def test_shell_scripts_parse(name):
     assert subprocess.run(["bash", "-n", name], check=False).returncode == 0
 
 
+def test_the_help_writes_an_array_as_sbatch_does(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    help_text = capsys.readouterr().out
+    assert "--array 0-N%K" in help_text
+    assert "%%" not in help_text
+
+
 def test_a_script_asks_for_what_the_options_say(capsys, tmp_path):
     options = ["--nodes", "4", "--ranks-per-node", "2", "--cpus-per-rank", "5", "--time", "2-00:00:00", "--no-gpus"]
     more = ["--sbatch=--partition=a100", "--sbatch=--account=lab", "--launcher", "deepspeed", "--margin-seconds", "600"]

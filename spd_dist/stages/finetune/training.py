@@ -105,7 +105,7 @@ class Trainer:
             keep_every=config.keep_every,
         )
         reports = ProgressReports(every_seconds=context.progress_seconds, run=context.estimate)
-        self.progress = Progress("finetune", self.num_steps, "steps", reports)
+        self.progress = Progress("finetune", self.num_steps, f"steps of {context.arm}", reports)
         self.heartbeat = context.heartbeat or Heartbeat(context.folder / "heartbeat", context.world)
         self.speed = Speedometer(outline_of(policy.model), context.world, has_teacher=student.teacher is not None)
         self.state = State()
@@ -178,7 +178,8 @@ class Trainer:
         if found is not None and folder is not None:
             self.checkpoints.load(engine, folder)
             self.state = found.marker.state
-            log.info("finetune: goes on after step %d of %d", self.state.step, self.num_steps)
+            done, arm = self.state.step, self.context.arm
+            log.info("finetune: goes on after step %d of %d of %s", done, self.num_steps, arm)
         return engine
 
     def _train(self, engine: DeepSpeedEngine) -> None:
@@ -261,7 +262,7 @@ class Trainer:
         self.checkpoints.complete()
         with together("stopping"):
             raise StopRequested(
-                f"finetune: stopped on request after step {self.state.step} of {self.num_steps}; "
+                f"finetune: stopped on request after step {self.state.step} of {self.num_steps} of {self.context.arm}; "
                 "start the same command again to go on"
             )
 
