@@ -243,7 +243,7 @@ def explored_lines(explored: Sequence[ExploredComparison]) -> list[str]:
     """A line for each comparison that explores, for a terminal."""
     return [
         f"Explored: {one.name}: {one.effect:+.3f} nats (95 % interval {one.interval[0]:+.3f} to "
-        f"{one.interval[1]:+.3f}, n {one.num_rows}); {one.num_random} random subspaces: {one.mean_random_effect:+.3f} on average; "
-        f"corrected p {one.p_corrected:.3f}."
+        f"{one.interval[1]:+.3f}, n {one.num_rows}); {one.num_random} random subspaces: "
+        f"{one.mean_random_effect:+.3f} on average; corrected p {one.p_corrected:.3f}."
         for one in explored
     ]

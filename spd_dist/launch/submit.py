@@ -151,7 +151,7 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--margin-seconds", type=at_least(0), default=300, metavar="S", help="asked to stop so long before"
     )
-    parser.add_argument("--array", metavar="0-N%K", help="of an array: N + 1 tasks, K at a time")
+    parser.add_argument("--array", metavar="TASKS", help="of an array: 0-N%%K is N + 1 tasks, K at a time")
     parser.add_argument("--launcher", choices=("srun", "deepspeed", "torchrun"), default="srun")
     parser.add_argument("--max-requeues", type=at_least(0), default=20)
     parser.add_argument(

@@ -15,7 +15,6 @@ from typing import Literal
 import pyarrow
 import pyarrow.parquet
 import torch
-from transformers import PreTrainedModel
 
 from spd_dist.analysis.mechanism_verdict import MechanismDetails, MechanismResult, explored_lines
 from spd_dist.analysis.subspace_algebra import fix_signs
@@ -62,6 +61,7 @@ from spd_dist.tracking.stage_outputs import MECHANISM_FILES
 from spd_dist.types import Certificate, KVSite, SiteSubspace, Subspace, SupervisedExample
 
 STAGE = "mechanism"
+EXPLORE = "mechanism.explore"
 CANDIDATES = "candidates"
 """In the stage's folder: a file each, that `launchers/export.py` takes as it takes the run's own subspace."""
 CHANGES_NOTHING = ("batch_size", "share_prefix", "in_run")
@@ -102,9 +102,7 @@ def measure_mechanism(config: Config, world: World, signals: StopSignals) -> str
         run.run_stage(STAGE, inputs_of(run, rows), [*MECHANISM_FILES, CANDIDATES], work)
         renew_page(run)
         folder = run.folder.folder(STAGE)
-        details = on_main(
-            "reading the mechanism test", lambda: read_record(folder / "details.json", MechanismDetails)
-        )
+        details = on_main("reading the mechanism test", lambda: read_record(folder / "details.json", MechanismDetails))
     return "\n".join([details.sentence, *explored_lines(details.explored), str(folder / "mechanism.html")])
 
 
@@ -144,7 +142,7 @@ def check(config: Config) -> None:
     if layers:
         prepare_model(config.model)
         with together("looking for the layers of mechanism.explore"):
-            explored_sites(meta_model(load_settings(config.model), torch.float32), layers)
+            discover_sites(meta_model(load_settings(config.model), torch.float32), sorted(layers), setting=EXPLORE)
 
 
 def needed_rows(config: Config, num_comparisons: int) -> int:
@@ -220,16 +218,8 @@ def find_material(run: Run, folder: Path, comparisons: Sequence[Comparison]) -> 
 def all_sites(run: Run, found: Subspace, layers: set[int]) -> list[KVSite]:
     """The subspace's sites, and those of further layers that a comparison names."""
     further = sorted(layers - {site.layer for site in found.sites})
-    return sorted({*found.sites, *(explored_sites(run.policy().model, further) if further else [])})
-
-
-def explored_sites(model: PreTrainedModel, layers: Iterable[int]) -> list[KVSite]:
-    """The sites of layers that a word of `mechanism.explore` names.
-
-    Raises:
-        DataError: the model has no such layer.
-    """
-    return discover_sites(model, sorted(layers), setting="mechanism.explore")
+    named = discover_sites(run.policy().model, further, setting=EXPLORE) if further else []
+    return sorted({*found.sites, *named})
 
 
 def further_sites(

@@ -16,9 +16,7 @@ from types import FrameType
 STOP_FILE = "PREEMPT"
 """To touch a file of this name in the run folder stops the run at its next unit, on all ranks, with exit code 75."""
 
-INTERRUPTED = (
-    b"\nSIGINT: stopping at the next unit; the same command goes on from there, and another Ctrl-C ends this one at once\n"
-)
+INTERRUPTED = b"\nSIGINT: stopping at the next unit, where the same command goes on; another Ctrl-C ends it at once\n"
 
 
 def task_name(task_index: int) -> str:

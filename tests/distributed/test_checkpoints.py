@@ -46,7 +46,9 @@ def train_and_stop(model: Path, folder: Path, zero_stage: int, num_steps: int | 
     if num_steps is None:
         train(model, folder, **work)
     else:
-        with pytest.raises(StopRequested, match=r"stopped on request after step \d of 9 of spd; start the same command again"):
+        with pytest.raises(
+            StopRequested, match=r"stopped on request after step \d of 9 of spd; start the same command"
+        ):
             train(model, folder, **work)
 
 

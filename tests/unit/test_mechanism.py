@@ -371,7 +371,9 @@ def test_a_comparison_of_no_site_is_an_error_and_of_another_rank_is_cut_anew(mat
 def test_a_layer_that_the_model_has_not_is_refused_before_anything_is_calibrated(tmp_path):
     model = Model(name=str(save_tiny_model(tmp_path / "model")))
     check(Config(model=model, mechanism=Mechanism(explore=("layers=0", "kinds=value"))))
-    with pytest.raises(DataError, match=r"mechanism\.explore: .* from layer 99 of .*; usable layers: \[0, 1, 2") as found:
+    with pytest.raises(
+        DataError, match=r"mechanism\.explore: .* from layer 99 of .*; usable layers: \[0, 1, 2"
+    ) as found:
         check(Config(model=model, mechanism=Mechanism(explore=("layers=0", "layers=1+99"))))
     assert "calibrate.layers" not in str(found.value)
 

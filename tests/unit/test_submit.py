@@ -40,7 +40,7 @@ def test_the_help_writes_an_array_as_sbatch_does(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     help_text = capsys.readouterr().out
-    assert "--array 0-N%K" in help_text
+    assert "0-N%K is N + 1 tasks" in help_text
     assert "%%" not in help_text
 
 
