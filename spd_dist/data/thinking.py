@@ -126,7 +126,8 @@ def as_sampled(
                 prompt.tokens + one.tokens
             )
     if changed or retokenised:
-        log.warning(
+        log.log(
+            logging.WARNING if changed else logging.INFO,  # other tokens of the same text are common, and do no harm
             "the chat template would write %d of %d sampled turns in another way than they were sampled, and %d with "
             "other tokens: what is learned are the prompts' and the sampled tokens",
             changed, len(looked_at), retokenised,
