@@ -90,7 +90,7 @@ def _architecture(source: str, config: Model) -> str:
     except DataError as error:
         raise DataError(
             f"model.name: {source} is no folder here, not in this host's cache and not to be had from the hub "
-            f"({str(error.__cause__).splitlines()[0]}); download it where a network is, with HF_HOME on a shared disk"
+            f"({str(error.__cause__ or error).splitlines()[0]}); download it where a network is, with HF_HOME on a shared disk"
         ) from error.__cause__
     return (found.architectures or [type(found).__name__])[0]
 

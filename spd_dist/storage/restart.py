@@ -167,7 +167,8 @@ def _restart(path: Path, stage: str, config: Mapping[str, Any]) -> None:
     first = STAGES[0] if folder_of(stage) == "project" else stage
     forget_metrics(path / "metrics", target / "metrics", STAGES[STAGES.index(first) :])
     write_text(file, OmegaConf.to_yaml(plain))
-    log.info("--restart-from %s: what it and later stages had made is in %s", stage, target)
+    where = f"what it and later stages had made is in {target}" if target.exists() else "nothing was made of it yet"
+    log.info("--restart-from %s: %s", stage, where)
 
 
 def refuse_stale_stages(path: Path, stage: str, changes: Mapping[str, str]) -> None:
