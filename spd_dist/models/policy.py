@@ -69,8 +69,7 @@ def locate_model(config: Model) -> Reachable:
 def _in_cache(config: Model) -> Path | None:
     try:
         kinds = [*WEIGHTS, "*.json"]
-        found = snapshot_download(config.name, local_files_only=True, revision=config.revision, allow_patterns=kinds)
-        return Path(found)
+        return Path(snapshot_download(config.name, local_files_only=True, revision=config.revision, allow_patterns=kinds))
     except (OSError, ValueError):  # not there, or not even a name of the hub
         return None
 
