@@ -69,7 +69,8 @@ def locate_model(config: Model) -> Reachable:
 def _in_cache(config: Model) -> Path | None:
     try:
         kinds = [*WEIGHTS, "*.json"]
-        return Path(snapshot_download(config.name, local_files_only=True, revision=config.revision, allow_patterns=kinds))
+        found = snapshot_download(config.name, local_files_only=True, revision=config.revision, allow_patterns=kinds)
+        return Path(found)
     except (OSError, ValueError):  # not there, or not even a name of the hub
         return None
 
@@ -87,10 +88,9 @@ def _architecture(source: str, config: Model) -> str:
     try:
         found = _read(AutoConfig, source, config)
     except DataError as error:
-        why = str(error.__cause__ or error).splitlines()[0]
         raise DataError(
-            f"model.name: {source} is no folder here, not in this host's cache and not to be had from the hub ({why}); "
-            "download it where a network is, with HF_HOME on a shared disk"
+            f"model.name: {source} is no folder here, not in this host's cache and not to be had from the hub "
+            f"({str(error.__cause__ or error).splitlines()[0]}); download it online, with HF_HOME on a shared disk"
         ) from error.__cause__
     return (found.architectures or [type(found).__name__])[0]
 
