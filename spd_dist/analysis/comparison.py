@@ -230,9 +230,8 @@ def clause(
     against = f"against {one.before.upper()}: {amount(one.difference, metric)} (95 % interval {bounds})"
     if low <= 0 <= high:
         smallest = one.detectable_difference
-        alone = (
-            ", before the correction" if num_comparisons > 1 else ""
-        )  # which the smallest difference knows nothing of
+        # The smallest difference is that of one test, which knows nothing of the others.
+        alone = ", before the correction" if num_comparisons > 1 else ""
         found = "" if smallest is None else amount(smallest, metric, signed=False)
         needs = f"; this {means} would find about {found}{alone}" if found else ""
         return f"{against}, so no difference is shown{needs}"

@@ -105,12 +105,17 @@ def kept_status(path: Path, heartbeat: Heartbeat, last: str) -> Generator[None]:
 def refuse_beside(path: Path) -> None:
     """See that no other process of this host does the work whose status is at `path`; one that ends is waited for.
 
+    A status that cannot be read says nothing of any process, and is written anew.
+
     Raises:
         ConfigError: one does.
     """
     deadline = time.monotonic() + SECONDS_TO_END
     while path.exists():
-        status = read_record(path, Status)
+        try:
+            status = read_record(path, Status)
+        except DataError:
+            return
         is_ours = status.host == socket.gethostname() and status.pid != os.getpid()
         if status.state != "running" or not is_ours or not is_alive(status.pid, since=status.time):
             return

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+import torch
 from launching import Launch, differences, launch
 from tiny import save_tiny_model
 from wandb_log import read_offline_run
@@ -151,3 +152,17 @@ def test_a_run_that_could_not_be_measured_at_its_end_is_refused_at_its_start(wor
     output = launch(1, [*words, *wrong], tmp_path / "log", code=2)
     assert "mechanism.explore: 'rank=3' is no comparison" in output
     assert "calibrate" not in output
+
+
+def test_a_bfloat16_model_that_stays_sharded_has_logits_of_float32(words, tmp_path):
+    """On two ranks: the output layer's weights are there within its call alone."""
+    few = [
+        "mechanism.num_rows=4", "mechanism.num_random=2", "mechanism.num_explored_rows=4", "mechanism.explore=[]",
+        "mechanism.num_explored_random=2", "mechanism.num_generated=0", "evaluate.placement=layerwise",
+    ]  # fmt: skip
+    run = tmp_path / "run"
+    launch(2, [*words, *few, "model.dtype=bfloat16", f"run_dir={run}"], tmp_path / "log", launcher=LAUNCHER)
+    odds = [row["log_odds"] for row in results(run)["rows"].values() if row["log_odds"] is not None]
+    in_bfloat16 = torch.tensor(odds).bfloat16().double().tolist()
+    assert odds != in_bfloat16, "differences of rounded logits would be rounded numbers"
+    assert any(value * 2**14 % 1 for value in odds)

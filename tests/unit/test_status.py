@@ -67,6 +67,13 @@ def test_a_second_process_at_the_same_work_is_refused_and_one_that_was_killed_is
         pass
 
 
+def test_a_status_that_is_torn_keeps_no_run_from_going_on(tmp_path):
+    (tmp_path / "status.json").write_text('{"schema": 3, "sta')
+    with kept_in(tmp_path):
+        pass
+    assert read_status(tmp_path).state == "complete"
+
+
 def test_a_disk_that_failed_does_not_hide_why(tmp_path):
     folder = tmp_path / "run"
 
