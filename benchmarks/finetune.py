@@ -2,8 +2,9 @@
 
 SmolLM2-135M-Instruct; sequences of the lengths of GSM8K's worked answers, LoRA of rank 8 on q/k/v/o with dropout 0.05,
 8 sequences an optimizer step, no gradient checkpointing on either side. One process: ours runs without ZeRO, as TRL
-does, once more under ZeRO-3, and once towards the distributions of a projected teacher (`finetune.loss=distil`).
-`python benchmarks/finetune.py [--json FILE] [--repeats 5] [--threads 1]`; about ten minutes on one CPU core.
+does, once more under ZeRO-3, and once towards the distributions of a projected teacher (`finetune.loss=distil`); the
+same two losses once more with all weights trained (`finetune.mode=full`).
+`python benchmarks/finetune.py [--json FILE] [--repeats 5] [--threads 1]`; about 15 minutes on one CPU core.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ from common import (
 )
 
 from spd_dist.config import Distributed, Finetune, Model
+from spd_dist.distributed.frozen_weights import FrozenWeights
 from spd_dist.distributed.training_engine import training_engine, training_settings
 from spd_dist.distributed.world import join_world
 from spd_dist.models.kv_sites import discover_sites
-from spd_dist.models.lora import add_adapters, key_dropout
+from spd_dist.models.lora import TokenKeys, add_adapters, key_dropout
 from spd_dist.models.loss import Student
 from spd_dist.models.policy import Policy, load_policy
 from spd_dist.stages.finetune.batching import global_batches
@@ -48,7 +50,7 @@ from spd_dist.types import Projection, SiteOperator
 
 GLOBAL_BATCH, MICRO_BATCH, ROW_TOKENS = 8, 4, 512
 LORA = Finetune(global_batch_size=GLOBAL_BATCH, micro_batch_size=MICRO_BATCH, max_tokens=ROW_TOKENS, learning_rate=1e-4)
-SIDES = ("ours", "ours packed", "ours ZeRO-3", "ours distil", "TRL", "TRL packed")
+SIDES = ("ours", "ours packed", "ours ZeRO-3", "ours distil", "ours full", "ours full distil", "TRL", "TRL packed")
 TEACHERS = ExitStack()
 """They stay until this process ends."""
 
@@ -87,10 +89,11 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
         if ours in by_name and theirs in by_name:
             found[name] = by_name[ours]["tokens_per_second"] / by_name[theirs]["tokens_per_second"]
             found["memory" + name.removeprefix("over")] = by_name[ours]["peak_gib"] / by_name[theirs]["peak_gib"]
-    if {"ours", "ours distil"} <= by_name.keys():
-        plain, distil = by_name["ours"], by_name["ours distil"]
-        found["distil_seconds_over_plain"] = distil["seconds"] / plain["seconds"]
-        found["distil_memory_over_plain"] = distil["peak_gib"] / plain["peak_gib"]
+    for side, prefix in (("ours", "distil"), ("ours full", "full_distil")):
+        if {side, f"{side} distil"} <= by_name.keys():
+            plain, distil = by_name[side], by_name[f"{side} distil"]
+            found[f"{prefix}_seconds_over_plain"] = distil["seconds"] / plain["seconds"]
+            found[f"{prefix}_memory_over_plain"] = distil["peak_gib"] / plain["peak_gib"]
     if "memory_trl_unpacked" in found:
         found["memory_over_trl"] = max(value for name, value in found.items() if name.startswith("memory"))
     return found
@@ -107,7 +110,11 @@ def make_epoch(name: str, model: str, sequences: list[list[int]]) -> Callable[[]
     """A function that trains one epoch on `sequences`."""
     if name.startswith("TRL"):
         return trl_epoch(model, sequences, packing="packed" in name)
-    changes = {"packing": "packed" in name, "loss": "distil" if "distil" in name else "cross_entropy"}
+    changes = {
+        "packing": "packed" in name,
+        "loss": "distil" if "distil" in name else "cross_entropy",
+        "mode": "full" if "full" in name else "lora",
+    }
     return our_epoch(model, sequences, changes, zero_stage=3 if "ZeRO-3" in name else 0)
 
 
@@ -122,15 +129,22 @@ def our_epoch(
     rows = num_rows(sequences, packing=changes["packing"])
     config = Finetune(**{**vars(LORA), **changes, "micro_batch_size": rows})
     held_to = random_projection(policy) if config.loss == "distil" else None
-    adapted = add_adapters(policy.model, config, generator=torch.Generator().manual_seed(0))
+    if config.mode == "lora":
+        adapted = add_adapters(policy.model, config, generator=torch.Generator().manual_seed(0))
+        untrained, keys = adapted, key_dropout(adapted)
+    else:
+        policy.model.requires_grad_(True)
+        untrained, keys = FrozenWeights(), TokenKeys()
     engine = training_engine(
-        Student(policy.model, TEACHERS.enter_context(taught_by(policy, adapted, held_to))),
+        Student(policy.model, TEACHERS.enter_context(taught_by(policy, untrained, held_to))),
         training_settings(distributed, policy.model.dtype, max_grad_norm=1.0),
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
     )
+    if held_to is not None and isinstance(untrained, FrozenWeights):
+        untrained.keep(engine)
     corpus = [TrainingSequence(str(i), tuple(tokens), 1, len(tokens)) for i, tokens in enumerate(sequences)]
-    trainer = TrainStep(engine, key_dropout(adapted), corpus, config, 0, world, policy.pad_token_id)
+    trainer = TrainStep(engine, keys, corpus, config, 0, world, policy.pad_token_id)
     lengths = [len(tokens) for tokens in sequences]
 
     def epoch() -> None:

@@ -91,12 +91,6 @@ COMBINATIONS = (
         ("finetune.loss_on=thought", "data.thinking=drop"),
     ),
     Combination(
-        ("finetune.loss", "finetune.mode"), {"finetune.loss": "distil", "finetune.mode": "full"},
-        "which changes the weights that the teacher is made of",
-        ("finetune.mode=lora", "finetune.loss=cross_entropy"),
-        ("finetune.loss=distil", "finetune.mode=full", "evaluate.arms=[base,spd]"),
-    ),
-    Combination(
         ("finetune.loss", "evaluate.arms"), {"finetune.loss": "distil", "evaluate.arms": without_projection},
         f"where {' and '.join(UNPROJECTED)} learn of no projection, and so from no teacher",
         ("evaluate.arms=[base,spd]", "finetune.loss=cross_entropy"), ("finetune.loss=distil",),

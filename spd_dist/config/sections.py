@@ -190,7 +190,7 @@ class Finetune:
         (), "completions left out: not ended; in circles; not of the answer that most samples of the prompt give"
     )
     loss: Literal["cross_entropy", "distil"] = setting(
-        "cross_entropy", "of the next tokens; distil: KL from the projected policy's next-token distributions, lora"
+        "cross_entropy", "of the next tokens; distil: KL from the projected policy's next-token distributions"
     )
     divergence: Literal["forward", "reverse", "js"] = setting(
         "forward", "of distil: KL(teacher || student), KL(student || teacher), or Jensen-Shannon's between them"

@@ -92,8 +92,7 @@ def sharding_settings(config: Distributed, dtype: torch.dtype) -> dict[str, Any]
 def frozen_engine(module: nn.Module, config: Distributed, dtype: torch.dtype) -> DeepSpeedEngine:
     """Shard `module` over all ranks, without an optimizer.
 
-    Call `engine.module(...)`: outputs of the engine itself refuse to be differentiated. `end_engine` frees the module
-    for the next engine.
+    Call `engine.module(...)`: outputs of the engine itself refuse to be differentiated. `end_engine` ends it.
     """
     engine, *_ = deepspeed.initialize(model=module, config=sharding_settings(config, dtype))
     return engine
@@ -183,15 +182,20 @@ def full_replica(engine: DeepSpeedEngine | None, module: nn.Module) -> Generator
             offload._register_deepspeed_module(offload.module)  # also invalidates the recorded order of modules
 
 
+def release_all(engine: DeepSpeedEngine) -> None:
+    """Leave shards only, small parameters included, and nothing under way. Not a collective: the next pass gathers."""
+    module: Any = engine.module
+    if is_sharded(module):
+        _offload_of(engine).empty_partition_cache()
+
+
 def forget_order(engine: DeepSpeedEngine) -> None:
     """Let the next pass show the order of modules anew, and begin with shards only. On all ranks.
 
-    After passes with a backward pass, DeepSpeed keeps in each pass what that would use again: of a model of up to
-    `stage3_max_reuse_distance` elements everything, though there are forward passes only.
+    After passes with a backward pass, DeepSpeed keeps what that would use again, though there are forward passes only.
     """
-    offload = _offload_of(engine)
-    offload.empty_partition_cache()
-    order = offload.get_param_coordinator()
+    release_all(engine)
+    order = _offload_of(engine).get_param_coordinator()
     if not order.is_invalid_trace():
         order._invalidate_trace()
     _forget_released_parameters()  # by the order before
@@ -236,7 +240,7 @@ def _held_words(parameter: Tensor) -> tuple[Tensor, int]:
     """The words of `parameter` that this rank holds, as integers, and the position of the first."""
     flat, start = parameter.detach().reshape(-1), 0
     if hasattr(parameter, "ds_tensor"):
-        held = _slice(parameter)
+        held = slice_of(parameter)
         flat, start = held.detach().reshape(-1), dist.get_rank() * held.numel()
         flat = flat[: max(0, vars(parameter)["ds_numel"] - start)]  # the last shards are padded
     words = {2: torch.int16, 4: torch.int32, 8: torch.int64, 1: torch.int8}[flat.element_size()]
@@ -275,19 +279,19 @@ def restored_on_exit(parameters: Iterable[nn.Parameter]) -> Generator[None]:
     parameters = list(parameters)
     with unsharded_for_write(parameters):
         whole = [parameter.data.clone() for parameter in parameters]
-    slices = [_slice(parameter).data.clone() if _is_shard(parameter) else None for parameter in parameters]
+    slices = [slice_of(parameter).data.clone() if _is_shard(parameter) else None for parameter in parameters]
     try:
         yield
     finally:
         with torch.no_grad():
             for parameter, data, held in zip(parameters, whole, slices, strict=True):
                 if held is not None:
-                    _slice(parameter).data.copy_(held)
+                    slice_of(parameter).data.copy_(held)
                 if parameter.data.shape == data.shape:  # ZeRO-3 keeps small parameters whole beside their slices
                     parameter.data.copy_(data)
 
 
-def _slice(parameter: Tensor) -> Tensor:
+def slice_of(parameter: Tensor) -> Tensor:
     """The flat slice of a sharded parameter that this rank holds."""
     return vars(parameter)["ds_tensor"]
 

@@ -29,13 +29,15 @@ class Tail(NamedTuple):
     scale: float = 1.0
     divergence: Divergence = "forward"
     """From a teacher, if there is one."""
+    teacher: tuple[Tensor, Tensor | None] | None = None
+    """Weight and bias of the teacher's output layer; None where it is the student's."""
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     """Sum of the negative log-likelihoods of label_N under softmax(tail(hidden_ND weight_VD')).
 
     If its target is not label_N but teacher_ND, the states that a teacher has at the same positions, it is the sum of
-    a divergence between p, the teacher's distribution by the same output layer, and q, that one.
+    a divergence between p, the teacher's distribution, and q, that one.
 
     The gradients are made chunk by chunk in the forward pass (as in Liger's kernel, arXiv:2410.10989): the loss is a
     scalar, so backward only scales them. Nothing of size N x V lives, and nothing is computed twice.
@@ -59,12 +61,13 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_ND = torch.empty_like(hidden_ND) if wants_hidden else None
         grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
         grad_V = torch.zeros_like(bias_V, dtype=torch.float32) if bias_V is not None and wants_bias else None
+        teacher = tail.teacher or (weight_VD, bias_V)
         size = max(1, CHUNK_BYTES.get(hidden_ND.device.type, CHUNK_BYTES["cpu"]) // (4 * len(weight_VD)))
         for start in range(0, len(target), size):
             rows = slice(start, start + size)
             logit_CV = torch.nn.functional.linear(hidden_ND[rows], weight_VD, bias_V).float()
             if target.is_floating_point():
-                taught_CV = torch.nn.functional.linear(target[rows], weight_VD, bias_V).float()
+                taught_CV = torch.nn.functional.linear(target[rows], *teacher).float()
                 loss_N[rows], grad_CV = _divergence_and_gradient(logit_CV, taught_CV, tail)
             else:
                 loss_N[rows], grad_CV = _loss_and_gradient(logit_CV, target[rows], tail)

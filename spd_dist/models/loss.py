@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from spd_dist.distributed.zero import gathered
 from spd_dist.models.chunked_loss import CHUNK_BYTES, Divergence, LinearCrossEntropy, Tail, divergences
 from spd_dist.models.forward import call_model
 from spd_dist.models.gradient_capture import supervised_rows
@@ -70,12 +71,12 @@ class Student(nn.Module):
             context: `position_ids` (B, T) of packed rows, or an `attention_mask`.
         """
         inputs = {"input_ids": token_BT, "use_cache": False, **context}
-        target = self._taught(inputs, source_N) if label_N is None else label_N
+        target, of_teacher = (label_N, None) if label_N is not None else self._taught(inputs, source_N)
         own = self._read(inputs, source_N)
         if self.tail is None:
             loss_N = _whole_losses(own, target, self.divergence)
             return loss_N.sum(), loss_N.detach()
-        head, tail = self.model.get_output_embeddings(), self.tail._replace(divergence=self.divergence)
+        head, tail = self._head, self.tail._replace(divergence=self.divergence, teacher=of_teacher)
 
         def loss(hidden_ND: Tensor) -> Any:
             return LinearCrossEntropy.apply(hidden_ND, target, head.weight, head.bias, tail)
@@ -89,15 +90,25 @@ class Student(nn.Module):
             return call_model(self.model, inputs).logits.flatten(0, 1)[source_N]
         return call_model(self.model.base_model, inputs).last_hidden_state.flatten(0, 1)[source_N]
 
+    @property
+    def _head(self) -> Any:
+        return self.model.get_output_embeddings()
+
     @torch.no_grad()
-    def _taught(self, inputs: Mapping[str, Any], source_N: Tensor) -> Tensor:
-        """The same of the teacher, without dropout."""
+    def _taught(
+        self, inputs: Mapping[str, Any], source_N: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor | None] | None]:
+        """The same of the teacher, without dropout; and its output layer, if the student's is trained."""
         assert self.teacher is not None  # labels are left out only where there is one
         was_training = self.model.training
         self.model.eval()
         try:
             with self.teacher():
-                return self._read(inputs, source_N)
+                taught, head = self._read(inputs, source_N), self._head
+                if self.tail is None or not head.weight.requires_grad:
+                    return taught, None
+                with gathered(head.parameters()):
+                    return taught, (head.weight.clone(), None if head.bias is None else head.bias.clone())
         finally:
             self.model.train(was_training)
 

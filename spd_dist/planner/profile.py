@@ -36,6 +36,8 @@ class Profile:
     """Bytes beside the weights while one micro-batch's gradients are captured."""
     finetune_peak: int
     """Bytes beside parameters, gradients and optimizer while one micro-batch is trained on."""
+    keeps_weights: bool
+    """Whether a student all of whose weights are trained keeps the first ones for its teacher."""
 
     score_peak: int
     """Bytes beside the weights while a batch of completions is read for its tokens' effects."""
@@ -87,5 +89,6 @@ def profile_of(config: Config, device: torch.device | None = None) -> Profile:
         num_captured=head + in_layers * num_above // policy.num_layers,
         calibrate_peak=calibrate_peak(settings, config.calibrate, dtype, num_layers=num_above, is_sharded=is_sharded),
         finetune_peak=max(looking, finetune_peak(settings, finetune, dtype, is_sharded=is_sharded)),
+        keeps_weights=distils and config.finetune.mode == "full",
         score_peak=score_peak(settings, dtype, batch=(rows, longest), num_targets=num_targets),
     )

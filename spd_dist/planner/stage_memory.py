@@ -193,6 +193,8 @@ def _training(placement: Placement, profile: Profile, config: Config, cluster: C
         divided = cluster.num_ranks if zero.stage in (1, 2) else 1
         optimizer = state_bytes * num_trained // divided
         weights = _replica(profile, size * student.num_parameters)
+        if profile.keeps_weights:
+            weights["first weights"] = size * num_trained
         device = {**weights, "gradients": size * num_trained, "optimizer": optimizer}
         return Need({**device, "activations": activations}, kept)
     backward = Backward(student.num_parameters, config.finetune.checkpointing)
@@ -203,11 +205,12 @@ def _training(placement: Placement, profile: Profile, config: Config, cluster: C
     if config.finetune.mode == "full":
         whole = size * zero.gathered_backward(student.trained, reused=num_trained)
         trained["trained"] += whole
+    first = {"first weights": size * own} if profile.keeps_weights else {}
     bucket = min(zero.reduce_bucket_size, num_trained) if cluster.is_cpu else zero.reduce_bucket_size
     device = {**weights.device, **trained, "buckets": size * bucket, "activations": activations}
     if placement == "offload":
-        return Need(device, {**weights.host, **optimizer, **kept})
-    return Need({**device, **optimizer}, {**weights.host, **kept})
+        return Need(device, {**weights.host, **optimizer, **first, **kept})
+    return Need({**device, **optimizer, **first}, {**weights.host, **kept})
 
 
 STAGES: dict[str, Callable[[Placement, Profile, Config, Cluster], Need]] = {

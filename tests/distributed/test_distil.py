@@ -1,5 +1,6 @@
 """A student of the projected policy's distributions has the same losses on any number of ranks, packed or killed."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from spd_dist.projection.hooks import projected
 from spd_dist.projection.operators import MARK
 from spd_dist.seeding import generator
 from spd_dist.stages.finetune.batching import global_batches
+from spd_dist.stages.finetune.training import learning_rate_fraction
 
 TOKENS = torch.arange(3, 40)[None]
 EPOCHS = 3
@@ -122,8 +124,9 @@ def refuse(model: Path, folder: Path) -> None:
         train(model, folder, loss="distil")
     with pytest.raises(ConfigError, match=r"cross_entropy is not valid where a projection was given"):
         train(model, folder, projection=four_sites())
-    with pytest.raises(ConfigError, match=r"finetune\.loss: distil is not valid with finetune\.mode=full"):
-        train(model, folder, projection=four_sites(), loss="distil", mode="full")
+    twice = {"deepspeed": {"zero_optimization": {"zero_hpz_partition_size": 2}}}
+    with pytest.raises(ConfigError, match=r"zero_hpz_partition_size: 2 is not valid with finetune\.loss=distil and"):
+        train(model, folder, distributed=twice, projection=four_sites(), loss="distil", mode="full")
     with pytest.raises(ConfigError, match=r"finetune\.mode: full is not valid from the adapter"):
         train(model, folder, start=folder, mode="full")
     with pytest.raises(DataError, match=r"holds no adapter_config\.json"):
@@ -133,3 +136,76 @@ def refuse(model: Path, folder: Path) -> None:
 def test_a_teacher_that_cannot_be_made_is_refused(model, tmp_path):
     assert Finetune().loss == "cross_entropy"
     run_on_ranks(1, tmp_path / "store", refuse, model, tmp_path / "run")
+
+
+FULL = {"loss": "distil", "mode": "full", "projection": four_sites(), "num_epochs": EPOCHS, "learning_rate": 1e-3}
+
+
+def by_hand() -> torch.Tensor:
+    """Losses of the steps of a second model, which learns from a first one that stays as it was."""
+    sequences = [torch.tensor(one.prompt_tokens + one.tokens)[None] for one in completions()]
+    first, student = tiny_model(), tiny_model()
+    parameters, settings = list(student.parameters()), dataclasses.replace(TINY, num_epochs=EPOCHS)
+    groups = [
+        {"params": [one for one in parameters if (one.dim() > 1) == is_matrix], "weight_decay": decay}
+        for is_matrix, decay in ((True, settings.weight_decay), (False, 0.0))
+    ]
+    optimizer, losses = torch.optim.AdamW(groups, lr=1.0), []
+    order = [
+        batch
+        for epoch in range(EPOCHS)
+        for batch in global_batches(
+            [one.shape[1] for one in sequences], settings, generator(3, "finetune", "order", epoch)
+        )
+    ]
+    warm_up = int(settings.warmup_epochs * len(order) / EPOCHS)
+    for step, batch in enumerate(order):
+        total, count = torch.zeros(()), sum(sequences[index].shape[1] - 1 for index in batch)
+        for tokens in (sequences[index] for index in batch):
+            with torch.no_grad(), projected(first, four_sites()):
+                taught = first(tokens).logits[0, :-1].log_softmax(-1)
+            total = total + kl_div(
+                student(tokens).logits[0, :-1].log_softmax(-1), taught, reduction="sum", log_target=True
+            )
+        fraction = learning_rate_fraction(step, num_steps=len(order), num_warmup_steps=warm_up)
+        for group in optimizer.param_groups:
+            group["lr"] = FULL["learning_rate"] * fraction
+        (total / count).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total.item() / count)
+    return torch.tensor(losses, dtype=torch.float64)
+
+
+def train_all_weights(model: Path, folder: Path) -> None:
+    """Sharded, with a stop and whole; in ZeRO's second stage, packed; and with the small parameters in shards, too."""
+    calls = [0]
+
+    def should_stop() -> bool:
+        calls[0] += 1
+        return calls[0] > 4
+
+    changes = {**FULL, "checkpointing": True, "micro_batch_size": 2}
+    whole = train(model, folder / "whole", **changes)
+    with pytest.raises(StopRequested, match="stopped on request after step 4 of 9"):
+        train(model, folder / "parts", job={"should_stop": should_stop}, **changes)
+    rest = train(model, folder / "parts", **changes)
+    assert torch.equal(rest.losses, whole.losses[4:]), "the teacher is the untouched model, not the checkpoint's"
+    assert weights_fingerprint(rest.policy.model) == weights_fingerprint(whole.policy.model)
+    second = train(model, folder / "second", distributed={"zero_stage": 2}, **{**FULL, "packing": True})
+    small = {"deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
+    shards = train(model, folder / "shards", distributed=small, **FULL)
+    half = train(model, folder / "bfloat16", dtype="bfloat16", **FULL)
+    found = {"whole": whole.losses, "second": second.losses, "shards": shards.losses, "bfloat16": half.losses}
+    if dist.get_rank() == 0:
+        torch.save(found, folder / "losses.pt")
+
+
+def test_a_student_of_all_weights_learns_from_those_that_it_began_with(model, tmp_path):
+    run_on_ranks(2, tmp_path / "store", train_all_weights, model, tmp_path)
+    expected = by_hand()
+    assert expected[-1] < 0.5 * expected[0]
+    for name, found in torch.load(tmp_path / "losses.pt").items():
+        atol = 2e-3 if name == "bfloat16" else 2e-5
+        torch.testing.assert_close(found, expected, atol=atol, rtol=0, msg=lambda text, name=name: f"{name}: {text}")

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from finetuning import train
+from projections import four_sites
 from ranks import run_on_ranks
 from tiny import save_tiny_model
 
@@ -46,6 +47,16 @@ def test_two_ranks_on_4_bit_weights_make_the_student_of_one(tmp_path):
     torch.testing.assert_close(two, one, atol=1e-5, rtol=0)
     first, second = one.chunk(2)
     assert second.mean() < first.mean() - 0.1, "it learns"
+
+
+@pytest.mark.slow
+@needs_bitsandbytes
+def test_a_student_on_4_bit_weights_learns_from_the_projected_ones(tmp_path):
+    changes = {"quantization": "nf4", "loss": "distil", "projection": four_sites()}
+    one, two = losses_of(tmp_path, (1, 0, changes), (2, 2, {**changes, "checkpointing": True}))
+    torch.testing.assert_close(two, one, atol=1e-5, rtol=0)
+    first, second = one.chunk(2)
+    assert second.mean() < 0.9 * first.mean(), "it learns"
 
 
 @pytest.mark.slow

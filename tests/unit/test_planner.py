@@ -241,6 +241,17 @@ def test_slower_networks_and_devices_take_longer_and_are_named(profile, config):
     assert taken("generate", "replica").bottleneck == "launches"
 
 
+def test_a_teacher_of_all_weights_keeps_those_that_it_began_with(config):
+    arms = changed(changed(config, "finetune", mode="full"), "evaluate", arms=("base", "spd_distil"))
+    teaching = profile_of(arms)
+    assert teaching.keeps_weights
+    plain = dataclasses.replace(teaching, keeps_weights=False)
+    for placement, parts in (("replica", 1), ("layerwise", CLUSTER.num_ranks)):
+        less, more = (need("finetune", placement, one, arms, CLUSTER).device_bytes for one in (plain, teaching))
+        assert more - less == pytest.approx(teaching.weight_bytes / parts, rel=0.01)
+    assert not profile_of(changed(arms, "finetune", mode="lora")).keeps_weights
+
+
 def test_a_teacher_a_second_policy_and_more_samples_cost_what_they_do_more(profile, config):
     cluster = Cluster(2, 4, device=dataclasses.replace(device_named("H100"), flops=1e10))
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from spd_dist.config import Finetune
+from spd_dist.config import Distributed, Finetune
 from spd_dist.distributed.collectives import together
+from spd_dist.distributed.frozen_weights import check_one_copy
 from spd_dist.distributed.zero import weights_fingerprint
 from spd_dist.errors import ConfigError, DataError
 from spd_dist.models.lora import adapted_modules, check_subspace
@@ -13,7 +14,7 @@ from spd_dist.models.policy import Policy
 from spd_dist.types import Projection, Subspace
 
 
-def check_teacher(config: Finetune, projection: Projection | None) -> None:
+def check_teacher(config: Finetune, projection: Projection | None, distributed: Distributed) -> None:
     """See that there is what a teacher is made of, where there is one, and nothing of it elsewhere.
 
     Raises:
@@ -26,10 +27,7 @@ def check_teacher(config: Finetune, projection: Projection | None) -> None:
             f"{'give one, or set finetune.loss=cross_entropy' if projection is None else 'set finetune.loss=distil'}"
         )
     if config.loss == "distil" and config.mode == "full":
-        raise ConfigError(
-            "finetune.loss: distil is not valid with finetune.mode=full, which changes the weights that the teacher is "
-            "made of; set finetune.mode=lora"
-        )
+        check_one_copy(distributed)
 
 
 def check_start(policy: Policy, config: Finetune, start: Path | Subspace | None) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from spd_dist.config import Finetune
 from spd_dist.distributed.collectives import together
+from spd_dist.distributed.frozen_weights import FrozenWeights
 from spd_dist.distributed.zero import end_engine, frozen_engine, is_sharded
 from spd_dist.models.forward import use_liger
 from spd_dist.models.lora import (
@@ -106,7 +107,7 @@ def finetune(
     started = time.perf_counter()
     check_untouched(policy)
     with together("preparing the fine-tuning"):
-        check_teacher(config, projection)
+        check_teacher(config, projection, context.distributed)
         check_start(policy, config, start)
         corpus = _corpus(policy, completions, config, context, projection=projection, start=start)
         if config.liger:
@@ -119,9 +120,12 @@ def finetune(
     else:
         policy.model.requires_grad_(True)
     keys = None if adapted is None else key_dropout(adapted)
-    with taught_by(policy, adapted, projection) as teacher:
+    frozen = FrozenWeights() if config.mode == "full" and projection is not None else None
+    with taught_by(policy, adapted or frozen, projection) as teacher:
         student = Student(policy.model, teacher, keys, config.divergence)
-        outcome = Trainer(policy, student, corpus, config, context).run()
+        outcome = Trainer(policy, student, corpus, config, context, frozen).run()
+    if frozen is not None:
+        frozen.forget()
     saved_adapter, saved_model = _save(policy, adapted, corpus, config, context, outcome=outcome)
     return StudentSummary(
         num_sequences=len(corpus.train),
@@ -140,18 +144,21 @@ def finetune(
 
 
 @contextmanager
-def taught_by(policy: Policy, adapted: PeftModel | None, projection: Projection | None) -> Generator[Teacher | None]:
-    """The teacher of a policy whose adapters are trained: its weights without them, keys and values projected.
+def taught_by(
+    policy: Policy, untrained: PeftModel | FrozenWeights | None, projection: Projection | None
+) -> Generator[Teacher | None]:
+    """The teacher of a policy in training: the weights that it began with, keys and values projected.
 
-    Its hooks stay on the policy, and act only while the teacher reads: no second model is held.
+    It is the model without its adapters, or with the weights that were kept. Its hooks stay on the policy, and act only
+    while the teacher reads: no second model is held.
 
     Raises:
         DataError: the projection does not fit the model, or never reached a site.
     """
-    if projection is None or adapted is None:
+    if projection is None or untrained is None:
         yield None
         return
-    layers = [layer for _, layer in lora_layers(adapted)]
+    layers = [] if isinstance(untrained, FrozenWeights) else [layer for _, layer in lora_layers(untrained)]
     with projected(policy.model, projection) as monitor:
         monitor.is_on = False
 
@@ -159,8 +166,9 @@ def taught_by(policy: Policy, adapted: PeftModel | None, projection: Projection 
         def teacher() -> Generator[None]:
             monitor.is_on = True
             monitor.model_calls += 1  # what is called is inside the model, and so is not counted
+            weights = untrained.in_place() if isinstance(untrained, FrozenWeights) else without_adapters(layers)
             try:
-                with without_adapters(layers):
+                with weights:
                     yield
             finally:
                 monitor.is_on = False

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from spd_dist.config import Finetune
 from spd_dist.distributed.collectives import any_rank, together
+from spd_dist.distributed.frozen_weights import FrozenWeights
 from spd_dist.distributed.heartbeat import Heartbeat, naming_lagging_ranks
 from spd_dist.distributed.memory import peak_bytes, peak_flops
 from spd_dist.distributed.training_engine import DeepSpeedEngine, close_engine, training_engine, training_settings
@@ -90,10 +91,20 @@ class Trainer:
     """One fine-tuning run of a student. Its methods are collectives."""
 
     def __init__(
-        self, policy: Policy, student: Student, corpus: Corpus, config: Finetune, context: StageContext
+        self,
+        policy: Policy,
+        student: Student,
+        corpus: Corpus,
+        config: Finetune,
+        context: StageContext,
+        frozen: FrozenWeights | None = None,
     ) -> None:
-        """`student` is the policy's model, with its dropout's keys and its teacher, if it has one."""
+        """`student` is the policy's model, with its dropout's keys and its teacher, if it has one.
+
+        `frozen` is to keep the weights that it begins with.
+        """
         self.policy, self.student, self.corpus, self.config, self.context = policy, student, corpus, config, context
+        self.frozen = frozen
         self.steps_per_epoch = -(-len(corpus.train) // config.global_batch_size)
         self.num_steps = self.steps_per_epoch * config.num_epochs
         self.checkpoints = Checkpoints(
@@ -175,6 +186,8 @@ class Trainer:
             weight_decay=config.weight_decay,
             kind=config.optimizer,
         )
+        if self.frozen is not None:
+            self.frozen.keep(engine)
         if found is not None and folder is not None:
             self.checkpoints.load(engine, folder)
             self.state = found.marker.state
