@@ -62,7 +62,8 @@ def arm_pairs(arms: Sequence[str]) -> list[tuple[str, str]]:
     An arm of the method is `spd`, `filtered`, or a variant: `spd@rank=16`, or one with a name, `spd_distil`. Its
     controls are, of each kind of the other arms, those with the same changes (`random@rank=16`, `random_distil`), or
     else the plain ones (`psr`). How a control projects is its own (`random@rho=0.4`). What is filtered is held against
-    all that was sampled, and a control's variant that no arm of the method has in common against the plain control.
+    all that was sampled, and a control's variant that no arm of the method has in common against the plain control; one
+    that begins in the subspace (`psr@finetune.lora_init=spd`) against the same that begins in a random one, too.
     """
     first, *others = arms
     methods = [arm for arm in others if is_method(arm)]
@@ -73,7 +74,8 @@ def arm_pairs(arms: Sequence[str]) -> list[tuple[str, str]]:
     used = {control for control, _ in after_controls}
     plain = {_kind(arm): arm for arm in reversed(controls) if not _changes(arm)}
     variants = [(plain[_kind(arm)], arm) for arm in controls if arm not in used and _kind(arm) in plain]
-    return family + after_controls + [(before, after) for before, after in variants if before != after]
+    drawn = [(one, arm) for one in controls for arm in controls if _kind(one) == _kind(arm) and _is_drawn(one, arm)]
+    return family + after_controls + [(before, after) for before, after in variants + drawn if before != after]
 
 
 def is_method(arm: str) -> bool:
@@ -100,6 +102,11 @@ def _sampled(method: str, methods: Sequence[str]) -> list[str]:
         if any(one in asked if asked else one.startswith(SAMPLES) for one in _changes(arm)) and len(_changes(arm)) == 1
     ]
     return alike or [arm for arm in unfiltered if not _changes(arm)]
+
+
+def _is_drawn(one: str, arm: str) -> bool:
+    """Whether `one` is `arm` with a random subspace in the place of the gradients'."""
+    return _changes(one) - _changes(arm) in ({"mode=random"}, {"project.mode=random"}) and _changes(arm) < _changes(one)
 
 
 def _is_own(change: str) -> bool:

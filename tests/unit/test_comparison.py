@@ -77,6 +77,13 @@ def test_a_control_that_is_changed_is_held_against_itself_and_against_the_method
     assert arm_pairs(["base", "psr", f"spd{start}", f"psr{start}"])[3:] == [(f"psr{start}", f"spd{start}")]
 
 
+def test_a_start_in_the_subspace_is_held_against_one_in_random_directions():
+    start = "psr@finetune.lora_init=spd"
+    arms = ["base", "psr", start, f"{start}@project.mode=random", "psr@finetune.lora_init=eva"]
+    plain = [("psr", arm) for arm in arms[2:]]
+    assert arm_pairs(arms)[4:] == [*plain, (f"{start}@project.mode=random", start)]
+
+
 def test_answers_at_another_temperature_are_no_controls():
     hot = "@evaluate.temperature=0.7"
     arms = ["base", "psr", "spd", f"base{hot}", f"psr{hot}", f"spd{hot}"]
