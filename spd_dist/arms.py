@@ -142,6 +142,7 @@ ARMS = {
         Arm("filtered", "itself", True, "as spd, of 4 samples those that end, loop not and agree", FILTERED),
         Arm("identity", "itself", True, "control: projected to everything", ("project.mode=identity",)),
         Arm("full", "itself", True, "control: the gradient of the whole sequence", ("calibrate.mask=full",)),
+        Arm("activation", "itself", True, "control: activation-PCA, no gradient", ("project.directions=activation",)),
         Arm("termination", "itself, ended", False, "control: as psr, every completion cut to end in EOS"),
         Arm("supervised", "references", False, "control: fine-tuned on the calibration set's answers"),
     )

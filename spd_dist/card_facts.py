@@ -66,6 +66,8 @@ def written(arm: Arm, config: Config) -> str:
 
 
 def _own(config: Config) -> str:
+    if config.project.directions == "activation":
+        return "the subspace of its activations' strongest directions"
     return (
         "the subspace of whole sequences' gradients" if config.calibrate.mask == "full" else "its capability subspace"
     )

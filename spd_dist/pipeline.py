@@ -22,7 +22,7 @@ from spd_dist.reports.run_end import report
 from spd_dist.run import Run
 from spd_dist.side_stages.matched_control import match_controls
 from spd_dist.side_stages.token_effects import write_token_effects
-from spd_dist.stages.calibrate import calibrate, gradient_moments
+from spd_dist.stages.calibrate import calibrate, moments_to_rank
 from spd_dist.stages.evaluate import evaluate_arm
 from spd_dist.stages.finetune import StudentSummary, finetune
 from spd_dist.stages.generate import CorpusSummary, generate
@@ -72,7 +72,7 @@ def find_subspace(run: Run, arm: Arm, *, wanted: bool) -> None:
     made = stage_inputs.of_subspace(run, arm)
 
     def work(folder: Path) -> None:
-        policy, by_effect = run.policy(), config.project.directions == "gradient_x_activation"
+        policy, by = run.policy(), config.project.directions
         with together("finding the supervised tokens and the sites"):
             examples, audit = make_examples(rows, run.task, policy.tokenizer, config.data, config.calibrate)
             sites = discover_sites(policy.model, config.calibrate.layers, whole_keys=config.project.insertion == "rope")
@@ -81,10 +81,10 @@ def find_subspace(run: Run, arm: Arm, *, wanted: bool) -> None:
         plans = plan_sketches(sites, config.sketch, planned_rank=planned_rank, num_shards=shards)
         key = (config.calibrate, config.reduce, config.sketch.non_finite, tuple(plans.items()))
         # Before the other pass, which a stop in this one would lose.
-        pair = gradient_moments(policy, examples, sites, config.calibrate, run.context(folder)) if by_effect else None
+        other = moments_to_rank(by, policy, examples, sites, config.calibrate, run.context(folder))
         moments = run.memoize(key, lambda: sum_moments(run, config, examples, sites, folder))
         names = {"base_model": policy.name, "base_fingerprint": policy.fingerprint, "config_hash": made["settings"]}
-        found = subspace(moments, sites, config.project, run.world, metadata=names, cross=pair.cross if pair else None)
+        found = subspace(moments, sites, config.project, run.world, metadata=names, other=other)
         moved = drift(moments, found, earlier, config.project, run.world)
         found = found if config.refit or not earlier else earlier[min(earlier)]
         numbers = site_summaries(found, sketch_sizes={width: plan.size for width, plan in plans.items()})

@@ -32,7 +32,7 @@ from spd_dist.process.signals import StopSignals
 from spd_dist.projection.fold import fold_for_good_
 from spd_dist.projection.hooks import projected as held_to
 from spd_dist.projection.operators import parts_by_module, targets
-from spd_dist.stages.calibrate import calibrate, gradient_moments
+from spd_dist.stages.calibrate import calibrate, moments_to_rank
 from spd_dist.stages.context import StageContext
 from spd_dist.stages.project import projection, subspace
 from spd_dist.stages.reduce import reduce
@@ -214,12 +214,10 @@ def find_subspace(
     gradients = calibrate(policy, examples, sites, config.calibrate, context)
     plan = ShardPlan(config.calibrate.num_shards, config.project.planned_rank)
     sketches = sketch(gradients, sites, config.sketch, world, plan)
-    by_effect = config.project.directions == "gradient_x_activation"
-    pair = gradient_moments(policy, examples, sites, config.calibrate, context) if by_effect else None
+    other = moments_to_rank(config.project.directions, policy, examples, sites, config.calibrate, context)
     moments = reduce(sketches, sites, config.reduce, num_shards=config.calibrate.num_shards, world=world)
     names = {"base_model": policy.name, "base_fingerprint": policy.fingerprint}
-    cross = None if pair is None else pair.cross
-    return _with_methods(subspace(moments, sites, config.project, world, metadata=names, cross=cross))
+    return _with_methods(subspace(moments, sites, config.project, world, metadata=names, other=other))
 
 
 @contextmanager

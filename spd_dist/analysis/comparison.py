@@ -106,7 +106,8 @@ def _sampled(method: str, methods: Sequence[str]) -> list[str]:
 
 def _is_drawn(one: str, arm: str) -> bool:
     """Whether `one` is `arm` with a random subspace in the place of the gradients'."""
-    return _changes(one) - _changes(arm) in ({"mode=random"}, {"project.mode=random"}) and _changes(arm) < _changes(one)
+    more = {change.removeprefix("project.") for change in _changes(one) - _changes(arm)}
+    return more == {"mode=random"} and _changes(arm) < _changes(one)
 
 
 def _is_own(change: str) -> bool:

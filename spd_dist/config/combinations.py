@@ -65,7 +65,7 @@ COMBINATIONS = (
     ),
     Combination(
         ("project.directions", "project.mode"),
-        {"project.directions": "gradient_x_activation", "project.mode": "soft"},
+        {"project.directions": ("gradient_x_activation", "activation"), "project.mode": "soft"},
         "whose gains are of the gradients' own directions", ("project.directions=gradient", "project.mode=hard"),
         ("project.directions=gradient_x_activation", "project.mode=soft"),
     ),

@@ -94,8 +94,8 @@ class Reduce:
 class Project:
     """The subspace, and how generation is held to it (paper, Eq. 12)."""
 
-    directions: Literal["gradient", "gradient_x_activation"] = setting(
-        "gradient", "the gradients' strongest; or those whose removal raises the loss most, to first order"
+    directions: Literal["gradient", "gradient_x_activation", "activation"] = setting(
+        "gradient", "the gradients' strongest; those whose removal raises the loss most; or activation-PCA, a control"
     )
     rank_rule: Literal["half", "fixed", "fraction", "energy"] = setting("half", "how the rank is chosen")
     rank: int | None = setting(None, "the rank, for rank_rule=fixed", at_least=1)

@@ -166,8 +166,7 @@ def given(material: M | None) -> M:
 
 def directions_of(found: Subspace, moments: CalibrationMoments, site: KVSite, rank: int) -> Tensor:
     """What the method keeps at a site, at any rank: float64 columns, by the directions that `found` was made of."""
-    by_effect = DIRECTIONS in found.metadata
-    return strongest(-moments.cross[site] if by_effect else moments.gradient[site], rank)
+    return strongest(moments.ranked_by(found.metadata.get(DIRECTIONS, "gradient"))[site], rank)
 
 
 def strongest(moment_DD: Tensor, rank: int) -> Tensor:

@@ -173,7 +173,8 @@ def keep_effects(model: Path, folder: Path) -> None:
     found = gradient_moments(policy, random_examples(7), sites, config, context)
     owned = {site: SiteMoments(found.gradient[site], found.gradient[site][0], Certificate()) for site in sites}
     mine = {site: owned[site] for site in sites[world.rank :: world.size]}
-    cut = subspace(mine, sites, Project(directions="gradient_x_activation"), world, cross=found.cross)
+    by_effect = Project(directions="gradient_x_activation")
+    cut = subspace(mine, sites, by_effect, world, other=found.ranked_by(by_effect.directions))
     if world.rank == world.size - 1:
         save_subspace(folder / f"{world.size}.safetensors", cut)
     policy.release()

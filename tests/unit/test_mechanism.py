@@ -22,6 +22,7 @@ from spd_dist.analysis.mechanism_verdict import (
     rank_p_value,
     sentence,
 )
+from spd_dist.analysis.subspace_algebra import overlap
 from spd_dist.config import Calibrate, Config, Data, Mechanism, Model, Project
 from spd_dist.data.arithmetic import generate_rows
 from spd_dist.data.held_out import held_out_rows, make_held_out, shuffled_examples, wrong_examples, wrong_values
@@ -87,10 +88,10 @@ def material(policy):
 
 @pytest.mark.parametrize("insertion", ["linear", "head"])
 def test_a_run_can_be_held_to_the_directions_whose_removal_raises_the_loss(material, insertion):
-    gradient, cross = material.calibration.gradient, material.calibration.cross
+    gradient = material.calibration.gradient
     owned = {site: SiteMoments(moment_DD, moment_DD[0], Certificate()) for site, moment_DD in gradient.items()}
     config = Project(directions="gradient_x_activation", insertion=insertion)
-    found = subspace(owned, list(gradient), config, ALONE, cross=cross)
+    found = subspace(owned, list(gradient), config, ALONE, other=material.calibration.ranked_by(config.directions))
     assert found.metadata["directions"] == "gradient_x_activation"
     candidate = control_subspace("gradient_x_activation", material.spd, material)
     for site, part in found.sites.items():
@@ -105,6 +106,13 @@ def test_a_run_can_be_held_to_the_directions_whose_removal_raises_the_loss(mater
         torch.testing.assert_close(part.eigenvalue_D.sum(), value_D.sum())
     (summary, *_) = site_summaries(found, sketch_sizes={16: 16}).values()
     assert (summary.certified_energy_share, summary.angle_bound) == (0.0, "not certified")
+    by_size = Project(directions="activation", insertion=insertion)
+    found = subspace(owned, list(gradient), by_size, ALONE, other=material.calibration.ranked_by("activation"))
+    assert found.metadata["directions"] == "activation"
+    if insertion == "linear":
+        control = control_subspace("activation_pca", material.spd, material)
+        for site, part in found.sites.items():
+            assert overlap(part, control.sites[site]) == pytest.approx(1), "the mechanism test's control, to train with"
     plain = subspace(owned, list(gradient), Project(), ALONE)
     assert "directions" not in plain.metadata
 

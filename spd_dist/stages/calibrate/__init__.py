@@ -5,6 +5,6 @@ moments        the same rows with the activations beside them, as second moments
 """
 
 from spd_dist.stages.calibrate.gradient_rows import calibrate
-from spd_dist.stages.calibrate.moments import CalibrationMoments, Moments, gradient_moments
+from spd_dist.stages.calibrate.moments import CalibrationMoments, Moments, gradient_moments, moments_to_rank
 
-__all__ = ["CalibrationMoments", "Moments", "calibrate", "gradient_moments"]
+__all__ = ["CalibrationMoments", "Moments", "calibrate", "gradient_moments", "moments_to_rank"]

@@ -39,6 +39,12 @@ class CalibrationMoments:
     cross: Moments
     """(A'G + G'A) / 2: by how much the loss falls, to first order, if a direction is taken out."""
 
+    def ranked_by(self, directions: str) -> Moments:
+        """The matrices whose strongest eigenvectors are the directions of that name, as `project.directions` has it."""
+        if directions == "gradient_x_activation":
+            return {site: -cross_DD for site, cross_DD in self.cross.items()}
+        return {"gradient": self.gradient, "activation": self.activation}[directions]
+
 
 def gradient_moments(
     policy: Policy,
@@ -72,6 +78,20 @@ def gradient_moments(
         for name in ("gradient", "activation", "cross")
     }
     return CalibrationMoments(summed["gradient"], summed["activation"], summed["cross"])
+
+
+def moments_to_rank(
+    directions: str,
+    policy: Policy,
+    examples: Sequence[SupervisedExample],
+    sites: Sequence[KVSite],
+    config: Calibrate,
+    context: StageContext,
+) -> Moments | None:
+    """`ranked_by` of another pass over the examples; None for the gradients' own directions. A collective."""
+    if directions == "gradient":
+        return None
+    return gradient_moments(policy, examples, sites, config, context).ranked_by(directions)
 
 
 def _over_shards(

@@ -45,7 +45,7 @@ def subspace(
     world: World,
     *,
     metadata: Mapping[str, str] | None = None,
-    cross: Mapping[KVSite, Tensor] | None = None,
+    other: Mapping[KVSite, Tensor] | None = None,
 ) -> Subspace:
     """The strongest directions of every site, on every rank. A collective.
 
@@ -58,19 +58,18 @@ def subspace(
         config: rank rule, centring and insertion point.
         world: this rank.
         metadata: what else the artifact says of itself: base model, fingerprint, hashes of the inputs.
-        cross: for `project.directions=gradient_x_activation`, on every rank: (A'G + G'A) / 2 of a site's activations
-            and gradients. The directions v of the least v'Xv are cut, whose removal raises the loss most to first
-            order; rank and spectrum stay those of the gradients.
+        other: for `project.directions` that are not the gradients', on every rank: each site's matrix whose strongest
+            eigenvectors are cut. Rank and spectrum stay those of the gradients.
 
     Raises:
         ConfigError: a rank that a site is too narrow for, or none where the rule needs one.
         DataError: a site that no gradient reached, or ranks that hold different subspaces.
     """
     with together("cutting the subspace"):
-        cut = {site: _cut(site, moments, config, cross[site] if cross else None) for site, moments in owned.items()}
+        cut = {site: _cut(site, moments, config, other[site] if other else None) for site, moments in owned.items()}
     shared = cut if world.size == 1 else _shared(cut, sites)
     rule = {"rank_rule": config.rank_rule, "centered": str(config.centered).lower(), "insertion": config.insertion}
-    rule |= {} if cross is None else {DIRECTIONS: config.directions}
+    rule |= {} if other is None else {DIRECTIONS: config.directions}
     whole = Subspace({site: shared[site] for site in sorted(sites)}, rule | dict(metadata or {}))
     check_same(whole, world)
     return whole
@@ -88,7 +87,7 @@ def check_same(whole: Subspace, world: World) -> None:
         )
 
 
-def _cut(site: KVSite, moments: SiteMoments, config: Project, cross_DD: Tensor | None) -> SiteSubspace:
+def _cut(site: KVSite, moments: SiteMoments, config: Project, other_DD: Tensor | None) -> SiteSubspace:
     eigenvalue_D, vector_DD = _spectrum(second_moment(moments, config), blocks(site, config.insertion))
     total, largest = eigenvalue_D.sum(), eigenvalue_D[0]
     if not largest > 0:
@@ -98,8 +97,8 @@ def _cut(site: KVSite, moments: SiteMoments, config: Project, cross_DD: Tensor |
         )
     num_real = int((eigenvalue_D > NULL * largest).sum())
     rank = _rank(site, eigenvalue_D[:num_real], config)
-    if cross_DD is not None:
-        found_DR = _spectrum(-cross_DD, blocks(site, config.insertion)).vector_DD[:, :rank]
+    if other_DD is not None:
+        found_DR = _spectrum(other_DD, blocks(site, config.insertion)).vector_DD[:, :rank]
         kept = (found_DR.T @ second_moment(moments, config) * found_DR.T).sum() / total
         return SiteSubspace(fix_signs(found_DR).float(), eigenvalue_D, min(1.0, kept.item()), moments.certificate)
     num_null = max(0, rank - num_real)
