@@ -21,12 +21,8 @@ DIAGNOSTICS = {
     "lenient_extraction_fraction": ("Answers that a result can be taken from", ""),
     "repetition_fraction": ("Answers that repeat themselves", ""),
 }
-
-
 DECODING = "@evaluate."
 """In the name of an arm that another one answers in another way: a control, of which no verdict speaks."""
-
-
 METHODS = ("spd", "filtered")
 """Kinds of arms that are the method's."""
 SAMPLES = "generate.num_samples="
@@ -106,8 +102,8 @@ def _sampled(method: str, methods: Sequence[str]) -> list[str]:
 
 def _is_drawn(one: str, arm: str) -> bool:
     """Whether `one` is `arm` with a random subspace in the place of the gradients'."""
-    more = {change.removeprefix("project.") for change in _changes(one) - _changes(arm)}
-    return more == {"mode=random"} and _changes(arm) < _changes(one)
+    own, drawn = ({change.removeprefix("project.") for change in _changes(name)} for name in (arm, one))
+    return own < drawn == own | {"mode=random"}
 
 
 def _is_own(change: str) -> bool:
@@ -164,8 +160,7 @@ def paired(before: str, after: str, answers: Mapping[str, Sequence[Answer]], met
 def shifts_of(before: Sequence[Answer], after: Sequence[Answer], metric: str) -> Shifts:
     """How two arms differ beside the metric: the share of same outputs, and examples gained and lost.
 
-    Gained and lost is only what is right or wrong: one answer an example. A gain may be of ending or of form: of
-    answers that had been cut, or had been right in another form.
+    Gained and lost is only what is right or wrong: one answer an example. A gain may be of ending or of form.
     """
     identical = identical_fraction(before, after)
     if metric == "nll" or samples_of(before) > 1:
@@ -234,11 +229,10 @@ def clause(
 ) -> str:
     """What a comparison shows of its second arm: `basis` is what it is beyond chance over, by these `means`."""
     low, high = one.interval
-    bounds = f"{amount(low, metric).split()[0]} to {amount(high, metric).split()[0]}{size}"
-    against = f"against {one.before.upper()}: {amount(one.difference, metric)} (95 % interval {bounds})"
+    bounds = f"95 % interval {amount(low, metric).split()[0]} to {amount(high, metric).split()[0]}{size}"
+    against = f"against {one.before.upper()}{_otherwise(one)}: {amount(one.difference, metric)} ({bounds})"
     if low <= 0 <= high:
         smallest = one.detectable_difference
-        # The smallest difference is that of one test, which knows nothing of the others.
         alone = ", before the correction" if num_comparisons > 1 else ""
         found = "" if smallest is None else amount(smallest, metric, signed=False)
         needs = f"; this {means} would find about {found}{alone}" if found else ""
@@ -247,6 +241,13 @@ def clause(
         return f"{against}, which does not survive the correction for {num_comparisons} comparisons"
     is_better = (low > 0) != (metric == "nll")
     return f"{against}, {'a gain' if is_better else 'a loss'} beyond chance over {basis}"
+
+
+def _otherwise(one: Difference) -> str:
+    """How the second arm was trained otherwise than a trained one that it is held against, in words."""
+    more = sorted(_changes(one.after) - _changes(one.before))
+    own = ", ".join(change for change in more if change.startswith(("generate.num_", "finetune.")))
+    return f" (trained without {own})" if own and _kind(one.before) != "base" else ""
 
 
 def amount(value: float, metric: str, *, signed: bool = True) -> str:

@@ -83,7 +83,8 @@ def _mean_squares(value_SN: Tensor) -> tuple[float, float, float]:
 def satterthwaite(mean_squares: tuple[float, float, float], num_examples: int, num_seeds: int) -> tuple[float, float]:
     """The standard error of a mean over examples and seeds, and its degrees of freedom (Satterthwaite 1946).
 
-    `mean_squares` are of examples, of seeds, and of the rest; there are at least two of both.
+    `mean_squares` are of examples, of seeds, and of the rest; there are at least two of both. Few seeds that vary by
+    much make a test of 5 % one of up to 7 % (three seeds, 300 examples, 3 points between seeds) or 11 % (two).
     """
     examples, seeds, rest = mean_squares
     freedoms = num_examples - 1, num_seeds - 1, (num_examples - 1) * (num_seeds - 1)
@@ -117,7 +118,10 @@ class DifferenceVariance:
     rest: float
     """Between examples under a seed: what another seed would change of each."""
     samples: float
-    """Between pairs of single samples of one example under one seed; 0 if the pilot has one sample of each."""
+    """Between pairs of samples of one example under one seed; 0 if the pilot has one pair of each.
+
+    A pair is of one number: both arms draw it by the same random numbers, which takes away much of what one varies by.
+    """
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,7 @@ def difference_variance(
     difference_SN = after_SNK.mean(2) - before_SNK.mean(2)
     sampled = 0.0
     if num_samples > 1:
-        sampled = (before_SNK.var(2) + after_SNK.var(2)).mean().item()
+        sampled = (after_SNK - before_SNK).var(2).mean().item()
     of_a_mean = sampled / num_samples
     num_seeds, num_examples = difference_SN.shape
     if num_seeds == 1:
@@ -164,8 +168,11 @@ def difference_variance(
     )
 
 
-def detectable(variance: DifferenceVariance, design: Design) -> float:
-    """The smallest true difference that a two-sided test at 5 % finds in four of five cases, in the metric's unit."""
+def detectable(variance: DifferenceVariance, design: Design, num_comparisons: int = 1) -> float:
+    """The smallest true difference that a two-sided test at 5 % finds in four of five cases, in the metric's unit.
+
+    Of several comparisons it is found whatever the others show: at 5 % shared among them, Holm's first step.
+    """
     rest = variance.rest + variance.samples / design.samples
     if design.seeds == 1:
         error, freedom = math.sqrt((variance.examples + rest) / design.examples), design.examples - 1.0
@@ -176,38 +183,28 @@ def detectable(variance: DifferenceVariance, design: Design) -> float:
             rest,
         )
         error, freedom = satterthwaite(squares, design.examples, design.seeds)
-    return float(t.ppf(0.975, freedom) + t.ppf(POWER, freedom)) * error if error > 0 else 0.0
+    quantile = 1 - 0.025 / num_comparisons
+    return float(t.ppf(quantile, freedom) + t.ppf(POWER, freedom)) * error if error > 0 else 0.0
 
 
-def examples_needed(variance: DifferenceVariance, difference: float, seeds: int, samples: int) -> int | None:
-    """The fewest examples that show `difference`; None if even `MOST_EXAMPLES` do not: seeds differ by too much."""
-    low, high = 1, MOST_EXAMPLES
-    if detectable(variance, Design(seeds, high, samples)) > difference:
-        return None
+def examples_needed(
+    variance: DifferenceVariance, difference: float, seeds: int, samples: int, num_comparisons: int = 1
+) -> int | None:
+    """The fewest examples that show `difference`; None if none do: seeds differ by too much.
+
+    Ever more examples may show less: what is left is the seeds' chance, of which few seeds say little (their degrees of
+    freedom fall). So the first that are enough are looked for, upwards.
+    """
+
+    def is_enough(num_examples: int) -> bool:
+        return detectable(variance, Design(seeds, num_examples, samples), num_comparisons) <= difference
+
+    low, high = 1, 2
+    while not is_enough(high):
+        low, high = high, math.ceil(1.1 * high)
+        if high > MOST_EXAMPLES:
+            return None
     while high - low > 1:
         middle = (low + high) // 2
-        enough = detectable(variance, Design(seeds, middle, samples)) <= difference
-        low, high = (low, middle) if enough else (middle, high)
+        low, high = (low, middle) if is_enough(middle) else (middle, high)
     return high
-
-
-@dataclass(frozen=True)
-class PilotCost:
-    """What a pilot took, on its machine."""
-
-    training_seconds: float
-    """Of a seed: everything but the answers."""
-    answer_seconds: float
-    """Of one sample of one example, by all arms together."""
-
-    def hours(self, design: Design) -> float:
-        """What a design takes there: seeds one after the other, nothing shared between them."""
-        answers = design.examples * design.samples * self.answer_seconds
-        return design.seeds * (self.training_seconds + answers) / 3600
-
-
-def pilot_cost(seconds: Mapping[str, float], pilot: Design) -> PilotCost:
-    """Split the seconds of stages, summed over the pilot's seeds: what grows with the answers, and what does not."""
-    answering = sum(each for stage, each in seconds.items() if stage.startswith("evaluate"))
-    answers = pilot.seeds * pilot.examples * pilot.samples
-    return PilotCost((sum(seconds.values()) - answering) / pilot.seeds, answering / answers)

@@ -68,6 +68,12 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
         help="plan how much shows this difference, and write it down, and exit",
     )
     parser.add_argument("--pilot", type=Path, metavar="DIR", help="a finished run or experiment that --power plans by")
+    parser.add_argument(
+        "--between-seeds",
+        type=at_least(0, float),
+        metavar="POINTS",
+        help="for --power: standard deviation of the difference between seeds, which a pilot of one seed does not show",
+    )
     parser.add_argument("--show-config", action="store_true", help="print the resolved config and exit")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args(words)
@@ -102,5 +108,5 @@ def plan(experiment: Experiment, arguments: argparse.Namespace) -> int:
     from spd_dist.runs.registered_plan import write_protocol
 
     if own_rank() == 0:
-        print(write_protocol(experiment, arguments.pilot, arguments.power))
+        print(write_protocol(experiment, arguments.pilot, arguments.power, arguments.between_seeds))
     return 0

@@ -26,7 +26,7 @@ from spd_dist.process.signals import StopSignals, task_name
 from spd_dist.process.stopping import watch
 from spd_dist.reports.experiment_report import write_experiment
 from spd_dist.reports.seeds import seeds_text
-from spd_dist.runs.registered_plan import protocol_note
+from spd_dist.runs.registered_plan import keep_protocol, protocol_note
 from spd_dist.runs.rounds import folders, run_rounds
 from spd_dist.storage.manifests import MANIFEST
 from spd_dist.storage.restart import kept_status, status_path
@@ -85,6 +85,7 @@ def run_seed(
     scores_tokens: bool = False,
 ) -> str:
     """The run of one seed, or some arms of it as a job of their own; what other seeds have finished is taken over."""
+    on_main("keeping the plan", lambda: keep_protocol(Path(experiment.folder), folders(experiment.config_of(seed))[0]))
     others = tuple(folders(experiment.config_of(other))[0] for other in experiment.seeds if other != seed)
     scope = Scope(only=tuple(only), job="_".join(only), others=others, scores_tokens=scores_tokens)
     return run_rounds(experiment.config_of(seed), world, signals, scope)

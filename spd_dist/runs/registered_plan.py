@@ -8,35 +8,30 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
 from rich import box
 from rich.table import Table
 
-from spd_dist.analysis.comparison import amount
+from spd_dist.analysis.comparison import amount, arm_pairs
 from spd_dist.analysis.random_effects import (
     Design,
     DifferenceVariance,
-    PilotCost,
     detectable,
     difference_variance,
     examples_needed,
-    pilot_cost,
 )
-from spd_dist.analysis.report import ExperimentReport, Report, read_report
 from spd_dist.config import Experiment
 from spd_dist.data.sources import load_rows
 from spd_dist.data.tasks import find_task
 from spd_dist.errors import ConfigError, DataError
 from spd_dist.redaction import redacted_data
-from spd_dist.reports.seeds import Answers, answers_of
-from spd_dist.storage.artifacts import content_hash, missing, sha256_of
-from spd_dist.storage.manifests import MANIFEST
-from spd_dist.storage.records import read_fields, read_record, write_record
-from spd_dist.storage.run_folder import read_config
-from spd_dist.storage.settings import BESIDE_THE_METHOD, changed, is_of, result_settings, settings_by_key
+from spd_dist.runs.pilot import Pilot, read_pilot, settings_of_arms
+from spd_dist.storage.artifacts import content_hash, sha256_of, write_text
+from spd_dist.storage.records import read_record, write_record
+from spd_dist.storage.settings import changed, is_of, settings_by_key
 from spd_dist.tracking.console import TextConsole
 from spd_dist.types import Json
 
@@ -73,52 +68,25 @@ class Protocol:
     """Those that the arms' results depend on, with the arms, the seeds and the rounds."""
     differs_from_pilot: list[str]
     """What else than numbers is not the pilot's, a sentence a key."""
+    num_comparisons: int = 1
+    """That the report corrects for."""
+    test_rows: str = ""
+    """A hash of what is asked, and of what is right."""
+    guessed_hours: list[str] = field(default_factory=list)
+    """Arms that the pilot has not: their hours are the mean of the others'."""
 
 
-@dataclass(frozen=True)
-class Pilot:
-    """Finished runs whose answers a plan is made from."""
-
-    metric: str
-    temperature: float
-    design: Design
-    by_seed: Sequence[Answers]
-    cost: PilotCost
-    settings: Mapping[str, Json]
-    """Of its first run, as a plan has them."""
-
-
-def read_pilot(folder: Path) -> Pilot:
-    """A finished run, or experiment.
-
-    Raises:
-        MissingError: it has no report yet, or no config.
-        DataError: it is of another version.
-    """
-    file = folder / "report.json"
-    if "experiment" in read_fields(file):
-        whole: Report | ExperimentReport = read_record(file, ExperimentReport)
-        runs = [folder / run for run in whole.runs.values()]
-    else:
-        whole, runs = read_report(folder), [folder]
-    reports = [read_report(run) for run in runs]
-    num_examples = next(iter(reports[0].arms.values())).num_examples
-    design = Design(len(runs), num_examples, whole.num_samples)
-    by_seed = [answers_of(run, report) for run, report in zip(runs, reports, strict=True)]
-    cost = pilot_cost({stage: entry.seconds for stage, entry in whole.cost.items()}, design)
-    config = runs[0] / "config.yaml"
-    if not config.exists():
-        raise missing(config)
-    return Pilot(whole.metric, whole.temperature, design, by_seed, cost, _of_arms(read_config(config)))
-
-
-def write_protocol(experiment: Experiment, pilot_folder: Path, difference: float) -> str:
+def write_protocol(
+    experiment: Experiment, pilot_folder: Path, difference: float, between_seeds: float | None = None
+) -> str:
     """Write the plan into the experiment's folder, before its first answer; gives the table that a person reads.
 
     Args:
         experiment: What is to be run; its first arm is compared with `spd`, or with its last arm.
         pilot_folder: A finished run or experiment with both arms.
         difference: That is to be shown, in points, or nats a token.
+        between_seeds: The standard deviation of the difference between seeds, in the same unit: a pilot of one seed
+            does not show it. None takes what the pilot's seeds show.
 
     Raises:
         ConfigError: the experiment has answers already, or another plan; the pilot is of another task, or answered in
@@ -133,14 +101,17 @@ def write_protocol(experiment: Experiment, pilot_folder: Path, difference: float
             f"--pilot {pilot_folder}: {', '.join(missing)} did not answer in it; it has {', '.join(pilot.by_seed[0])}"
         )
     folder = Path(experiment.folder)
-    started = sorted(str(file.parent) for file in folder.glob(f"seed_*/evaluate/*/{MANIFEST}"))
-    if started:
+    begun = begun_folders(folder)
+    if begun:
         raise ConfigError(
-            f"--power: {started[0]} holds answers already, and a plan is written before them; name another folder="
+            f"--power: {begun[0]} holds answers already, and a plan is written before them; name another folder="
         )
     settings = settings_of(experiment)
     refuse_another_manner(pilot_folder, pilot.settings, settings)
     variance = difference_variance([(answers[before], answers[after]) for answers in pilot.by_seed], pilot.metric)
+    unit = 1 if pilot.metric == "nll" else 100
+    if between_seeds is not None:
+        variance = dataclasses.replace(variance, seeds=(between_seeds / unit) ** 2)
     if not any((variance.examples, variance.seeds, variance.rest, variance.samples)):
         raise DataError(
             f"--pilot {pilot_folder}: {after} differs from {before} by the same on each of its "
@@ -149,24 +120,28 @@ def write_protocol(experiment: Experiment, pilot_folder: Path, difference: float
         )
     asked = load_rows(find_task(experiment.run.data.task), "test", experiment.run.data)
     design = Design(len(experiment.seeds), len(asked), experiment.run.evaluate.num_samples)
+    num_comparisons = len(arm_pairs(experiment.arms))
     protocol = Protocol(
         written_at=datetime.now(UTC).isoformat(timespec="seconds"),
         pilot=str(pilot_folder),
         metric=pilot.metric,
         before=before,
         after=after,
-        difference=difference if pilot.metric == "nll" else difference / 100,
+        difference=difference / unit,
         variance=variance,
         design=design,
-        detectable=detectable(variance, design),
-        hours=pilot.cost.hours(design),
+        detectable=detectable(variance, design, num_comparisons),
+        hours=pilot.cost.hours(design, experiment.arms),
         settings=settings,
         differs_from_pilot=[
             sentence for key, sentence in changed(pilot.settings, settings).items() if not is_of(key, SIZES)
         ],
+        num_comparisons=num_comparisons,
+        test_rows=content_hash(asked),
+        guessed_hours=pilot.cost.unknown(experiment.arms),
     )
     _write_once(folder / PROTOCOL, protocol)
-    return plan_text(protocol, pilot, folder / PROTOCOL)
+    return plan_text(protocol, pilot, experiment.arms, folder / PROTOCOL)
 
 
 def refuse_another_manner(folder: Path, of_pilot: Mapping[str, Json], planned: Mapping[str, Json]) -> None:
@@ -199,13 +174,20 @@ def _write_once(file: Path, protocol: Protocol) -> None:
 
 def settings_of(experiment: Experiment) -> dict[str, Json]:
     """The settings that the arms' results depend on, and how much is asked; as JSON holds them, without secrets."""
-    run = _of_arms(redacted_data(dataclasses.asdict(experiment.config_of(experiment.seeds[0]))))
+    run = settings_of_arms(redacted_data(dataclasses.asdict(experiment.config_of(experiment.seeds[0]))))
     asked = {"seed": list(experiment.seeds), "evaluate.arms": list(experiment.arms), "rounds": experiment.run.rounds}
     return {**run, **asked}
 
 
-def _of_arms(config: Mapping[str, Json]) -> dict[str, Json]:
-    return {key: value for key, value in result_settings(config).items() if not is_of(key, BESIDE_THE_METHOD)}
+def begun_folders(folder: Path) -> list[Path]:
+    """The seeds of an experiment that hold answers, also unfinished ones."""
+    return sorted({folder / file.relative_to(folder).parts[0] for file in folder.glob("seed_*/evaluate/**/*.*")})
+
+
+def keep_protocol(folder: Path, run_folder: Path) -> None:
+    """Put the plan, if there is one, beside a seed's run before its first answer: a later change shows."""
+    if (folder / PROTOCOL).exists() and not (run_folder / "evaluate").exists():
+        write_text(run_folder / PROTOCOL, (folder / PROTOCOL).read_text(encoding="utf-8"))
 
 
 def protocol_note(experiment: Experiment) -> str | None:
@@ -214,7 +196,14 @@ def protocol_note(experiment: Experiment) -> str | None:
     if not file.exists():
         return None
     plan = read_record(file, Protocol)
-    apart = changed(settings_by_key(plan.settings), settings_of(experiment)).values()
+    apart = [*changed(settings_by_key(plan.settings), settings_of(experiment)).values()]
+    for run in begun_folders(file.parent):
+        kept = run / PROTOCOL
+        if not kept.exists() or sha256_of(kept) != sha256_of(file):
+            apart.append(f"{run.name} was begun {'under another plan' if kept.exists() else 'before the plan'}")
+    asked = load_rows(find_task(experiment.run.data.task), "test", experiment.run.data)
+    if plan.test_rows and content_hash(asked) != plan.test_rows and not any("data." in one for one in apart):
+        apart.append("the test rows are others")
     return (
         f"Planned at {plan.written_at} (protocol.json, sha256 {sha256_of(file)[:16]}): {plan.after.upper()} against "
         f"{plan.before.upper()}, {amount(plan.difference, plan.metric, signed=False)} to be shown; "
@@ -222,19 +211,21 @@ def protocol_note(experiment: Experiment) -> str | None:
     )
 
 
-def plan_text(plan: Protocol, pilot: Pilot, file: Path) -> str:
+def plan_text(plan: Protocol, pilot: Pilot, arms: Sequence[str], file: Path) -> str:
     """The plan for a terminal: what shows the difference, what the config shows, and what neither can know."""
     console = TextConsole()
     shown, design = amount(plan.difference, plan.metric, signed=False), plan.design
-    console.print(f"To show {shown} of {plan.after.upper()} against {plan.before.upper()} in four of five cases:")
+    corrected = f", corrected for {plan.num_comparisons} comparisons" if plan.num_comparisons > 1 else ""
+    against = f"{plan.after.upper()} against {plan.before.upper()}"
+    console.print(f"To show {shown} of {against} in four of five cases{corrected}:", soft_wrap=True)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("seeds", "samples", "examples", "hours"):
         table.add_column(name, justify="right")
     can_sample = pilot.temperature > 0 and pilot.design.samples > 1
     for seeds in sorted({*SEEDS, design.seeds}):
         for samples in sorted({*SAMPLES, design.samples}) if can_sample else [design.samples]:
-            enough = examples_needed(plan.variance, plan.difference, seeds, samples)
-            hours = None if enough is None else pilot.cost.hours(Design(seeds, enough, samples))
+            enough = examples_needed(plan.variance, plan.difference, seeds, samples, plan.num_comparisons)
+            hours = None if enough is None else pilot.cost.hours(Design(seeds, enough, samples), arms)
             cells = ["never", ""] if enough is None or hours is None else [f"{enough:,}", f"{hours:.1f}"]
             table.add_row(str(seeds), str(samples), *cells)
     console.print(table)
@@ -243,11 +234,15 @@ def plan_text(plan: Protocol, pilot: Pilot, file: Path) -> str:
         f"{amount(plan.detectable, plan.metric, signed=False)}, {plan.hours:.1f} hours."
     )
     if plan.variance.seeds is None:
-        console.print("Note: the pilot has one seed; the chance between seeds is not in these numbers, add it.")
+        console.print(
+            "Note: the pilot has one seed; the chance between seeds is not in these numbers: give the standard "
+            "deviation of the difference between seeds, in points, by --between-seeds."
+        )
     if not can_sample:
         console.print("Note: the pilot has one answer an example, which cannot say what more samples would show.")
     if plan.differs_from_pilot:
         console.print(f"Note: the pilot was another config: {'; '.join(plan.differs_from_pilot)}.", markup=False)
-    console.print("Hours are the pilot's machine's, seeds one after the other.")
-    console.print(f"Written down: {file}", soft_wrap=True)
+    guessed = f"; {', '.join(plan.guessed_hours)}: the mean of its arms" if plan.guessed_hours else ""
+    console.print(f"Hours are the pilot's machine's, seeds one after the other{guessed}.", markup=False)
+    console.print(f"Written down: {file} (sha256 {sha256_of(file)[:16]})", soft_wrap=True)
     return console.text()

@@ -15,18 +15,17 @@ from spd_dist.analysis.intervals import paired_t
 from spd_dist.analysis.random_effects import (
     Design,
     DifferenceVariance,
-    PilotCost,
     crossed,
     detectable,
     difference_variance,
     examples_needed,
-    pilot_cost,
 )
 from spd_dist.errors import ConfigError, DataError
 from spd_dist.launch.run_experiment import main
 from spd_dist.overrides import load_config, load_experiment, to_yaml
 from spd_dist.reports.run_report import Asked, write_report
-from spd_dist.runs.registered_plan import PROTOCOL, protocol_note, write_protocol
+from spd_dist.runs.pilot import pilot_cost
+from spd_dist.runs.registered_plan import PROTOCOL, keep_protocol, protocol_note, write_protocol
 from spd_dist.storage.answers import answers_path
 from spd_dist.storage.artifacts import read_json, sha256_of, write_text
 from spd_dist.storage.keyed_parts import write_merged
@@ -111,12 +110,48 @@ def test_more_of_each_count_shows_less_and_seeds_that_differ_set_a_floor():
     assert detectable(variance, Design(3, needed, 8)) <= 0.05 < detectable(variance, Design(3, needed - 1, 8))
 
 
-def test_hours_grow_with_answers_and_seeds():
-    cost = pilot_cost(
-        {"project": 60.0, "finetune": 140.0, "evaluate/base": 50.0, "evaluate/spd": 50.0}, Design(1, 100, 2)
-    )
-    assert cost == PilotCost(200.0, 0.5)
-    assert cost.hours(Design(3, 200, 4)) == pytest.approx(3 * (200 + 400) / 3600)
+def coupled(design, *, chance, spread):
+    """Answers of two arms that read the same random number of each sample; each example has its own gain."""
+    found = []
+    base = [(p := chance.uniform(0.3, 0.6), p + chance.gauss(0, spread)) for _ in range(design.examples)]
+    for _ in range(design.seeds):
+        number = [[chance.random() for _ in range(design.samples)] for _ in base]
+        sides = ([[u < pair[side] for u in row] for row, pair in zip(number, base, strict=True)] for side in (0, 1))
+        found.append(tuple(map(answers, sides)))
+    return found
+
+
+def test_samples_that_arms_draw_by_the_same_numbers_hide_no_spread_of_the_examples():
+    found = [
+        difference_variance(coupled(Design(3, 80, 2), chance=random.Random(at), spread=0.1), "accuracy")
+        for at in range(30)
+    ]
+    assert statistics.fmean(one.examples for one in found) == pytest.approx(0.1**2, rel=0.3)
+    assert statistics.fmean(one.samples for one in found) == pytest.approx(0.1 * (2 / 3.1416) ** 0.5, rel=0.2)
+
+
+def test_a_plan_of_many_comparisons_asks_for_what_survives_their_correction():
+    variance = DifferenceVariance(examples=0.02, seeds=0.0001, rest=0.01, samples=0.3)
+    design = Design(3, 300, 8)
+    assert detectable(variance, design, 13) > 1.2 * detectable(variance, design)
+    for num in (1, 13):
+        needed = examples_needed(variance, 0.08, 3, 8, num)
+        assert detectable(variance, Design(3, needed, 8), num) <= 0.08
+
+
+def test_hours_are_of_the_planned_arms_and_grow_with_answers_and_seeds():
+    seconds = {
+        "project": 60.0, "generate": 40.0, "finetune": 100.0, "arms/psr/generate": 20.0, "arms/psr/finetune": 100.0,
+        "arms/spd_onpolicy_iteration1/finetune": 400.0, "arms/spd_onpolicy/finetune": 500.0, "evaluate/base": 50.0,
+        "evaluate/spd": 70.0, "evaluate/psr": 60.0, "rounds/2/evaluate/psr": 20.0, "rounds/2/arms/psr/finetune": 100.0,
+    }  # fmt: skip
+    cost = pilot_cost(seconds, Design(1, 100, 2))
+    arms = ["base", "psr", "spd", "spd@evaluate.temperature=0.4"]
+    each = (50 + 80 + 70 + (50 + 80 + 70) / 3) / 200
+    assert cost.hours(Design(3, 200, 4), arms) == pytest.approx(3 * (60 + 220 + 140 + 800 * each) / 3600)
+    assert cost.unknown(arms) == ["spd@evaluate.temperature=0.4"]
+    assert cost.unknown([*arms, "random"]) == ["random", "spd@evaluate.temperature=0.4"]
+    assert cost.hours(Design(1, 1, 1), ["base", "spd_onpolicy"]) * 3600 > 900
 
 
 def test_a_pilot_of_other_examples_is_refused():
@@ -161,6 +196,29 @@ def test_the_plan_is_written_before_the_answers_and_the_report_says_what_departe
     with pytest.raises(ConfigError, match="is another plan \\(difference"):
         write_protocol(experiment, pilot, 2.0)
     assert protocol_note(load_experiment([], [*WORDS, f"folder={tmp_path / 'unplanned'}"])) is None
+
+
+def test_a_plan_that_was_changed_after_the_first_answer_is_told_apart(pilot, tmp_path, capsys):
+    folder = tmp_path / "experiment"
+    words = [*WORDS, f"folder={folder}"]
+    experiment = load_experiment([], words)
+    shown = write_protocol(experiment, pilot, 5.0, 1.5)
+    assert f"(sha256 {sha256_of(folder / PROTOCOL)[:16]})" in shown
+    assert read_json(folder / PROTOCOL)["variance"]["seeds"] == pytest.approx(0.015**2)
+    for seed in (1, 2):
+        keep_protocol(folder, folder / f"seed_{seed}")
+        write_text(folder / f"seed_{seed}" / "evaluate" / "base" / "arithmetic.part-0.jsonl", "{}")
+    assert protocol_note(experiment).endswith("done as planned.")
+    plan = (folder / PROTOCOL).read_text()
+    write_text(folder / PROTOCOL, plan.replace('"difference": 0.05', '"difference": 0.09'))
+    keep_protocol(folder, folder / "seed_1")  # begun: what it began under stays
+    assert protocol_note(experiment).endswith(
+        "departed from the plan: seed_1 was begun under another plan; seed_2 was begun under another plan."
+    )
+    (folder / "seed_2" / PROTOCOL).unlink()
+    assert "seed_2 was begun before the plan" in protocol_note(experiment)
+    assert main([*words, "--power", "5", "--pilot", str(pilot)]) == 2
+    assert "seed_1 holds answers already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
