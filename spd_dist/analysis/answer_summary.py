@@ -155,7 +155,7 @@ def sample_measures(answers: Sequence[Answer]) -> dict[str, Measured]:
     their syntax tree. `token_entropy` is there where an engine measured it.
     """
     found = {}
-    for name, values in _by_example(answers).items():
+    for name, values in measures_by_id(answers).items():
         if len(values) < 2:
             continue  # no interval
         value, interval = mean_interval(list(values.values()))
@@ -165,7 +165,7 @@ def sample_measures(answers: Sequence[Answer]) -> dict[str, Measured]:
 
 def paired_measures(before: Sequence[Answer], after: Sequence[Answer], seed: int) -> dict[str, Measured]:
     """How two arms differ in each of the measures, example by example."""
-    values, others, found = _by_example(before), _by_example(after), {}
+    values, others, found = measures_by_id(before), measures_by_id(after), {}
     for name in [name for name in values if name in others]:
         outcome = paired_bootstrap(values[name], others[name], seed)
         found[name] = Measured(outcome.difference, list(outcome.interval))
@@ -184,7 +184,7 @@ def majority_share(samples: Sequence[Answer]) -> float:
     return fmean(vote in right for vote in leading) if leading else 0.0
 
 
-def _by_example(answers: Sequence[Answer]) -> Mapping[str, Mapping[str, float]]:
+def measures_by_id(answers: Sequence[Answer]) -> Mapping[str, Mapping[str, float]]:
     """Each measure of each example. maj@k is the mean over the disjoint groups of k samples, in their order."""
     by_id = samples_by_id(answers)
     num = len(next(iter(by_id.values()), ()))

@@ -6,14 +6,26 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from spd_dist.analysis.report import ExperimentReport, Report, RunsTotal, SeedDetails, StageTotal, read_report
+from spd_dist.analysis.report import (
+    LATER_FIELDS,
+    ExperimentReport,
+    Fields,
+    Report,
+    RunsTotal,
+    SeedDetails,
+    StageTotal,
+    read_report,
+    with_later_fields,
+)
 from spd_dist.reports import figures
 from spd_dist.reports.page import NUM_SHOWN, drawn, drawn_comparisons, drawn_subspaces, lengths_of, render, side_by_side
 from spd_dist.reports.seeds import Answers, answers_of, over_seeds
 from spd_dist.storage.artifacts import write_text
-from spd_dist.storage.records import write_record
+from spd_dist.storage.records import parse_record, read_fields, write_record
 from spd_dist.tracking.metrics import mean_losses
-from spd_dist.types import record_of
+from spd_dist.types import Json, record_of
+
+OVER_SEEDS: Fields = {**LATER_FIELDS, "arms": {"samples": {}}, "comparisons": {"samples": {}}}
 
 
 def write_experiment_page(
@@ -75,6 +87,26 @@ def write_experiment(
     by_seed = [answers_of(run, each) for run, each in zip(runs, reports, strict=True)]
     write_experiment_page(folder, report, runs, by_seed, questions)
     return report
+
+
+def read_experiment(folder: Path) -> ExperimentReport:
+    """The report of an experiment.
+
+    Raises:
+        MissingError: it has none yet.
+        DataError: it is of another version, or no report.
+    """
+    file = folder / "report.json"
+    return parse_record(file, ExperimentReport, _over_seeds_filled(read_fields(file)))
+
+
+def _over_seeds_filled(report: Mapping[str, Json]) -> dict[str, Json]:
+    """Of the report, and of those of its later rounds: what one of before lacks."""
+    found = {"decode_controls": [], **with_later_fields(report, OVER_SEEDS)}
+    rounds = found.get("later_rounds")
+    if isinstance(rounds, list):
+        found["later_rounds"] = [_over_seeds_filled(one) if isinstance(one, dict) else one for one in rounds]
+    return found
 
 
 def _of_one_seed(report: Report) -> SeedDetails:

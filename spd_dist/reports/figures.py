@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from spd_dist.analysis.comparison import amount
+from spd_dist.analysis.comparison import SIGNIFICANCE, amount
 from spd_dist.analysis.notebook import visible
 from spd_dist.analysis.report import Difference, RoundResult, SeedsDifference
 from spd_dist.tracking.metrics import Losses
@@ -71,12 +71,15 @@ def _legend(axes: Axes, num_columns: int = 1) -> None:
 
 
 def forest(comparisons: Sequence[Difference], metric: str) -> str:
-    """Every paired difference with its 95 % interval, filled where it leaves out zero; dots are single seeds."""
+    """Every paired difference with its 95 % interval; dots are single seeds.
+
+    It is filled where the interval leaves out zero and the correction for all of them (Holm) shows it, as in verdicts.
+    """
     figure, axes = blank(0.8 + 0.35 * len(comparisons))
     scale = 1 if metric == "nll" else 100
     for row, one in enumerate(reversed(comparisons)):
         low, high = (scale * bound for bound in one.interval)
-        shown = low > 0 or high < 0
+        shown = (low > 0 or high < 0) and one.p_holm < SIGNIFICANCE
         axes.plot([low, high], [row, row], color=INK, linewidth=1.5)
         each = [scale * value for value in (one.values if isinstance(one, SeedsDifference) else ())]
         axes.plot(each, [row - 0.22] * len(each), ".", color=INK, alpha=0.5, markersize=4)

@@ -43,7 +43,8 @@ def report_text(report: Report, run_folder: str | Path, *, width: int = 100) -> 
     if smallest:
         unit = "nats a token" if report.metric == "nll" else "points"
         named = [f"{pair} {value.split()[0]}" for pair, value in smallest.items()]
-        console.print(f"Smallest difference found in 4 runs of 5, in {unit}: {', '.join(named)}")
+        alone = ", each alone, before the correction" if len(report.comparisons) > 1 else ""
+        console.print(f"Smallest difference found in 4 runs of 5{alone}, in {unit}: {', '.join(named)}")
     seconds = {}
     for stage, entry in report.cost.items():
         verb = next((part for part in stage.split("/")[::-1] if part in STAGES), stage)

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from spd_dist.analysis.answer_summary import manner, values_by_id
+from spd_dist.analysis.answer_summary import Measured, manner, measures_by_id, values_by_id
 from spd_dist.analysis.comparison import (
     amount,
     arm_pairs,
@@ -35,7 +35,12 @@ from spd_dist.analysis.report import (
     Shifts,
     read_report,
 )
-from spd_dist.analysis.side_comparisons import OtherTask, forgetting_notes
+from spd_dist.analysis.side_comparisons import (
+    OtherTask,
+    corrected_tasks,
+    decode_controls_over_seeds,
+    forgetting_notes,
+)
 from spd_dist.errors import DataError
 from spd_dist.reports.report_text import pass_table
 from spd_dist.storage.answers import answers_path, read_answers
@@ -50,6 +55,8 @@ DENOMINATOR = ("task", "metric", "examples", "temperature")
 """What runs must have in common."""
 Answers = Mapping[str, Sequence[Answer]]
 """One seed's, by arm."""
+Measures = Mapping[str, Mapping[str, Mapping[str, float]]]
+"""One seed's, by arm, what is measured, and example."""
 
 
 def over_seeds(run_folders: Sequence[Path]) -> SeedsReport:
@@ -70,13 +77,18 @@ def over_seeds(run_folders: Sequence[Path]) -> SeedsReport:
     first = reports[0]
     by_seed = [answers_of(folder, report) for folder, report in zip(run_folders, reports, strict=True)]
     num_examples = next(iter(first.arms.values())).num_examples
-    arms = {arm: _arm(arm, by_seed, reports) for arm in first.arms}
-    found = _comparisons(by_seed, first.metric)
-    others = [
-        one
-        for task, metric in {one.task: one.metric for one in first.other_tasks}.items()
-        for one in _of_other_task(run_folders, list(first.arms), task, metric)
-    ]
+    measures = [_measures(answers, first.metric) for answers in by_seed]
+    arms = {arm: _arm(arm, by_seed, measures, reports) for arm in first.arms}
+    found = _comparisons(by_seed, measures, first.metric)
+    controls = decode_controls_over_seeds(by_seed, first.metric, [report.seed for report in reports])
+    others = corrected_tasks(
+        [
+            one
+            for task, metric in {one.task: one.metric for one in first.other_tasks}.items()
+            for one in _of_other_task(run_folders, list(first.arms), task, metric)
+        ]
+    )
+    verdict = seeds_verdict(found, first.metric, len(reports), num_examples)
     return SeedsReport(
         task=first.task,
         metric=first.metric,
@@ -85,7 +97,8 @@ def over_seeds(run_folders: Sequence[Path]) -> SeedsReport:
         num_samples=first.num_samples,
         num_examples=num_examples,
         seeds=[report.seed for report in reports],
-        verdict=seeds_verdict(found, first.metric, len(reports), num_examples),
+        verdict=" ".join([*(one.sentence for one in controls), verdict]),
+        decode_controls=controls,
         notes=[
             *notes(arms),
             *forgetting_notes(others),
@@ -109,13 +122,29 @@ def _of_other_task(run_folders: Sequence[Path], arms: Sequence[str], task: str, 
             *([values_by_id(read_answers(file), metric) for file in pair] for pair in files), strict=True
         )
         spread = crossed(values) if metric == "nll" else crossed_share(values)
-        apart = None
+        own = OtherTask(task, arm, metric, spread.mean, list(spread.interval), len(values[0]), None, None)
         if arm != arms[0]:
-            apart = crossed([{key: b[key] - a[key] for key in a} for a, b in zip(first, values, strict=True)])
-        difference, bounds = (None, None) if apart is None else (apart.mean, list(apart.interval))
-        found.append(
-            OtherTask(task, arm, metric, spread.mean, list(spread.interval), len(values[0]), difference, bounds)
-        )
+            apart = crossed([_apart(*pair) for pair in zip(first, values, strict=True)])
+            bounds = list(apart.interval)
+            own = dataclasses.replace(own, difference=apart.mean, difference_interval=bounds, p_value=apart.p_value)
+        found.append(own)
+    return found
+
+
+def _apart(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+    return {key: after[key] - before[key] for key in before}
+
+
+def _measures(answers: Answers, metric: str) -> Measures:
+    return {arm: {} if metric == "nll" else measures_by_id(rows) for arm, rows in answers.items()}
+
+
+def _measured(by_seed: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Measured]:
+    """The mean over seeds and examples of what was measured under every seed, with its interval."""
+    found = {}
+    for name in [name for name in by_seed[0] if all(name in one for one in by_seed)]:
+        spread = crossed([one[name] for one in by_seed])
+        found[name] = Measured(spread.mean, list(spread.interval))
     return found
 
 
@@ -129,7 +158,7 @@ def answers_of(run_folder: Path, report: Report) -> Answers:
     return {arm: read_answers(answers_path(folder, arm, report.task)) for arm in report.arms}
 
 
-def _arm(arm: str, by_seed: Sequence[Answers], reports: Sequence[Report]) -> ArmOverSeeds:
+def _arm(arm: str, by_seed: Sequence[Answers], measures: Sequence[Measures], reports: Sequence[Report]) -> ArmOverSeeds:
     """One arm's metric, and the means of its diagnostics."""
     each = [report.arms[arm] for report in reports]
     metric = reports[0].metric
@@ -139,20 +168,25 @@ def _arm(arm: str, by_seed: Sequence[Answers], reports: Sequence[Report]) -> Arm
         **{name: statistics.fmean(vars(one)[name] for one in each) for name in DIAGNOSTICS},
         "pass_at_k": {k: statistics.fmean(one.pass_at_k[k] for one in each) for k in each[0].pass_at_k},
         "reasons": dict(sum((Counter(one.reasons) for one in each), Counter()).most_common()),
+        "samples": _measured([one[arm] for one in measures]),
     }
     return record_of(ArmOverSeeds, {**vars(spread), "sentence": each[0].sentence, **more})
 
 
-def _comparisons(by_seed: Sequence[Answers], metric: str) -> list[SeedsDifference]:
+def _comparisons(by_seed: Sequence[Answers], measures: Sequence[Measures], metric: str) -> list[SeedsDifference]:
     """Paired differences, and the means of their diagnostics."""
     found = []
     for before, after in arm_pairs(list(by_seed[0])):
         pairs = [(values_by_id(each[before], metric), values_by_id(each[after], metric)) for each in by_seed]
-        differences = [{key: b[key] - a[key] for key in a} for a, b in pairs]
+        differences = [_apart(*pair) for pair in pairs]
         spread = _spread(differences, crossed(differences))
         shifts = _mean_shifts([shifts_of(each[before], each[after], metric) for each in by_seed])
         one = {**vars(shifts), "before": before, "after": after, "difference": spread.mean, **vars(spread)}
-        found.append(record_of(SeedsDifference, one))
+        apart = [
+            {name: _apart(values, each[after][name]) for name, values in each[before].items() if name in each[after]}
+            for each in measures
+        ]
+        found.append(record_of(SeedsDifference, {**one, "samples": _measured(apart)}))
     return corrected(found)
 
 

@@ -12,9 +12,10 @@ from statistics import fmean
 from spd_dist.analysis.random_effects import Design
 from spd_dist.analysis.report import ExperimentReport, Report, read_report
 from spd_dist.arms import chosen
+from spd_dist.reports.experiment_report import read_experiment
 from spd_dist.reports.seeds import Answers, answers_of
 from spd_dist.storage.artifacts import missing
-from spd_dist.storage.records import read_fields, read_record
+from spd_dist.storage.records import read_fields
 from spd_dist.storage.run_folder import read_config
 from spd_dist.storage.settings import BESIDE_THE_METHOD, is_of, result_settings
 from spd_dist.types import Json
@@ -91,7 +92,7 @@ def read_pilot(folder: Path) -> Pilot:
     """
     file = folder / "report.json"
     if "experiment" in read_fields(file):
-        whole: Report | ExperimentReport = read_record(file, ExperimentReport)
+        whole: Report | ExperimentReport = read_experiment(folder)
         runs = [folder / run for run in whole.runs.values()]
     else:
         whole, runs = read_report(folder), [folder]

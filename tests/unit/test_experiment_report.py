@@ -8,9 +8,11 @@ from answering import ARMS, answered_run, answers
 from browsing import CHROMIUM, screenshot, widths
 
 from spd_dist.analysis.report import ExperimentReport, RunsTotal, StageTotal, read_report
-from spd_dist.reports.experiment_report import total_cost, write_experiment
+from spd_dist.reports.experiment_report import read_experiment, total_cost, write_experiment
 from spd_dist.reports.run_report import Asked, write_report
+from spd_dist.reports.seeds import over_seeds
 from spd_dist.storage.answers import answers_path
+from spd_dist.storage.artifacts import read_json, write_json
 from spd_dist.storage.keyed_parts import write_merged
 from spd_dist.storage.records import read_record
 from spd_dist.tracking.metrics import MetricLogger
@@ -65,6 +67,44 @@ def test_the_page_shows_all_seeds_and_links_to_their_pages(places):
     assert "How many &lt;b&gt;apples&lt;/b&gt;?" in text
     assert len(re.findall(r"<svg", text)) == 4
     assert not re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?https?:", re.sub(r"xmlns(:\w+)?=\"[^\"]*\"", "", text))
+
+
+def test_the_page_says_what_several_samples_show_over_seeds(places):
+    _, text = written(places)
+    shown = " ".join(text.split())
+    assert "<h2>Samples together</h2>" in shown
+    assert "Intervals: 95 %, of the examples and seeds." in shown
+    assert "<td>spd - base</td><td>+0.000 (+0.000 to +0.000)</td>" in shown, "repetition"
+    assert "in four of five cases, each alone, before the correction." in shown
+
+
+def test_an_experiment_of_before_is_read_and_so_are_its_later_rounds(places):
+    report, _ = written(places)
+    file = places[1][0].parent / "report.json"
+    assert read_experiment(file.parent) == report
+    old = read_json(file)
+    old["later_rounds"] = [{name: old[name] for name in vars(over_seeds([run for (run,) in places.values()]))}]
+    for each in (old, *old["later_rounds"]):
+        del each["decode_controls"]
+        for one in (*each["comparisons"], *each["arms"].values()):
+            one.pop("samples", None)
+    write_json(file, old)
+    found = read_experiment(file.parent)
+    assert found.decode_controls == found.later_rounds[0].decode_controls == []
+    assert [one.samples for one in (*found.comparisons, *found.later_rounds[0].arms.values())] == [{}] * 6
+
+
+def test_the_page_has_the_decode_controls_over_seeds(places):
+    arms = {"base": "", "base@evaluate.temperature=0.4": "", "spd": ""}
+    for seed, (folder,) in places.items():
+        write_merged(
+            answers_path(folder / "evaluate", "base@evaluate.temperature=0.4", "arithmetic"), answers(70, num=150)
+        )
+        write_report(folder, arms, Asked("arithmetic", "accuracy", seed))
+    report, text = written(places)
+    (control,) = report.decode_controls
+    assert control.sentence in text
+    assert read_record(places[1][0].parent / "report.json", ExperimentReport) == report
 
 
 def test_stages_that_a_run_took_over_cost_it_nothing(places):

@@ -5,12 +5,14 @@ import pytest
 from answering import ARMS, answered_run, answers, sampled
 from recording import Recorder
 
-from spd_dist.analysis.report import read_report
+from spd_dist.analysis.report import Difference, read_report
 from spd_dist.errors import DataError
+from spd_dist.reports import figures
 from spd_dist.reports.page import Questions, write_page
 from spd_dist.reports.report_text import next_steps, report_text
 from spd_dist.reports.run_report import Asked, log_report, write_report
 from spd_dist.storage.answers import answers_path
+from spd_dist.storage.artifacts import read_json, write_json
 from spd_dist.storage.keyed_parts import write_merged
 from spd_dist.tracking.metrics import MetricLogger, read_metrics
 
@@ -103,8 +105,63 @@ def test_what_a_likelihood_test_could_find_is_in_nats(run_folder):
     for shift, arm in enumerate(ARMS):
         rows = [dataclasses.replace(row, nll=2 + shift * (i % 3)) for i, row in enumerate(answers(10, num=150))]
         write_merged(answers_path(run_folder / "evaluate", arm, "codealpaca"), rows)
-    text = report_text(write_report(run_folder, ARMS, Asked("codealpaca", "nll", 1)), run_folder)
-    assert "Smallest difference found in 4 runs of 5, in nats a token: psr - base 0.189" in text
+    text = report_text(write_report(run_folder, ARMS, Asked("codealpaca", "nll", 1)), run_folder, width=200)
+    said = (
+        "Smallest difference found in 4 runs of 5, each alone, before the correction, in nats a token: psr - base 0.189"
+    )
+    assert said in text
+
+
+def test_what_a_test_could_find_is_said_to_be_of_each_alone_if_there_are_several(run_folder):
+    """The correction for all comparisons makes it larger; one comparison has none."""
+    several, one = report_of(run_folder), report_of(run_folder, {"base": "", "spd": ""})
+    for report, is_said in ((several, True), (one, False)):
+        write_page(run_folder, report, Questions({}))
+        page = " ".join((run_folder / "report.html").read_text().split())
+        text = report_text(report, run_folder, width=200)
+        assert ("found in 4 runs of 5, each alone, before the correction, in points:" in text) is is_said
+        assert ("show in four runs of five, each alone, before the correction. By" in page) is is_said
+        assert "show in four runs of five" in page
+
+
+def test_a_dot_is_filled_where_interval_and_correction_show_a_difference():
+    """As the verdict says it: an interval without zero that does not survive the correction is hollow."""
+    for p_holm, interval, is_shown in ((0.01, [0.1, 0.3], True), (0.2, [0.1, 0.3], False), (0.01, [-0.1, 0.3], False)):
+        one = Difference(1.0, None, None, None, None, "base", "spd", 0.2, interval, 0.01, None, p_holm=p_holm)
+        drawing = figures.forest([one], "accuracy")
+        hollow, filled = (re.search(rf"<use [^>]*style=\"fill: {colour}", drawing) for colour in ("#ffffff", "#334455"))
+        assert (filled is not None, hollow is not None) == (is_shown, not is_shown)
+
+
+def test_a_report_of_before_its_side_comparisons_were_corrected_is_read(run_folder):
+    arms = {"base": "", "base@evaluate.temperature=0.4": "", "spd": ""}
+    for task in ("arithmetic", "mmlu"):
+        for arm, num_correct in zip(arms, (60, 70, 90), strict=True):
+            write_merged(answers_path(run_folder / "evaluate", arm, task), answers(num_correct, num=150))
+    write_report(run_folder, arms, Asked("arithmetic", "accuracy", 1, also=(("mmlu", "accuracy"),)))
+    old = read_json(run_folder / "report.json")
+    for one in old["decode_controls"]:
+        del one["p_holm"]
+    for one in old["other_tasks"]:
+        del one["p_holm"], one["p_value"]
+    write_json(run_folder / "report.json", old)
+    found = read_report(run_folder)
+    assert [one.p_holm for one in found.decode_controls] == [None]
+    assert [(one.p_value, one.p_holm) for one in found.other_tasks] == [(None, None)] * 3
+    write_page(run_folder, found, Questions({}))
+
+
+def test_the_page_shows_the_correction_of_other_tasks(run_folder):
+    for arm, num_correct in zip(ARMS, (90, 89, 30), strict=True):
+        write_merged(answers_path(run_folder / "evaluate", arm, "mmlu"), answers(num_correct, num=150))
+    asked = Asked("arithmetic", "accuracy", 1, also=(("mmlu", "accuracy"),))
+    report = write_report(run_folder, ARMS, asked)
+    write_page(run_folder, report, Questions({}))
+    page = (run_folder / "report.html").read_text()
+    (psr,) = [one for one in report.other_tasks if one.arm == "psr"]
+    assert (psr.p_value, psr.p_holm) == (1.0, 1.0)
+    assert "p Holm: corrected for these 2 comparisons" in page
+    assert re.search(r"<td>mmlu</td><td>psr</td>.*?<td>1</td></tr>", page, re.DOTALL)
 
 
 def test_the_report_is_in_the_metrics_and_on_the_mirror(run_folder):
