@@ -24,7 +24,8 @@ def test_adapters_begin_in_the_subspace_or_in_random_directions(tmp_path: Path):
     launch(2, [f"model.name={model}", *BRIEF, arms, f"run_dir={run}"], tmp_path / "log")
     report = read_record(run / "report.json", Report)
     pairs = [(one.before, one.after) for one in report.comparisons if one.before != "base"]
-    assert pairs == [("psr", start), ("psr", f"{start}@project.mode=random")]
+    drawn = f"{start}@project.mode=random"
+    assert pairs == [("psr", start), ("psr", drawn), (drawn, start)]
     students = [run / f"arms/{arm}/finetune" for arm in list(report.arms)[1:]]
     weights = {(folder / "adapter/adapter_model.safetensors").read_bytes() for folder in students}
     assert len(weights) == 3
