@@ -146,7 +146,7 @@ class Report:
     temperature: float
     num_samples: int
     examples: str
-    """A hash of their ids."""
+    """A hash of their ids, and of what is right."""
     verdict: str
     decode_controls: list[DecodeControl]
     test_size: int | None

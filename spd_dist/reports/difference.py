@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from spd_dist.analysis.answer_summary import samples_of
 from spd_dist.analysis.comparison import corrected, paired
 from spd_dist.analysis.report import Report, RunDifference, read_report
 from spd_dist.errors import DataError
-from spd_dist.storage.answers import answers_path, read_answers
+from spd_dist.reports.seeds import answers_of
 from spd_dist.storage.run_folder import read_config
 from spd_dist.storage.settings import settings_by_key
-from spd_dist.types import Json
+from spd_dist.types import Answer, Json
 
 
 @dataclass(frozen=True)
@@ -46,20 +46,22 @@ def difference_of(run_folder: Path, report: Report, other: Path) -> RunsDifferen
     """Compare a finished run with another one.
 
     Raises:
-        DataError: the other run has no report, or they answered different examples, or are judged differently.
+        DataError: the other run has no report, or one of other answers; or they answered different examples, or in
+            another manner.
     """
     theirs = read_report(other)
-    for name in ("task", "metric", "examples", "num_samples"):
-        here, there = vars(report)[name], vars(theirs)[name]
-        if here != there:
-            remedy = "compare runs of one data.task, data.test, data.num_test and evaluate.num_samples"
-            raise DataError(f"{other}: its {name} is {there!r}, and that of {run_folder} is {here!r}; {remedy}")
+    for name in ("task", "metric", "examples", "num_samples", "temperature"):
+        own, its = vars(report)[name], vars(theirs)[name]
+        if own != its:
+            remedy = "compare runs of one data.task, data.test, data.num_test, evaluate.num_samples and .temperature"
+            raise DataError(f"{other}: its {name} is {its!r}, and that of {run_folder} is {own!r}; {remedy}")
     name = other.name if other.resolve().name != run_folder.resolve().name else str(other)
     shared = [arm for arm in report.arms if arm in theirs.arms]
     if not shared:
         arms = f"{', '.join(theirs.arms)}, and {run_folder} has {', '.join(report.arms)}"
         raise DataError(f"{other}: no arm is in both runs: it has {arms}; name a run of the same evaluate.arms")
-    found = corrected([_paired(run_folder, report, other, arm) for arm in shared])
+    here, there = answers_of(run_folder, report), answers_of(other, theirs)
+    found = corrected([_paired(there[arm], here[arm], report, arm) for arm in shared])
     return RunsDifference(
         other=name or str(other),
         both=list(theirs.arms),
@@ -73,12 +75,9 @@ def difference_of(run_folder: Path, report: Report, other: Path) -> RunsDifferen
     )
 
 
-def _paired(run_folder: Path, report: Report, other: Path, arm: str) -> RunDifference:
-    places = {f"{arm} there": other, f"{arm} here": run_folder}
-    answers = {name: read_answers(answers_path(run / "evaluate", arm, report.task)) for name, run in places.items()}
-    assert len({samples_of(rows) for rows in answers.values()}) == 1  # as the reports say
-    there, here = answers
-    return paired(there, here, answers, report.metric, report.seed)
+def _paired(there: Sequence[Answer], here: Sequence[Answer], report: Report, arm: str) -> RunDifference:
+    before, after = f"{arm} there", f"{arm} here"
+    return paired(before, after, {before: there, after: here}, report.metric, report.seed)
 
 
 def _settings(other: Path, run_folder: Path) -> list[tuple[str, Json, Json]]:

@@ -18,7 +18,7 @@ from spd_dist.reports import figures
 from spd_dist.reports.browser import browser, corpus_of, written_by
 from spd_dist.reports.difference import difference_of
 from spd_dist.reports.mechanism_page import drawings, template_of
-from spd_dist.storage.answers import answers_path, read_answers
+from spd_dist.reports.seeds import answers_of
 from spd_dist.storage.artifacts import write_text
 from spd_dist.storage.records import read_record
 from spd_dist.storage.run_folder import read_config, read_environment
@@ -91,7 +91,7 @@ def write_page(
     Raises:
         DataError: an artifact that the page shows is corrupt, or the two runs cannot be compared.
     """
-    answers = {arm: read_answers(answers_path(run_folder / "evaluate", arm, report.task)) for arm in report.arms}
+    answers = answers_of(run_folder, report)
     found = [
         *drawn_comparisons(report, {arm: [lengths_of(rows)] for arm, rows in answers.items()}),
         *_drawn_training(run_folder, report),

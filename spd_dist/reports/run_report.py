@@ -95,7 +95,7 @@ def write_report(
         seed=seed,
         temperature=asked.temperature,
         num_samples=first.num_samples,
-        examples=content_hash(sorted(answer.id for answer in next(iter(answers.values())))),
+        examples=content_hash(sorted({(answer.id, answer.gold) for answer in next(iter(answers.values()))})),
         verdict=" ".join([*(one.sentence for one in controls), verdict(found, metric)]),
         decode_controls=controls,
         test_size=asked.test_size,

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from spd_dist.analysis.answer_summary import Measured, manner, measures_by_id, values_by_id
+from spd_dist.analysis.answer_summary import Measured, answers_summary, manner, measures_by_id, values_by_id
 from spd_dist.analysis.comparison import (
     amount,
     arm_pairs,
@@ -53,6 +53,8 @@ DIAGNOSTICS = (
 )  # fmt: skip
 DENOMINATOR = ("task", "metric", "examples", "temperature")
 """What runs must have in common."""
+OF_ANSWERS = ("value", "num_correct", "num_examples", "num_samples", "num_tokens")
+"""What a report and its answers have in common."""
 Answers = Mapping[str, Sequence[Answer]]
 """One seed's, by arm."""
 Measures = Mapping[str, Mapping[str, Mapping[str, float]]]
@@ -152,10 +154,18 @@ def answers_of(run_folder: Path, report: Report) -> Answers:
     """What every arm of a run answered.
 
     Raises:
-        DataError: answers are missing.
+        DataError: answers are missing, or are others than the report is of.
     """
     folder = run_folder / "evaluate"
-    return {arm: read_answers(answers_path(folder, arm, report.task)) for arm in report.arms}
+    answers = {arm: read_answers(answers_path(folder, arm, report.task)) for arm in report.arms}
+    for arm, rows in answers.items():
+        own, told = answers_summary(rows, report.metric), report.arms[arm]
+        if any(vars(own)[name] != vars(told)[name] for name in OF_ANSWERS):
+            raise DataError(
+                f"{run_folder / 'report.json'} is of other answers of {arm} than there are now; start the run's "
+                "command again, which writes it anew"
+            )
+    return answers
 
 
 def _arm(arm: str, by_seed: Sequence[Answers], measures: Sequence[Measures], reports: Sequence[Report]) -> ArmOverSeeds:

@@ -21,9 +21,10 @@ from spd_dist.launch.write_report import main
 from spd_dist.overrides import load_config, to_yaml
 from spd_dist.process.environment import environment
 from spd_dist.reports import browser as browsers
+from spd_dist.reports.difference import difference_of
 from spd_dist.reports.page import Questions, write_page
 from spd_dist.reports.run_report import Asked, write_report
-from spd_dist.storage.answers import answers_path, effects_path
+from spd_dist.storage.answers import answers_path, effects_path, read_answers
 from spd_dist.storage.completions import to_text
 from spd_dist.storage.keyed_parts import write_merged
 from spd_dist.storage.records import write_record
@@ -190,6 +191,31 @@ def test_runs_of_other_examples_or_of_no_common_arm_are_refused(folder, other):
     write_report(other, ARMS, Asked("arithmetic", "accuracy", 1))
     with pytest.raises(DataError, match=r"other: its examples is .*; compare runs of one data.task"):
         page_of(folder, against=other)
+
+
+def test_other_problems_under_the_same_ids_and_answers_drawn_otherwise_are_refused(folder, other):
+    page_of(folder)
+    report, files = read_report(folder), [answers_path(other / "evaluate", arm, "arithmetic") for arm in ARMS]
+    hot = dataclasses.replace(report, temperature=0.8)
+    with pytest.raises(
+        DataError, match=r"its temperature is 0.0, and that of .* is 0.8; compare runs of"
+    ):
+        difference_of(folder, hot, other)
+    for file in files:
+        write_merged(file, [dataclasses.replace(one, gold="11") for one in read_answers(file)])
+    write_report(other, ARMS, Asked("arithmetic", "accuracy", 1))
+    with pytest.raises(DataError, match=r"other: its examples is"):
+        difference_of(folder, report, other)
+
+
+def test_a_report_of_other_answers_than_there_are_is_not_shown(folder, other):
+    page_of(folder)
+    report, file = read_report(folder), answers_path(folder / "evaluate", "spd", "arithmetic")
+    write_merged(file, [dataclasses.replace(one, num_tokens=one.num_tokens + 1) for one in read_answers(file)])
+    with pytest.raises(DataError, match=r"report.json is of other answers of spd than there are now; start the run's"):
+        write_page(folder, report, Questions({}))
+    with pytest.raises(DataError, match=r"report.json is of other answers of spd"):
+        difference_of(other, read_report(other), folder)
 
 
 def only_base(folder):
