@@ -197,9 +197,7 @@ def test_other_problems_under_the_same_ids_and_answers_drawn_otherwise_are_refus
     page_of(folder)
     report, files = read_report(folder), [answers_path(other / "evaluate", arm, "arithmetic") for arm in ARMS]
     hot = dataclasses.replace(report, temperature=0.8)
-    with pytest.raises(
-        DataError, match=r"its temperature is 0.0, and that of .* is 0.8; compare runs of"
-    ):
+    with pytest.raises(DataError, match=r"its temperature is 0.0, and that of .* is 0.8; compare runs of"):
         difference_of(folder, hot, other)
     for file in files:
         write_merged(file, [dataclasses.replace(one, gold="11") for one in read_answers(file)])
