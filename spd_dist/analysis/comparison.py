@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from spd_dist.analysis.answer_summary import AnswersSummary, paired_measures, samples_of, values_by_id
-from spd_dist.analysis.intervals import detectable_difference, holm, mcnemar, paired_bootstrap, paired_t
+from spd_dist.analysis.intervals import SIGNIFICANCE, detectable_difference, holm, mcnemar, paired_bootstrap, paired_t
 from spd_dist.analysis.report import ArmOverSeeds, Difference, RunDifference, Shifts
 from spd_dist.errors import DataError
 from spd_dist.types import Answer, LeakReport
 
-SIGNIFICANCE = 0.05
 NOTEWORTHY = 0.1
 """A shift of a diagnostic by so much could explain a gain, and is put in words."""
 DIAGNOSTICS = {

@@ -19,6 +19,8 @@ from scipy.stats import binomtest, norm, t, ttest_rel
 from spd_dist.errors import DataError
 from spd_dist.seeding import generator
 
+SIGNIFICANCE = 0.05
+"""A p value below it is called more than chance."""
 RESAMPLES_AT_ONCE = 500
 
 
@@ -183,7 +185,7 @@ def mcnemar(before: Mapping[str, float], after: Mapping[str, float]) -> McNemar:
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """P values adjusted for their number (Holm 1979): below 0.05 each is significant at 5 % over the whole family."""
+    """P values adjusted for their number (Holm 1979): below `SIGNIFICANCE` each is so over the whole family."""
     adjusted, worst = {}, 0.0
     for index, name in enumerate(sorted(p_values, key=p_values.__getitem__)):
         worst = max(worst, min(1.0, (len(p_values) - index) * p_values[name]))
@@ -199,7 +201,7 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 
 def detectable_difference(
-    num_examples: int, discordant: float, *, power: float = 0.8, significance: float = 0.05
+    num_examples: int, discordant: float, *, power: float = 0.8, significance: float = SIGNIFICANCE
 ) -> float:
     """The smallest paired difference that McNemar's test finds with this power (Connor 1987), at most 1.
 

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from scipy.stats import spearmanr
 
+from spd_dist.analysis.intervals import SIGNIFICANCE
 from spd_dist.errors import DataError
-
-SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)
@@ -222,10 +221,10 @@ def sentence(result: MechanismResult, random: Sequence[MatchedPair]) -> str:
     blended = f"; blended to the distortion of others it {_changes(effect)} on average" if is_blended else ""
     num_matched = sum(one.is_matched for one in random)
     equal = "at equal distortion" + ("" if num_matched == total else f" ({num_matched} of them within 5 %)")
-    if matched.p_value > SIGNIFICANT and num_lower and effect < 0:
+    if matched.p_value > SIGNIFICANCE and num_lower and effect < 0:
         than = f"no more than {num_lower} of {total} random subspaces {equal}"
     else:
-        doubt = "" if matched.p_value <= SIGNIFICANT else ", too few to show it"
+        doubt = "" if matched.p_value <= SIGNIFICANCE else ", too few to show it"
         than = f"{'more' if effect < 0 else 'less'} than {total - num_lower} of {total} random subspaces {equal}{doubt}"
     what = "the gold answer's NLL"
     return (

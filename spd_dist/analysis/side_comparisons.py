@@ -14,13 +14,11 @@ from statistics import fmean
 from typing import NamedTuple
 
 from spd_dist.analysis.answer_summary import answers_summary, samples_of, values_by_id
-from spd_dist.analysis.intervals import holm, mcnemar, paired_bootstrap, paired_t
+from spd_dist.analysis.intervals import SIGNIFICANCE, holm, mcnemar, paired_bootstrap, paired_t
 from spd_dist.analysis.random_effects import crossed
 from spd_dist.types import Answer
 
 AT = "@evaluate.temperature="
-SHOWN_BELOW = 0.05
-"""A p value, adjusted for all comparisons beside it (Holm), below which a difference is claimed."""
 Values = Mapping[str, float]
 """By example id."""
 
@@ -128,7 +126,7 @@ def _spoken(found: Sequence[DecodeControl], metric: str, num_seeds: int = 1) -> 
         low, high = one.interval
         if low <= 0 <= high:
             end = ": no difference is shown"
-        elif adjusted[one.after] >= SHOWN_BELOW:
+        elif adjusted[one.after] >= SIGNIFICANCE:
             end = f", {_not_shown(len(found))}"
         else:
             end = f": a difference beyond chance over {basis}"
@@ -209,7 +207,7 @@ def forgetting_notes(found: Sequence[OtherTask]) -> list[str]:
         if not (low > 0 if one.metric == "nll" else high < 0):
             continue
         size = _size(one.difference, one.difference_interval, one.metric, one.num_examples)
-        if one.p_holm is not None and one.p_holm < SHOWN_BELOW:
+        if one.p_holm is not None and one.p_holm < SIGNIFICANCE:
             lost.append(f"{one.arm.upper()} lost on {one.task}: {size}.")
         else:
             unclear.append(f"{one.arm.upper()} on {one.task}: {size}, {_not_shown(num_compared)}.")

@@ -70,6 +70,13 @@ COMBINATIONS = (
         ("project.directions=gradient_x_activation", "project.mode=soft"),
     ),
     Combination(
+        ("project.directions", "project.centered"),
+        {"project.directions": ("gradient_x_activation", "activation"), "project.centered": True},
+        "since only the gradients' own moments are taken about their mean",
+        ("project.directions=gradient", "project.centered=false"),
+        ("project.directions=activation", "project.centered=true"),
+    ),
+    Combination(
         ("data.system", "data.template"),
         {"data.system": is_set, "data.template": "plain"},
         _BARE, ("data.template=chat", "data.system=null"), ("data.template=plain", "data.system=Hello"),

@@ -40,6 +40,8 @@ def main(words: Sequence[str] | None = None) -> int:
         raise ConfigError(f"--task: {arguments.task} is not valid; it must be below --num-tasks {arguments.num_tasks}")
     if (arguments.power is None) != (arguments.pilot is None) or arguments.power == 0:
         raise ConfigError(f"--power {arguments.power}: give points above 0, and --pilot DIR, a finished run")
+    if arguments.between_seeds is not None and arguments.power is None:
+        raise ConfigError(f"--between-seeds: {arguments.between_seeds} is not read without --power; give both")
     experiment = load_experiment(arguments.config, arguments.overrides)
     check_tasks(experiment.run)
     if arguments.show_config:

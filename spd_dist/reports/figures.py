@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from spd_dist.analysis.comparison import SIGNIFICANCE, amount
+from spd_dist.analysis.comparison import amount
+from spd_dist.analysis.intervals import SIGNIFICANCE
 from spd_dist.analysis.notebook import visible
 from spd_dist.analysis.report import Difference, RoundResult, SeedsDifference
 from spd_dist.tracking.metrics import Losses

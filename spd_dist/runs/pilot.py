@@ -104,7 +104,9 @@ def read_pilot(folder: Path) -> Pilot:
     config = runs[0] / "config.yaml"
     if not config.exists():
         raise missing(config)
-    return Pilot(whole.metric, whole.temperature, design, by_seed, cost, settings_of_arms(read_config(config)))
+    of_run = read_config(config)
+    settings = {**settings_of_arms(of_run), "rounds": of_run.get("rounds", 1)}
+    return Pilot(whole.metric, whole.temperature, design, by_seed, cost, settings)
 
 
 def settings_of_arms(config: Mapping[str, Json]) -> dict[str, Json]:

@@ -39,7 +39,7 @@ PROTOCOL = "protocol.json"
 METHOD = "spd"
 SEEDS, SAMPLES = (2, 3, 5, 8), (1, 4, 8, 16)
 """What the table of a plan has, beside what the config says."""
-SIZES = ("seed", "rounds", "data.num_test", "evaluate.arms", "evaluate.num_samples")
+SIZES = ("seed", "data.num_test", "evaluate.arms", "evaluate.num_samples")
 """How much is asked: a pilot's are its own."""
 MANNER = ("data.task", "choices.scoring", "evaluate.temperature")
 DRAWN_BY = ("evaluate.top_p", "evaluate.top_k", "evaluate.min_p")
@@ -108,16 +108,9 @@ def write_protocol(
         )
     settings = settings_of(experiment)
     refuse_another_manner(pilot_folder, pilot.settings, settings)
-    variance = difference_variance([(answers[before], answers[after]) for answers in pilot.by_seed], pilot.metric)
     unit = 1 if pilot.metric == "nll" else 100
-    if between_seeds is not None:
-        variance = dataclasses.replace(variance, seeds=(between_seeds / unit) ** 2)
-    if not any((variance.examples, variance.seeds, variance.rest, variance.samples)):
-        raise DataError(
-            f"--pilot {pilot_folder}: {after} differs from {before} by the same on each of its "
-            f"{pilot.design.examples} examples, which says nothing of chance; name a pilot with more examples, or one "
-            "whose students learned more"
-        )
+    assumed = None if between_seeds is None else (between_seeds / unit) ** 2
+    variance = _variance(pilot, pilot_folder, before, after, assumed)
     asked = load_rows(find_task(experiment.run.data.task), "test", experiment.run.data)
     design = Design(len(experiment.seeds), len(asked), experiment.run.evaluate.num_samples)
     num_comparisons = len(arm_pairs(experiment.arms))
@@ -142,6 +135,18 @@ def write_protocol(
     )
     _write_once(folder / PROTOCOL, protocol)
     return plan_text(protocol, pilot, experiment.arms, folder / PROTOCOL)
+
+
+def _variance(pilot: Pilot, folder: Path, before: str, after: str, between_seeds: float | None) -> DifferenceVariance:
+    """What the pilot's answers say, `between_seeds` in the place of what its seeds do."""
+    found = difference_variance([(answers[before], answers[after]) for answers in pilot.by_seed], pilot.metric)
+    if not any((found.examples, found.seeds, found.rest, found.samples)):
+        raise DataError(
+            f"--pilot {folder}: {after} differs from {before} by the same on each of its {pilot.design.examples} "
+            "examples, which says nothing of chance; name a pilot with more examples, or one whose students learned "
+            "more"
+        )
+    return found if between_seeds is None else dataclasses.replace(found, seeds=between_seeds)
 
 
 def refuse_another_manner(folder: Path, of_pilot: Mapping[str, Json], planned: Mapping[str, Json]) -> None:
@@ -180,13 +185,13 @@ def settings_of(experiment: Experiment) -> dict[str, Json]:
 
 
 def begun_folders(folder: Path) -> list[Path]:
-    """The seeds of an experiment that hold answers, also unfinished ones."""
-    return sorted({folder / file.relative_to(folder).parts[0] for file in folder.glob("seed_*/evaluate/**/*.*")})
+    """The seeds of an experiment that hold answers: also unfinished ones, and those of jobs that published none yet."""
+    return [run for run in sorted(folder.glob("seed_*")) if any(run.glob("**/evaluate/**/*.*"))]
 
 
 def keep_protocol(folder: Path, run_folder: Path) -> None:
     """Put the plan, if there is one, beside a seed's run before its first answer: a later change shows."""
-    if (folder / PROTOCOL).exists() and not (run_folder / "evaluate").exists():
+    if (folder / PROTOCOL).exists() and run_folder not in begun_folders(folder):
         write_text(run_folder / PROTOCOL, (folder / PROTOCOL).read_text(encoding="utf-8"))
 
 
@@ -196,13 +201,15 @@ def protocol_note(experiment: Experiment) -> str | None:
     if not file.exists():
         return None
     plan = read_record(file, Protocol)
-    apart = [*changed(settings_by_key(plan.settings), settings_of(experiment)).values()]
+    changes = changed(settings_by_key(plan.settings), settings_of(experiment))
+    apart = list(changes.values())
     for run in begun_folders(file.parent):
         kept = run / PROTOCOL
         if not kept.exists() or sha256_of(kept) != sha256_of(file):
             apart.append(f"{run.name} was begun {'under another plan' if kept.exists() else 'before the plan'}")
     asked = load_rows(find_task(experiment.run.data.task), "test", experiment.run.data)
-    if plan.test_rows and content_hash(asked) != plan.test_rows and not any("data." in one for one in apart):
+    is_same_data = not any(is_of(key, ("data",)) for key in changes)
+    if is_same_data and plan.test_rows and content_hash(asked) != plan.test_rows:
         apart.append("the test rows are others")
     return (
         f"Planned at {plan.written_at} (protocol.json, sha256 {sha256_of(file)[:16]}): {plan.after.upper()} against "

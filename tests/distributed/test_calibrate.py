@@ -164,8 +164,11 @@ def test_sharded_ranks_find_the_gradients_of_one_whole_model(world_size, tmp_pat
     run_on_ranks(world_size, tmp_path / "store", check_sharded_against_whole)
 
 
+OTHER_DIRECTIONS = ("gradient_x_activation", "activation")
+
+
 def keep_effects(model: Path, folder: Path) -> None:
-    """The subspace of gradient x activation on these ranks, sharded; the last rank writes it down."""
+    """The subspaces of other directions than the gradients' on these ranks, sharded; the last rank writes them down."""
     world = World(dist.get_rank(), dist.get_world_size(), CPU)
     policy = load_policy(Model(name=str(model)), SHARDED, world)
     sites = discover_sites(policy.model)
@@ -173,19 +176,23 @@ def keep_effects(model: Path, folder: Path) -> None:
     found = gradient_moments(policy, random_examples(7), sites, config, context)
     owned = {site: SiteMoments(found.gradient[site], found.gradient[site][0], Certificate()) for site in sites}
     mine = {site: owned[site] for site in sites[world.rank :: world.size]}
-    by_effect = Project(directions="gradient_x_activation")
-    cut = subspace(mine, sites, by_effect, world, other=found.ranked_by(by_effect.directions))
-    if world.rank == world.size - 1:
-        save_subspace(folder / f"{world.size}.safetensors", cut)
+    for directions in OTHER_DIRECTIONS:
+        cut = subspace(mine, sites, Project(directions=directions), world, other=found.ranked_by(directions))
+        if world.rank == world.size - 1:
+            save_subspace(folder / f"{directions}-{world.size}.safetensors", cut)
     policy.release()
 
 
 def test_directions_of_gradient_and_activation_have_the_same_bits_at_every_world_size(tmp_path):
-    model = save_tiny_model(tmp_path / "model")
-    for world_size in (1, 2, 4):
+    model, sizes = save_tiny_model(tmp_path / "model"), (1, 2, 4)
+    for world_size in sizes:
         run_on_ranks(world_size, tmp_path / f"store-{world_size}", keep_effects, model, tmp_path)
-    prints = {fingerprint(load_subspace(tmp_path / f"{world_size}.safetensors")) for world_size in (1, 2, 4)}
-    assert len(prints) == 1
+    prints = [
+        {fingerprint(load_subspace(tmp_path / f"{directions}-{size}.safetensors")) for size in sizes}
+        for directions in OTHER_DIRECTIONS
+    ]
+    assert [len(each) for each in prints] == [1, 1]
+    assert prints[0] != prints[1]
 
 
 def test_every_kind_of_architecture_can_be_sharded(tmp_path):

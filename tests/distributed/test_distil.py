@@ -209,3 +209,15 @@ def test_a_student_of_all_weights_learns_from_those_that_it_began_with(model, tm
     for name, found in torch.load(tmp_path / "losses.pt").items():
         atol = 2e-3 if name == "bfloat16" else 2e-5
         torch.testing.assert_close(found, expected, atol=atol, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def keep_losses_of_all_weights(model: Path, folder: Path) -> None:
+    found = train(model, folder, **{**FULL, "packing": True}).losses
+    if dist.get_rank() == 0:
+        torch.save(found, folder / "losses.pt")
+
+
+@pytest.mark.slow
+def test_four_ranks_that_train_all_weights_have_the_losses_of_two_models(model, tmp_path):
+    run_on_ranks(4, tmp_path / "store", keep_losses_of_all_weights, model, tmp_path)
+    torch.testing.assert_close(torch.load(tmp_path / "losses.pt"), by_hand(), atol=2e-5, rtol=0)

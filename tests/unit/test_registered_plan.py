@@ -217,6 +217,8 @@ def test_a_plan_that_was_changed_after_the_first_answer_is_told_apart(pilot, tmp
     )
     (folder / "seed_2" / PROTOCOL).unlink()
     assert "seed_2 was begun before the plan" in protocol_note(experiment)
+    write_text(folder / PROTOCOL, plan.replace('"test_rows": "', '"test_rows": "0'))
+    assert protocol_note(experiment).endswith("the test rows are others.")
     assert main([*words, "--power", "5", "--pilot", str(pilot)]) == 2
     assert "seed_1 holds answers already" in capsys.readouterr().err
 
@@ -287,7 +289,8 @@ def test_what_else_differs_from_the_pilot_stands_in_the_plan_and_numbers_do_not(
     shown = write_protocol(load_experiment([], words), pilot, 5.0)
     assert "evaluate.top_p is 0.5 there and 1.0 now" in " ".join(shown.split())
     plan = read_json(tmp_path / "experiment" / PROTOCOL)
-    assert plan["differs_from_pilot"] == ["evaluate.top_p is 0.5 there and 1.0 now"]
+    told = ["evaluate.top_p is 0.5 there and 1.0 now", "rounds is 2 there and 1 now"]
+    assert sorted(plan["differs_from_pilot"]) == told, "hours are of as many rounds as the pilot had"
     configured(pilot)
     same = load_experiment([], [*WORDS, f"folder={tmp_path / 'same'}"])
     assert "there and" not in write_protocol(same, pilot, 5.0)
@@ -319,9 +322,10 @@ def test_a_pilot_whose_arms_differ_nowhere_is_refused(pilot, tmp_path, capsys):
     assert not (folder / PROTOCOL).exists()
 
 
-def test_a_plan_after_the_first_answer_is_refused(pilot, tmp_path, capsys):
+@pytest.mark.parametrize("place", ["evaluate/base/manifest.json", "jobs/spd/evaluate/spd/arithmetic.part-0.jsonl"])
+def test_a_plan_after_the_first_answer_is_refused(pilot, tmp_path, capsys, place):
     folder = tmp_path / "experiment"
-    write_text(folder / "seed_1" / "evaluate" / "base" / "manifest.json", json.dumps({}))
+    write_text(folder / "seed_1" / place, json.dumps({}))
     assert main([*WORDS, f"folder={folder}", "--power", "5", "--pilot", str(pilot)]) == 2
     assert "holds answers already" in capsys.readouterr().err
     assert not (folder / PROTOCOL).exists()
@@ -332,6 +336,7 @@ def test_a_plan_after_the_first_answer_is_refused(pilot, tmp_path, capsys):
     [
         (["--power", "2"], "--power 2.0: give points above 0, and --pilot DIR"),
         (["--power", "0", "--pilot", "{pilot}"], "--power 0.0: give points above 0"),
+        (["--between-seeds", "1"], "--between-seeds: 1.0 is not read without --power"),
         (["--power", "2", "--pilot", "{pilot}", "arms=[base,random]"], "random did not answer in it"),
         (["--power", "2", "--pilot", "{nowhere}"], "report.json"),
     ],
