@@ -16,17 +16,18 @@ from spd_dist.config import Config, Data
 from spd_dist.data.prompts import TestSet, make_test_set
 from spd_dist.data.readers import fetch_from_hub, use_files
 from spd_dist.data.sources import hub_keys, load_rows
-from spd_dist.data.tasks import Task, find_task
+from spd_dist.data.tasks import Task, find_task, said_by_file
 from spd_dist.data.tasks.protocol import Row, Split
 from spd_dist.distributed.collectives import gather_objects, max_over_ranks, together
 from spd_dist.distributed.heartbeat import Heartbeat, naming_lagging_ranks, telling_of_silence
 from spd_dist.distributed.memory import give_back_free_memory, peak_bytes, reset_peak_memory
 from spd_dist.distributed.uneven_work import on_each_host, on_main
 from spd_dist.distributed.world import World
-from spd_dist.errors import DataError
+from spd_dist.errors import DataError, named_path
 from spd_dist.inference.external.vllm_process import EnginePool
 from spd_dist.inference.placement import load_to_answer
 from spd_dist.judging import able_to_judge, other_test
+from spd_dist.models.checkpoint_files import sampled_hash
 from spd_dist.models.policy import Policy, load_policy, load_tokenizer, prepare_model
 from spd_dist.overrides import config_of_arm
 from spd_dist.process.signals import StopSignals, task_name
@@ -91,7 +92,7 @@ class Run:
         self._policy: Policy | None = None
         self._holds_student = False
         self.rounds_before = tuple(rounds_before)
-        self._student_before = on_main("reading the round before", self._hash_of_student_before)
+        self._named = on_main("reading the files that the config names", self._hash_named)
         self._memoized: dict[Hashable, Any] = {}
         self.estimate = RunEstimate()
 
@@ -116,10 +117,15 @@ class Run:
             self._rows[split] = read_together(self.task, split, self.config.data)
         return self._rows[split]
 
-    def _hash_of_student_before(self) -> str | None:
-        if not self.rounds_before:
-            return None
-        return hash_of(read_manifest(self.rounds_before[-1] / "finetune"))
+    def _hash_named(self) -> dict[str, str]:
+        """Of what words of the config name, by its section: a task's file, and a model's, or the round's before."""
+        found = {section: content_hash(said) for section, said in said_by_file(self.task).items()}
+        path = named_path(self.config.model.name)
+        if self.rounds_before:
+            found["model"] = hash_of(read_manifest(self.rounds_before[-1] / "finetune"))
+        elif path.exists():
+            found["model"] = sampled_hash(path)
+        return found
 
     def memoize(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` gave when it was first called with this key: for work that several stages of this run share."""
@@ -135,10 +141,6 @@ class Run:
         """The folders of a stage in the rounds before, by their numbers; of those that did it."""
         folders = enumerate((path / stage for path in self.rounds_before), 1)
         return [(number, folder) for number, folder in folders if (folder / MANIFEST).exists()]
-
-    def questions(self) -> dict[str, str]:
-        """What the arms are asked, by example id."""
-        return {row["id"]: self.task.prompt(row) for row in self.rows("test")}
 
     def test_set(self, other: str | None = None) -> TestSet:
         """The held-out examples, as every arm is asked them; of a word of `evaluate.also`, if one is given.
@@ -241,12 +243,10 @@ class Run:
         on_main(f"showing what {stage} made", show)
 
     def settings(self, *names: str, arm: Arm | None = None) -> str:
-        """The hash of the settings of these sections and keys that results depend on, as an arm has them.
-
-        Of a later round's model, the path says nothing: it is the student of the round before.
-        """
+        """The hash of what an arm's results depend on of these sections and keys, and of the files that they name."""
         found = settings_hash(self.plain if arm is None else settings_of(self.config_of(arm)), *names)
-        return content_hash([found, self._student_before]) if "model" in names and self._student_before else found
+        named = [self._named[name] for name in names if name in self._named]
+        return content_hash([found, *named]) if named else found
 
     def progress(self, stage: str, total: int | None, unit: str, arm: Arm | None = None) -> Progress:
         """A counter whose lines and metrics carry the stage's name, and the arm's."""
@@ -282,7 +282,7 @@ class Run:
 
     def facts_of(self, arm: Arm) -> dict[str, str]:
         """What a student's model card says of the run that it comes from."""
-        settings = content_hash([result_settings(settings_of(self.config_of(arm))), self._student_before])
+        settings = content_hash([result_settings(settings_of(self.config_of(arm))), self._named.get("model")])
         return student_facts(arm, self.config_of(arm)) | {"task": self.task.name, "config hash": settings[:16]}
 
 

@@ -14,6 +14,7 @@ import torch
 
 from spd_dist.arms import ARMS, Arm
 from spd_dist.data.prompts import make_prompts
+from spd_dist.data.tasks import Row, Task, said_by_file
 from spd_dist.distributed.collectives import together
 from spd_dist.errors import ConfigError
 from spd_dist.inference.external.vllm_engine import site_settings
@@ -116,8 +117,13 @@ def of_protocol(run: Run, arm: Arm | None = None) -> dict[str, str]:
     config = run.config if arm is None else run.config_of(arm)
     is_sampled = config.evaluate.temperature > 0
     settings = run.settings("model", "data", "choices", "evaluate", *(["seed"] if is_sampled else []), arm=arm)
-    others = {f"test of {word}": content_hash(run.other_test(word)[1]) for word in config.evaluate.also}
+    others = {f"test of {word}": _hash_of_test(*run.other_test(word)) for word in config.evaluate.also}
     return {"settings": settings, "test": content_hash(run.rows("test")), **others}
+
+
+def _hash_of_test(task: Task, rows: Sequence[Row]) -> str:
+    said = said_by_file(task)
+    return content_hash([rows, said] if said else rows)
 
 
 def of_answers(run: Run, arm: Arm) -> dict[str, str]:

@@ -17,6 +17,9 @@ Kind = Literal["key", "value"]
 
 R = TypeVar("R")
 
+ADDED_LATER = {"added_later": True}
+"""The metadata of a field that files written before it was added lack: there it has its default."""
+
 Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
 """What JSON and YAML can hold; settings of users, whose keys are not ours, are of this type."""
 
@@ -223,6 +226,8 @@ class Answer:
     """What was extracted in one spelling: answers of one vote are the same answer."""
     entropy: float | None = None
     """Nats a token, of what the model gave every token at temperature 1; None where its engine measures none."""
+    judged_by: str = field(default="", compare=False, metadata=ADDED_LATER)
+    """Version and digest of the code that judged it."""
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,14 @@ from typing import Any
 from spd_dist.analysis.answer_summary import AnswersSummary, Measured
 from spd_dist.analysis.notebook import table_html
 from spd_dist.analysis.side_comparisons import DecodeControl, OtherTask
-from spd_dist.storage.records import parse_record, read_fields
+from spd_dist.storage.records import read_record
 from spd_dist.storage.subspace_file import SiteDrift
-from spd_dist.types import Json, LeakReport
+from spd_dist.types import ADDED_LATER, LeakReport
 
 Curves = Mapping[str, Mapping[str, list[float]]]
 """By arm that was fine-tuned, `steps` and the `losses` at them."""
 Angles = Mapping[str, Mapping[str, list[float]]]
 """Principal angles in degrees: of pairs of the run's own `sites`, and of other `arms` against the method."""
-Fields = Mapping[str, Mapping[str, Json]]
-LATER_FIELDS: Fields = {"decode_controls": {"p_holm": None}, "other_tasks": {"p_value": None, "p_holm": None}}
-"""By what a report holds several of, the fields that a report of before lacks in each."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ class SeedsDifference(Difference):
     """Each seed's own."""
     standard_deviation: float
     seed_interval: list[float]
-    samples: Mapping[str, Measured] = field(default_factory=dict)
+    samples: Mapping[str, Measured] = field(default_factory=dict, metadata=ADDED_LATER)
     """Differences of what several answers an example show, for other seeds and other examples."""
 
 
@@ -189,21 +186,7 @@ def read_report(run_folder: Path) -> Report:
         MissingError: it has none yet.
         DataError: it is of another version, or no report.
     """
-    file = run_folder / "report.json"
-    return parse_record(file, Report, with_later_fields(read_fields(file), LATER_FIELDS))
-
-
-def with_later_fields(report: Mapping[str, Json], later: Fields) -> dict[str, Json]:
-    """What a report of before holds, those fields that came `later` with nothing in them."""
-    return {name: _each_filled(value, later[name]) if name in later else value for name, value in report.items()}
-
-
-def _each_filled(several: Json, fields: Mapping[str, Json]) -> Json:
-    if isinstance(several, list):
-        return [{**fields, **one} if isinstance(one, dict) else one for one in several]
-    if isinstance(several, dict):
-        return {name: {**fields, **one} if isinstance(one, dict) else one for name, one in several.items()}
-    return several
+    return read_record(run_folder / "report.json", Report)
 
 
 @dataclass(frozen=True)
@@ -236,7 +219,7 @@ class ArmOverSeeds(SeedSpread):
     mean_tokens: float
     pass_at_k: Mapping[str, float]
     reasons: Mapping[str, int]
-    samples: Mapping[str, Measured] = field(default_factory=dict)
+    samples: Mapping[str, Measured] = field(default_factory=dict, metadata=ADDED_LATER)
     """What several answers an example show beside the metric, for other seeds and other examples."""
 
 
@@ -258,7 +241,7 @@ class SeedsReport:
     comparisons: list[SeedsDifference]
     other_tasks: list[OtherTask]
     """Of each arm: what it kept of tasks of other domains."""
-    decode_controls: list[DecodeControl] = field(default_factory=list, kw_only=True)
+    decode_controls: list[DecodeControl] = field(default_factory=list, kw_only=True, metadata=ADDED_LATER)
 
 
 @dataclass(frozen=True)

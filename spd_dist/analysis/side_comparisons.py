@@ -9,14 +9,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import NamedTuple
 
 from spd_dist.analysis.answer_summary import answers_summary, samples_of, values_by_id
 from spd_dist.analysis.intervals import SIGNIFICANCE, holm, mcnemar, paired_bootstrap, paired_t
 from spd_dist.analysis.random_effects import crossed
-from spd_dist.types import Answer
+from spd_dist.types import ADDED_LATER, Answer
 
 AT = "@evaluate.temperature="
 Values = Mapping[str, float]
@@ -35,7 +35,7 @@ class DecodeControl:
     p_value: float
     num_examples: int
     sentence: str
-    p_holm: float | None = None
+    p_holm: float | None = field(default=None, metadata=ADDED_LATER)
     """The p value adjusted for all students beside it; None in a report that corrected nothing."""
 
 
@@ -165,8 +165,8 @@ class OtherTask:
     difference: float | None
     """From the first arm, over the same examples; None, as what follows, for the first itself."""
     difference_interval: list[float] | None
-    p_value: float | None = None
-    p_holm: float | None = None
+    p_value: float | None = field(default=None, metadata=ADDED_LATER)
+    p_holm: float | None = field(default=None, metadata=ADDED_LATER)
     """The p value adjusted for all arms and tasks beside it."""
 
 

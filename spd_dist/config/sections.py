@@ -34,7 +34,7 @@ class Model:
 class Data:
     """The task, and where its rows come from."""
 
-    task: str = setting("arithmetic", "a registered task: its prompts, target spans and scoring")
+    task: str = setting("arithmetic", "a task's name, or its YAML file: prompts, target spans and scoring")
     seed: int = setting(42, "order and splits of what is built in: runs of other seeds have the same test", at_least=0)
     train: str | None = setting(None, "training prompts: hub name or file; the task's own if not given")
     calibration: str | None = setting(None, "calibration examples; the task's own split, else the first training rows")

@@ -81,7 +81,7 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("model", nargs="?", metavar="MODEL")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as for spd.py")
     parser.add_argument("--tasks", nargs="+", action="extend", metavar="TASK", help="names, YAML files, or NAME=SOURCE")
-    parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="a LoRA adapter, merged into the model")
+    parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="a LoRA adapter, put beside the weights")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="runs/evaluate/MODEL if not given")
     parser.add_argument("--config", nargs=1, action="extend", default=[], metavar="YAML", help="later files win")
     parser.add_argument("--lm-eval", action="store_true", help="let EleutherAI's harness do it, as a cross-check")

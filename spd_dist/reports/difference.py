@@ -39,7 +39,7 @@ class RunsDifference:
     only_here: list[str]
     only_there: list[str]
     settings: list[tuple[str, Json, Json]]
-    """Key, its value there and here, of all that differ but `run_dir`."""
+    """Key, its value there and here, of all that differ but `run_dir`; and the code that judged, if it is another."""
 
 
 def difference_of(run_folder: Path, report: Report, other: Path) -> RunsDifference:
@@ -71,7 +71,7 @@ def difference_of(run_folder: Path, report: Report, other: Path) -> RunsDifferen
         ],
         only_here=[arm for arm in report.arms if arm not in theirs.arms],
         only_there=[arm for arm in theirs.arms if arm not in report.arms],
-        settings=_settings(other, run_folder),
+        settings=[*_settings(other, run_folder), *_judges(theirs, report)],
     )
 
 
@@ -84,3 +84,7 @@ def _settings(other: Path, run_folder: Path) -> list[tuple[str, Json, Json]]:
     there, here = (settings_by_key(read_config(run / "config.yaml")) for run in (other, run_folder))
     keys = sorted((there.keys() | here.keys()) - {"run_dir"})
     return [(key, there.get(key), here.get(key)) for key in keys if there.get(key) != here.get(key)]
+
+
+def _judges(theirs: Report, ours: Report) -> list[tuple[str, Json, Json]]:
+    return [] if theirs.judged_by == ours.judged_by else [("judged by", theirs.judged_by, ours.judged_by)]

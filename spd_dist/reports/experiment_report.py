@@ -6,26 +6,14 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from spd_dist.analysis.report import (
-    LATER_FIELDS,
-    ExperimentReport,
-    Fields,
-    Report,
-    RunsTotal,
-    SeedDetails,
-    StageTotal,
-    read_report,
-    with_later_fields,
-)
+from spd_dist.analysis.report import ExperimentReport, Report, RunsTotal, SeedDetails, StageTotal, read_report
 from spd_dist.reports import figures
 from spd_dist.reports.page import NUM_SHOWN, drawn, drawn_comparisons, drawn_subspaces, lengths_of, render, side_by_side
 from spd_dist.reports.seeds import Answers, answers_of, over_seeds
 from spd_dist.storage.artifacts import write_text
-from spd_dist.storage.records import parse_record, read_fields, write_record
+from spd_dist.storage.records import read_record, write_record
 from spd_dist.tracking.metrics import mean_losses
-from spd_dist.types import Json, record_of
-
-OVER_SEEDS: Fields = {**LATER_FIELDS, "arms": {"samples": {}}, "comparisons": {"samples": {}}}
+from spd_dist.types import record_of
 
 
 def write_experiment_page(
@@ -96,17 +84,7 @@ def read_experiment(folder: Path) -> ExperimentReport:
         MissingError: it has none yet.
         DataError: it is of another version, or no report.
     """
-    file = folder / "report.json"
-    return parse_record(file, ExperimentReport, _over_seeds_filled(read_fields(file)))
-
-
-def _over_seeds_filled(report: Mapping[str, Json]) -> dict[str, Json]:
-    """Of the report, and of those of its later rounds: what one of before lacks."""
-    found = {"decode_controls": [], **with_later_fields(report, OVER_SEEDS)}
-    rounds = found.get("later_rounds")
-    if isinstance(rounds, list):
-        found["later_rounds"] = [_over_seeds_filled(one) if isinstance(one, dict) else one for one in rounds]
-    return found
+    return read_record(folder / "report.json", ExperimentReport)
 
 
 def _of_one_seed(report: Report) -> SeedDetails:

@@ -56,7 +56,8 @@ def report(run: Run, arms: Sequence[Arm]) -> str:
 def questions_of(run: Run, arms: Iterable[Arm]) -> Questions:
     """What a run's rows ask: of the test set, and of the training prompts if an arm writes to them. A collective."""
     rows = run.rows("train") if any(arm.writes for arm in arms) else []
-    return Questions(run.questions(), lambda: {row["id"]: run.task.prompt(row) for row in rows})
+    asked = {row["id"]: run.task.prompt(row) for row in run.rows("test")}
+    return Questions(asked, lambda: {row["id"]: run.task.prompt(row) for row in rows})
 
 
 def renew_page(run: Run) -> None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import spd_dist
 from spd_dist.analysis.answer_summary import answers_summary, sample_measures
 from spd_dist.analysis.comparison import (
     blind_notes,
@@ -86,12 +85,12 @@ def write_report(
     found = comparisons(answers, metric, seed)
     stages = {stage: one for stage, one in _summaries(run_folder).items() if asked.counts(stage)}
     routed = _routers(run_folder, arms, task)
-    controls = decode_controls(answers, metric, seed)
+    controls, judges = decode_controls(answers, metric, seed), _judges(answers)
     others = other_tasks(_of_others(run_folder, arms, asked), dict(asked.also), seed)
     report = Report(
         task=task,
         metric=metric,
-        judged_by=f"spd_dist {spd_dist.__version__}",
+        judged_by=", ".join(sorted(judges)),
         seed=seed,
         temperature=asked.temperature,
         num_samples=first.num_samples,
@@ -104,6 +103,7 @@ def write_report(
             *forgetting_notes(others),
             *blind_notes(found),
             *size_notes(first.num_examples, asked.test_size),
+            *_judge_notes(judges),
             *overlap_notes(overlaps),
             *_router_notes(routed),
             *_match_notes(stages),
@@ -126,6 +126,22 @@ def write_report(
 def _result(answers: Sequence[Answer], metric: str, sentence: str) -> ArmResult:
     samples = {} if metric == "nll" else sample_measures(answers)
     return record_of(ArmResult, {**vars(answers_summary(answers, metric)), "sentence": sentence, "samples": samples})
+
+
+def _judges(answers: Mapping[str, Sequence[Answer]]) -> dict[str, list[str]]:
+    """By the code that judged, the arms of which it judged answers."""
+    found: dict[str, list[str]] = {}
+    for arm, rows in answers.items():
+        for judge in sorted({one.judged_by or "a version before it was written down" for one in rows}):
+            found.setdefault(judge, []).append(arm)
+    return found
+
+
+def _judge_notes(judges: Mapping[str, Sequence[str]]) -> list[str]:
+    if len(judges) == 1:
+        return []
+    told = "; ".join(f"{judge} (answers of {', '.join(arms)})" for judge, arms in judges.items())
+    return [f"Not all were judged by the same code: {told}. --restart-from evaluate judges all by that of today."]
 
 
 def _of_others(run_folder: Path, arms: Iterable[str], asked: Asked) -> dict[str, dict[str, list[Answer]]]:

@@ -63,7 +63,7 @@ def evaluate_alone(
 
     Start it again to go on where it stopped: what is answered is not answered again. `config.run_dir` is the folder of
     all tasks, and `data.task` is overruled. `tasks` have where their test rows come from, if not from where `config` or
-    the task says; `adapter`, a LoRA adapter's folder, is merged into the model.
+    the task says; `adapter`, a LoRA adapter's folder, is put beside the model's weights.
 
     Raises:
         UserError: what the user can put right, found for every task before the first is answered.

@@ -16,7 +16,7 @@ from spd_dist.config import Evaluate, Generate, planned_rows
 from spd_dist.data.batches import Division, micro_batches, pad
 from spd_dist.data.prompts import TestSet, choice_texts, judged_text
 from spd_dist.data.scoring.programs import canonical
-from spd_dist.data.tasks.protocol import Row
+from spd_dist.data.tasks import Row, judging_code
 from spd_dist.data.thinking import thought_budget
 from spd_dist.distributed.collectives import gather_objects, together
 from spd_dist.distributed.uneven_work import on_main
@@ -231,6 +231,7 @@ def _chosen(request: Request, texts: Sequence[str], likeliest: int, per_byte: in
         sample=request.sample,
         reason="right" if per_byte == 0 else "other value",
         vote=texts[per_byte],
+        judged_by=judging_code(),
     )
 
 
@@ -269,6 +270,7 @@ def _judged(decoded: Decoded, policy: Policy, test_set: TestSet, row: Row, nll: 
         vote=None if score.extracted is None else canonical(score.extracted),
         # in hundredths: what lies below depends on the batch, and the file is the same at every world size
         entropy=None if decoded.mean_entropy is None else round(decoded.mean_entropy, 2),
+        judged_by=judging_code(),
     )
 
 

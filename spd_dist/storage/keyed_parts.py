@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 
 from spd_dist.errors import DataError
 from spd_dist.storage.artifacts import as_json, read_jsonl, write_text
-from spd_dist.storage.records import parse_record
+from spd_dist.storage.records import parse_record, wrong_names
 
 Key = tuple[str, int]
 
@@ -53,13 +53,11 @@ def read_lines(path: Path, kind: type[K]) -> list[K]:
     Raises:
         DataError: the file is missing, or a line is no such record.
     """
-    names = set(kind.__annotations__)
     found: list[K] = []
     for number, row in enumerate(read_jsonl(path), 1):
-        if row.keys() != names:
-            wrong = ", ".join(sorted(row.keys() ^ names))
-            what = _words(kind)
-            raise DataError(f"{path}, line {number}: not {what} ({wrong} missing or unknown); delete that file")
+        if wrong := wrong_names(kind, row):
+            named = f"not {_words(kind)} ({', '.join(wrong)} missing or unknown)"
+            raise DataError(f"{path}, line {number}: {named}; delete that file")
         found.append(parse_record(Path(f"{path}, line {number}"), kind, row))
     return found
 

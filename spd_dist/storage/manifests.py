@@ -120,7 +120,8 @@ def why_not_complete(folder: Path, inputs: Mapping[str, str]) -> str | None:
     before = manifest.inputs
     changed = [name for name in sorted(inputs.keys() | before.keys()) if inputs.get(name) != before.get(name)]
     if changed:
-        return f"its input {', '.join(changed)} changed"
+        named = [f"{name} (or a file that they name)" if name == "settings" else name for name in changed]
+        return f"its input {', '.join(named)} changed"
     for name, output in manifest.outputs.items():
         path = folder / name
         try:

@@ -9,13 +9,13 @@ import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from spd_dist.errors import DataError
 from spd_dist.storage.artifacts import corrupt, missing, read_json, write_json
-from spd_dist.types import Json, record_of
+from spd_dist.types import ADDED_LATER, Json, record_of
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 SCHEMA = 3
-"""The version of what is written into run folders; a change of any record's fields raises it."""
+"""The version of what is written into run folders; a change of any record's fields raises it, but one that is `ADDED_LATER`."""
 KEY = "schema"
 
 
@@ -132,10 +132,16 @@ def _parsed(value: Any, hint: Any) -> Any:
 
 def _dataclass(value: Any, kind: Any) -> Any:
     hints = _hints(kind)
-    names = {item.name for item in dataclasses.fields(kind)}
-    if _of(value, Mapping).keys() != names:
-        raise ValueError(f"{', '.join(sorted(names ^ value.keys()))}: missing or unknown")
-    return record_of(kind, {name: _parsed(value[name], hints[name]) for name in names})
+    if wrong := wrong_names(kind, _of(value, Mapping)):
+        raise ValueError(f"{', '.join(wrong)}: missing or unknown")
+    return record_of(kind, {name: _parsed(item, hints[name]) for name, item in value.items()})
+
+
+def wrong_names(kind: Any, fields: Iterable[str]) -> list[str]:
+    """What there is among `fields` that a record has not, and what it has and is not among them, in order."""
+    found, known = set(fields), dataclasses.fields(kind)
+    needed = {item.name for item in known if not item.metadata.keys() >= ADDED_LATER.keys()}
+    return sorted(found - {item.name for item in known} | needed - found)
 
 
 @functools.cache

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import pytest
 
@@ -54,6 +55,12 @@ def test_a_line_that_is_no_answer_is_named(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"id": "a"}\n')
     with pytest.raises(DataError, match=r"x.jsonl, line 1: not an answer \(correct, .* missing or unknown\)"):
         read_answers(tmp_path / "x.jsonl")
+
+
+def test_an_answer_of_before_a_field_was_added_is_read(tmp_path):
+    line = {key: value for key, value in vars(RIGHT).items() if key != "judged_by"}
+    (tmp_path / "x.jsonl").write_text(json.dumps(line) + "\n")
+    assert read_answers(tmp_path / "x.jsonl") == [RIGHT]
 
 
 def test_the_summary_shows_what_else_could_explain_a_gain():

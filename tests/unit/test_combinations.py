@@ -11,10 +11,18 @@ import pytest
 from spd_dist.config.combinations import COMBINATIONS, Combination
 from spd_dist.errors import ConfigError
 from spd_dist.overrides import load_config
+from spd_dist.redaction import settings_of
+from spd_dist.storage.settings import settings_by_key
 
-SPEC = importlib.util.spec_from_file_location("compatibility", Path("docs/compatibility.py"))
-compatibility = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(compatibility)
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, Path(f"docs/{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+compatibility, settings = script("compatibility"), script("settings")
 
 rows = pytest.mark.parametrize("row", COMBINATIONS, ids=lambda row: " with ".join(row.keys))
 
@@ -58,3 +66,10 @@ def test_no_pair_stands_twice_and_the_defaults_have_none():
 def test_the_page_is_what_the_table_makes():
     assert compatibility.PAGE.read_text(encoding="utf-8") == compatibility.page()
     assert "no (" in compatibility.page()
+
+
+def test_the_page_of_settings_is_what_the_fields_make():
+    assert settings.PAGE.read_text(encoding="utf-8") == settings.page()
+    keys = set(settings_by_key(settings_of(load_config([], []))))
+    listed = set(re.findall(r"^\| `([\w.]+)`", settings.page(), re.MULTILINE))
+    assert keys <= listed

@@ -11,7 +11,7 @@ from spd_dist.reports import figures
 from spd_dist.reports.page import Questions, write_page
 from spd_dist.reports.report_text import next_steps, report_text
 from spd_dist.reports.run_report import Asked, log_report, write_report
-from spd_dist.storage.answers import answers_path
+from spd_dist.storage.answers import answers_path, read_answers
 from spd_dist.storage.artifacts import read_json, write_json
 from spd_dist.storage.keyed_parts import write_merged
 from spd_dist.tracking.metrics import MetricLogger, read_metrics
@@ -178,3 +178,15 @@ def test_the_report_is_in_the_metrics_and_on_the_mirror(run_folder):
     assert rows[0] == ["p0", "4", "#### True", "#### True", "#### True"]
     assert [row[0] for row in shown["evaluate/arms"][1]] == list(ARMS)
     assert len(dict(mirror.histograms)["evaluate/spd_length_tokens"]) == report.arms["spd"].num_examples
+
+
+def test_answers_that_other_code_judged_are_told_apart(run_folder):
+    for arm, code in (("base", "spd_dist 1 (aaaa)"), ("psr", "spd_dist 2 (bbbb)"), ("spd", "spd_dist 2 (bbbb)")):
+        file = answers_path(run_folder / "evaluate", arm, "arithmetic")
+        write_merged(file, [dataclasses.replace(one, judged_by=code) for one in read_answers(file)])
+    report = report_of(run_folder)
+    assert report.judged_by == "spd_dist 1 (aaaa), spd_dist 2 (bbbb)"
+    assert report.notes[-1] == (
+        "Not all were judged by the same code: spd_dist 1 (aaaa) (answers of base); spd_dist 2 (bbbb) (answers of psr, "
+        "spd). --restart-from evaluate judges all by that of today."
+    )

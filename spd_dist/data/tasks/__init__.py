@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import hashlib
 from collections.abc import Mapping
 from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
 
+import spd_dist
 from spd_dist.config import Config
 from spd_dist.data.tasks.bbh import BBH
 from spd_dist.data.tasks.code_tasks import CODEALPACA, HUMANEVAL, HUMANEVAL_PLUS, MBPP, MBPP_PLUS, MBPP_SANITIZED
-from spd_dist.data.tasks.described import MESSAGES, read_task
+from spd_dist.data.tasks.described import MESSAGES, DescribedTask, read_task
 from spd_dist.data.tasks.execution import Execute, refusal, runs_code
 from spd_dist.data.tasks.math_tasks import ARITHMETIC, GSM8K, MATH, SVAMP
 from spd_dist.data.tasks.mmlu import MMLU
@@ -18,11 +23,12 @@ from spd_dist.data.tasks.protocol import Row, Score, Split, Task
 from spd_dist.errors import ConfigError
 
 __all__ = [
-    "TASKS", "Execute", "Row", "Score", "Split", "Task", "check_tasks", "find_task", "refusal", "runs_code",
-    "with_execution",
+    "TASKS", "Execute", "Row", "Score", "Split", "Task", "check_tasks", "find_task", "judging_code", "refusal",
+    "runs_code", "said_by_file", "with_execution",
 ]  # fmt: skip
 
 ENTRY_POINTS = "spd_dist.tasks"
+JUDGES = ("data/scoring", "data/tasks", "sandbox")
 _BUILT_IN: tuple[Task, ...] = (
     ARITHMETIC, GSM8K, SVAMP, MATH, MBPP, MBPP_SANITIZED, MBPP_PLUS, HUMANEVAL, HUMANEVAL_PLUS, CODEALPACA, MESSAGES,
     MMLU, BBH,
@@ -60,6 +66,20 @@ def check_tasks(config: Config) -> None:
     find_task(config.data.task)
     for word in config.evaluate.also:
         find_task(word.partition("=")[0], "evaluate.also")
+
+
+def said_by_file(task: Task) -> Mapping[str, Mapping[str, Any]]:
+    """What the file of a described task says, by the section of the config whose readers read it; else nothing."""
+    return task.description.by_section if isinstance(task, DescribedTask) else {}
+
+
+@functools.cache
+def judging_code() -> str:
+    """Which code judges here, as `spd_dist VERSION (DIGEST)`: the verdicts of another one may differ."""
+    package, digest = Path(spd_dist.__file__).parent, hashlib.sha256()
+    for file in sorted(file for room in JUDGES for file in (package / room).rglob("*.py")):
+        digest.update(file.read_bytes())
+    return f"spd_dist {spd_dist.__version__} ({digest.hexdigest()[:8]})"
 
 
 def with_execution(task: Task, execute: Execute) -> Task:

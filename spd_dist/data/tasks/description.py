@@ -20,7 +20,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ METRICS: Mapping[str, str] = {
     "regex": "whole", "nll": "text",
 }  # fmt: skip
 """Metric -> the extraction that it takes where the file names none."""
+JUDGING = ("gold", "extraction", "metric", "code")
+"""Keys that change verdicts alone."""
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _PLACE = re.compile(r"\{(\w+)((?:\[\w+\])*)\}")
@@ -75,6 +77,14 @@ class Description:
     def has_choices(self) -> bool:
         """Whether an answer is one of the row's choices."""
         return self.metric in ("choice", "likelihood")
+
+    @property
+    def by_section(self) -> dict[str, dict[str, Any]]:
+        """What the file says, by the section of the config whose readers it matters to; rows count for themselves."""
+        said = asdict(self)
+        del said["sources"]
+        judging = {key: said.pop(key) for key in JUDGING}
+        return {"evaluate": judging, "calibrate": {"mask": said.pop("mask")}, "data": said}
 
 
 def read_description(path: str) -> Description:
