@@ -52,8 +52,8 @@ def page() -> str:
         "# Settings",
         "",
         "Made by `python docs/settings.py` from the fields of the config (`spd_dist/config/`); a test holds both",
-        "to each other. `--show-config` prints what a command comes to. Settings marked \\* change no result: a run may",
-        "go on under other values of them. Which go together: [compatibility.md](compatibility.md).",
+        "to each other. `--show-config` prints what a command comes to. Settings marked \\* change no result: a run",
+        "may go on under other values of them. Which go together: [compatibility.md](compatibility.md).",
     ]
     head = ["", "| key | default | may be | what it is |", "|---|---|---|---|"]
     lines += ["", "## A run", *head, *rows(Config)]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spd_dist.analysis.answer_summary import answers_summary, sample_measures
+from spd_dist.analysis.answer_summary import answers_summary, judge_notes, judges_of, sample_measures
 from spd_dist.analysis.comparison import (
     blind_notes,
     comparisons,
@@ -85,12 +85,12 @@ def write_report(
     found = comparisons(answers, metric, seed)
     stages = {stage: one for stage, one in _summaries(run_folder).items() if asked.counts(stage)}
     routed = _routers(run_folder, arms, task)
-    controls, judges = decode_controls(answers, metric, seed), _judges(answers)
+    controls = decode_controls(answers, metric, seed)
     others = other_tasks(_of_others(run_folder, arms, asked), dict(asked.also), seed)
     report = Report(
         task=task,
         metric=metric,
-        judged_by=", ".join(sorted(judges)),
+        judged_by=", ".join(sorted(judges_of(answers))),
         seed=seed,
         temperature=asked.temperature,
         num_samples=first.num_samples,
@@ -103,7 +103,7 @@ def write_report(
             *forgetting_notes(others),
             *blind_notes(found),
             *size_notes(first.num_examples, asked.test_size),
-            *_judge_notes(judges),
+            *judge_notes(answers),
             *overlap_notes(overlaps),
             *_router_notes(routed),
             *_match_notes(stages),
@@ -126,22 +126,6 @@ def write_report(
 def _result(answers: Sequence[Answer], metric: str, sentence: str) -> ArmResult:
     samples = {} if metric == "nll" else sample_measures(answers)
     return record_of(ArmResult, {**vars(answers_summary(answers, metric)), "sentence": sentence, "samples": samples})
-
-
-def _judges(answers: Mapping[str, Sequence[Answer]]) -> dict[str, list[str]]:
-    """By the code that judged, the arms of which it judged answers."""
-    found: dict[str, list[str]] = {}
-    for arm, rows in answers.items():
-        for judge in sorted({one.judged_by or "a version before it was written down" for one in rows}):
-            found.setdefault(judge, []).append(arm)
-    return found
-
-
-def _judge_notes(judges: Mapping[str, Sequence[str]]) -> list[str]:
-    if len(judges) == 1:
-        return []
-    told = "; ".join(f"{judge} (answers of {', '.join(arms)})" for judge, arms in judges.items())
-    return [f"Not all were judged by the same code: {told}. --restart-from evaluate judges all by that of today."]
 
 
 def _of_others(run_folder: Path, arms: Iterable[str], asked: Asked) -> dict[str, dict[str, list[Answer]]]:

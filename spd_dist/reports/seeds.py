@@ -12,7 +12,14 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from spd_dist.analysis.answer_summary import Measured, answers_summary, manner, measures_by_id, values_by_id
+from spd_dist.analysis.answer_summary import (
+    Measured,
+    answers_summary,
+    judge_notes,
+    manner,
+    measures_by_id,
+    values_by_id,
+)
 from spd_dist.analysis.comparison import (
     amount,
     arm_pairs,
@@ -84,12 +91,9 @@ def over_seeds(run_folders: Sequence[Path]) -> SeedsReport:
     arms = {arm: _arm(arm, by_seed, measures, reports) for arm in first.arms}
     found = _comparisons(by_seed, measures, first.metric)
     controls = decode_controls_over_seeds(by_seed, first.metric, [report.seed for report in reports])
+    tasks = {one.task: one.metric for one in first.other_tasks}
     others = corrected_tasks(
-        [
-            one
-            for task, metric in {one.task: one.metric for one in first.other_tasks}.items()
-            for one in _of_other_task(run_folders, list(first.arms), task, metric)
-        ]
+        [one for task in tasks for one in _of_other_task(run_folders, list(first.arms), task, tasks[task])]
     )
     verdict = seeds_verdict(found, first.metric, len(reports), num_examples)
     return SeedsReport(
@@ -107,6 +111,7 @@ def over_seeds(run_folders: Sequence[Path]) -> SeedsReport:
             *forgetting_notes(others),
             *blind_notes(found),
             *size_notes(num_examples, first.test_size),
+            *judge_notes({arm: [one for answers in by_seed for one in answers[arm]] for arm in first.arms}),
             *overlap_notes(first.overlaps),
         ],
         overlaps=first.overlaps,

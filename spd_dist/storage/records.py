@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 SCHEMA = 3
-"""The version of what is written into run folders; a change of any record's fields raises it, but one that is `ADDED_LATER`."""
+"""The version of what is written into run folders; a change of a record's fields raises it, but for `ADDED_LATER`."""
 KEY = "schema"
 
 

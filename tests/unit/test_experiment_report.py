@@ -56,6 +56,16 @@ def test_the_report_holds_every_seed_and_what_all_cost(places):
     assert second.angles == {"sites": {}, "arms": {}}
 
 
+def test_the_page_shows_what_arms_kept_of_other_domains(places):
+    for seed, (run,) in places.items():
+        for arm, num_correct in zip(ARMS, (90, 89, 30), strict=True):
+            write_merged(answers_path(run / "evaluate", arm, "mmlu"), answers(num_correct, num=150))
+        write_report(run, ARMS, Asked("arithmetic", "accuracy", seed, also=(("mmlu", "accuracy"),)))
+    _, text = written(places)
+    assert "<td>mmlu</td><td>spd</td><td>0.200</td>" in text
+    assert "paired over the examples and seeds; intervals" in text
+
+
 def test_the_page_shows_all_seeds_and_links_to_their_pages(places):
     _, text = written(places)
     assert "SPD, over 3 seeds and 150 examples, against BASE: +21.3 points" in text

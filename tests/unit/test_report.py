@@ -188,5 +188,5 @@ def test_answers_that_other_code_judged_are_told_apart(run_folder):
     assert report.judged_by == "spd_dist 1 (aaaa), spd_dist 2 (bbbb)"
     assert report.notes[-1] == (
         "Not all were judged by the same code: spd_dist 1 (aaaa) (answers of base); spd_dist 2 (bbbb) (answers of psr, "
-        "spd). --restart-from evaluate judges all by that of today."
+        "spd). spd.py --restart-from evaluate, in each run, judges anew."
     )
