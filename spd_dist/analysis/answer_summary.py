@@ -205,21 +205,3 @@ def measures_by_id(answers: Sequence[Answer]) -> Mapping[str, Mapping[str, float
         found["token_entropy"] = {key: fmean(values) for key, values in entropies.items()}
     found["repetition"] = {key: fmean(one.is_repetitive for one in samples) for key, samples in by_id.items()}
     return found
-
-
-def judges_of(answers: Mapping[str, Sequence[Answer]]) -> dict[str, list[str]]:
-    """By the code that judged, the arms of which it judged answers."""
-    found: dict[str, list[str]] = {}
-    for arm, rows in answers.items():
-        for judge in sorted({one.judged_by or "a version before it was written down" for one in rows}):
-            found.setdefault(judge, []).append(arm)
-    return found
-
-
-def judge_notes(answers: Mapping[str, Sequence[Answer]]) -> list[str]:
-    """Which arms' answers other code judged, in words."""
-    judges = judges_of(answers)
-    if len(judges) == 1:
-        return []
-    told = "; ".join(f"{judge} (answers of {', '.join(arms)})" for judge, arms in judges.items())
-    return [f"Not all were judged by the same code: {told}. spd.py --restart-from evaluate, in each run, judges anew."]

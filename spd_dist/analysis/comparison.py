@@ -6,20 +6,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-from spd_dist.analysis.answer_summary import AnswersSummary, paired_measures, samples_of, values_by_id
+from spd_dist.analysis.answer_summary import paired_measures, samples_of, values_by_id
 from spd_dist.analysis.intervals import SIGNIFICANCE, detectable_difference, holm, mcnemar, paired_bootstrap, paired_t
-from spd_dist.analysis.report import ArmOverSeeds, Difference, RunDifference, Shifts
+from spd_dist.analysis.report import Difference, RunDifference, Shifts
 from spd_dist.errors import DataError
-from spd_dist.types import Answer, LeakReport
+from spd_dist.types import Answer
 
-NOTEWORTHY = 0.1
-"""A shift of a diagnostic by so much could explain a gain, and is put in words."""
-DIAGNOSTICS = {
-    "ended_fraction": ("Answers that end by themselves", " A gain may be of that."),
-    "strict_extraction_fraction": ("Answers in the form that was asked for", " A gain may be of form."),
-    "lenient_extraction_fraction": ("Answers that a result can be taken from", ""),
-    "repetition_fraction": ("Answers that repeat themselves", ""),
-}
 DECODING = "@evaluate."
 """In the name of an arm that another one answers in another way: a control, of which no verdict speaks."""
 METHODS = ("spd", "filtered")
@@ -202,10 +194,9 @@ def meaning(found: Sequence[RunDifference], metric: str) -> str:
         return "In short: the arm's answers are in the table; there is no other arm to hold them against."
     one = next((each for each in spoken if each.after == "spd"), spoken[-1])
     after, before, num = one.after.upper(), one.before.upper(), one.num_examples
-    low, high = one.interval
-    if low <= 0 <= high or one.p_holm >= SIGNIFICANCE:
+    if not is_shown(one):
         return f"In short: on {num} examples this run cannot tell {after} from {before}; more examples and seeds could."
-    word = "better" if (low > 0) != (metric == "nll") else "worse"
+    word = "better" if (one.difference > 0) != (metric == "nll") else "worse"
     return f"In short: {after} answers {word} than {before} on these {num} examples; other seeds may say otherwise."
 
 
@@ -221,6 +212,12 @@ def wanted_of(found: Sequence[Compared]) -> dict[str, list[Compared]]:
 
     spoken = [arm for arm in afters if is_method(arm)] or afters[-1:]
     return {arm: [one for one in found if one.after == arm and is_wanted(one)] for arm in spoken}
+
+
+def is_shown(one: Difference) -> bool:
+    """Whether two arms differ beyond chance, with all comparisons counted."""
+    low, high = one.interval
+    return not low <= 0 <= high and one.p_holm < SIGNIFICANCE
 
 
 def clause(
@@ -255,42 +252,3 @@ def amount(value: float, metric: str, *, signed: bool = True) -> str:
     if metric == "nll":
         return f"{value:{sign}.3f} nats"
     return f"{100 * value:{sign}.1f} points"
-
-
-def notes(summaries: Mapping[str, AnswersSummary | ArmOverSeeds]) -> list[str]:
-    """What else changed between the first arm and others, that could be taken for a gain in skill: one line a kind."""
-    first, *others = summaries
-    found = []
-    for name, (what, warning) in DIAGNOSTICS.items():
-        share = {arm: vars(summary)[name] for arm, summary in summaries.items()}
-        shifted = [arm for arm in others if abs(share[arm] - share[first]) >= NOTEWORTHY]
-        if shifted:
-            named = ", ".join(f"{arm.upper()} {share[arm]:.0%}" for arm in (first, *shifted))
-            found.append(f"{what}: {named}.{warning}")
-    return found
-
-
-def blind_notes(found: Sequence[Difference]) -> list[str]:
-    """Comparisons that could not have found any difference, in words."""
-    named = [f"{one.after} - {one.before}" for one in found if one.detectable_difference is None]
-    if not named:
-        return []
-    which = f"all {len(found)} comparisons" if len(named) == len(found) > 1 else ", ".join(named)
-    return [f"Too few examples to find any difference in 4 runs of 5, since so few answers differ: {which}."]
-
-
-def size_notes(num_examples: int, test_size: int | None) -> list[str]:
-    """Whether all that was published was answered, in words: other numbers have another denominator."""
-    if test_size is None or num_examples == test_size:
-        return []
-    return [f"{num_examples} examples; the published test split has {test_size}: not to be put beside numbers of it."]
-
-
-def overlap_notes(overlaps: Sequence[LeakReport]) -> list[str]:
-    """Test problems that stand in another split, in words: an arm may have seen them."""
-    return [
-        f"{one.num_exact} exact and {one.num_near} near copies of test problems are among the {one.num_rows} "
-        f"{one.split} rows; data.leaks=remove drops them."
-        for one in overlaps
-        if one.other == "test" and one.num_exact + one.num_near > 0
-    ]

@@ -9,14 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spd_dist.analysis.answer_summary import answers_summary, judge_notes, judges_of, sample_measures
-from spd_dist.analysis.comparison import (
+from spd_dist.analysis.answer_summary import answers_summary, sample_measures
+from spd_dist.analysis.comparison import comparisons, verdict
+from spd_dist.analysis.notes import (
     blind_notes,
-    comparisons,
+    judge_notes,
+    judges_of,
     notes,
     overlap_notes,
+    shown_notes,
     size_notes,
-    verdict,
 )
 from spd_dist.analysis.report import ArmResult, Curves, Report, StageTotal
 from spd_dist.analysis.side_comparisons import decode_controls, forgetting_notes, other_tasks
@@ -99,6 +101,7 @@ def write_report(
         decode_controls=controls,
         test_size=asked.test_size,
         notes=[
+            *shown_notes(found, metric),
             *notes(results),
             *forgetting_notes(others),
             *blind_notes(found),

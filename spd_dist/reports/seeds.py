@@ -15,7 +15,6 @@ from rich.table import Table
 from spd_dist.analysis.answer_summary import (
     Measured,
     answers_summary,
-    judge_notes,
     manner,
     measures_by_id,
     values_by_id,
@@ -23,16 +22,13 @@ from spd_dist.analysis.answer_summary import (
 from spd_dist.analysis.comparison import (
     amount,
     arm_pairs,
-    blind_notes,
     clause,
     corrected,
-    notes,
-    overlap_notes,
     shifts_of,
-    size_notes,
     wanted_of,
 )
 from spd_dist.analysis.intervals import between_seeds
+from spd_dist.analysis.notes import blind_notes, judge_notes, notes, overlap_notes, shown_notes, size_notes
 from spd_dist.analysis.random_effects import Crossed, crossed, crossed_share
 from spd_dist.analysis.report import (
     ArmOverSeeds,
@@ -107,6 +103,7 @@ def over_seeds(run_folders: Sequence[Path]) -> SeedsReport:
         verdict=" ".join([*(one.sentence for one in controls), verdict]),
         decode_controls=controls,
         notes=[
+            *shown_notes(found, first.metric),
             *notes(arms),
             *forgetting_notes(others),
             *blind_notes(found),

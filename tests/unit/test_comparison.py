@@ -5,17 +5,8 @@ from answering import answers, sampled
 from scipy.stats import ttest_1samp
 
 from spd_dist.analysis.answer_summary import answers_summary
-from spd_dist.analysis.comparison import (
-    arm_pairs,
-    blind_notes,
-    comparisons,
-    identical_fraction,
-    meaning,
-    notes,
-    overlap_notes,
-    size_notes,
-    verdict,
-)
+from spd_dist.analysis.comparison import arm_pairs, comparisons, identical_fraction, meaning, verdict
+from spd_dist.analysis.notes import blind_notes, notes, overlap_notes, shown_notes, size_notes
 from spd_dist.errors import DataError
 from spd_dist.types import LeakReport
 
@@ -101,6 +92,10 @@ def test_the_verdict_is_about_every_variant_of_the_method_and_about_no_control()
     assert text.startswith("SPD@RANK=16 against BASE: +10.0 points")
     assert "; against PSR: +5.0 points" in text
     assert "RANDOM" not in text
+    assert shown_notes(found, "accuracy") == [
+        "Shown, too, after the correction: psr - base +5.0 points (Holm p 0.0059), random@rank=16 - base +15.0 points "
+        "(Holm p 9.3e-09), spd@rank=16 - random@rank=16 -5.0 points (Holm p 0.0059)."
+    ]
     two = {arm: answers(100 + 10 * index) for index, arm in enumerate(["base", "spd@rank=4", "spd", "random"])}
     sentences = verdict(comparisons(two, "accuracy", 0), "accuracy").split(". ")
     assert [one.partition(" ")[0] for one in sentences] == ["SPD@RANK=4", "SPD"]
