@@ -30,6 +30,8 @@ else
   VLLM := vllm
 endif
 # Compiled modules are kept in the environment, whatever the shell says: a process that compiles all of torch starts 10 s later.
+# One that is free: another run of this machine may have DeepSpeed's own, 29500.
+PORT ?= $$(python -c "import socket; one = socket.socket(); one.bind(('', 0)); print(one.getsockname()[1])")
 IN_VENV := PATH="$$(cd "$(VENV)" && pwd)/bin:$$PATH" TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBYTECODE=
 PYTEST := $(IN_VENV) DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 python -m pytest
 
@@ -45,7 +47,7 @@ doctor:
 	$(IN_VENV) $(ON_CPU) python launchers/doctor.py --config configs/quickstart.yaml && exit $$code
 
 quickstart: install
-	@$(IN_VENV) $(ON_CPU) deepspeed --quiet $(RANKS) launchers/spd.py --config configs/quickstart.yaml run_dir="$(RUN_DIR)"
+	@export $(IN_VENV) $(ON_CPU); deepspeed --quiet --master_port $(PORT) $(RANKS) launchers/spd.py --config configs/quickstart.yaml run_dir="$(RUN_DIR)"
 
 test: install
 	@$(PYTEST) -n $(NUM_TEST_WORKERS) --dist loadfile --no-loadscope-reorder --durations=15 -m "not slow and not cluster and not gpu"

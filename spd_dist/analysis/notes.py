@@ -32,6 +32,16 @@ def notes(summaries: Mapping[str, AnswersSummary | ArmOverSeeds]) -> list[str]:
     return found
 
 
+def never_right_notes(summaries: Mapping[str, AnswersSummary | ArmOverSeeds], metric: str) -> list[str]:
+    """That no arm is right even once, in words: more often a fault of the task than of the model."""
+    if metric == "nll" or any(summary.lenient_accuracy or summary.strict_accuracy for summary in summaries.values()):
+        return []
+    return [
+        "No arm has a single right answer: the task may be too hard, or its extraction or gold may not be what answers "
+        "look like; look at some in evaluate/, and at --preview-scoring."
+    ]
+
+
 def shown_notes(found: Sequence[Compared], metric: str) -> list[str]:
     """What is shown beside what the verdict speaks of, in words: differences of controls, as a rule."""
     spoken = [one for wanted in wanted_of(found).values() for one in wanted] if found else []

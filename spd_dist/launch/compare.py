@@ -2,7 +2,8 @@
 
 Each of A, B, ... is a run's folder, a subspace.safetensors file, or OWNER/NAME on the hub. Prints how far they
 overlap, over all sites that they share and site by site; --png draws the overlap matrix and the spectra. Overlap is
-the mean squared cosine of the principal angles: 1 for the same subspace, and about rank / width for unrelated ones.
+the mean squared cosine of the principal angles: 1 where one subspace is the other, or lies in it, and about rank /
+width for unrelated ones.
 Exit codes: 0 done, 3 an artifact is wrong, 1 anything else.
 """
 

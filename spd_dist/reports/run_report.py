@@ -15,6 +15,7 @@ from spd_dist.analysis.notes import (
     blind_notes,
     judge_notes,
     judges_of,
+    never_right_notes,
     notes,
     overlap_notes,
     shown_notes,
@@ -101,6 +102,7 @@ def write_report(
         decode_controls=controls,
         test_size=asked.test_size,
         notes=[
+            *never_right_notes(results, metric),
             *shown_notes(found, metric),
             *notes(results),
             *forgetting_notes(others),

@@ -15,6 +15,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
+from spd_dist.analysis.answer_summary import values_by_id
 from spd_dist.analysis.comparison import amount, arm_pairs
 from spd_dist.analysis.random_effects import (
     Design,
@@ -37,6 +38,8 @@ from spd_dist.types import Json
 
 PROTOCOL = "protocol.json"
 METHOD = "spd"
+FEW_DIFFERING = 10
+"""Examples: with fewer, the variance of a difference is hardly known."""
 SEEDS, SAMPLES = (2, 3, 5, 8), (1, 4, 8, 16)
 """What the table of a plan has, beside what the config says."""
 SIZES = ("seed", "data.num_test", "evaluate.arms", "evaluate.num_samples")
@@ -149,6 +152,15 @@ def _variance(pilot: Pilot, folder: Path, before: str, after: str, between_seeds
     return found if between_seeds is None else dataclasses.replace(found, seeds=between_seeds)
 
 
+def _num_differing(pilot: Pilot, before: str, after: str) -> int:
+    """The examples that the two arms answered otherwise under any seed."""
+    pairs = [
+        (values_by_id(answers[before], pilot.metric), values_by_id(answers[after], pilot.metric))
+        for answers in pilot.by_seed
+    ]
+    return len({key for old, new in pairs for key in old if old[key] != new[key]})
+
+
 def refuse_another_manner(folder: Path, of_pilot: Mapping[str, Json], planned: Mapping[str, Json]) -> None:
     """See that the pilot's answers vary as those that are planned: of the same task, answered in the same manner.
 
@@ -240,6 +252,12 @@ def plan_text(plan: Protocol, pilot: Pilot, arms: Sequence[str], file: Path) -> 
         f"This config: {design.seeds} seeds, {design.samples} samples of {design.examples} examples: "
         f"{amount(plan.detectable, plan.metric, signed=False)}, {plan.hours:.1f} hours."
     )
+    num_differing = _num_differing(pilot, plan.before, plan.after)
+    if num_differing < FEW_DIFFERING:
+        console.print(
+            f"Note: {against} differs on {num_differing} of the pilot's {pilot.design.examples} examples, too few to "
+            "say how much answers vary: more may be needed, by far. Name a larger pilot, or one that learned more."
+        )
     if plan.variance.seeds is None:
         console.print(
             "Note: the pilot has one seed; the chance between seeds is not in these numbers: give the standard "

@@ -204,8 +204,9 @@ class RunFolder:
         if changes and finished_stages(self.path):
             raise ConfigError(
                 f"run_dir: {self.path} holds a run of another config ({'; '.join(changes.values())}); give this run a "
-                f"folder of its own by run_dir=FOLDER, or do the stages that read these keys again by --restart-from "
-                f"{first_reader(changes)}, which moves what they made to {self.path / REPLACED}; or set the keys back"
+                "folder of its own by run_dir=FOLDER, or do the stages that read these keys again by spd.py "
+                f"--restart-from {first_reader(changes)}, which moves what they made to {self.path / REPLACED}; or set "
+                "the keys back"
             )
         if changes:
             words = "; ".join(changes.values())

@@ -26,7 +26,7 @@ from spd_dist.overrides import load_config, load_experiment, to_yaml
 from spd_dist.reports.run_report import Asked, write_report
 from spd_dist.runs.pilot import pilot_cost
 from spd_dist.runs.registered_plan import PROTOCOL, keep_protocol, protocol_note, write_protocol
-from spd_dist.storage.answers import answers_path
+from spd_dist.storage.answers import answers_path, read_answers
 from spd_dist.storage.artifacts import read_json, sha256_of, write_text
 from spd_dist.storage.keyed_parts import write_merged
 
@@ -320,6 +320,18 @@ def test_a_pilot_whose_arms_differ_nowhere_is_refused(pilot, tmp_path, capsys):
     assert f"--pilot {pilot}: spd differs from base by the same on each of its 150 examples" in said
     assert "name a pilot with more examples" in said
     assert not (folder / PROTOCOL).exists()
+
+
+def test_a_pilot_whose_arms_differ_on_few_examples_is_said_to_know_little(pilot, tmp_path):
+    told = "SPD against BASE differs on 3 of the pilot's 150 examples, too few to say"
+    experiment = load_experiment([], [*WORDS, f"folder={tmp_path / 'experiment'}"])
+    assert told not in " ".join(write_protocol(experiment, pilot, 5.0).split())
+    base = read_answers(answers_path(pilot / "evaluate", "base", "arithmetic"))
+    own = [dataclasses.replace(one, correct=one.correct != (number < 3)) for number, one in enumerate(base)]
+    write_merged(answers_path(pilot / "evaluate", "spd", "arithmetic"), own)
+    write_report(pilot, ARMS, Asked("arithmetic", "accuracy", 1))
+    experiment = load_experiment([], [*WORDS, f"folder={tmp_path / 'another'}"])
+    assert told in " ".join(write_protocol(experiment, pilot, 5.0).split())
 
 
 @pytest.mark.parametrize("place", ["evaluate/base/manifest.json", "jobs/spd/evaluate/spd/arithmetic.part-0.jsonl"])

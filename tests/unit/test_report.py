@@ -190,3 +190,12 @@ def test_answers_that_other_code_judged_are_told_apart(run_folder):
         "Not all were judged by the same code: spd_dist 1 (aaaa) (answers of base); spd_dist 2 (bbbb) (answers of psr, "
         "spd). spd.py --restart-from evaluate, in each run, judges anew."
     )
+
+
+def test_arms_that_are_never_right_are_a_hint_at_the_task(run_folder):
+    assert not any("single right answer" in note for note in report_of(run_folder).notes)
+    for arm in ARMS:
+        file = answers_path(run_folder / "evaluate", arm, "arithmetic")
+        wrong = {"correct": False, "strict_correct": False, "lenient_correct": False}
+        write_merged(file, [dataclasses.replace(one, **wrong) for one in read_answers(file)])
+    assert report_of(run_folder).notes[0].startswith("No arm has a single right answer: the task may be too hard, or")

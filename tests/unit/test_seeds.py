@@ -242,7 +242,7 @@ def test_arms_that_never_differ_are_said_to_show_nothing(tmp_path):
     result = over_seeds([run(tmp_path / str(seed), seed, spd=70) for seed in (1, 2)])
     assert result.notes == [
         "Shown, too, after the correction: psr - base +6.7 points (Holm p 0.0041).",
-        "Too few examples to find any difference in 4 runs of 5, since so few answers differ: spd - psr."
+        "Too few examples to find any difference in 4 runs of 5, since so few answers differ: spd - psr.",
     ]
 
 
